@@ -1,0 +1,273 @@
+"""The only module that touches cffi: the C ABI of native/include/edge_speq.h as typed Python.
+
+Pointers to llama.cpp objects cross as the integers that llama_cpp's ctypes bindings hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_speq.core import EdgeError, ExpertCounters, ExpertGroup, Experts, MemoryUse
+
+ABI_VERSION = 1
+INSTALL_HINT = "install the patched build that comes with edge_speq: pip install ./native ."
+
+log = logging.getLogger("edge_speq")
+
+
+def _package() -> Path:
+    import llama_cpp
+
+    return Path(llama_cpp.__file__).parent
+
+
+def _declarations(header: str) -> str:
+    """The header as cffi's parser takes it: integer constants kept, the preprocessor's other lines dropped."""
+    lines = [
+        line
+        for line in header.splitlines()
+        if not line.startswith("#") or re.match(r"#define EDGE_[A-Z_]+ \d+$", line)
+    ]
+    text = "\n".join(lines).replace("EDGE_API ", "")
+    return text.replace('extern "C" {\n', "").removesuffix("}\n").rstrip().removesuffix("}")
+
+
+def _library_path(folder: Path) -> Path | None:
+    names = ("libedge_speq.so", "libedge_speq.dylib", "edge_speq.dll")
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+@functools.cache
+def _load() -> tuple[Any, Any]:
+    """(ffi, lib), checked once: ours rather than stock, and built from the header that is parsed here."""
+    from cffi import FFI
+
+    package = _package()
+    header = package / "include" / "edge_speq.h"
+    override = os.environ.get("LLAMA_CPP_LIB_PATH")
+    library = _library_path(Path(override) if override else package / "lib")
+    if library is None or not header.exists():
+        raise EdgeError("the installed llama-cpp-python is the stock build, without the expert hook", INSTALL_HINT)
+    ffi = FFI()
+    text = header.read_text(encoding="utf-8")
+    ffi.cdef(_declarations(text))
+    lib: Any = ffi.dlopen(str(library))
+    if lib.edge_abi_version() != ABI_VERSION:
+        raise EdgeError(f"{library.name} has ABI {lib.edge_abi_version()}, edge_speq needs {ABI_VERSION}", INSTALL_HINT)
+    if ffi.string(lib.edge_header_sha256()).decode() != hashlib.sha256(header.read_bytes()).hexdigest():
+        raise EdgeError(f"{library.name} was not built from {header.name} beside it", INSTALL_HINT)
+    return ffi, lib
+
+
+def _check(status: int) -> None:
+    ffi, lib = _load()
+    if status != lib.EDGE_OK:
+        raise EdgeError(ffi.string(lib.edge_last_error()).decode(errors="replace"))
+
+
+def _llama(pointer: int, kind: str) -> Any:
+    ffi, _ = _load()
+    return ffi.cast(f"struct {kind} *", pointer)
+
+
+def llama_cpp_commit() -> str:
+    ffi, lib = _load()
+    return str(ffi.string(lib.edge_llama_cpp_commit()).decode())
+
+
+@functools.cache
+def load_backends() -> None:
+    """Adds the ggml backend modules that EDGE_SPEQ_BACKENDS names or that lie beside the libraries, once."""
+    ffi, lib = _load()
+    beside = sorted((_package() / "lib").glob("*ggml-*.so"))
+    named = [Path(p) for p in os.environ.get("EDGE_SPEQ_BACKENDS", "").split(os.pathsep) if p]
+    for path in named:
+        modules = sorted(path.glob("*ggml-*.so")) if path.is_dir() else [path]
+        if not modules or not modules[0].exists():
+            raise EdgeError(f"EDGE_SPEQ_BACKENDS names {path}, which holds no ggml backend module")
+        for module in modules:
+            _check(lib.edge_backend_load(str(module).encode()))
+    for module in beside:
+        # a backend that is linked in lies here too, and is no module: nothing to add, nothing wrong
+        if re.match(r"(lib)?ggml-(base|cpu)\b", module.name) is None and lib.edge_backend_load(str(module).encode()):
+            log.debug("%s: %s", module.name, ffi.string(lib.edge_last_error()).decode(errors="replace"))
+
+
+class Device:
+    def __init__(self, name: str, description: str, is_gpu: bool, free_bytes: int, total_bytes: int) -> None:
+        self.name = name
+        self.description = description
+        self.is_gpu = is_gpu
+        self.free_bytes = free_bytes
+        self.total_bytes = total_bytes
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.description})"
+
+
+def devices() -> list[Device]:
+    ffi, lib = _load()
+    n = ffi.new("int32_t *")
+    _check(lib.edge_device_count(n))
+    found = []
+    for i in range(n[0]):
+        d = ffi.new("edge_device *")
+        _check(lib.edge_device_get(i, d))
+        name, description = ffi.string(d.name).decode(), ffi.string(d.description).decode()
+        found.append(Device(name, description, bool(d.is_gpu), d.free_bytes, d.total_bytes))
+    return found
+
+
+def compute_device() -> Device:
+    """Where slots and dense weights go: the first GPU, else the CPU."""
+    found = devices()
+    return next((d for d in found if d.is_gpu), next(d for d in found if d.name.startswith("CPU")))
+
+
+def cpu_buffer_type() -> int:
+    ffi, lib = _load()
+    return int(ffi.cast("uintptr_t", lib.edge_cpu_buffer_type()))
+
+
+def model_experts(model: int) -> Experts:
+    ffi, lib = _load()
+    e = ffi.new("edge_experts *")
+    _check(lib.edge_model_experts(_llama(model, "llama_model"), e))
+    groups = []
+    for index in range(e.n_groups):
+        g = ffi.new("edge_group *")
+        _check(lib.edge_model_group(_llama(model, "llama_model"), index, g))
+        groups.append(ExpertGroup(g.n_blocks, g.n_experts, g.expert_bytes))
+    return Experts(e.n_blocks, e.n_expert, e.n_expert_used, tuple(groups))
+
+
+def vocab_difference(a: int, b: int) -> int | None:
+    """The first token that means something else in the other vocabulary, None when they agree."""
+    ffi, lib = _load()
+    token = ffi.new("int32_t *")
+    _check(lib.edge_vocab_compare(_llama(a, "llama_model"), _llama(b, "llama_model"), token))
+    return None if token[0] < 0 else int(token[0])
+
+
+def memory_used(ctx: int, on_gpu: bool) -> MemoryUse:
+    ffi, lib = _load()
+    m = ffi.new("edge_memory *")
+    _check(lib.edge_memory_used(_llama(ctx, "llama_context"), on_gpu, m))
+    return MemoryUse(m.model_bytes, m.context_bytes, m.compute_bytes)
+
+
+def slot_floor(experts: Experts, max_width: int) -> int:
+    """Slots a group needs for graphs of max_width tokens: all their experts at once and one to load into."""
+    ffi, lib = _load()
+    floor = ffi.new("int32_t *")
+    _check(lib.edge_slot_floor(experts.n_expert, experts.n_expert_used, max_width, floor))
+    return int(floor[0])
+
+
+class Hook:
+    """The native hook on one loaded model. Attach before its context exists, detach after it is freed.
+
+    With `slots` (a count for each expert group) the experts are served from slots; without, only the
+    routing is kept. Raises EdgeError for a dense model, for slots under the floor, and for expert weights
+    that do not lie in plain host memory.
+    """
+
+    def __init__(self, model: int, experts: Experts, max_width: int, slots: Sequence[int] = ()) -> None:
+        ffi, lib = _load()
+        self.experts = experts
+        self.n_slots = sum(slots)
+        self._has_slots = bool(slots)
+        counts = ffi.new("int32_t[]", list(slots) or [0])
+        params = ffi.new("edge_hook_params *", {"max_width": max_width, "n_groups": len(slots), "slots": counts})
+        handle = ffi.new("edge_hook **")
+        _check(lib.edge_hook_attach(_llama(model, "llama_model"), params, handle))
+        self._handle: Any = handle[0]
+        self._ids = ffi.new("int32_t **")
+        self._n = ffi.new("int32_t *")
+        _check(lib.edge_hook_routing(self._handle, self._ids, self._n))
+        shape = (experts.n_blocks, max_width, experts.n_expert_used)
+        view = ffi.buffer(self._ids[0], int(np.prod(shape)) * 4)
+        self._routing: npt.NDArray[np.int32] = np.frombuffer(view, dtype=np.int32).reshape(shape)
+        self._last = ExpertCounters()
+
+    @property
+    def eval_callback(self) -> tuple[int, int]:
+        """(function, user data) to install as a context's cb_eval."""
+        ffi, lib = _load()
+        function = ffi.cast("uintptr_t", ffi.addressof(lib, "edge_hook_eval"))
+        return int(function), int(ffi.cast("uintptr_t", self._handle))
+
+    def end_step(self) -> None:
+        """Call after each synchronised decode. Raises EdgeError for what went wrong inside the graph."""
+        _check(_load()[1].edge_hook_end_step(self._handle))
+
+    def routing(self) -> npt.NDArray[np.int32]:
+        """Expert ids of the last graph, [n_blocks, n_tokens, n_expert_used]; n_tokens is 0 after a graph wider
+        than max_width. A view of native memory: the next decode overwrites it."""
+        _check(_load()[1].edge_hook_routing(self._handle, self._ids, self._n))
+        return self._routing[:, : self._n[0], :]
+
+    def prefetch(self, pairs: npt.NDArray[np.int32]) -> int:
+        """Orders (block, expert) pairs, [n, 2], most urgent first; replaces earlier orders. Returns how many
+        were not yet in a slot."""
+        ffi, lib = _load()
+        pairs = np.ascontiguousarray(pairs, dtype=np.int32)
+        n = ffi.new("int32_t *")
+        _check(lib.edge_hook_prefetch(self._handle, ffi.from_buffer("int32_t[]", pairs), len(pairs), n))
+        return int(n[0])
+
+    def drain(self) -> None:
+        _check(_load()[1].edge_hook_drain(self._handle))
+
+    def counters(self) -> ExpertCounters:
+        ffi, lib = _load()
+        if self._handle is None or not self._has_slots:
+            return self._last
+        c = ffi.new("edge_counters *")
+        _check(lib.edge_hook_counters(self._handle, c))
+        return ExpertCounters(
+            total=self.experts.total,
+            slots=self.n_slots,
+            hits=c.hits,
+            misses=c.misses,
+            late=c.late,
+            fetched=c.fetched,
+            prefetched=c.prefetched,
+            prefetched_used=c.prefetched_used,
+            bytes_fetched=c.bytes_fetched,
+            bytes_wasted=c.bytes_wasted,
+            stall_ms=c.stall_ns / 1e6,
+        )
+
+    def states(self) -> npt.NDArray[np.uint8]:
+        """[n_blocks, n_expert] of 0 absent, 1 loading, 2 resident, 3 pinned."""
+        ffi, lib = _load()
+        out = np.zeros((self.experts.n_blocks, self.experts.n_expert), dtype=np.uint8)
+        _check(lib.edge_hook_states(self._handle, ffi.from_buffer("uint8_t[]", out)))
+        return out
+
+    def bytes_held(self) -> int:
+        ffi, lib = _load()
+        n = ffi.new("uint64_t *")
+        _check(lib.edge_hook_bytes(self._handle, n))
+        return int(n[0])
+
+    def poison_free_slots(self) -> None:
+        _check(_load()[1].edge_hook_poison_free_slots(self._handle))
+
+    def detach(self) -> None:
+        if self._handle is not None:
+            self._last = self.counters()
+            self._routing = self._routing.copy()  # native memory goes away
+            _load()[1].edge_hook_detach(self._handle)
+            self._handle = None

@@ -1,0 +1,199 @@
+"""The vocabulary that every other module shares. docs/architecture.md has the glossary."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+POLICIES = ("auto", "lru", "cpu-moe", "all")
+COMPUTES = ("auto", "device")
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
+
+
+class EdgeError(Exception):
+    """Something the caller can mend. `hint` says how; `usage` marks a bad argument (exit code 2)."""
+
+    def __init__(self, message: str, hint: str = "", *, usage: bool = False) -> None:
+        super().__init__(f"{message} ({hint})" if hint else message)
+        self.message = message
+        self.hint = hint
+        self.usage = usage
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of "6GiB", "500MB" or 123. Raises EdgeError for anything else or for a negative number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(text), re.IGNORECASE)
+    units = {name.lower(): size for name, size in _UNITS.items()}
+    if not match or match[2].lower() not in units:
+        raise EdgeError(f"{text!r} is not a size in bytes", "write it like 6GiB or 500MB", usage=True)
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def parse_share(text: str | float) -> float:
+    """A share of the expert bytes, in (0, 1], of "1/4", "0.25" or 0.25. Raises EdgeError otherwise."""
+    try:
+        share = float(Fraction(str(text)))
+    except (ValueError, ZeroDivisionError):
+        share = -1.0
+    if not 0.0 < share <= 1.0:
+        raise EdgeError(f"resident={text!r} is not a share between 0 and 1", "write it like 1/4 or 0.25", usage=True)
+    return share
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroup:
+    """Blocks whose expert weights agree in type and shape, so that one slot can hold any of them."""
+
+    n_blocks: int
+    n_experts: int  # over all blocks
+    expert_bytes: int  # gate, up and down of one expert
+
+    @property
+    def total_bytes(self) -> int:
+        return self.n_experts * self.expert_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The routed experts of a model; a dense model has no blocks."""
+
+    n_blocks: int
+    n_expert: int  # per block
+    n_expert_used: int  # per token and block
+    groups: tuple[ExpertGroup, ...]
+
+    @property
+    def total(self) -> int:
+        return self.n_blocks * self.n_expert
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(group.total_bytes for group in self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes that one context and its model hold on the compute device; mapped file pages not counted."""
+
+    model_bytes: int = 0
+    context_bytes: int = 0
+    compute_bytes: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.model_bytes + self.context_bytes + self.compute_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What goes where, decided before anything is allocated. `reason` is one sentence for the user."""
+
+    policy: str  # "slots", "cpu-moe" or "all"
+    slots: tuple[int, ...]  # of each expert group, empty without slots
+    k_max: int  # most draft tokens a step may verify
+    slot_bytes: int = 0
+    fixed_bytes: int = 0  # dense weights, KV, draft and compute buffers, as far as a budget needed them
+    budget_bytes: int | None = None
+    resident: float | None = None  # share of the expert bytes that the slots hold
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Speculation:
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def k_mean(self) -> float:
+        return self.drafted / self.steps if self.steps else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCounters:
+    """Events since the model was loaded, prefill on the stock path excepted. Glossary meanings."""
+
+    total: int = 0
+    slots: int = 0
+    hits: int | None = 0  # None: the policy has no slots, demands are not observed
+    misses: int | None = 0
+    late: int = 0
+    cpu_computed: int | None = 0
+    fetched: int = 0
+    prefetched: int = 0
+    prefetched_used: int = 0
+    bytes_fetched: int = 0
+    bytes_wasted: int = 0
+    stall_ms: float = 0.0
+
+    @property
+    def hit_rate(self) -> float | None:
+        if self.hits is None or self.misses is None:
+            return None
+        demands = self.hits + self.misses
+        return self.hits / demands if demands else None
+
+
+@dataclass(slots=True)
+class Timing:
+    n_prompt: int = 0
+    n_generated: int = 0
+    n_decoded: int = 0  # generated tokens after the first of each request
+    ttft_seconds: float = 0.0  # of the last request
+    decode_seconds: float = 0.0
+
+    @property
+    def tok_per_s(self) -> float:
+        return self.n_decoded / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Everything that happened since the model was loaded; `to_dict()` is the body of `run --json`."""
+
+    timing: Timing
+    speculation: Speculation
+    experts: ExpertCounters
+    plan: Plan
+    used_bytes: int
+    device: str
+    llama_cpp_commit: str
+    edge_speq_version: str
+    foresight: str  # "twin", "counts" or "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        t, s, e = self.timing, self.speculation, self.experts
+        return {
+            "n_prompt": t.n_prompt,
+            "n_generated": t.n_generated,
+            "tok_per_s": t.tok_per_s,
+            "ttft_ms": 1e3 * t.ttft_seconds,
+            "tpot_ms": 1e3 / t.tok_per_s if t.tok_per_s else 0.0,
+            "speculation": {
+                "k_mean": s.k_mean,
+                "drafted": s.drafted,
+                "accepted": s.accepted,
+                "acceptance": s.acceptance,
+            },
+            "experts": dataclasses.asdict(e) | {"hit_rate": e.hit_rate, "foresight": self.foresight},
+            "memory": {
+                "budget_bytes": self.plan.budget_bytes,
+                "used_bytes": self.used_bytes,
+                "plan": dataclasses.asdict(self.plan),
+            },
+            "backend": {
+                "device": self.device,
+                "llama_cpp_commit": self.llama_cpp_commit,
+                "edge_speq_version": self.edge_speq_version,
+            },
+        }

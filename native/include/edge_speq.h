@@ -1,0 +1,160 @@
+// The C ABI of edge_speq's native half: the one contract between C++ and Python.
+//
+// Every function returns an edge_status unless its comment says otherwise; the text of the last error of
+// the calling thread is at edge_last_error(). No C++ exception crosses this boundary. Python parses this
+// very file with cffi, so it holds plain C declarations, one constant a line, and no conditional parts
+// besides the ones around this text.
+#ifndef EDGE_SPEQ_H
+#define EDGE_SPEQ_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#if defined(_WIN32) && defined(edge_speq_EXPORTS)
+#define EDGE_API __declspec(dllexport)
+#elif defined(_WIN32)
+#define EDGE_API __declspec(dllimport)
+#else
+#define EDGE_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define EDGE_ABI_VERSION 1
+
+#define EDGE_OK 0
+#define EDGE_ERR_ARGUMENT 1
+#define EDGE_ERR_UNSUPPORTED 2
+#define EDGE_ERR_BUDGET 3
+#define EDGE_ERR_MEMORY 4
+#define EDGE_ERR_BACKEND 5
+#define EDGE_ERR_INTERNAL 6
+
+#define EDGE_ABSENT 0
+#define EDGE_LOADING 1
+#define EDGE_RESIDENT 2
+#define EDGE_PINNED 3
+
+struct llama_model;
+struct llama_context;
+struct ggml_tensor;
+
+// --- the library -------------------------------------------------------------------------------------
+
+EDGE_API int32_t edge_abi_version(void);           // EDGE_ABI_VERSION of the build, not a status
+EDGE_API const char * edge_header_sha256(void);    // of the header that the library was built from
+EDGE_API const char * edge_llama_cpp_commit(void);
+EDGE_API const char * edge_last_error(void);       // of this thread, "" when none
+
+// --- devices -----------------------------------------------------------------------------------------
+
+typedef struct edge_device {
+    char     name[64];
+    char     description[128];
+    int32_t  is_gpu;            // 1 for discrete and integrated GPUs, 0 for the CPU and accelerators
+    uint64_t free_bytes;
+    uint64_t total_bytes;
+} edge_device;
+
+// Adds a ggml backend module (CUDA, Vulkan, ...) to this process.
+EDGE_API int edge_backend_load(const char * path);
+EDGE_API int edge_device_count(int32_t * out);
+EDGE_API int edge_device_get(int32_t index, edge_device * out);
+EDGE_API void * edge_cpu_buffer_type(void); // what expert tensors are overridden to, not a status
+
+// --- what a model's routed experts are ---------------------------------------------------------------
+
+// A block is one MoE feed-forward of one layer; blocks are numbered in layer order. A group is the set of
+// blocks whose up, gate and down weights agree in type and shape: one slot can hold any of its experts.
+typedef struct edge_experts {
+    int32_t  n_blocks;          // 0: a dense model
+    int32_t  n_expert;
+    int32_t  n_expert_used;
+    int32_t  n_groups;
+    uint64_t total_bytes;       // of all routed experts
+} edge_experts;
+
+typedef struct edge_group {
+    int32_t  n_blocks;
+    int32_t  n_experts;         // n_blocks * n_expert
+    uint64_t expert_bytes;      // gate, up and down of one expert
+} edge_group;
+
+EDGE_API int edge_model_experts(const struct llama_model * model, edge_experts * out);
+EDGE_API int edge_model_group(const struct llama_model * model, int32_t group, edge_group * out);
+
+// Index of the first token whose text differs between two vocabularies, -1 when they agree.
+EDGE_API int edge_vocab_compare(const struct llama_model * a, const struct llama_model * b, int32_t * out);
+
+// Bytes that a context and its model hold, split by where they are. Works on a no_alloc dry load too.
+typedef struct edge_memory {
+    uint64_t model_bytes;       // weights in device buffers; mapped file pages are not counted
+    uint64_t context_bytes;     // KV cache and recurrent state
+    uint64_t compute_bytes;
+} edge_memory;
+
+EDGE_API int edge_memory_used(const struct llama_context * ctx, bool on_gpu, edge_memory * out);
+
+// --- the hook ----------------------------------------------------------------------------------------
+
+typedef struct edge_hook edge_hook;
+
+typedef struct edge_hook_params {
+    int32_t         max_width;  // tokens of the widest graph that slots serve and routing is kept for
+    int32_t         n_groups;   // length of slots; 0: keep routing only, experts stay where they are
+    const int32_t * slots;      // [n_groups] slots of each group, at least the floor
+} edge_hook_params;
+
+typedef struct edge_counters {  // since the hook was attached; design glossary has the meanings
+    uint64_t steps;             // graphs served by slots
+    uint64_t hits;
+    uint64_t misses;
+    uint64_t late;
+    uint64_t fetched;
+    uint64_t prefetched;
+    uint64_t prefetched_used;
+    uint64_t bytes_fetched;
+    uint64_t bytes_wasted;
+    uint64_t stall_ns;
+} edge_counters;
+
+// Slots that a group needs at least: every expert of one graph at once, and one to load into meanwhile.
+EDGE_API int edge_slot_floor(int32_t n_expert, int32_t n_expert_used, int32_t max_width, int32_t * out);
+
+// Attach before the model's context exists, detach after it is freed. The expert weights must lie in
+// plain host memory when slots are asked for (load with expert tensors overridden to the CPU buffer type
+// and use_extra_bufts = false).
+EDGE_API int edge_hook_attach(struct llama_model * model, const edge_hook_params * params, edge_hook ** out);
+EDGE_API int edge_hook_detach(edge_hook * hook);
+
+// The scheduler callback to install as cb_eval (user data: the hook) in a context that uses slots.
+EDGE_API bool edge_hook_eval(struct ggml_tensor * node, bool ask, void * hook);
+
+// Tells that the device is idle: the slots of the last block may be reused, and the routing of the last
+// graph is complete. Call after the context is synchronised. An error met inside the graph surfaces here.
+EDGE_API int edge_hook_end_step(edge_hook * hook);
+
+// Routing of the last graph: ids points to [n_blocks, max_width, n_expert_used] expert ids, of which the
+// first n_tokens rows of each block are valid (0 when the graph was wider than max_width). The memory
+// belongs to the hook and stays at the same address.
+EDGE_API int edge_hook_routing(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens);
+
+// Replaces the outstanding orders by these (block, expert) pairs, most urgent first. Pairs already in a
+// slot are kept from eviction until their block has run; the others are loaded by a worker thread.
+EDGE_API int edge_hook_prefetch(edge_hook * hook, const int32_t * pairs, int32_t n_pairs, int32_t * n_ordered);
+EDGE_API int edge_hook_drain(edge_hook * hook); // waits until no order is outstanding
+
+EDGE_API int edge_hook_counters(edge_hook * hook, edge_counters * out);
+EDGE_API int edge_hook_states(edge_hook * hook, uint8_t * out); // [n_blocks, n_expert] of EDGE_ABSENT..EDGE_PINNED
+EDGE_API int edge_hook_bytes(edge_hook * hook, uint64_t * out); // held on the compute device
+
+// Fills every slot that holds no expert with NaN patterns. For tests: results must not change.
+EDGE_API int edge_hook_poison_free_slots(edge_hook * hook);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,256 @@
+// The C ABI: arguments checked, exceptions turned into a status and a text.
+#include "edge_speq.h"
+
+#include "error.h"
+#include "hook.h"
+#include "vocab.h"
+
+#include "ggml-backend.h"
+#include "llama-ext.h"
+#include "llama.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <string>
+
+namespace {
+
+std::string & last_error() {
+    thread_local std::string text;
+    return text;
+}
+
+void require(bool ok, const char * what) {
+    if (!ok) {
+        throw edge::Error(EDGE_ERR_ARGUMENT, what);
+    }
+}
+
+template <typename F> int guarded(F && body) noexcept {
+    try {
+        last_error().clear();
+        body();
+        return EDGE_OK;
+    } catch (const edge::Error & e) {
+        last_error() = e.what();
+        return e.status;
+    } catch (const std::bad_alloc &) {
+        last_error() = "out of memory";
+        return EDGE_ERR_MEMORY;
+    } catch (const std::exception & e) {
+        last_error() = e.what();
+        return EDGE_ERR_INTERNAL;
+    }
+}
+
+template <size_t n> void copy_text(char (&to)[n], const char * from) {
+    std::strncpy(to, from ? from : "", n - 1);
+    to[n - 1] = '\0';
+}
+
+bool is_gpu(ggml_backend_dev_t device) {
+    const auto type = ggml_backend_dev_type(device);
+    return type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
+}
+
+edge::Residency & residency_of(const edge_hook * hook) {
+    require(hook != nullptr, "hook is null");
+    require(hook->residency() != nullptr, "the hook keeps routing only, it has no slots");
+    return *hook->residency();
+}
+
+int32_t slot_floor(int32_t n_expert, int32_t n_expert_used, int32_t max_width) {
+    return std::min(n_expert, n_expert_used * max_width) + 1;
+}
+
+void require_slots(const edge::ExpertTable & table, const edge_hook_params & params) {
+    require(params.n_groups == 0 || params.slots != nullptr, "slots is null");
+    require(params.n_groups == 0 || params.n_groups == static_cast<int32_t>(table.groups.size()),
+            "slots must name a count for each group of the model");
+    const int32_t floor = slot_floor(table.n_expert, table.n_expert_used, params.max_width);
+    for (int32_t g = 0; g < params.n_groups; ++g) {
+        if (params.slots[g] < floor) {
+            throw edge::Error(EDGE_ERR_BUDGET, "group " + std::to_string(g) + " has " + std::to_string(params.slots[g]) +
+                                                   " slots, but graphs of up to " + std::to_string(params.max_width) +
+                                                   " tokens need at least " + std::to_string(floor));
+        }
+    }
+}
+
+} // namespace
+
+extern "C" {
+
+int32_t edge_abi_version(void) { return EDGE_ABI_VERSION; }
+const char * edge_header_sha256(void) { return EDGE_SPEQ_HEADER_SHA256; }
+const char * edge_llama_cpp_commit(void) { return EDGE_SPEQ_LLAMA_COMMIT; }
+const char * edge_last_error(void) { return last_error().c_str(); }
+
+int edge_backend_load(const char * path) {
+    return guarded([&] {
+        require(path != nullptr, "path is null");
+        if (ggml_backend_load(path) == nullptr) {
+            throw edge::Error(EDGE_ERR_BACKEND, std::string(path) + " is not a ggml backend module that loads here " +
+                                                    "(a missing driver or runtime library, or built from another ggml)");
+        }
+    });
+}
+
+int edge_device_count(int32_t * out) {
+    return guarded([&] {
+        require(out != nullptr, "out is null");
+        *out = static_cast<int32_t>(ggml_backend_dev_count());
+    });
+}
+
+int edge_device_get(int32_t index, edge_device * out) {
+    return guarded([&] {
+        require(out != nullptr, "out is null");
+        require(index >= 0 && static_cast<size_t>(index) < ggml_backend_dev_count(), "no device has this index");
+        ggml_backend_dev_t device = ggml_backend_dev_get(static_cast<size_t>(index));
+        size_t free_bytes = 0;
+        size_t total_bytes = 0;
+        ggml_backend_dev_memory(device, &free_bytes, &total_bytes);
+        copy_text(out->name, ggml_backend_dev_name(device));
+        copy_text(out->description, ggml_backend_dev_description(device));
+        out->is_gpu      = is_gpu(device) ? 1 : 0;
+        out->free_bytes  = free_bytes;
+        out->total_bytes = total_bytes;
+    });
+}
+
+void * edge_cpu_buffer_type(void) { return ggml_backend_cpu_buffer_type(); }
+
+int edge_model_experts(const llama_model * model, edge_experts * out) {
+    return guarded([&] {
+        require(model != nullptr && out != nullptr, "model or out is null");
+        const edge::ExpertTable table(model);
+        out->n_blocks      = static_cast<int32_t>(table.blocks.size());
+        out->n_expert      = table.n_expert;
+        out->n_expert_used = table.n_expert_used;
+        out->n_groups      = static_cast<int32_t>(table.groups.size());
+        out->total_bytes   = table.total_bytes();
+    });
+}
+
+int edge_model_group(const llama_model * model, int32_t group, edge_group * out) {
+    return guarded([&] {
+        require(model != nullptr && out != nullptr, "model or out is null");
+        const edge::ExpertTable table(model);
+        require(group >= 0 && static_cast<size_t>(group) < table.groups.size(), "no group has this index");
+        const edge::ExpertGroup & found = table.groups[static_cast<size_t>(group)];
+        out->n_blocks     = static_cast<int32_t>(found.blocks.size());
+        out->n_experts    = out->n_blocks * table.n_expert;
+        out->expert_bytes = found.expert_bytes;
+    });
+}
+
+int edge_vocab_compare(const llama_model * a, const llama_model * b, int32_t * out) {
+    return guarded([&] {
+        require(a != nullptr && b != nullptr && out != nullptr, "model or out is null");
+        *out = edge::first_vocab_difference(a, b);
+    });
+}
+
+int edge_memory_used(const llama_context * ctx, bool on_gpu, edge_memory * out) {
+    return guarded([&] {
+        require(ctx != nullptr && out != nullptr, "ctx or out is null");
+        *out = edge_memory{};
+        for (const auto & [buft, data] : llama_get_memory_breakdown(ctx)) {
+            ggml_backend_dev_t device = ggml_backend_buft_get_device(buft);
+            const bool host = ggml_backend_buft_is_host(buft) || device == nullptr || !is_gpu(device);
+            if (host == on_gpu) {
+                continue;
+            }
+            const bool mapped = std::string(ggml_backend_buft_name(buft)).find("_Mapped") != std::string::npos;
+            out->model_bytes   += mapped ? 0 : data.model;
+            out->context_bytes += data.context;
+            out->compute_bytes += data.compute;
+        }
+    });
+}
+
+int edge_slot_floor(int32_t n_expert, int32_t n_expert_used, int32_t max_width, int32_t * out) {
+    return guarded([&] {
+        require(out != nullptr, "out is null");
+        require(n_expert > 0 && n_expert_used > 0 && max_width > 0, "counts must be positive");
+        *out = slot_floor(n_expert, n_expert_used, max_width);
+    });
+}
+
+int edge_hook_attach(llama_model * model, const edge_hook_params * params, edge_hook ** out) {
+    return guarded([&] {
+        require(model != nullptr && params != nullptr && out != nullptr, "model, params or out is null");
+        require(params->max_width > 0, "max_width must be positive");
+        require_slots(edge::ExpertTable(model), *params);
+        *out = new edge_hook(model, *params);
+    });
+}
+
+int edge_hook_detach(edge_hook * hook) {
+    return guarded([&] { delete hook; });
+}
+
+bool edge_hook_eval(ggml_tensor * node, bool ask, void * hook) {
+    return static_cast<edge_hook *>(hook)->eval(node, ask);
+}
+
+int edge_hook_end_step(edge_hook * hook) {
+    return guarded([&] {
+        require(hook != nullptr, "hook is null");
+        hook->end_step();
+    });
+}
+
+int edge_hook_routing(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens) {
+    return guarded([&] {
+        require(hook != nullptr && ids != nullptr && n_tokens != nullptr, "hook or out is null");
+        *ids      = hook->routing_ids();
+        *n_tokens = hook->routing_tokens();
+    });
+}
+
+int edge_hook_prefetch(edge_hook * hook, const int32_t * pairs, int32_t n_pairs, int32_t * n_ordered) {
+    return guarded([&] {
+        edge::Residency & residency = residency_of(hook);
+        require(n_pairs >= 0 && (pairs != nullptr || n_pairs == 0) && n_ordered != nullptr, "pairs or out is null");
+        const auto n_blocks = static_cast<int32_t>(hook->table().blocks.size());
+        for (int32_t i = 0; i < n_pairs; ++i) {
+            require(pairs[2 * i] >= 0 && pairs[2 * i] < n_blocks, "no block has this index");
+            require(pairs[2 * i + 1] >= 0 && pairs[2 * i + 1] < hook->table().n_expert, "no expert has this index");
+        }
+        *n_ordered = residency.prefetch(pairs, n_pairs);
+    });
+}
+
+int edge_hook_drain(edge_hook * hook) {
+    return guarded([&] { residency_of(hook).drain(); });
+}
+
+int edge_hook_counters(edge_hook * hook, edge_counters * out) {
+    return guarded([&] {
+        require(out != nullptr, "out is null");
+        *out = residency_of(hook).counters();
+    });
+}
+
+int edge_hook_states(edge_hook * hook, uint8_t * out) {
+    return guarded([&] {
+        require(out != nullptr, "out is null");
+        residency_of(hook).states(out);
+    });
+}
+
+int edge_hook_bytes(edge_hook * hook, uint64_t * out) {
+    return guarded([&] {
+        require(hook != nullptr && out != nullptr, "hook or out is null");
+        *out = hook->bytes();
+    });
+}
+
+int edge_hook_poison_free_slots(edge_hook * hook) {
+    return guarded([&] { residency_of(hook).poison_free_slots(); });
+}
+
+} // extern "C"

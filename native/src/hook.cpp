@@ -1,0 +1,132 @@
+#include "hook.h"
+
+#include "error.h"
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "llama-ext.h"
+#include "llama-moe-hook.h"
+
+#include <cstdio>
+#include <cstring>
+#include <exception>
+
+namespace {
+
+constexpr char route_prefix[] = "edge_route-";
+
+// The device that the model's layers run on: its first GPU, else the CPU.
+ggml_backend_buffer_type_t compute_buffer_type(const llama_model * model) {
+    ggml_backend_dev_t device = llama_model_n_devices(model) > 0 ? llama_model_get_device(model, 0)
+                                                                 : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    return ggml_backend_dev_buffer_type(device);
+}
+
+void build_hook(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block * block, void * hook) {
+    static_cast<edge_hook *>(hook)->build(ctx, gf, *block);
+}
+
+} // namespace
+
+edge_hook::edge_hook(llama_model * model, const edge_hook_params & params)
+    : model_(model), table_(model), max_width_(params.max_width),
+      block_ids_(static_cast<size_t>(params.max_width) * static_cast<size_t>(table_.n_expert_used)),
+      host_routing_(table_.blocks.size() * block_ids_), slot_ids_(block_ids_) {
+    if (table_.blocks.empty()) {
+        throw edge::Error(EDGE_ERR_UNSUPPORTED, "the model has no routed experts that the hook knows");
+    }
+    ggml_backend_buffer_type_t buft = compute_buffer_type(model);
+    if (params.n_groups > 0) {
+        table_.require_host_weights();
+        residency_ = std::make_unique<edge::Residency>(
+            table_, std::vector<int32_t>(params.slots, params.slots + params.n_groups), buft);
+    }
+    ggml_init_params init{};
+    init.mem_size = ggml_tensor_overhead();
+    init.no_alloc = true;
+    ctx_.reset(ggml_init(init));
+    leaf_ = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_I32, table_.n_expert_used, max_width_,
+                               static_cast<int64_t>(table_.blocks.size()));
+    ggml_set_name(leaf_, "edge_routing");
+    buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_.get(), buft));
+    if (!buffer_) {
+        throw edge::Error(EDGE_ERR_MEMORY, "cannot allocate the routing buffer on the compute device");
+    }
+    ggml_backend_buffer_clear(buffer_.get(), 0);
+
+    const bool read_in_place = !residency_ && ggml_backend_buffer_is_host(buffer_.get());
+    routing_ = read_in_place ? static_cast<const int32_t *>(leaf_->data) : host_routing_.data();
+    llama_model_set_moe_hook(model_, build_hook, this);
+}
+
+edge_hook::~edge_hook() {
+    llama_model_set_moe_hook(model_, nullptr, nullptr);
+}
+
+void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block) {
+    const int32_t number = table_.find(block.down);
+    const int64_t width  = block.ids->ne[1];
+    // prefill, warm-up graphs that use every expert, and blocks that are not ours keep the stock graph
+    if (number < 0 || width > max_width_ || block.ids->ne[0] != table_.n_expert_used) {
+        n_tokens_ = 0;
+        return;
+    }
+    n_tokens_ = static_cast<int32_t>(width);
+    ggml_tensor * view = ggml_view_2d(ctx, leaf_, table_.n_expert_used, width, leaf_->nb[1],
+                                      static_cast<size_t>(number) * leaf_->nb[2]);
+    ggml_tensor * route = ggml_cpy(ctx, block.ids, view);
+    ggml_format_name(route, "%s%d", route_prefix, number);
+    ggml_build_forward_expand(gf, route);
+    if (!residency_) {
+        return;
+    }
+    const int32_t group = table_.blocks[static_cast<size_t>(number)].group;
+    const edge::SlotStore & store = residency_->store();
+    block.up      = store.tensor(group, edge::role_up);
+    block.gate    = store.tensor(group, edge::role_gate);
+    block.down    = store.tensor(group, edge::role_down);
+    block.gate_up = store.tensor(group, edge::role_gate_up);
+    block.ids     = route;
+}
+
+// Returning false would not stop the graph (the scheduler leaves only this split), so an error is kept for
+// end_step() and the matmuls read slot 0: the result is wrong but defined, and the caller discards it.
+bool edge_hook::eval(ggml_tensor * node, bool ask) noexcept {
+    if (node->op != GGML_OP_CPY || std::strncmp(node->name, route_prefix, sizeof(route_prefix) - 1) != 0) {
+        return !ask;
+    }
+    if (ask) {
+        return true;
+    }
+    const int32_t n = static_cast<int32_t>(ggml_nelements(node));
+    std::fill_n(slot_ids_.begin(), n, 0);
+    try {
+        int number = -1;
+        if (std::sscanf(node->name + sizeof(route_prefix) - 1, "%d", &number) != 1) {
+            throw edge::Error(EDGE_ERR_INTERNAL, std::string("unexpected node name ") + node->name);
+        }
+        int32_t * ids = routing_of(number);
+        ggml_backend_tensor_get(node, ids, 0, static_cast<size_t>(n) * sizeof(int32_t));
+        residency_->demand(number, ids, n, slot_ids_.data());
+    } catch (const std::exception & e) {
+        error_ = e.what();
+    }
+    ggml_backend_tensor_set(node, slot_ids_.data(), 0, static_cast<size_t>(n) * sizeof(int32_t));
+    return true;
+}
+
+void edge_hook::end_step() {
+    if (residency_) {
+        residency_->end_step();
+    } else if (routing_ == host_routing_.data() && n_tokens_ > 0) {
+        ggml_backend_tensor_get(leaf_, host_routing_.data(), 0, host_routing_.size() * sizeof(int32_t));
+    }
+    if (!error_.empty()) {
+        const std::string what = error_;
+        error_.clear();
+        throw edge::Error(EDGE_ERR_INTERNAL, what);
+    }
+}
+
+uint64_t edge_hook::bytes() const {
+    return ggml_backend_buffer_get_size(buffer_.get()) + (residency_ ? residency_->bytes() : 0);
+}

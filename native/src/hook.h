@@ -1,0 +1,51 @@
+#pragma once
+
+#include "edge_speq.h"
+#include "experts.h"
+#include "residency.h"
+
+#include "ggml-cpp.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+struct llama_moe_block;
+
+// What edge_hook_attach hangs on one model. While the graph is built it copies each block's routing into a
+// leaf of ours and, with slots, has the expert matmuls read the slots by that leaf. While the graph runs it
+// turns the leaf's expert ids into slot ids, in place, before the matmuls see them: the dependency is
+// visible to every scheduler and no second ids tensor is needed.
+struct edge_hook {
+    edge_hook(llama_model * model, const edge_hook_params & params);
+    ~edge_hook();
+    edge_hook(const edge_hook &) = delete;
+    edge_hook & operator=(const edge_hook &) = delete;
+
+    void build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block);
+    bool eval(ggml_tensor * node, bool ask) noexcept;
+    void end_step();
+
+    const int32_t * routing_ids() const { return routing_; }
+    int32_t routing_tokens() const { return n_tokens_; }
+    const edge::ExpertTable & table() const { return table_; }
+    edge::Residency * residency() const { return residency_.get(); }
+    uint64_t bytes() const;
+
+private:
+    int32_t * routing_of(int32_t block) { return host_routing_.data() + static_cast<size_t>(block) * block_ids_; }
+
+    llama_model *                    model_;
+    edge::ExpertTable                table_;
+    int32_t                          max_width_;
+    size_t                           block_ids_;     // ids of one block in the leaf: max_width * n_expert_used
+    ggml_context_ptr                 ctx_;
+    ggml_backend_buffer_ptr          buffer_;
+    ggml_tensor *                    leaf_ = nullptr; // [n_expert_used, max_width, n_blocks] I32
+    std::unique_ptr<edge::Residency> residency_;
+    std::vector<int32_t>             host_routing_;
+    std::vector<int32_t>             slot_ids_;
+    const int32_t *                  routing_ = nullptr;
+    int32_t                          n_tokens_ = 0;
+    std::string                      error_;
+};

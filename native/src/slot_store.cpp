@@ -1,0 +1,62 @@
+#include "slot_store.h"
+
+#include "edge_speq.h"
+#include "error.h"
+#include "ggml-alloc.h"
+
+#include <string>
+
+namespace edge {
+
+SlotStore::SlotStore(const ExpertTable & table, const std::vector<int32_t> & slots, ggml_backend_buffer_type_t buft) {
+    ggml_init_params params{};
+    params.mem_size = ggml_tensor_overhead() * table.groups.size() * n_roles;
+    params.no_alloc = true;
+    ctx_.reset(ggml_init(params));
+
+    for (size_t g = 0; g < table.groups.size(); ++g) {
+        const BlockWeights & like = table.blocks[static_cast<size_t>(table.groups[g].blocks.front())].weights;
+        std::array<ggml_tensor *, n_roles> group{};
+        for (size_t role = 0; role < like.size(); ++role) {
+            if (like[role]) {
+                group[role] = ggml_new_tensor_3d(ctx_.get(), like[role]->type, like[role]->ne[0], like[role]->ne[1], slots[g]);
+                ggml_format_name(group[role], "edge_slots-%zu-%zu", g, role);
+            }
+        }
+        tensors_.push_back(group);
+    }
+    buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_.get(), buft));
+    if (!buffer_) {
+        throw Error(EDGE_ERR_MEMORY, std::string("cannot allocate the expert slots on ") + ggml_backend_buft_name(buft) +
+                                         "; ask for fewer (a smaller resident share or VRAM budget)");
+    }
+    ggml_backend_buffer_clear(buffer_.get(), 0);
+    ggml_backend_buffer_set_usage(buffer_.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+}
+
+uint64_t SlotStore::bytes() const {
+    return ggml_backend_buffer_get_size(buffer_.get());
+}
+
+void SlotStore::load(const ExpertBlock & block, int32_t expert, int32_t slot) const {
+    const auto & group = tensors_[static_cast<size_t>(block.group)];
+    for (size_t role = 0; role < group.size(); ++role) {
+        if (group[role]) {
+            const ggml_tensor * weight = block.weights[role];
+            const size_t bytes = weight->nb[2];
+            ggml_backend_tensor_set(group[role], static_cast<const char *>(weight->data) + bytes * static_cast<size_t>(expert),
+                                    bytes * static_cast<size_t>(slot), bytes);
+        }
+    }
+}
+
+void SlotStore::fill(int32_t group, int32_t slot, uint8_t byte) const {
+    for (ggml_tensor * tensor : tensors_[static_cast<size_t>(group)]) {
+        if (tensor) {
+            const std::vector<uint8_t> pattern(tensor->nb[2], byte);
+            ggml_backend_tensor_set(tensor, pattern.data(), tensor->nb[2] * static_cast<size_t>(slot), tensor->nb[2]);
+        }
+    }
+}
+
+} // namespace edge

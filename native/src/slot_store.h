@@ -1,0 +1,31 @@
+#pragma once
+
+#include "experts.h"
+#include "ggml-cpp.h"
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+namespace edge {
+
+// The memory behind the slots: per group one tensor [ne0, ne1, n_slots] for each weight, on the compute
+// device, zeroed at allocation (kernels may over-read a row's tail) and filled by copies from host weights.
+class SlotStore {
+public:
+    SlotStore(const ExpertTable & table, const std::vector<int32_t> & slots, ggml_backend_buffer_type_t buft);
+
+    ggml_tensor * tensor(int32_t group, Role role) const { return tensors_[static_cast<size_t>(group)][role]; }
+    uint64_t bytes() const;
+
+    // Copies gate, up and down of one expert; returns when they have arrived. Thread-safe for distinct slots.
+    void load(const ExpertBlock & block, int32_t expert, int32_t slot) const;
+    void fill(int32_t group, int32_t slot, uint8_t byte) const;
+
+private:
+    ggml_context_ptr                                   ctx_;
+    ggml_backend_buffer_ptr                            buffer_;
+    std::vector<std::array<ggml_tensor *, n_roles>>    tensors_;
+};
+
+} // namespace edge
