@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from edge_speq.core import EdgeError, Plan, Stats
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["EdgeError", "EdgeLlama", "Plan", "Stats", "__version__"]
+
+logging.getLogger("edge_speq").addHandler(logging.NullHandler())  # a library prints nothing unasked
 
 
 def __getattr__(name: str) -> Any:

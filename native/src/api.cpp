@@ -68,8 +68,10 @@ void require_slots(const edge::ExpertTable & table, const edge_hook_params & par
     require(params.n_groups == 0 || params.slots != nullptr, "slots is null");
     require(params.n_groups == 0 || params.n_groups == static_cast<int32_t>(table.groups.size()),
             "slots must name a count for each group of the model");
-    const int32_t floor = slot_floor(table.n_expert, table.n_expert_used, params.max_width);
     for (int32_t g = 0; g < params.n_groups; ++g) {
+        // a slot for every expert is enough for any graph
+        const int32_t n_experts = static_cast<int32_t>(table.groups[static_cast<size_t>(g)].blocks.size()) * table.n_expert;
+        const int32_t floor = std::min(n_experts, slot_floor(table.n_expert, table.n_expert_used, params.max_width));
         if (params.slots[g] < floor) {
             throw edge::Error(EDGE_ERR_BUDGET, "group " + std::to_string(g) + " has " + std::to_string(params.slots[g]) +
                                                    " slots, but graphs of up to " + std::to_string(params.max_width) +

@@ -1,0 +1,5 @@
+import sys
+
+from edge_speq.cli import main
+
+sys.exit(main())

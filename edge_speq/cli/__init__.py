@@ -1,0 +1,47 @@
+"""The edge-speq command. stdout is data, stderr is progress; exit 0 ok, 1 failure, 2 usage, 130 on Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from edge_speq import __version__
+from edge_speq.cli import run
+from edge_speq.core import EdgeError
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from edge_speq import _native
+
+        _native.load_backends()
+        names = ", ".join(str(device) for device in _native.devices())
+        print(f"edge-speq {__version__} (llama.cpp {_native.llama_cpp_commit()[:10]}; {names})")
+        parser.exit()
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="edge-speq", description="Run MoE GGUF models larger than the GPU.")
+    top.add_argument("--version", action=_Version, nargs=0, help="package, llama.cpp commit and devices")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    run.add_parser(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        arguments = parser().parse_args(argv)
+        logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s")
+        return int(arguments.command(arguments))
+    except EdgeError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return 2 if error.usage else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read stdout has gone; nobody wants a traceback
+        return 1

@@ -1,0 +1,49 @@
+"""Foresight: which (block, expert) pairs the next verify step will want, and how much.
+
+Every source is a class with `observe` (what the target just routed) and `predict` (a score for each
+expert); which one serves is decided by what the draft allows.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_speq.core import Experts
+from edge_speq.foresight.counts import Counts
+from edge_speq.foresight.twin import Twin
+
+Scores = npt.NDArray[np.float32]
+Routing = npt.NDArray[np.int32]
+
+
+class Foresight(Protocol):
+    name: str
+
+    def observe(self, routing: Routing) -> None:
+        """routing: [n_blocks, n_tokens, n_expert_used] of the accepted tokens of one step."""
+
+    def predict(self, draft_routing: Routing | None) -> Scores:
+        """Expected uses in the next verify step, [n_blocks, n_expert].
+
+        draft_routing: [n_blocks, n_tokens, n_expert_used] of the drafted tokens, None when the draft is dense.
+        """
+
+
+def choose(target: Experts, draft: Experts | None) -> Foresight:
+    """`twin` when the draft's routing maps expert to expert (same blocks, same experts), else `counts`."""
+    is_twin = draft is not None and (draft.n_blocks, draft.n_expert) == (target.n_blocks, target.n_expert)
+    return Twin(target) if is_twin else Counts(target)
+
+
+def orders(scores: Scores, threshold: float) -> npt.NDArray[np.int32]:
+    """(block, expert) pairs with a score of at least threshold, [n, 2]: earliest block first, since its
+    deadline comes first, then by falling score."""
+    block, expert = np.nonzero(scores >= threshold)
+    by_urgency = np.lexsort((-scores[block, expert], block))
+    return np.stack([block, expert], axis=1)[by_urgency].astype(np.int32)
+
+
+__all__ = ["Counts", "Foresight", "Twin", "choose", "orders"]

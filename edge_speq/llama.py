@@ -1,0 +1,410 @@
+"""EdgeLlama: a llama_cpp.Llama whose experts live in slots and whose draft looks ahead for them."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import logging
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp import Llama
+
+from edge_speq import _native, engine, foresight, plan, speculate
+from edge_speq.core import (
+    COMPUTES,
+    POLICIES,
+    EdgeError,
+    ExpertCounters,
+    Experts,
+    MemoryUse,
+    Plan,
+    Speculation,
+    Stats,
+    Timing,
+    parse_bytes,
+    parse_share,
+)
+from edge_speq.governor import Governor
+from edge_speq.log import route_llama_cpp_log
+
+log = logging.getLogger("edge_speq")
+
+
+class EdgeLlama(Llama):
+    """A llama_cpp.Llama with a bounded set of experts on the compute device.
+
+    Args (besides those of llama_cpp.Llama, which all keep their meaning; n_gpu_layers defaults to all):
+        draft: path of a draft GGUF with the model's vocabulary.
+        resident: share of the routed-expert bytes that slots may hold, 0.25 or "1/4".
+        vram_budget: bytes ("6GiB") that everything on the compute device may take together, or "auto" for
+            what is free less a margin. On a CPU-only machine it bounds the same things in RAM, mapped file
+            pages not counted.
+        speculation: draft tokens per step, or "auto".
+        policy: "auto" (slots with foresight, or no slots where everything fits or nothing bounds them), "lru"
+            (slots, demand loads only), "cpu-moe" (experts stay on the CPU) or "all" (everything resident).
+        compute: "auto" or "device": missing experts are fetched and computed on the device.
+
+    Raises EdgeError for everything a caller can mend. One instance serves one thread at a time.
+    """
+
+    _redirect_output = False  # read by the patched llama_cpp.Llama
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        draft: str | Path | None = None,
+        resident: float | str | None = None,
+        vram_budget: int | str | None = None,
+        speculation: int | str = "auto",
+        policy: str = "auto",
+        compute: str = "auto",
+        n_gpu_layers: int = -1,
+        verbose: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self._edge_arguments = {
+            "draft": draft,
+            "resident": resident,
+            "vram_budget": vram_budget,
+            "speculation": speculation,
+            "policy": policy,
+            "compute": compute,
+        }
+        _require_choice("policy", policy, POLICIES)
+        _require_choice("compute", compute, COMPUTES)
+        if kwargs.pop("draft_model", None) is not None:
+            raise EdgeError("draft_model is not supported yet", "give a draft GGUF as draft=", usage=True)
+        self._policy = policy
+        self._wanted_k = _parse_speculation(speculation)
+        self._resident = None if resident is None else parse_share(resident)
+        self._draft_path = None if draft is None or self._wanted_k == 0 else engine.check_model_file(draft, "draft")
+        engine.check_model_file(model_path)
+
+        llama_cpp.llama_backend_init()
+        route_llama_cpp_log()
+        _native.load_backends()
+        self.device = _native.compute_device()
+        self._budget_bytes = self._parse_budget(vram_budget)
+
+        self._hook: _native.Hook | None = None
+        self._draft: engine.DraftModel | None = None
+        self._foresight: foresight.Foresight | None = None
+        self._draft_routing: foresight.Routing | None = None
+        self._stopping_criteria: Any = None
+        self._timing = Timing()
+        self._speculation = Speculation()
+        self._pending: list[int] = []
+        self._n_rows = 0  # logits rows of the last verify
+        self._n_kept = 0
+        try:
+            super().__init__(model_path, n_gpu_layers=n_gpu_layers, verbose=verbose, **kwargs)
+            self._load_draft()
+        except ValueError as error:
+            self.close()
+            raise EdgeError(f"cannot load {model_path}: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    # --- loading: called by llama_cpp.Llama.__init__ -------------------------------------------------
+
+    def _configure(self, model_params: Any, context_params: Any) -> None:
+        context_params.swa_full = True  # rolling back drafted tokens needs the whole window
+        # repacked weights are copies in RAM, which a budget would have to count
+        model_params.use_extra_bufts = self._budget_bytes is None
+        self._draft_params = engine.copy_params(model_params)
+        self._keep_alive = engine.experts_on_host(model_params)
+        self._experts, fixed_bytes = self._survey(model_params, context_params)
+        self._plan = plan.plan(
+            self._experts,
+            policy=self._policy,
+            resident=self._resident,
+            budget_bytes=self._budget_bytes,
+            fixed_bytes=fixed_bytes,
+            speculation=self._wanted_k,
+            has_draft=self._draft_path is not None,
+        )
+        log.info("plan: %s", self._plan.reason)
+        if self._plan.policy == "slots":
+            model_params.use_extra_bufts = False  # repacking would move the experts to another layout
+        elif self._plan.policy == "all":
+            model_params.tensor_buft_overrides = None
+
+    def _survey(self, model_params: Any, context_params: Any) -> tuple[Experts, int]:
+        """The model's experts and, where a budget asks, the bytes on the device of everything but slots."""
+        contexts = engine.copy_params(context_params) if self._budget_bytes is not None else None
+        if contexts is not None and contexts.n_ctx == 0:
+            contexts.n_batch = contexts.n_ubatch = 512  # llama_cpp.Llama fills these in after loading
+        experts, target = engine.dry_load(Path(self.model_path), model_params, contexts, "model")
+        draft = MemoryUse()
+        if self._draft_path is not None and contexts is not None:
+            _, draft = engine.dry_load(self._draft_path, self._draft_params, contexts, "draft")
+        return experts, target.total + draft.total
+
+    def _model_loaded(self) -> None:
+        if self._plan.policy == "slots":
+            self._hook = _native.Hook(self._model.model, self._experts, self._plan.k_max + 1, self._plan.slots)
+            # closed after the context that uses it and before the model that it hangs on
+            self._stack.callback(self._hook.detach)
+            engine.install_eval_callback(self.context_params, self._hook)
+
+    def _load_draft(self) -> None:
+        k_max = self._plan.k_max
+        if k_max and (self._is_recurrent or self._is_hybrid):
+            log.warning("the model's recurrent state cannot be rolled back: speculation is off")
+            k_max = 0
+        self._governor = Governor(k_max, fixed=self._wanted_k is not None)
+        if self._draft_path is not None and k_max:
+            context_params = engine.copy_params(self.context_params)
+            context_params.cb_eval = type(context_params.cb_eval)(0)
+            self._draft = engine.DraftModel(self._draft_path, self._draft_params, context_params, k_max + 2)
+            self._stack.callback(self._draft.close)
+            self._draft.require_vocabulary_of(self._model.model)
+        if self._hook is not None and self._draft is not None and self._policy == "auto":
+            self._foresight = foresight.choose(self._experts, self._draft.experts)
+        used = self.memory_used()
+        if self._budget_bytes is not None and used > self._budget_bytes:
+            raise EdgeError(
+                f"{used} bytes are in use on {self.device.name}, over the budget of {self._budget_bytes}",
+                f"ask for at least {used} bytes",
+            )
+
+    def _parse_budget(self, vram_budget: int | str | None) -> int | None:
+        if vram_budget == "auto":
+            return max(0, self.device.free_bytes - plan.AUTO_MARGIN)
+        return None if vram_budget is None else parse_bytes(vram_budget)
+
+    def close(self) -> None:
+        """Frees models, contexts and slots. stats() keeps the counters."""
+        if "_stack" in self.__dict__:  # absent when the arguments were refused
+            super().close()
+
+    # --- generating ------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        temp: float = 0.80,
+        repeat_penalty: float = 1.0,
+        reset: bool = True,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_tau: float = 5.0,
+        mirostat_eta: float = 0.1,
+        penalize_nl: bool = True,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        grammar: Any = None,
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """Yields tokens after the prompt, as llama_cpp.Llama.generate does; tokens sent in become text."""
+        self._mirostat_mu = ctypes.c_float(2.0 * mirostat_tau)
+        self._stopping_criteria = stopping_criteria
+        self._sampler = self._init_sampler(
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            typical_p=typical_p,
+            temp=temp,
+            repeat_penalty=repeat_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            tfs_z=tfs_z,
+            mirostat_mode=mirostat_mode,
+            mirostat_tau=mirostat_tau,
+            mirostat_eta=mirostat_eta,
+            penalize_nl=penalize_nl,
+            logits_processor=logits_processor,
+            grammar=grammar,
+        )
+        self._timing.n_prompt += len(tokens)
+        started = time.perf_counter()
+        stream = speculate.generate(self, self._reuse_prefix(list(tokens)) if reset else tokens)
+        yield from self._timed(stream, started)
+
+    def _timed(
+        self, stream: Generator[int, Sequence[int] | None, None], started: float
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """Counts tokens and the seconds that the stream itself takes, not those of whoever consumes it."""
+        timing, sent, first = self._timing, None, True
+        try:
+            while True:
+                token = stream.send(sent)
+                elapsed = time.perf_counter() - started
+                timing.n_generated += 1
+                if first:
+                    timing.ttft_seconds, first = elapsed, False
+                else:
+                    timing.n_decoded += 1
+                    timing.decode_seconds += elapsed
+                sent = yield token
+                started = time.perf_counter()
+        except StopIteration:
+            return
+        finally:
+            stream.close()
+
+    def _reuse_prefix(self, tokens: list[int]) -> list[int]:
+        """Keeps what the KV cache shares with tokens and returns the rest; [] when its logits are live too."""
+        held = self._input_ids
+        n = min(len(held), len(tokens))
+        different = np.flatnonzero(held[:n] != np.asarray(tokens[:n], dtype=np.intc))
+        shared = int(different[0]) if len(different) else n
+        if shared == len(tokens) == self.n_tokens and shared and not self._requires_eval:
+            return []
+        shared = min(shared, len(tokens) - 1)  # the last token is decoded again for its logits
+        if shared <= 0 or not self._ctx.kv_cache_seq_rm(-1, shared, -1):
+            self.reset()
+            return tokens
+        self.n_tokens = shared
+        self._requires_eval = True
+        return tokens[shared:]
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Decodes tokens into the context, as llama_cpp.Llama.eval does."""
+        if len(tokens):
+            self.verify(list(tokens), [])
+
+    # --- the engine of speculate.generate --------------------------------------------------------------
+
+    def draft(self, pending: list[int]) -> list[int]:
+        self._speculation.steps += 1
+        self._draft_routing = None
+        room = min(self._plan.k_max + 1, self._n_ctx - self.n_tokens) - len(pending)
+        room = min(room, self._governor.k())
+        if self._draft is None or room <= 0:
+            return []
+        text = np.concatenate([self._input_ids, np.asarray(pending, dtype=np.intc)])
+        # a clone draws the random numbers that the target's sampler is about to draw: similar distributions
+        # then pick the same token. A Python logits processor cannot be cloned.
+        if self._sampler.custom_samplers:
+            sampler = llama_cpp.llama_sampler_init_greedy()
+        else:
+            sampler = llama_cpp.llama_sampler_clone(self._sampler.sampler)
+        try:
+            drafted, self._draft_routing = self._draft.propose(text, room, sampler)
+        finally:
+            llama_cpp.llama_sampler_free(sampler)
+        self._speculation.drafted += len(drafted)
+        return drafted
+
+    def foresee(self) -> None:
+        if self._foresight is None or self._hook is None:
+            return
+        scores = self._foresight.predict(self._draft_routing)
+        self._hook.prefetch(foresight.orders(scores, self._foresight.threshold))
+
+    def verify(self, pending: list[int], drafted: list[int]) -> None:
+        self._pending, self._n_kept, self._n_rows = pending, 0, len(drafted) + 1
+        if not pending:
+            return
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        self._requires_eval = True  # until the step is settled
+        tokens = pending + drafted
+        # llama.cpp takes its batch threads from two tokens on; a verify step is as narrow as a decode step, and
+        # more threads than that only wait for each other
+        narrow = len(tokens) <= self._plan.k_max + 1
+        self._ctx.set_n_threads(self.n_threads, self.n_threads if narrow else self.n_threads_batch)
+        for start in range(0, len(tokens), self.n_batch):
+            chunk = tokens[start : start + self.n_batch]
+            past = self.n_tokens + start
+            last = start + len(chunk) == len(tokens)
+            n_logits = min(self._n_rows, len(chunk)) if last else 1
+            engine.decode(self._ctx, self._batch, chunk, past, n_logits, logits_all=self._logits_all)
+            self.input_ids[past : past + len(chunk)] = chunk
+            if self._logits_all:
+                logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(chunk) * self._n_vocab,))
+                self.scores[past : past + len(chunk), :].reshape(-1)[:] = logits
+            if self._hook is not None:
+                llama_cpp.llama_synchronize(self._ctx.ctx)
+                self._hook.end_step()
+        self.n_tokens += len(pending)
+        self._requires_eval = len(drafted) > 0
+
+    def pick(self, row: int) -> int | None:
+        from_last = row - self._n_rows
+        token = int(self._sampler.sample(self._ctx, from_last))
+        if self._stopping_criteria is not None:
+            logits = np.ctypeslib.as_array(self._ctx.get_logits_ith(from_last), shape=(self._n_vocab,))
+            if self._stopping_criteria(self._input_ids, logits):
+                return None
+        return token
+
+    def keep(self, token: int) -> None:
+        self.n_tokens += 1
+        self._n_kept += 1
+        self._speculation.accepted += 1
+
+    def settle(self) -> None:
+        if self._foresight is not None and self._hook is not None:
+            self._foresight.observe(self._hook.routing()[:, : len(self._pending) + self._n_kept, :])
+        self._governor.observe(self._n_rows - 1, self._n_kept)
+        if self._n_kept + 1 < self._n_rows:
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        else:
+            self._requires_eval = False
+
+    # --- reporting -------------------------------------------------------------------------------------
+
+    def memory_used(self) -> int:
+        """Bytes on the compute device: dense weights, KV caches, draft, compute buffers and slots."""
+        on_gpu = self.device.is_gpu
+        used = _native.memory_used(self._ctx.ctx, on_gpu).total
+        if self._draft is not None:
+            used += self._draft.memory_used().total
+        return used + (self._hook.bytes_held() if self._hook is not None else 0)
+
+    def stats(self) -> Stats:
+        """What happened since the model was loaded. A snapshot: later events do not change it."""
+        from edge_speq import __version__
+
+        counters = ExpertCounters(total=self._experts.total)
+        if self._hook is not None:
+            counters = self._hook.counters()
+        elif self._plan.policy == "cpu-moe":
+            counters = ExpertCounters(total=self._experts.total, hits=None, misses=None, cpu_computed=None)
+        return Stats(
+            timing=copy.copy(self._timing),
+            speculation=copy.copy(self._speculation),
+            experts=counters,
+            plan=self._plan,
+            used_bytes=self.memory_used() if self._ctx.ctx is not None else 0,
+            device=str(self.device),
+            llama_cpp_commit=_native.llama_cpp_commit(),
+            edge_speq_version=__version__,
+            foresight=self._foresight.name if self._foresight is not None else "none",
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("draft_model", None)
+        return state | self._edge_arguments
+
+
+def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise EdgeError(f"{name}={value!r} is not known", f"choose one of {', '.join(choices)}", usage=True)
+
+
+def _parse_speculation(value: int | str) -> int | None:
+    """Draft tokens a step, None for "auto"."""
+    if value == "auto":
+        return None
+    try:
+        k = int(value)
+    except ValueError:
+        k = -1
+    if not 0 <= k <= 64:
+        raise EdgeError(f"speculation={value!r} is not a number of draft tokens", "give 0 to 64, or auto", usage=True)
+    return k

@@ -1,0 +1,63 @@
+"""The generate loop: draft, foresee, verify, accept.
+
+Every emitted token is what the target's own sampler picks on the verify logits ("sample and match"), so any
+sampler and any grammar stay exact: the sampler runs once per emitted token, in order, as without a draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Protocol
+
+
+class Engine(Protocol):
+    def draft(self, pending: list[int]) -> list[int]:
+        """Tokens that may follow pending, none when the engine would rather not speculate."""
+
+    def foresee(self) -> None:
+        """Orders the experts that verifying is expected to need."""
+
+    def verify(self, pending: list[int], drafted: list[int]) -> None:
+        """Decodes both; row i of the logits is then for the token after pending + drafted[:i]."""
+
+    def pick(self, row: int) -> int | None:
+        """The sampler's pick from a row, None when a stopping criterion says so."""
+
+    def keep(self, token: int) -> None:
+        """This drafted token is part of the text now."""
+
+    def settle(self) -> None:
+        """Forgets the drafted tokens that were not kept."""
+
+
+def generate(engine: Engine, prompt: Sequence[int]) -> Generator[int, Sequence[int] | None, None]:
+    """Yields tokens after prompt, without end; tokens sent in are taken as part of the text.
+
+    prompt may be empty when the engine's last logits are still those of its text.
+    """
+    pending: list[int] | None = list(prompt)
+    drafted: list[int] = []  # a prompt is verified alone
+    while pending is not None:
+        engine.verify(pending, drafted)
+        pending = yield from accept(engine, drafted)
+        if pending is not None:
+            drafted = engine.draft(pending)
+            engine.foresee()
+
+
+def accept(engine: Engine, drafted: list[int]) -> Generator[int, Sequence[int] | None, list[int] | None]:
+    """Emits the sampled tokens while they match the draft, and the first one that does not. Returns the tokens
+    that the target has yet to see, None at the end of the text."""
+    try:
+        for row, guess in enumerate([*drafted, None]):
+            token = engine.pick(row)
+            if token is None:
+                return None
+            if token == guess:
+                engine.keep(token)
+            sent = list((yield token) or ())
+            if token != guess or sent:
+                return sent if token == guess else [token, *sent]
+        raise AssertionError("the last row has no guess, so its token never matches")
+    finally:
+        engine.settle()

@@ -1,0 +1,81 @@
+"""Fixtures: tiny models written on the spot, the bundled pair, and the markers' switches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import llama_cpp
+import pytest
+import tiny_models
+
+from edge_speq import _native, demo
+from edge_speq.log import route_llama_cpp_log
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    has_gpu = None
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+        if "gpu" in item.keywords:
+            has_gpu = _has_gpu() if has_gpu is None else has_gpu
+            if not has_gpu:
+                item.add_marker(pytest.mark.skip(reason="no GPU backend: see EDGE_SPEQ_BACKENDS"))
+
+
+def _has_gpu() -> bool:
+    llama_cpp.llama_backend_init()
+    _native.load_backends()
+    return _native.compute_device().is_gpu
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    llama_cpp.llama_backend_init()
+    route_llama_cpp_log()
+
+
+@pytest.fixture(scope="session")
+def bundled() -> tuple[Path, Path]:
+    """The bundled target and draft."""
+    return demo.path(demo.MODEL), demo.path(demo.DRAFT)
+
+
+class TinyModels:
+    """Writes each tiny model once, at first use, and quantizes it."""
+
+    types = {  # noqa: RUF012
+        "F16": None,
+        "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+        "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+        "Q2_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K,
+    }
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def moe(self, arch: tiny_models.Arch, kind: str = "F16") -> Path:
+        return self._make(arch, kind, partial(tiny_models.write_tiny, arch=arch, n_layer=4))
+
+    def dense(self, vocab: tiny_models.Vocab = "bytes") -> Path:
+        return self._make(f"dense-{vocab}", "F16", partial(tiny_models.write_tiny_dense, vocab=vocab))
+
+    def _make(self, name: str, kind: str, write: partial[Path]) -> Path:
+        path = self._folder / f"{name}.{kind}.gguf"
+        if not path.exists():
+            if kind == "F16":
+                write(path)
+            else:
+                tiny_models.quantize(self._make(name, "F16", write), path, self.types[kind])
+        return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModels]:
+    yield TinyModels(tmp_path_factory.mktemp("tiny"))

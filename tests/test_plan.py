@@ -1,0 +1,89 @@
+"""Plans are arithmetic on a model's expert groups: no model is loaded here."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_speq import _native
+from edge_speq.core import EdgeError, ExpertGroup, Experts
+from edge_speq.plan import plan
+
+TALES = Experts(6, 32, 4, (ExpertGroup(6, 192, 100_000),))
+TWO_GROUPS = Experts(8, 8, 2, (ExpertGroup(5, 40, 1000), ExpertGroup(3, 24, 1500)))
+DENSE = Experts(0, 0, 0, ())
+
+
+def make(experts: Experts = TALES, **options: object):
+    defaults = dict(
+        policy="auto", resident=None, budget_bytes=None, fixed_bytes=0, speculation=None, has_draft=True
+    )
+    return plan(experts, **(defaults | options))  # type: ignore[arg-type]
+
+
+def test_resident_share_becomes_slots_of_each_group() -> None:
+    made = make(TWO_GROUPS, resident=0.75)
+    assert (made.policy, made.slots) == ("slots", (30, 18))
+    assert made.slot_bytes == 30 * 1000 + 18 * 1500
+    assert made.resident == pytest.approx(0.75)
+
+
+def test_the_smaller_of_share_and_budget_wins() -> None:
+    budget = 5_000_000 + 96 * 100_000
+    assert make(resident=0.75, budget_bytes=budget, fixed_bytes=5_000_000).slots == (96,)
+    assert make(resident=0.25, budget_bytes=budget, fixed_bytes=5_000_000).slots == (48,)
+
+
+def test_auto_speculation_shrinks_to_what_the_slots_allow() -> None:
+    assert make(resident=0.5).k_max == 4
+    assert make(resident=1 / 8).k_max == 4  # 24 slots: 4 * 5 + 1
+    assert make(resident=1 / 12).k_max == 2  # 16 slots: 4 * 3 + 1
+
+
+def test_asked_for_speculation_is_refused_with_the_share_it_needs() -> None:
+    with pytest.raises(EdgeError, match=r"24 slots are too few: a step with 8 draft tokens needs 33") as error:
+        make(resident=1 / 8, speculation=8)
+    assert "resident of at least 0.172" in error.value.hint
+    assert make(resident=0.172, speculation=8).k_max == 8
+
+
+def test_an_impossible_budget_names_the_smallest_possible_one() -> None:
+    with pytest.raises(EdgeError) as error:
+        make(budget_bytes=6_000_000, fixed_bytes=5_900_000)
+    assert "smallest possible budget here is 7MiB" in error.value.hint
+    smallest = 7 << 20
+    assert make(budget_bytes=smallest, fixed_bytes=5_900_000).policy == "slots"
+
+
+def test_no_slots_where_nothing_bounds_them_or_everything_fits() -> None:
+    assert make().policy == "all"
+    assert make(budget_bytes=1 << 40).policy == "all"
+    assert make(DENSE, resident=0.5).policy == "all"
+    assert make(policy="cpu-moe", resident=0.5).policy == "cpu-moe"
+    assert make(policy="lru", resident=1.0).slots == (192,)
+
+
+def test_without_a_draft_nothing_is_speculated() -> None:
+    assert make(resident=0.5, has_draft=False, speculation=4).k_max == 0
+
+
+@given(
+    n_expert=st.integers(2, 128),
+    n_blocks=st.integers(1, 48),
+    share=st.floats(0.01, 1.0),
+    k=st.one_of(st.none(), st.integers(0, 16)),
+    data=st.data(),
+)
+def test_a_plan_never_exceeds_its_bounds_or_undercuts_the_floor(n_expert, n_blocks, share, k, data) -> None:
+    used = data.draw(st.integers(1, n_expert))
+    experts = Experts(n_blocks, n_expert, used, (ExpertGroup(n_blocks, n_blocks * n_expert, 1000),))
+    try:
+        made = make(experts, resident=share, speculation=k, policy="lru")
+    except EdgeError as error:
+        assert "resident of at least" in error.hint
+        return
+    assert made.slot_bytes <= share * experts.total_bytes + 1e-6
+    floor = min(_native.slot_floor(experts, made.k_max + 1), experts.groups[0].n_experts)
+    assert made.slots[0] >= floor
+    assert k is None or made.k_max == k

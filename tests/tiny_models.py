@@ -1,0 +1,212 @@
+"""Tiny random GGUF models, so that every test has real llama.cpp files without a download: a few MB, deterministic by seed.
+
+    target = write_tiny(tmp / "moe.gguf", "qwen3moe", n_layer=8)   # F16, two expert type tuples once quantized to Q4_K_M
+    small = quantize(target, tmp / "moe.q4_k_m.gguf", llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M)
+    draft = write_tiny_dense(tmp / "draft.gguf")                    # same vocabulary
+    alien = write_tiny_dense(tmp / "alien.gguf", vocab="shuffled")  # same size, other tokens: must be refused as a draft
+
+Tensor names and shapes follow src/models/{qwen3moe,olmoe,llama}.cpp of the pinned llama.cpp. Shapes below are ggml's
+(columns first); numpy's are the reverse.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Literal
+
+import gguf
+import numpy as np
+
+Arch = Literal["qwen3moe", "mixtral", "olmoe"]
+Vocab = Literal["bytes", "shuffled"]
+Dtype = Literal["f16", "f32"]
+
+HEAD = 64  # head width
+CONTEXT = 512
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+MERGES = ("t h", "Ġ t", "th e", "i n", "e r", "Ġ a")  # a few, so that tokens of several bytes occur
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's printable stand-in for each of the 256 bytes (openai/gpt-2 encoder.py, bytes_to_unicode)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def _tokens(vocab: Vocab) -> list[str]:
+    words = byte_alphabet() + [merge.replace(" ", "") for merge in MERGES]
+    if vocab == "shuffled":
+        words.reverse()
+    return [*SPECIALS, *words]
+
+
+def _add_vocab(writer: gguf.GGUFWriter, vocab: Vocab) -> int:
+    tokens = _tokens(vocab)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if token in SPECIALS else normal for token in tokens])
+    writer.add_token_merges(list(MERGES))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_eot_token_id(2)
+    writer.add_pad_token_id(3)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    return len(tokens)
+
+
+class _Weights:
+    """Adds random tensors; each tensor's numbers depend on the seed and its own name only, not on the order of calls."""
+
+    def __init__(self, writer: gguf.GGUFWriter, seed: int, dtype: Dtype) -> None:
+        self.writer, self.seed = writer, seed
+        self.dtype = np.float16 if dtype == "f16" else np.float32
+
+    def _normal(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        key = [self.seed, *name.encode()]
+        return np.random.default_rng(key).standard_normal(shape, dtype=np.float32)
+
+    def matrix(self, name: str, *ne: int, gain: float = 1.0) -> None:
+        """A weight of ggml shape `ne`, scaled so that inputs of unit variance give outputs of variance gain²."""
+        data = self._normal(name, ne[::-1]) * (gain / np.sqrt(ne[0]))
+        self.writer.add_tensor(name, data.astype(self.dtype))
+
+    def embedding(self, name: str, n_embd: int, n_vocab: int) -> None:
+        self.writer.add_tensor(name, self._normal(name, (n_vocab, n_embd)).astype(self.dtype))
+
+    def norm(self, name: str, width: int) -> None:
+        self.writer.add_tensor(name, 1 + 0.1 * self._normal(name, (width,)))  # norms are F32 in every GGUF
+
+    def router(self, name: str, n_embd: int, n_expert: int) -> None:
+        """F32 as converters write it; a wide spread of logits makes routing decisive and different from token to token."""
+        self.writer.add_tensor(name, self._normal(name, (n_expert, n_embd)) * np.float32(2 / np.sqrt(n_embd)))
+
+
+def _attention(w: _Weights, block: str, n_embd: int, n_head: int, n_head_kv: int) -> None:
+    w.norm(f"{block}.attn_norm.weight", n_embd)
+    w.matrix(f"{block}.attn_q.weight", n_embd, n_head * HEAD)
+    w.matrix(f"{block}.attn_k.weight", n_embd, n_head_kv * HEAD)
+    w.matrix(f"{block}.attn_v.weight", n_embd, n_head_kv * HEAD)
+    w.matrix(f"{block}.attn_output.weight", n_head * HEAD, n_embd, gain=0.7)
+    w.norm(f"{block}.ffn_norm.weight", n_embd)
+
+
+def _hyperparameters(writer: gguf.GGUFWriter, n_layer: int, n_embd: int, n_ff: int, n_head: int, n_head_kv: int) -> None:
+    writer.add_context_length(CONTEXT)
+    writer.add_block_count(n_layer)
+    writer.add_embedding_length(n_embd)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(n_head)
+    writer.add_head_count_kv(n_head_kv)
+    writer.add_key_length(HEAD)
+    writer.add_value_length(HEAD)
+    writer.add_rope_dimension_count(HEAD)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+
+
+def _begin(path: Path | str, arch: str, name: str, dtype: Dtype) -> gguf.GGUFWriter:
+    writer = gguf.GGUFWriter(Path(path), arch)
+    writer.add_name(name)
+    writer.add_license("apache-2.0")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "f16" else gguf.LlamaFileType.ALL_F32)
+    return writer
+
+
+def _finish(writer: gguf.GGUFWriter, path: Path | str) -> Path:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
+
+
+def write_tiny(
+    path: Path | str,
+    arch: Arch,
+    *,
+    n_layer: int = 2,
+    n_expert: int = 8,
+    n_expert_used: int = 2,
+    n_embd: int = 256,
+    n_ff: int = 256,
+    seed: int = 0,
+    dtype: Dtype = "f16",
+    vocab: Vocab = "bytes",
+) -> Path:
+    """Write a random MoE model. n_embd and n_ff are multiples of 256, so that every K-quant can hold the rows."""
+    if n_embd % 256 or n_ff % 256:
+        raise ValueError(f"n_embd={n_embd}, n_ff={n_ff}: K-quants need multiples of 256")
+    n_head = n_embd // HEAD
+    n_head_kv = n_head if arch == "olmoe" else n_head // 2
+    writer = _begin(path, "llama" if arch == "mixtral" else arch, f"tiny-{arch}", dtype)
+    _hyperparameters(writer, n_layer, n_embd, n_ff, n_head, n_head_kv)
+    writer.add_expert_count(n_expert)
+    writer.add_expert_used_count(n_expert_used)
+    if arch == "qwen3moe":
+        writer.add_expert_feed_forward_length(n_ff)
+    n_vocab = _add_vocab(writer, vocab)
+    w = _Weights(writer, seed, dtype)
+    w.embedding("token_embd.weight", n_embd, n_vocab)
+    w.norm("output_norm.weight", n_embd)
+    w.matrix("output.weight", n_embd, n_vocab, gain=3)
+    norm_width = {"qwen3moe": HEAD, "olmoe": n_embd, "mixtral": None}[arch]  # qk-norm per head, over all heads, none
+    for layer in range(n_layer):
+        block = f"blk.{layer}"
+        _attention(w, block, n_embd, n_head, n_head_kv)
+        if norm_width is not None:
+            w.norm(f"{block}.attn_q_norm.weight", norm_width)
+            w.norm(f"{block}.attn_k_norm.weight", norm_width)
+        w.router(f"{block}.ffn_gate_inp.weight", n_embd, n_expert)
+        w.matrix(f"{block}.ffn_gate_exps.weight", n_embd, n_ff, n_expert, gain=1.5)
+        w.matrix(f"{block}.ffn_up_exps.weight", n_embd, n_ff, n_expert, gain=1.5)
+        w.matrix(f"{block}.ffn_down_exps.weight", n_ff, n_embd, n_expert)
+    return _finish(writer, path)
+
+
+def write_tiny_dense(
+    path: Path | str, *, n_layer: int = 1, n_embd: int = 256, n_ff: int = 256, seed: int = 1, dtype: Dtype = "f16",
+    vocab: Vocab = "bytes",
+) -> Path:
+    """Write a random dense Llama: a draft for write_tiny's models, or with vocab="shuffled" one that cannot be a draft."""
+    n_head = n_embd // HEAD
+    writer = _begin(path, "llama", "tiny-dense", dtype)
+    _hyperparameters(writer, n_layer, n_embd, n_ff, n_head, n_head // 2)
+    n_vocab = _add_vocab(writer, vocab)
+    w = _Weights(writer, seed, dtype)
+    w.embedding("token_embd.weight", n_embd, n_vocab)
+    w.norm("output_norm.weight", n_embd)
+    w.matrix("output.weight", n_embd, n_vocab, gain=3)
+    for layer in range(n_layer):
+        block = f"blk.{layer}"
+        _attention(w, block, n_embd, n_head, n_head // 2)
+        w.matrix(f"{block}.ffn_gate.weight", n_embd, n_ff)
+        w.matrix(f"{block}.ffn_up.weight", n_embd, n_ff)
+        w.matrix(f"{block}.ffn_down.weight", n_ff, n_embd)
+    return _finish(writer, path)
+
+
+def quantize(src: Path | str, dst: Path | str, ftype: int) -> Path:
+    """Quantize `src` with the installed llama.cpp to a whole-file type such as LLAMA_FTYPE_MOSTLY_Q4_K_M."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread, params.ftype = 1, ftype
+    if llama_cpp.llama_model_quantize(str(src).encode(), str(dst).encode(), ctypes.byref(params)):
+        raise RuntimeError(f"llama.cpp could not quantize {src} to file type {ftype}")
+    return Path(dst)
+
+
+def expert_types(path: Path | str) -> list[tuple[str, str, str]]:
+    """The (gate, up, down) expert tensor types of each layer, as stored in the file."""
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(Path(path)).tensors}
+    layers = sum(name.endswith("ffn_up_exps.weight") for name in types)
+    return [tuple(types[f"blk.{i}.ffn_{role}_exps.weight"] for role in ("gate", "up", "down")) for i in range(layers)]
