@@ -61,7 +61,8 @@ def check_model_file(path: str | Path, role: str = "model") -> Path:
     if not file.is_file():
         raise EdgeError(f"{role} file not found: {file}", "give the path of a .gguf file", usage=True)
     try:
-        magic = file.open("rb").read(4)
+        with file.open("rb") as stream:
+            magic = stream.read(4)
     except OSError as error:
         raise EdgeError(f"{role} file cannot be read: {file}: {error.strerror}") from error
     if magic != GGUF_MAGIC:

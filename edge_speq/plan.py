@@ -7,7 +7,6 @@ slots (design 7). What the fixed parts need comes from a dry load of llama.cpp, 
 from __future__ import annotations
 
 import math
-import operator
 
 from edge_speq import _native
 from edge_speq.core import EdgeError, Experts, Plan
@@ -46,10 +45,12 @@ def plan(
     if policy == "auto" and share >= 1.0:
         return Plan("all", (), k_wanted, budget_bytes=budget_bytes, resident=1.0, reason="every expert fits")
 
-    slots = tuple(int(share * group.n_experts + 1e-9) for group in experts.groups)
-    k = _feasible_k(experts, slots, k_wanted, fixed=speculation is not None)
+    candidates = range(k_wanted, -1, -1) if speculation is None else [k_wanted]
+    slot_budget = int(share * experts.total_bytes + 1e-6)
+    k = next((k for k in candidates if _floor_bytes(experts, k) <= slot_budget), None)
     if k is None:
-        raise _under_floor(experts, slots, k_wanted if speculation is not None else 0, budget_bytes, fixed_bytes)
+        raise _under_floor(experts, candidates[-1], slot_budget, budget_bytes, fixed_bytes)
+    slots = _share_out(experts, slot_budget, _floors(experts, k))
     slot_bytes = sum(n * group.expert_bytes for n, group in zip(slots, experts.groups, strict=True))
     reason = f"{sum(slots)} of {experts.total} experts in slots, up to {k} draft tokens a step"
     return Plan("slots", slots, k, slot_bytes, fixed_bytes, budget_bytes, slot_bytes / experts.total_bytes, reason)
@@ -66,23 +67,28 @@ def _floors(experts: Experts, k: int) -> list[int]:
     return [min(floor, group.n_experts) for group in experts.groups]  # a slot for every expert is always enough
 
 
-def _feasible_k(experts: Experts, slots: tuple[int, ...], wanted: int, *, fixed: bool) -> int | None:
-    candidates = [wanted] if fixed else range(wanted, -1, -1)
-    return next((k for k in candidates if all(map(operator.ge, slots, _floors(experts, k)))), None)
+def _floor_bytes(experts: Experts, k: int) -> int:
+    return sum(n * group.expert_bytes for n, group in zip(_floors(experts, k), experts.groups, strict=True))
+
+
+def _share_out(experts: Experts, slot_budget: int, floors: list[int]) -> tuple[int, ...]:
+    """Slots of each group: its floor, and of what lies above it the same fraction in every group."""
+    above = [group.n_experts - floor for group, floor in zip(experts.groups, floors, strict=True)]
+    above_bytes = sum(n * group.expert_bytes for n, group in zip(above, experts.groups, strict=True))
+    spare = slot_budget - sum(n * group.expert_bytes for n, group in zip(floors, experts.groups, strict=True))
+    fraction = min(1.0, spare / above_bytes) if above_bytes else 0.0
+    return tuple(floor + int(fraction * n + 1e-9) for floor, n in zip(floors, above, strict=True))
 
 
 def _under_floor(
-    experts: Experts, slots: tuple[int, ...], k: int, budget_bytes: int | None, fixed_bytes: int
+    experts: Experts, k: int, slot_budget: int, budget_bytes: int | None, fixed_bytes: int
 ) -> EdgeError:
-    floors = _floors(experts, k)
-    short = next(g for g, (n, floor) in enumerate(zip(slots, floors, strict=True)) if n < floor)
-    share = max(floor / group.n_experts for floor, group in zip(floors, experts.groups, strict=True))
-    needed = fixed_bytes + math.ceil(share * experts.total_bytes)
-    hint = f"ask for resident of at least {math.ceil(share * 1000) / 1000:g}"
+    floor_bytes = _floor_bytes(experts, k)
+    hint = f"ask for resident of at least {math.ceil(1000 * floor_bytes / experts.total_bytes) / 1000:g}"
     if budget_bytes is not None:
-        hint = f"the smallest possible budget here is {math.ceil(needed / 2**20)}MiB"
-    group = f" in expert group {short}" if len(slots) > 1 else ""
+        hint = f"the smallest possible budget here is {math.ceil((fixed_bytes + floor_bytes) / 2**20)}MiB"
     return EdgeError(
-        f"{slots[short]} slots{group} are too few: a step with {k} draft tokens needs {floors[short]}",
+        f"{slot_budget / 2**20:.2f} MiB for slots are too few: a step with {k} draft tokens needs "
+        f"{sum(_floors(experts, k))} slots of {floor_bytes / 2**20:.2f} MiB",
         hint + (", or fewer draft tokens (--speculation)" if k else ""),
     )

@@ -24,9 +24,10 @@ def make(experts: Experts = TALES, **options: object):
 
 def test_resident_share_becomes_slots_of_each_group() -> None:
     made = make(TWO_GROUPS, resident=0.75)
-    assert (made.policy, made.slots) == ("slots", (30, 18))
-    assert made.slot_bytes == 30 * 1000 + 18 * 1500
-    assert made.resident == pytest.approx(0.75)
+    # each group gets its floor of 9, and of the 31 and 15 above it the same fraction: (57000 - 22500) / 53500
+    assert (made.policy, made.slots) == ("slots", (28, 18))
+    assert made.slot_bytes == 28 * 1000 + 18 * 1500
+    assert made.resident == pytest.approx(0.75, abs=0.03)
 
 
 def test_the_smaller_of_share_and_budget_wins() -> None:
@@ -41,8 +42,16 @@ def test_auto_speculation_shrinks_to_what_the_slots_allow() -> None:
     assert make(resident=1 / 12).k_max == 2  # 16 slots: 4 * 3 + 1
 
 
+def test_a_small_group_keeps_its_floor_at_small_shares() -> None:
+    lopsided = Experts(6, 32, 4, (ExpertGroup(5, 160, 1000), ExpertGroup(1, 32, 1000)))
+    made = make(lopsided, resident=0.25)
+    assert made.k_max == 4
+    assert made.slots[1] >= 21
+    assert sum(made.slots) <= 48
+
+
 def test_asked_for_speculation_is_refused_with_the_share_it_needs() -> None:
-    with pytest.raises(EdgeError, match=r"24 slots are too few: a step with 8 draft tokens needs 33") as error:
+    with pytest.raises(EdgeError, match=r"2.29 MiB for slots are too few: a step with 8 draft tokens needs 33 slots") as error:
         make(resident=1 / 8, speculation=8)
     assert "resident of at least 0.172" in error.value.hint
     assert make(resident=0.172, speculation=8).k_max == 8

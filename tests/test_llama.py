@@ -1,0 +1,184 @@
+"""EdgeLlama is a llama_cpp.Llama: the same calls, the same text, the same state afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+from llama_cpp import Llama
+
+from edge_speq import EdgeLlama
+
+PROMPT = "It was a dark and stormy night; the rain fell in torrents"
+OPTIONS = dict(n_ctx=256, n_threads=1, n_threads_batch=1)
+
+
+@pytest.fixture
+def speculating(bundled: tuple[Path, Path]) -> Iterator[EdgeLlama]:
+    target, draft = bundled
+    with contextlib.closing(
+        EdgeLlama(str(target), draft=draft, resident="1/2", speculation=4, logits_all=True, **OPTIONS)
+    ) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def stock(bundled: tuple[Path, Path]) -> Iterator[EdgeLlama]:
+    """No slots and no draft. Not llama_cpp.Llama itself, which repacks weights and so rounds differently."""
+    with contextlib.closing(EdgeLlama(str(bundled[0]), resident=1.0, policy="lru", logits_all=True, **OPTIONS)) as model:
+        yield model
+
+
+def test_it_is_a_llama_and_pickles_like_one(bundled: tuple[Path, Path]) -> None:
+    with contextlib.closing(EdgeLlama(str(bundled[0]), resident="1/4", **OPTIONS)) as model:
+        assert isinstance(model, Llama)
+        expected = model(PROMPT, max_tokens=8, temperature=0.0)["choices"][0]["text"]
+        with contextlib.closing(pickle.loads(pickle.dumps(model))) as copy:
+            assert copy(PROMPT, max_tokens=8, temperature=0.0)["choices"][0]["text"] == expected
+            assert copy.stats().plan == model.stats().plan
+
+
+def test_streamed_text_is_the_whole_text(speculating: EdgeLlama) -> None:
+    whole = speculating.create_completion(PROMPT, max_tokens=20, temperature=0.0)["choices"][0]["text"]
+    parts = speculating.create_completion(PROMPT, max_tokens=20, temperature=0.0, stream=True)
+    assert "".join(part["choices"][0]["text"] for part in parts) == whole
+
+
+def test_processors_and_criteria_see_accepted_tokens_only(speculating: EdgeLlama, stock: EdgeLlama) -> None:
+    def seen(model: EdgeLlama) -> tuple[list[list[int]], list[list[int]]]:
+        model.reset()
+        processed: list[list[int]] = []
+        checked: list[list[int]] = []
+
+        def process(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+            processed.append(list(ids))
+            return scores
+
+        def stop(ids: np.ndarray, logits: np.ndarray) -> bool:
+            checked.append(list(ids))
+            return len(checked) > 15
+
+        tokens = model.tokenize(PROMPT.encode())
+        list(
+            model.generate(
+                tokens,
+                temp=0.0,
+                logits_processor=llama_cpp.LogitsProcessorList([process]),
+                stopping_criteria=llama_cpp.StoppingCriteriaList([stop]),
+            )
+        )
+        return processed, checked
+
+    assert seen(speculating) == seen(stock)
+    assert speculating.stats().speculation.accepted > 0
+
+
+def test_a_closed_generator_leaves_only_accepted_tokens(speculating: EdgeLlama, stock: EdgeLlama) -> None:
+    tokens = speculating.tokenize(PROMPT.encode())
+    for model in (speculating, stock):
+        stream = model.generate(tokens, temp=0.0)
+        taken = [next(stream) for _ in range(7)]
+        stream.close()
+        held = model._input_ids.tolist()
+        assert held == (tokens + taken)[: len(held)]
+        assert len(tokens) + 6 <= len(held) <= len(tokens) + 7
+    again = [next(stream) for stream in [speculating.generate(tokens + taken, temp=0.0)]]
+    assert again == [next(stream) for stream in [stock.generate(tokens + taken, temp=0.0)]]
+
+
+def test_tokens_sent_in_become_text(speculating: EdgeLlama, stock: EdgeLlama) -> None:
+    def with_interruption(model: EdgeLlama) -> list[int]:
+        model.reset()
+        stream = model.generate(model.tokenize(PROMPT.encode()), temp=0.0)
+        out = [next(stream) for _ in range(5)]
+        out.append(stream.send(model.tokenize(b" suddenly", add_bos=False)))
+        return out + [next(stream) for _ in range(8)]
+
+    assert with_interruption(speculating) == with_interruption(stock)
+
+
+def test_a_saved_state_goes_on_where_it_was(speculating: EdgeLlama) -> None:
+    tokens = speculating.tokenize(PROMPT.encode())
+    stream = speculating.generate(tokens, temp=0.0)
+    text = [next(stream) for _ in range(5)]
+    stream.close()
+    state = speculating.save_state()
+    expected = [t for t, _ in zip(speculating.generate(tokens + text, temp=0.0), range(8), strict=False)]
+    speculating.reset()
+    list(zip(speculating.generate(speculating.tokenize(b"Another text"), temp=0.0), range(8), strict=False))
+    speculating.load_state(state)
+    assert [t for t, _ in zip(speculating.generate(tokens + text, temp=0.0), range(8), strict=False)] == expected
+
+
+def test_a_cached_prompt_gives_the_same_text(speculating: EdgeLlama) -> None:
+    first = speculating(PROMPT, max_tokens=12, temperature=0.0)["choices"][0]["text"]
+    assert speculating(PROMPT, max_tokens=12, temperature=0.0)["choices"][0]["text"] == first
+    longer = speculating(PROMPT + first, max_tokens=4, temperature=0.0)["choices"][0]["text"]
+    speculating.reset()
+    assert speculating(PROMPT + first, max_tokens=4, temperature=0.0)["choices"][0]["text"] == longer
+
+
+def test_logprobs_are_those_without_a_draft(speculating: EdgeLlama, stock: EdgeLlama) -> None:
+    def logprobs(model: EdgeLlama) -> list[float]:
+        model.reset()
+        done = model.create_completion(PROMPT, max_tokens=12, temperature=0.0, logprobs=2)
+        return done["choices"][0]["logprobs"]["token_logprobs"]
+
+    np.testing.assert_allclose(logprobs(speculating), logprobs(stock), atol=1e-4)
+
+
+def test_a_grammar_holds_with_a_draft(speculating: EdgeLlama, stock: EdgeLlama) -> None:
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "yes" | "no" | [0-9]+ ", " [0-9]+')
+    answers = [
+        model(PROMPT, max_tokens=12, temperature=0.7, seed=3, grammar=grammar)["choices"][0]["text"]
+        for model in (speculating, stock)
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0][0] in "yn0123456789"
+
+
+def test_generation_fills_the_context_to_its_end(bundled: tuple[Path, Path]) -> None:
+    target, draft = bundled
+    with contextlib.closing(EdgeLlama(str(target), draft=draft, resident="1/2", **(OPTIONS | {"n_ctx": 256}))) as model:
+        done = model(PROMPT, max_tokens=None, temperature=0.0, logit_bias={0: -100, 2: -100})
+        assert done["usage"]["total_tokens"] == 256
+
+
+@pytest.mark.parametrize("options", [{"policy": "all"}, {"policy": "cpu-moe"}, {"policy": "lru", "resident": 1.0}, {"vram_budget": "auto"}])
+def test_every_policy_writes_the_same_text(bundled: tuple[Path, Path], stock: EdgeLlama, options: dict[str, object]) -> None:
+    with contextlib.closing(EdgeLlama(str(bundled[0]), **OPTIONS, **options)) as model:
+        text = model(PROMPT, max_tokens=10, temperature=0.0)["choices"][0]["text"]
+        stats = model.stats()
+    assert text == stock(PROMPT, max_tokens=10, temperature=0.0)["choices"][0]["text"]
+    if options.get("policy") == "cpu-moe":
+        assert stats.experts.hits is None
+        assert stats.experts.hit_rate is None
+
+
+def test_a_budget_is_a_ceiling_and_is_used(bundled: tuple[Path, Path]) -> None:
+    """Bounded between nothing and everything, the slots take what the rest leaves, and not a byte more."""
+    target, draft = bundled
+    with contextlib.closing(EdgeLlama(str(target), draft=draft, resident="1/2", vram_budget="1GiB", **OPTIONS)) as whole:
+        fixed = whole.stats().plan.fixed_bytes
+        total = whole.stats().plan.slot_bytes * 2
+    budget = fixed + total // 3
+    with contextlib.closing(EdgeLlama(str(target), draft=draft, vram_budget=budget, **OPTIONS)) as model:
+        stats = model.stats()
+    assert stats.used_bytes <= budget
+    assert stats.used_bytes > budget - total // 20
+    assert stats.plan.resident == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_stats_survive_close_and_closing_twice_is_fine(bundled: tuple[Path, Path]) -> None:
+    model = EdgeLlama(str(bundled[0]), resident="1/2", **OPTIONS)
+    model(PROMPT, max_tokens=6, temperature=0.0)
+    before = model.stats().experts
+    model.close()
+    model.close()
+    assert model.stats().experts == before
+    assert before.hits + before.misses > 0

@@ -1,0 +1,102 @@
+"""Speculation never changes the text: greedy and sampled, any draft, any K, any placement of the experts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_speq import EdgeLlama
+
+PROMPTS = Path(__file__).parent / "data" / "prompts"
+N_PREDICT = 40
+
+
+def prompts() -> list[str]:
+    """The held-out prompts, their classes interleaved."""
+    files = [file.read_text(encoding="utf-8") for file in sorted(PROMPTS.glob("*.jsonl"))]
+    classes = [[json.loads(line)["prompt"] for line in text.splitlines()] for text in files]
+    longest = max(map(len, classes))
+    return [c[i] for i in range(longest) for c in classes if i < len(c)]
+
+
+@contextlib.contextmanager
+def llm(model: Path, **options: object) -> Iterator[EdgeLlama]:
+    defaults = dict(n_ctx=512, n_threads=1, n_threads_batch=1, resident="1/2")
+    with contextlib.closing(EdgeLlama(str(model), **(defaults | options))) as loaded:  # type: ignore[arg-type]
+        yield loaded
+
+
+def texts(model: EdgeLlama, asked: list[str], **sampling: object) -> list[str]:
+    options = dict(max_tokens=N_PREDICT, temperature=0.0) | sampling
+    return [model.create_completion(prompt, **options)["choices"][0]["text"] for prompt in asked]  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def greedy(bundled: tuple[Path, Path]) -> list[str]:
+    with llm(bundled[0]) as plain:
+        return texts(plain, prompts()[:12])
+
+
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_greedy_text_equals_the_text_without_a_draft(bundled: tuple[Path, Path], greedy: list[str], k: int) -> None:
+    target, draft = bundled
+    with llm(target, draft=draft, speculation=k) as speculating:
+        assert texts(speculating, prompts()[:12]) == greedy
+        stats = speculating.stats()
+    assert stats.speculation.accepted > 0
+    assert stats.speculation.accepted < stats.speculation.drafted
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "repeat_penalty": 1.2}, {"temperature": 2.0, "min_p": 0.0}])
+def test_sampled_text_equals_the_text_without_a_draft(bundled: tuple[Path, Path], options: dict[str, float]) -> None:
+    """Sample and match draws the same random numbers as decoding token by token."""
+    target, draft = bundled
+    sampling = {"temperature": 0.9, "seed": 5} | options
+    with llm(target) as plain, llm(target, draft=draft, speculation=4) as speculating:
+        assert texts(speculating, prompts()[:6], **sampling) == texts(plain, prompts()[:6], **sampling)
+        assert speculating.stats().speculation.drafted > 0
+
+
+def test_a_twin_draft_is_seen_through_its_routing(tiny) -> None:
+    """The model as its own draft: every guess is right, and every expert of the drafted tokens is foreseen."""
+    model = tiny.moe("qwen3moe")
+    # room for every expert of all blocks, but only demanded or foreseen ones get in
+    with llm(model, draft=model, resident=1.0, policy="lru", speculation=4) as blind:
+        expected = texts(blind, ["ab", "cd"])
+        assert blind.stats().foresight == "none"
+        assert blind.stats().experts.prefetched == 0
+    with llm(model, draft=model, resident="3/4", speculation=4) as seeing:
+        assert texts(seeing, ["ab", "cd"]) == expected
+        stats = seeing.stats()
+    assert stats.foresight == "twin"
+    assert stats.speculation.acceptance > 0.95  # the end of a completion may cut a verified run
+    assert stats.experts.prefetched > 0
+    assert stats.experts.prefetched_used <= stats.experts.prefetched
+
+
+def test_misses_and_transfers_add_up(bundled: tuple[Path, Path]) -> None:
+    target, draft = bundled
+    with llm(target, draft=draft, resident="1/4", speculation=4) as model:
+        texts(model, prompts()[:4])
+        stats = model.stats()
+    experts = stats.experts
+    assert experts.misses == experts.fetched + experts.cpu_computed
+    assert experts.late <= experts.fetched
+    loads = experts.fetched - experts.late + experts.prefetched
+    per_expert = stats.plan.slot_bytes / experts.slots if len(stats.plan.slots) == 1 else None
+    if per_expert:
+        assert experts.bytes_fetched == loads * per_expert
+    assert experts.bytes_wasted <= experts.bytes_fetched
+    assert experts.slots == sum(stats.plan.slots) <= experts.total / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_greedy_text_on_every_prompt(bundled: tuple[Path, Path], k: int) -> None:
+    target, draft = bundled
+    with llm(target) as plain, llm(target, draft=draft, speculation=k) as speculating:
+        assert texts(speculating, prompts()) == texts(plain, prompts())
