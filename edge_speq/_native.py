@@ -34,9 +34,7 @@ def _package() -> Path:
 def _declarations(header: str) -> str:
     """The header as cffi's parser takes it: integer constants kept, the preprocessor's other lines dropped."""
     lines = [
-        line
-        for line in header.splitlines()
-        if not line.startswith("#") or re.match(r"#define EDGE_[A-Z_]+ \d+$", line)
+        line for line in header.splitlines() if not line.startswith("#") or re.match(r"#define EDGE_[A-Z_]+ \d+$", line)
     ]
     text = "\n".join(lines).replace("EDGE_API ", "")
     return text.replace('extern "C" {\n', "").removesuffix("}\n").rstrip().removesuffix("}")
@@ -64,15 +62,20 @@ def _load() -> tuple[Any, Any]:
     lib: Any = ffi.dlopen(str(library))
     if lib.edge_abi_version() != ABI_VERSION:
         raise EdgeError(f"{library.name} has ABI {lib.edge_abi_version()}, edge_speq needs {ABI_VERSION}", INSTALL_HINT)
-    if ffi.string(lib.edge_header_sha256()).decode() != hashlib.sha256(header.read_bytes()).hexdigest():
+    built_from: Any = ffi.string(lib.edge_header_sha256())
+    if built_from.decode() != hashlib.sha256(header.read_bytes()).hexdigest():
         raise EdgeError(f"{library.name} was not built from {header.name} beside it", INSTALL_HINT)
     return ffi, lib
 
 
 def _check(status: int) -> None:
-    ffi, lib = _load()
+    _, lib = _load()
     if status != lib.EDGE_OK:
-        raise EdgeError(ffi.string(lib.edge_last_error()).decode(errors="replace"))
+        raise EdgeError(_text(lib.edge_last_error()))
+
+
+def _text(pointer: Any) -> str:
+    return str(_load()[0].string(pointer).decode(errors="replace"))
 
 
 def _llama(pointer: int, kind: str) -> Any:
@@ -81,14 +84,13 @@ def _llama(pointer: int, kind: str) -> Any:
 
 
 def llama_cpp_commit() -> str:
-    ffi, lib = _load()
-    return str(ffi.string(lib.edge_llama_cpp_commit()).decode())
+    return _text(_load()[1].edge_llama_cpp_commit())
 
 
 @functools.cache
 def load_backends() -> None:
     """Adds the ggml backend modules that EDGE_SPEQ_BACKENDS names or that lie beside the libraries, once."""
-    ffi, lib = _load()
+    _, lib = _load()
     beside = sorted((_package() / "lib").glob("*ggml-*.so"))
     named = [Path(p) for p in os.environ.get("EDGE_SPEQ_BACKENDS", "").split(os.pathsep) if p]
     for path in named:
@@ -100,7 +102,7 @@ def load_backends() -> None:
     for module in beside:
         # a backend that is linked in lies here too, and is no module: nothing to add, nothing wrong
         if re.match(r"(lib)?ggml-(base|cpu)\b", module.name) is None and lib.edge_backend_load(str(module).encode()):
-            log.debug("%s: %s", module.name, ffi.string(lib.edge_last_error()).decode(errors="replace"))
+            log.debug("%s: %s", module.name, _text(lib.edge_last_error()))
 
 
 class Device:
@@ -123,8 +125,7 @@ def devices() -> list[Device]:
     for i in range(n[0]):
         d = ffi.new("edge_device *")
         _check(lib.edge_device_get(i, d))
-        name, description = ffi.string(d.name).decode(), ffi.string(d.description).decode()
-        found.append(Device(name, description, bool(d.is_gpu), d.free_bytes, d.total_bytes))
+        found.append(Device(_text(d.name), _text(d.description), bool(d.is_gpu), d.free_bytes, d.total_bytes))
     return found
 
 

@@ -113,7 +113,8 @@ def _context(model: internals.LlamaModel, params: _Params) -> internals.LlamaCon
     try:
         return internals.LlamaContext(model=model, params=params, verbose=True)
     except ValueError as error:
-        raise EdgeError(f"llama.cpp cannot create a context of {params.n_ctx} tokens", "ask for a smaller n_ctx") from error
+        message = f"llama.cpp cannot create a context of {params.n_ctx} tokens"
+        raise EdgeError(message, "ask for a smaller n_ctx") from error
 
 
 def decode(

@@ -22,7 +22,6 @@ from edge_speq.core import (
     ExpertCounters,
     Experts,
     MemoryUse,
-    Plan,
     Speculation,
     Stats,
     Timing,
@@ -35,7 +34,7 @@ from edge_speq.log import route_llama_cpp_log
 log = logging.getLogger("edge_speq")
 
 
-class EdgeLlama(Llama):
+class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
     """A llama_cpp.Llama with a bounded set of experts on the compute device.
 
     Args (besides those of llama_cpp.Llama, which all keep their meaning; n_gpu_layers defaults to all):
@@ -53,6 +52,8 @@ class EdgeLlama(Llama):
     """
 
     _redirect_output = False  # read by the patched llama_cpp.Llama
+    n_tokens: int
+    _requires_eval: bool
 
     def __init__(
         self,

@@ -80,9 +80,7 @@ def _share_out(experts: Experts, slot_budget: int, floors: list[int]) -> tuple[i
     return tuple(floor + int(fraction * n + 1e-9) for floor, n in zip(floors, above, strict=True))
 
 
-def _under_floor(
-    experts: Experts, k: int, slot_budget: int, budget_bytes: int | None, fixed_bytes: int
-) -> EdgeError:
+def _under_floor(experts: Experts, k: int, slot_budget: int, budget_bytes: int | None, fixed_bytes: int) -> EdgeError:
     floor_bytes = _floor_bytes(experts, k)
     hint = f"ask for resident of at least {math.ceil(1000 * floor_bytes / experts.total_bytes) / 1000:g}"
     if budget_bytes is not None:

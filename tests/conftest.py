@@ -78,4 +78,4 @@ class TinyModels:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModels]:
-    yield TinyModels(tmp_path_factory.mktemp("tiny"))
+    return TinyModels(tmp_path_factory.mktemp("tiny"))

@@ -28,6 +28,10 @@ def edge_speq(*arguments: str, **environment: str) -> subprocess.CompletedProces
     )
 
 
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
 def run_json(*arguments: str) -> dict:
     done = edge_speq("run", "--json", "-t", "1", *arguments)
     assert done.returncode == 0, done.stderr
@@ -128,8 +132,11 @@ def test_version_names_package_commit_and_device() -> None:
 
 
 def test_import_is_fast_and_touches_no_device() -> None:
-    code = "import sys, time; t = time.perf_counter(); import edge_speq; print(time.perf_counter() - t, 'llama_cpp' in sys.modules)"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
+    code = (
+        "import sys, time; t = time.perf_counter(); import edge_speq; "
+        "print(time.perf_counter() - t, 'llama_cpp' in sys.modules)"
+    )
+    runs = [python(code).split() for _ in range(3)]
     assert min(float(seconds) for seconds, _ in runs) < 0.3
     assert {loaded for _, loaded in runs} == {"False"}
 
@@ -139,6 +146,6 @@ def test_importing_the_model_class_loads_no_backend() -> None:
         "import logging, time; t = time.perf_counter(); from edge_speq import EdgeLlama; s = time.perf_counter() - t; "
         "from edge_speq import _native; print(s, _native.load_backends.cache_info().currsize)"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
+    runs = [python(code).split() for _ in range(3)]
     assert {count for _, count in runs} == {"0"}
     print("from edge_speq import EdgeLlama:", min(float(seconds) for seconds, _ in runs), "s")

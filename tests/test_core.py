@@ -18,7 +18,9 @@ def test_parse_bytes(text: str | int, expected: int | None) -> None:
         assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize(("text", "expected"), [("1/4", 0.25), ("0.5", 0.5), (1, 1.0), ("0", None), ("3/2", None), ("x", None)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1/4", 0.25), ("0.5", 0.5), (1, 1.0), ("0", None), ("3/2", None), ("x", None)]
+)
 def test_parse_share(text: str | float, expected: float | None) -> None:
     if expected is None:
         with pytest.raises(EdgeError, match="not a share"):

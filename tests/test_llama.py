@@ -15,7 +15,7 @@ from llama_cpp import Llama
 from edge_speq import EdgeLlama
 
 PROMPT = "It was a dark and stormy night; the rain fell in torrents"
-OPTIONS = dict(n_ctx=256, n_threads=1, n_threads_batch=1)
+OPTIONS = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def speculating(bundled: tuple[Path, Path]) -> Iterator[EdgeLlama]:
 @pytest.fixture(scope="module")
 def stock(bundled: tuple[Path, Path]) -> Iterator[EdgeLlama]:
     """No slots and no draft. Not llama_cpp.Llama itself, which repacks weights and so rounds differently."""
-    with contextlib.closing(EdgeLlama(str(bundled[0]), resident=1.0, policy="lru", logits_all=True, **OPTIONS)) as model:
+    options = OPTIONS | {"resident": 1.0, "policy": "lru", "logits_all": True}
+    with contextlib.closing(EdgeLlama(str(bundled[0]), **options)) as model:
         yield model
 
 
@@ -149,8 +150,10 @@ def test_generation_fills_the_context_to_its_end(bundled: tuple[Path, Path]) -> 
         assert done["usage"]["total_tokens"] == 256
 
 
-@pytest.mark.parametrize("options", [{"policy": "all"}, {"policy": "cpu-moe"}, {"policy": "lru", "resident": 1.0}, {"vram_budget": "auto"}])
-def test_every_policy_writes_the_same_text(bundled: tuple[Path, Path], stock: EdgeLlama, options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"policy": "all"}, {"policy": "cpu-moe"}, {"policy": "lru", "resident": 1.0}, {"vram_budget": "auto"}]
+)
+def test_every_policy_writes_the_same_text(bundled, stock: EdgeLlama, options: dict[str, object]) -> None:
     with contextlib.closing(EdgeLlama(str(bundled[0]), **OPTIONS, **options)) as model:
         text = model(PROMPT, max_tokens=10, temperature=0.0)["choices"][0]["text"]
         stats = model.stats()
@@ -163,11 +166,12 @@ def test_every_policy_writes_the_same_text(bundled: tuple[Path, Path], stock: Ed
 def test_a_budget_is_a_ceiling_and_is_used(bundled: tuple[Path, Path]) -> None:
     """Bounded between nothing and everything, the slots take what the rest leaves, and not a byte more."""
     target, draft = bundled
-    with contextlib.closing(EdgeLlama(str(target), draft=draft, resident="1/2", vram_budget="1GiB", **OPTIONS)) as whole:
+    options = OPTIONS | {"draft": draft}
+    with contextlib.closing(EdgeLlama(str(target), resident="1/2", vram_budget="1GiB", **options)) as whole:
         fixed = whole.stats().plan.fixed_bytes
         total = whole.stats().plan.slot_bytes * 2
     budget = fixed + total // 3
-    with contextlib.closing(EdgeLlama(str(target), draft=draft, vram_budget=budget, **OPTIONS)) as model:
+    with contextlib.closing(EdgeLlama(str(target), vram_budget=budget, **options)) as model:
         stats = model.stats()
     assert stats.used_bytes <= budget
     assert stats.used_bytes > budget - total // 20

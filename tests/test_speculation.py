@@ -25,13 +25,13 @@ def prompts() -> list[str]:
 
 @contextlib.contextmanager
 def llm(model: Path, **options: object) -> Iterator[EdgeLlama]:
-    defaults = dict(n_ctx=512, n_threads=1, n_threads_batch=1, resident="1/2")
+    defaults = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "resident": "1/2"}
     with contextlib.closing(EdgeLlama(str(model), **(defaults | options))) as loaded:  # type: ignore[arg-type]
         yield loaded
 
 
 def texts(model: EdgeLlama, asked: list[str], **sampling: object) -> list[str]:
-    options = dict(max_tokens=N_PREDICT, temperature=0.0) | sampling
+    options = {"max_tokens": N_PREDICT, "temperature": 0.0} | sampling
     return [model.create_completion(prompt, **options)["choices"][0]["text"] for prompt in asked]  # type: ignore[arg-type]
 
 

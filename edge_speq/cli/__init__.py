@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
-        logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s")
+        level = logging.DEBUG if arguments.verbose else logging.WARNING
+        logging.basicConfig(level=level, format="%(name)s: %(message)s")
         return int(arguments.command(arguments))
     except EdgeError as error:
         print(f"error: {error.message}", file=sys.stderr)

@@ -21,6 +21,7 @@ Routing = npt.NDArray[np.int32]
 
 class Foresight(Protocol):
     name: str
+    threshold: float  # least score worth a prefetch
 
     def observe(self, routing: Routing) -> None:
         """routing: [n_blocks, n_tokens, n_expert_used] of the accepted tokens of one step."""

@@ -30,7 +30,11 @@ struct ExpertGroup {
 // Where a model's routed experts are, found by tensor name ("blk.<il>.ffn_up_exps.weight", ...).
 class ExpertTable {
 public:
+    ExpertTable() = default;
     explicit ExpertTable(const llama_model * model);
+
+    // One more block in layer order; ignored when its weights are not n_expert matrices each.
+    void add(const BlockWeights & weights);
 
     int32_t n_expert      = 0;
     int32_t n_expert_used = 0;
@@ -46,8 +50,6 @@ public:
     void require_host_weights() const;
 
 private:
-    void add(const BlockWeights & weights);
-
     std::unordered_map<const ggml_tensor *, int32_t> by_down_;
 };
 

@@ -1,0 +1,91 @@
+"""Builds native/tests against the installed wheel's libraries and runs them: ASan with UBSan, then TSan.
+
+    python tools/native_tests.py
+
+Our sources are compiled with the sanitizer, ggml comes as it is installed; its headers are taken from the
+pinned sdist in the build cache. Warnings are errors here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+NATIVE = Path(__file__).resolve().parent.parent / "native"
+sys.path.insert(0, str(NATIVE))
+
+from _build import source  # noqa: E402
+from _build.upstream import Upstream  # noqa: E402
+
+SANITIZERS = {
+    "address,undefined": ["-fno-sanitize-recover=all"],
+    "thread": [],
+}
+# experts.cpp needs a patched llama.cpp to link, which the installed wheel is
+SOURCES = ("slots.cpp", "slot_store.cpp", "residency.cpp", "experts.cpp")
+TESTS = ("test_slots.cpp", "test_residency.cpp")
+
+
+def installed_libraries() -> Path:
+    import llama_cpp
+
+    return Path(llama_cpp.__file__).parent / "lib"
+
+
+def compiler_command(tree: Path, hook_header: Path) -> list[str]:
+    vendor = tree / "vendor" / "llama.cpp"
+    system = [vendor / "src", vendor / "include", vendor / "ggml" / "include", hook_header]
+    return [
+        os.environ.get("CXX", "g++"),
+        *("-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Werror"),
+        *('-DEDGE_SPEQ_HEADER_SHA256=""', '-DEDGE_SPEQ_LLAMA_COMMIT=""'),
+        *(f"-I{NATIVE / folder}" for folder in ("include", "src")),
+        *(argument for folder in system for argument in ("-isystem", str(folder))),
+    ]
+
+
+def compile_test(compiler: list[str], test: str, sanitizer: str, out: Path) -> Path:
+    libraries = installed_libraries()
+    program = out / f"{Path(test).stem}-{sanitizer.partition(',')[0]}"
+    link = [f"-L{libraries}", "-lllama", "-lggml", "-l:libggml-base.so.0", f"-Wl,-rpath,{libraries}", "-pthread"]
+    sources = [str(NATIVE / "src" / name) for name in SOURCES] + [str(NATIVE / "tests" / test)]
+    sanitize = [f"-fsanitize={sanitizer}", *SANITIZERS[sanitizer]]
+    subprocess.run([*compiler, *sanitize, *sources, "-o", str(program), *link], check=True)
+    return program
+
+
+def write_hook_header(out: Path) -> None:
+    """The header that patch 0001 creates, taken from the patch: the sdist does not have it."""
+    patch = (NATIVE / "patches" / "0001-moe-hook.patch").read_text(encoding="utf-8")
+    body = patch.split("+++ b/vendor/llama.cpp/src/llama-moe-hook.h\n")[1].split("--- a/")[0]
+    lines = [line[1:] for line in body.splitlines() if line.startswith("+")]
+    (out / "llama-moe-hook.h").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    passed = 0
+    with tempfile.TemporaryDirectory(prefix="edge-native-tests-") as work:
+        out = Path(work)
+        tree = source.unpack(source.fetch(Upstream.load(NATIVE / "upstream.toml")), out / "sdist")
+        write_hook_header(out)
+        compiler = compiler_command(tree, out)
+        subprocess.run([*compiler, "-fsyntax-only", *map(str, sorted((NATIVE / "src").glob("*.cpp")))], check=True)
+        for sanitizer in SANITIZERS:
+            for test in TESTS:
+                program = compile_test(compiler, test, sanitizer, out)
+                print(f"{test} under {sanitizer}: ", end="", flush=True)
+                if subprocess.run([str(program)], check=False).returncode:
+                    print("FAILED")
+                    return 1
+                passed += 1
+    print(f"{passed} passed, 0 failed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

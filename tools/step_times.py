@@ -1,0 +1,161 @@
+"""Time per decode step of one model under several placements, interleaved in rounds, as JSON.
+
+    python tools/step_times.py MODEL.gguf --threads 8,16 --rounds 5 --steps 40 -o step_times.json
+
+all       everything on the compute device
+cpu-moe   every expert on the CPU (llama.cpp's --cpu-moe), for each thread count, mapped and with load mode none
+slots-all slots for every expert, warmed up: what the hook itself costs
+slots-1/4 a quarter of the experts in slots, every miss fetched (demand loads only)
+
+The token fed is the same at every step and placement, and logits are compared first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import _internals as internals
+
+from edge_speq import _native, engine, plan
+from edge_speq.log import route_llama_cpp_log
+
+WIDTHS = (1, 2, 4)
+PREFIX = 48  # tokens in the context before the first timed step
+WARM_UP = 5  # steps that build graphs and fill slots
+
+
+class Placement:
+    """One way to place the experts: a model, its hook where it has slots, and a context."""
+
+    def __init__(self, name: str, path: Path, threads: int, share: float | None = None, **load: Any) -> None:
+        self.name = name
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 999
+        if load.get("mmap", True) is False:
+            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+        if load.get("experts_on_cpu", share is not None):
+            self._keep_alive = engine.experts_on_host(params)
+            params.use_extra_bufts = share is None  # llama.cpp's default, repacking included, for the baseline
+        self._model = engine.load_model(path, params, "model")
+        self.n_vocab = self._model.n_vocab()
+        self.hook = self._slots(share) if share is not None else None
+        contexts = llama_cpp.llama_context_default_params()
+        contexts.n_ctx, contexts.n_threads, contexts.n_threads_batch = 2048, threads, threads
+        if self.hook is not None:
+            engine.install_eval_callback(contexts, self.hook)
+        self._context = internals.LlamaContext(model=self._model, params=contexts)
+        self._batch = internals.LlamaBatch(n_tokens=64, embd=0, n_seq_max=1)
+
+    def _slots(self, share: float) -> _native.Hook:
+        experts = _native.model_experts(self._model.model)
+        made = plan.plan(
+            experts,
+            policy="lru",
+            resident=share,
+            budget_bytes=None,
+            fixed_bytes=0,
+            speculation=max(WIDTHS) - 1,
+            has_draft=True,
+        )
+        return _native.Hook(self._model.model, experts, max(WIDTHS), made.slots)
+
+    def step(self, tokens: list[int], past: int) -> float:
+        started = time.perf_counter()
+        engine.decode(self._context, self._batch, tokens, past, len(tokens))
+        llama_cpp.llama_synchronize(self._context.ctx)
+        if self.hook is not None:
+            self.hook.end_step()
+        return time.perf_counter() - started
+
+    def logits(self, tokens: list[int]) -> npt.NDArray[np.float32]:
+        self._context.kv_cache_clear()
+        for past, token in enumerate(tokens):
+            self.step([token], past)
+        row: npt.NDArray[np.float32] = np.ctypeslib.as_array(self._context.get_logits(), shape=(self.n_vocab,))
+        return row.copy()
+
+    def round(self, width: int, steps: int, tokens: npt.NDArray[np.int64]) -> list[float]:
+        self._context.kv_cache_clear()
+        self.step([int(t) for t in tokens[:PREFIX]], 0)
+        past, times = PREFIX, []
+        for i in range(steps + WARM_UP):
+            elapsed = self.step([int(t) for t in tokens[past : past + width]], past)
+            past += width
+            if i >= WARM_UP:
+                times.append(elapsed)
+        return times
+
+    def report(self) -> dict[str, Any]:
+        used = _native.memory_used(self._context.ctx, _native.compute_device().is_gpu).total
+        if self.hook is None:
+            return {"hit_rate": None, "used_bytes": used}
+        return {"hit_rate": self.hook.counters().hit_rate, "used_bytes": used + self.hook.bytes_held()}
+
+
+def placements(model: Path, threads: list[int]) -> list[Placement]:
+    made = [
+        Placement("all", model, max(threads)),
+        Placement("slots-all", model, max(threads), share=1.0),
+        Placement("slots-1/4", model, max(threads), share=0.25),
+    ]
+    for n in threads:
+        made.append(Placement(f"cpu-moe mmap {n} threads", model, n, experts_on_cpu=True))
+        made.append(Placement(f"cpu-moe none {n} threads", model, n, experts_on_cpu=True, mmap=False))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=lambda s: [int(n) for n in s.split(",")], default=[8, 16])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("-o", "--out", type=Path)
+    arguments = parser.parse_args()
+
+    llama_cpp.llama_backend_init()
+    route_llama_cpp_log()
+    _native.load_backends()
+    made = placements(arguments.model, arguments.threads)
+    tokens = np.random.default_rng(2).integers(4, made[0].n_vocab, 1024)
+    reference = made[0].logits([int(t) for t in tokens[:16]])
+    rows: list[dict[str, Any]] = []
+    for placement in made:
+        got = placement.logits([int(t) for t in tokens[:16]])
+        nmse = float(((got - reference) ** 2).sum() / (reference**2).sum())
+        rows.append({"placement": placement.name, "nmse_to_all": nmse, "ms": {}})
+    for width in WIDTHS:
+        rounds: dict[str, list[float]] = {placement.name: [] for placement in made}
+        for _ in range(arguments.rounds):
+            for placement in made:
+                rounds[placement.name].append(statistics.median(placement.round(width, arguments.steps, tokens)))
+        for row in rows:
+            medians = [1e3 * seconds for seconds in rounds[row["placement"]]]
+            row["ms"][str(width)] = {"median": statistics.median(medians), "min": min(medians), "max": max(medians)}
+    for row, placement in zip(rows, made, strict=True):
+        row |= placement.report()
+    report = {
+        "model": arguments.model.name,
+        "device": str(_native.compute_device()),
+        "rounds": arguments.rounds,
+        "steps_per_round": arguments.steps,
+        "rows": rows,
+    }
+    text = json.dumps(report, indent=1)
+    if arguments.out:
+        arguments.out.write_text(text + "\n", encoding="utf-8")
+    for row in rows:
+        ms = "  ".join(f"{w} tok {v['median']:7.3f} [{v['min']:.3f}, {v['max']:.3f}]" for w, v in row["ms"].items())
+        print(f"{row['placement']:26} {ms}  nmse {row['nmse_to_all']:.1e}  hit rate {row['hit_rate']}")
+
+
+if __name__ == "__main__":
+    main()
