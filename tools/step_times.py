@@ -79,8 +79,9 @@ class Placement:
         self._context.kv_cache_clear()
         for past, token in enumerate(tokens):
             self.step([token], past)
-        row: npt.NDArray[np.float32] = np.ctypeslib.as_array(self._context.get_logits(), shape=(self.n_vocab,))
-        return row.copy()
+        row: npt.NDArray[np.float32] = np.zeros(self.n_vocab, dtype=np.float32)
+        row[:] = np.ctypeslib.as_array(self._context.get_logits(), shape=(self.n_vocab,))
+        return row
 
     def round(self, width: int, steps: int, tokens: npt.NDArray[np.int64]) -> list[float]:
         self._context.kv_cache_clear()
@@ -141,7 +142,7 @@ def main() -> None:
             medians = [1e3 * seconds for seconds in rounds[row["placement"]]]
             row["ms"][str(width)] = {"median": statistics.median(medians), "min": min(medians), "max": max(medians)}
     for row, placement in zip(rows, made, strict=True):
-        row |= placement.report()
+        row.update(placement.report())
     report = {
         "model": arguments.model.name,
         "device": str(_native.compute_device()),

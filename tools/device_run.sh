@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# On a GPU machine without a compiler or a network: the GPU tests, the demo and the step times.
+#
+#     tools/device_run.sh CARRY OUT [tests] [demo] [steps]
+#
+# CARRY holds site/ (the installed llama_cpp package, built with GGML_NATIVE=OFF), wheels/ (cffi, pycparser, diskcache,
+# gguf for the Python there) and the backend module, libggml-cuda.so or its libggml-cuda.so.xz.* parts.
+set -euo pipefail
+carry=$(realpath "$1") out=$(realpath "$2")
+shift 2
+here=$(cd "$(dirname "$0")/.." && pwd)
+work=/tmp/edge_speq_device
+mkdir -p "$work/backends"
+if [ ! -e "$work/ready" ]; then
+    cp -r "$carry/site" "$work/site"
+    if [ -e "$carry/libggml-cuda.so" ]; then
+        cp "$carry/libggml-cuda.so" "$work/backends/"
+    else
+        cat "$carry"/libggml-cuda.so.xz.* | xz -d >"$work/backends/libggml-cuda.so"
+    fi
+    python3 -m pip install -q --no-index --no-deps --no-compile --target "$work/wheels" "$carry"/wheels/*.whl
+    touch "$work/ready"
+fi
+export PYTHONPATH="$here:$work/site:$work/wheels" PYTHONUNBUFFERED=1
+export EDGE_SPEQ_BACKENDS="$work/backends"
+cuda=$(python3 - <<'PY'
+import glob, sysconfig
+roots = [sysconfig.get_paths()["purelib"] + "/nvidia/*/lib", "/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/*/lib"]
+print(":".join(path for root in roots for path in sorted(glob.glob(root))))
+PY
+)
+export LD_LIBRARY_PATH="$work/site/llama_cpp/lib:$cuda:${LD_LIBRARY_PATH:-}"
+cd "$here"
+python3 -m edge_speq --version
+for what in "$@"; do
+    echo "== $what"
+    case $what in
+        tests) python3 -m pytest tests/test_gpu.py -rA -p no:cacheprovider 2>&1 | tee "$out/gpu_tests.log" | grep -E "NMSE|texts part|passed|failed|Error" ;;
+        demo)
+            python3 -m edge_speq run -n 96 | tee "$out/demo.txt"
+            python3 -m edge_speq run -n 96 --json >"$out/demo.json"
+            python3 -m edge_speq run -n 96 --policy all | head -3
+            ;;
+        steps)
+            python3 tools/step_times.py models/tales-moe.gguf --threads 2,8,16 -o "$out/steps_tales.json"
+            python3 tools/inflate_model.py "$work/inflated.gguf" --layers 12
+            python3 tools/step_times.py "$work/inflated.gguf" --threads 8,16 -o "$out/steps_inflated.json"
+            ;;
+    esac
+done
