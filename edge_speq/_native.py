@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_speq.core import EdgeError, ExpertCounters, ExpertGroup, Experts, MemoryUse
+from edge_speq.log import route_llama_cpp_log
 
 ABI_VERSION = 1
 INSTALL_HINT = "install the patched build that comes with edge_speq: pip install ./native ."
@@ -89,8 +90,13 @@ def llama_cpp_commit() -> str:
 
 @functools.cache
 def load_backends() -> None:
-    """Adds the ggml backend modules that EDGE_SPEQ_BACKENDS names or that lie beside the libraries, once."""
+    """Initialises llama.cpp, once: its log goes to logging, and the ggml backend modules that EDGE_SPEQ_BACKENDS
+    names or that lie beside the libraries are added. Raises EdgeError for a named module that does not load."""
     _, lib = _load()
+    import llama_cpp
+
+    route_llama_cpp_log()
+    llama_cpp.llama_backend_init()
     beside = sorted((_package() / "lib").glob("*ggml-*.so"))
     named = [Path(p) for p in os.environ.get("EDGE_SPEQ_BACKENDS", "").split(os.pathsep) if p]
     for path in named:

@@ -16,7 +16,6 @@ from llama_cpp import _internals as internals
 
 from edge_speq import _native
 from edge_speq.core import EdgeError, Experts, MemoryUse
-from edge_speq.log import route_llama_cpp_log
 
 EXPERT_TENSORS = rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX of llama.cpp's common/
 GGUF_MAGIC = b"GGUF"
@@ -73,7 +72,7 @@ def check_model_file(path: str | Path, role: str = "model") -> Path:
 
 def trained_context(path: str | Path) -> int:
     """Tokens of context that a model was trained for."""
-    route_llama_cpp_log()
+    _native.load_backends()
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
     with contextlib.closing(load_model(check_model_file(path), params, "model")) as model:

@@ -29,7 +29,6 @@ from edge_speq.core import (
     parse_share,
 )
 from edge_speq.governor import Governor
-from edge_speq.log import route_llama_cpp_log
 
 log = logging.getLogger("edge_speq")
 
@@ -87,8 +86,6 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         self._draft_path = None if draft is None or self._wanted_k == 0 else engine.check_model_file(draft, "draft")
         engine.check_model_file(model_path)
 
-        llama_cpp.llama_backend_init()
-        route_llama_cpp_log()
         _native.load_backends()
         self.device = _native.compute_device()
         self._budget_bytes = self._parse_budget(vram_budget)

@@ -11,7 +11,6 @@ import pytest
 import tiny_models
 
 from edge_speq import _native, demo
-from edge_speq.log import route_llama_cpp_log
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,15 +29,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _has_gpu() -> bool:
-    llama_cpp.llama_backend_init()
     _native.load_backends()
     return _native.compute_device().is_gpu
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
-    llama_cpp.llama_backend_init()
-    route_llama_cpp_log()
+    _native.load_backends()
 
 
 @pytest.fixture(scope="session")

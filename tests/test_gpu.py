@@ -18,8 +18,6 @@ from edge_speq import EdgeLlama, _native, engine
 
 pytestmark = pytest.mark.gpu
 
-NEAR_TIE = 0.5  # logits apart: quantized activations amplify last-bit differences to about that
-
 
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])
@@ -74,6 +72,7 @@ def test_greedy_text_with_a_draft_differs_only_at_near_ties(bundled: tuple[Path,
     """A verify pass may take other kernels than a single token does, so a near tie may fall the other way."""
     target, draft = bundled
     prompts = speculation.prompts()
+    noise = width_noise(target)
     with speculation.llm(target, logits_all=True) as plain, speculation.llm(target, draft=draft, speculation=4) as fast:
         ties = []
         for prompt in prompts:
@@ -82,9 +81,22 @@ def test_greedy_text_with_a_draft_differs_only_at_near_ties(bundled: tuple[Path,
                 ties.append(gap_at_first_difference(plain, prompt, expected, got))
         acceptance = fast.stats().speculation.acceptance
     gaps = [round(gap, 4) for gap in ties]
-    print(f"{len(ties)} of {len(prompts)} texts part at a near tie, logit gaps {gaps}; {acceptance=:.3f}")
-    assert all(gap < NEAR_TIE for gap in ties)
-    assert len(ties) < len(prompts) // 4
+    print(f"{len(ties)} of {len(prompts)} texts part at a near tie, logit gaps {gaps}; {noise=:.3f} {acceptance=:.3f}")
+    assert all(gap <= 2 * noise for gap in ties)  # both candidates may have moved by the noise
+    assert len(ties) < len(prompts) // 2
+
+
+def width_noise(path: Path) -> float:
+    """Largest difference that decoding five tokens at once makes to a logit, against one by one."""
+    widths = {width: [40] + [width] * (100 // width) for width in (1, 5)}
+    with exactness.loaded(path) as model:
+        experts = _native.model_experts(model.model)
+        seen = []
+        for each in widths.values():
+            hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, [g.n_experts for g in experts.groups])
+            seen.append(exactness.logits(model, hook, each))
+            hook.detach()
+    return float(np.abs(seen[0] - seen[1]).max())
 
 
 def greedy_tokens(model: EdgeLlama, prompt: str, n: int = speculation.N_PREDICT) -> list[int]:

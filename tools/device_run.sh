@@ -3,7 +3,7 @@
 #
 #     tools/device_run.sh CARRY OUT [tests] [demo] [steps]
 #
-# CARRY holds site/ (the installed llama_cpp package, built with GGML_NATIVE=OFF), wheels/ (cffi, pycparser, diskcache,
+# CARRY holds site.tar.xz (site/ with the unpacked native wheel, built with GGML_NATIVE=OFF), wheels/ (cffi, pycparser, diskcache,
 # gguf for the Python there) and the backend module, libggml-cuda.so or its libggml-cuda.so.xz.* parts.
 set -euo pipefail
 carry=$(realpath "$1") out=$(realpath "$2")
@@ -12,7 +12,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 work=/tmp/edge_speq_device
 mkdir -p "$work/backends"
 if [ ! -e "$work/ready" ]; then
-    cp -r "$carry/site" "$work/site"
+    tar -C "$work" -xJf "$carry/site.tar.xz"
     if [ -e "$carry/libggml-cuda.so" ]; then
         cp "$carry/libggml-cuda.so" "$work/backends/"
     else
@@ -39,7 +39,7 @@ for what in "$@"; do
         demo)
             python3 -m edge_speq run -n 96 | tee "$out/demo.txt"
             python3 -m edge_speq run -n 96 --json >"$out/demo.json"
-            python3 -m edge_speq run -n 96 --policy all | head -3
+            python3 -m edge_speq run -n 96 --policy all
             ;;
         steps)
             python3 tools/step_times.py models/tales-moe.gguf --threads 2,8,16 -o "$out/steps_tales.json"

@@ -25,7 +25,6 @@ import numpy.typing as npt
 from llama_cpp import _internals as internals
 
 from edge_speq import _native, engine, plan
-from edge_speq.log import route_llama_cpp_log
 
 WIDTHS = (1, 2, 4)
 PREFIX = 48  # tokens in the context before the first timed step
@@ -122,8 +121,6 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path)
     arguments = parser.parse_args()
 
-    llama_cpp.llama_backend_init()
-    route_llama_cpp_log()
     _native.load_backends()
     made = placements(arguments.model, arguments.threads)
     tokens = np.random.default_rng(2).integers(4, made[0].n_vocab, 1024)
