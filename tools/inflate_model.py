@@ -28,7 +28,7 @@ def q4_0(random: np.random.Generator, *ne: int) -> npt.NDArray[np.uint8]:
     # nibbles 1 to 15 stand for -7 to 7: with 0 as well their mean would not be zero, one direction would drown all
     # others, and every token would be routed alike
     low, high = random.integers(1, 16, (2, rows, blocks, Q4_0_BYTES), dtype=np.uint8)
-    data = low | (high << 4)
+    data: npt.NDArray[np.uint8] = low | (high << 4)
     scale = np.float16(1 / (4.3 * np.sqrt(ne[0])))  # -7 to 7 have a deviation of 4.3
     data[:, :, :2] = np.frombuffer(scale.tobytes(), dtype=np.uint8)
     return data.reshape(*ne[:0:-1], blocks * Q4_0_BYTES)
