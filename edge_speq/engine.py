@@ -26,7 +26,7 @@ _Params = Any  # llama_cpp's ctypes structures
 
 
 class _BufferOverride(ctypes.Structure):
-    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
 
 
 def copy_params(params: _Params) -> _Params:
