@@ -40,8 +40,8 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         draft: path of a draft GGUF with the model's vocabulary.
         resident: share of the routed-expert bytes that slots may hold, 0.25 or "1/4".
         vram_budget: bytes ("6GiB") that everything on the compute device may take together, or "auto" for
-            what is free less a margin. On a CPU-only machine it bounds the same things in RAM, mapped file
-            pages not counted.
+            what is free less a margin, which is also the default of policy "auto" on a GPU. On a CPU-only
+            machine it bounds the same things in RAM, mapped file pages not counted.
         speculation: draft tokens per step, or "auto".
         policy: "auto" (slots with foresight, or no slots where everything fits or nothing bounds them), "lru"
             (slots, demand loads only), "cpu-moe" (experts stay on the CPU) or "all" (everything resident).
@@ -143,7 +143,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         draft = MemoryUse()
         if self._draft_path is not None and contexts is not None:
             _, draft = engine.dry_load(self._draft_path, self._draft_params, contexts, "draft")
-        return experts, target.total + draft.total
+        return experts, target.total + draft.total + plan.SLOT_OVERHEAD
 
     def _model_loaded(self) -> None:
         if self._plan.policy == "slots":
@@ -174,7 +174,8 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             )
 
     def _parse_budget(self, vram_budget: int | str | None) -> int | None:
-        if vram_budget == "auto":
+        unbounded = vram_budget is None and self._resident is None and self._policy == "auto"
+        if vram_budget == "auto" or (unbounded and self.device.is_gpu):
             return max(0, self.device.free_bytes - plan.AUTO_MARGIN)
         return None if vram_budget is None else parse_bytes(vram_budget)
 

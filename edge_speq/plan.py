@@ -13,6 +13,7 @@ from edge_speq.core import EdgeError, Experts, Plan
 
 K_DEFAULT = 4  # draft tokens of "auto": past 8 columns CUDA leaves its vector kernels, and acceptance decays
 AUTO_MARGIN = 512 << 20  # bytes of free VRAM that "auto" leaves to the desktop
+SLOT_OVERHEAD = 64 << 10  # bytes for the routing leaf and the padding of slot tensors
 
 
 def plan(

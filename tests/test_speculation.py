@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_speq import EdgeLlama
+from edge_speq import EdgeLlama, demo
 
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 N_PREDICT = 40
@@ -96,7 +96,9 @@ def test_misses_and_transfers_add_up(bundled: tuple[Path, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 4, 8])
-def test_greedy_text_on_every_prompt(bundled: tuple[Path, Path], k: int) -> None:
+def test_greedy_text_on_a_hundred_prompts(bundled: tuple[Path, Path], k: int) -> None:
     target, draft = bundled
+    asked = [*prompts(), demo.PROMPT, "def main() -> None:"]
+    assert len(asked) == 100
     with llm(target) as plain, llm(target, draft=draft, speculation=k) as speculating:
-        assert texts(speculating, prompts()) == texts(plain, prompts())
+        assert texts(speculating, asked) == texts(plain, asked)
