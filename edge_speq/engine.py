@@ -144,12 +144,17 @@ class DraftModel:
     """
 
     def __init__(self, path: Path, model_params: _Params, context_params: _Params, max_width: int) -> None:
-        self._model = load_model(path, model_params, "draft")
-        self.experts = _native.model_experts(self._model.model)
-        self._hook = _native.Hook(self._model.model, self.experts, max_width) if self.experts.n_blocks else None
-        self._context = _context(self._model, context_params)
-        self._n_batch = int(context_params.n_batch)
-        self._batch = internals.LlamaBatch(n_tokens=self._n_batch, embd=0, n_seq_max=1, verbose=True)
+        with contextlib.ExitStack() as stack:  # closes what is open when a later part fails
+            self._model = stack.enter_context(contextlib.closing(load_model(path, model_params, "draft")))
+            self.experts = _native.model_experts(self._model.model)
+            self._hook = _native.Hook(self._model.model, self.experts, max_width) if self.experts.n_blocks else None
+            if self._hook is not None:
+                stack.callback(self._hook.detach)
+            self._context = stack.enter_context(contextlib.closing(_context(self._model, context_params)))
+            self._n_batch = int(context_params.n_batch)
+            batch = internals.LlamaBatch(n_tokens=self._n_batch, embd=0, n_seq_max=1, verbose=True)
+            self._batch = stack.enter_context(contextlib.closing(batch))
+            self.close = stack.pop_all().close
         self._tokens: npt.NDArray[np.intc] = np.zeros(0, dtype=np.intc)
 
     def require_vocabulary_of(self, target: int) -> None:
@@ -160,8 +165,9 @@ class DraftModel:
                 "use a draft of the same model family",
             )
 
-    def memory_used(self) -> MemoryUse:
-        return _native.memory_used(self._context.ctx, _native.compute_device().is_gpu)
+    def memory_used(self) -> int:
+        used = _native.memory_used(self._context.ctx, _native.compute_device().is_gpu).total
+        return used + (self._hook.bytes_held() if self._hook is not None else 0)
 
     def propose(
         self, text: npt.NDArray[np.intc], k: int, sampler: Any
@@ -198,10 +204,3 @@ class DraftModel:
         tokens = [int(token) for token in tokens]
         decode(self._context, self._batch, tokens, len(self._tokens), 1)
         self._tokens = np.concatenate([self._tokens, np.asarray(tokens, dtype=np.intc)])
-
-    def close(self) -> None:
-        self._batch.close()
-        self._context.close()
-        if self._hook is not None:
-            self._hook.detach()
-        self._model.close()

@@ -26,8 +26,9 @@ class Governor:
             k += 1
         return k
 
-    def observe(self, drafted: int, accepted: int) -> None:
-        """One verify step. Tokens after the first mismatch say nothing."""
-        if drafted:
+    def observe(self, accepted: int, *, mismatch: bool) -> None:
+        """One verify step. Tokens after the first mismatch, or after the end of the text, say nothing."""
+        tried = accepted + mismatch
+        if tried:
             self._matched = SMOOTHING * self._matched + accepted
-            self._tried = SMOOTHING * self._tried + min(accepted + 1, drafted)
+            self._tried = SMOOTHING * self._tried + tried

@@ -78,6 +78,8 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         }
         _require_choice("policy", policy, POLICIES)
         _require_choice("compute", compute, COMPUTES)
+        if policy in ("all", "cpu-moe") and resident is not None:
+            raise EdgeError(f"resident does not apply to policy {policy}", "leave one of them out", usage=True)
         if kwargs.pop("draft_model", None) is not None:
             raise EdgeError("draft_model is not supported yet", "give a draft GGUF as draft=", usage=True)
         self._policy = policy
@@ -100,6 +102,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         self._pending: list[int] = []
         self._n_rows = 0  # logits rows of the last verify
         self._n_kept = 0
+        self._unserved = False  # narrow graphs were not served from slots, and it was said
         try:
             super().__init__(model_path, n_gpu_layers=n_gpu_layers, verbose=verbose, **kwargs)
             self._load_draft()
@@ -127,7 +130,10 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             fixed_bytes=fixed_bytes,
             speculation=self._wanted_k,
             has_draft=self._draft_path is not None,
+            experts_mapped=not self.device.is_gpu,
         )
+        if self._plan.policy == "slots" and self.lora_path is not None:
+            raise EdgeError("slots do not serve LoRA adapters", "use policy all or cpu-moe", usage=True)
         log.info("plan: %s", self._plan.reason)
         if self._plan.policy == "slots":
             model_params.use_extra_bufts = False  # repacking would move the experts to another layout
@@ -143,7 +149,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         draft = MemoryUse()
         if self._draft_path is not None and contexts is not None:
             _, draft = engine.dry_load(self._draft_path, self._draft_params, contexts, "draft")
-        return experts, target.total + draft.total + plan.SLOT_OVERHEAD
+        return experts, target.total + draft.total
 
     def _model_loaded(self) -> None:
         if self._plan.policy == "slots":
@@ -164,8 +170,10 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             self._draft = engine.DraftModel(self._draft_path, self._draft_params, context_params, k_max + 2)
             self._stack.callback(self._draft.close)
             self._draft.require_vocabulary_of(self._model.model)
-        if self._hook is not None and self._draft is not None and self._policy == "auto":
-            self._foresight = foresight.choose(self._experts, self._draft.experts)
+        if self._hook is not None and self._policy == "auto":
+            self._foresight = foresight.choose(
+                self._experts, self._draft.experts if self._draft else None, self._hook.n_slots
+            )
         used = self.memory_used()
         if self._budget_bytes is not None and used > self._budget_bytes:
             raise EdgeError(
@@ -178,6 +186,10 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         if vram_budget == "auto" or (unbounded and self.device.is_gpu):
             return max(0, self.device.free_bytes - plan.AUTO_MARGIN)
         return None if vram_budget is None else parse_bytes(vram_budget)
+
+    def _require_open(self) -> None:
+        if self._ctx.ctx is None:
+            raise EdgeError("the model is closed")
 
     def close(self) -> None:
         """Frees models, contexts and slots. stats() keeps the counters."""
@@ -229,8 +241,10 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         )
         self._timing.n_prompt += len(tokens)
         started = time.perf_counter()
-        stream = speculate.generate(self, self._reuse_prefix(list(tokens)) if reset else tokens)
-        yield from self._timed(stream, started)
+        pending = self._reuse_prefix(list(tokens)) if reset else list(tokens)
+        if not pending and self._requires_eval:
+            raise EdgeError("there is nothing to continue: the prompt is empty", "give at least one token", usage=True)
+        yield from self._timed(speculate.generate(self, pending), started)
 
     def _timed(
         self, stream: Generator[int, Sequence[int] | None, None], started: float
@@ -280,7 +294,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
     def draft(self, pending: list[int]) -> list[int]:
         self._speculation.steps += 1
         self._draft_routing = None
-        room = min(self._plan.k_max + 1, self._n_ctx - self.n_tokens) - len(pending)
+        room = min(self._plan.k_max + 1, self._n_ctx - self.n_tokens, self.n_batch) - len(pending)
         room = min(room, self._governor.k())
         if self._draft is None or room <= 0:
             return []
@@ -295,6 +309,8 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             drafted, self._draft_routing = self._draft.propose(text, room, sampler)
         finally:
             llama_cpp.llama_sampler_free(sampler)
+        padding = next((i for i, token in enumerate(drafted) if token >= self._n_vocab), None)
+        drafted = drafted[:padding]  # a draft's vocabulary may be padded further than ours
         self._speculation.drafted += len(drafted)
         return drafted
 
@@ -305,6 +321,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         self._hook.prefetch(foresight.orders(scores, self._foresight.threshold))
 
     def verify(self, pending: list[int], drafted: list[int]) -> None:
+        self._require_open()
         self._pending, self._n_kept, self._n_rows = pending, 0, len(drafted) + 1
         if not pending:
             return
@@ -328,10 +345,18 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             if self._hook is not None:
                 llama_cpp.llama_synchronize(self._ctx.ctx)
                 self._hook.end_step()
+                self._warn_if_unserved(self._hook, len(chunk))
         self.n_tokens += len(pending)
         self._requires_eval = len(drafted) > 0
 
+    def _warn_if_unserved(self, hook: _native.Hook, width: int) -> None:
+        whole = width <= int(self.context_params.n_ubatch)
+        if whole and width <= self._plan.k_max + 1 and not hook.routing().shape[1] and not self._unserved:
+            self._unserved = True
+            log.warning("this model takes llama.cpp's stock path: its experts are not served from slots")
+
     def pick(self, row: int) -> int | None:
+        self._require_open()
         from_last = row - self._n_rows
         token = int(self._sampler.sample(self._ctx, from_last))
         if self._stopping_criteria is not None:
@@ -340,15 +365,19 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
                 return None
         return token
 
-    def keep(self, token: int) -> None:
+    def keep(self) -> None:
         self.n_tokens += 1
         self._n_kept += 1
         self._speculation.accepted += 1
 
-    def settle(self) -> None:
+    def settle(self, *, mismatch: bool) -> None:
+        if self._ctx.ctx is None:
+            return  # closed under an open generator
         if self._foresight is not None and self._hook is not None:
-            self._foresight.observe(self._hook.routing()[:, : len(self._pending) + self._n_kept, :])
-        self._governor.observe(self._n_rows - 1, self._n_kept)
+            routing, n_pending = self._hook.routing(), len(self._pending)
+            if routing.shape[1] == n_pending + self._n_rows - 1:  # a prompt in several batches leaves only the last
+                self._foresight.observe(routing, n_pending + self._n_kept)
+        self._governor.observe(self._n_kept, mismatch=mismatch)
         if self._n_kept + 1 < self._n_rows:
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         else:
@@ -361,17 +390,17 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         on_gpu = self.device.is_gpu
         used = _native.memory_used(self._ctx.ctx, on_gpu).total
         if self._draft is not None:
-            used += self._draft.memory_used().total
+            used += self._draft.memory_used()
         return used + (self._hook.bytes_held() if self._hook is not None else 0)
 
     def stats(self) -> Stats:
         """What happened since the model was loaded. A snapshot: later events do not change it."""
         from edge_speq import __version__
 
-        counters = ExpertCounters(total=self._experts.total)
+        counters = ExpertCounters()  # a dense model
         if self._hook is not None:
             counters = self._hook.counters()
-        elif self._plan.policy == "cpu-moe":
+        elif self._experts.n_blocks:
             counters = ExpertCounters(total=self._experts.total, hits=None, misses=None, cpu_computed=None)
         return Stats(
             timing=copy.copy(self._timing),

@@ -13,7 +13,7 @@ from edge_speq.core import EdgeError, Experts, Plan
 
 K_DEFAULT = 4  # draft tokens of "auto": past 8 columns CUDA leaves its vector kernels, and acceptance decays
 AUTO_MARGIN = 512 << 20  # bytes of free VRAM that "auto" leaves to the desktop
-SLOT_OVERHEAD = 64 << 10  # bytes for the routing leaf and the padding of slot tensors
+PADDING = 64 << 10  # bytes for the padding of slot tensors, a few hundred each
 
 
 def plan(
@@ -25,17 +25,25 @@ def plan(
     fixed_bytes: int,
     speculation: int | None,
     has_draft: bool,
+    experts_mapped: bool = False,
 ) -> Plan:
     """The plan for one model.
 
     `resident` and `budget_bytes` both bound the slots, the smaller wins; `fixed_bytes` is what lies on the
-    compute device besides slots (only needed with a budget). `speculation` None lets the planner choose the
+    compute device besides slots (only needed with a budget); experts_mapped says that resident experts are mapped
+    file pages, which no budget counts. `speculation` None lets the planner choose the
     most draft tokens that the slots allow. Raises EdgeError, naming the nearest possible request, when the
     slots would fall under the floor of one verify step.
     """
     k_wanted = 0 if not has_draft else K_DEFAULT if speculation is None else speculation
     if not experts.n_blocks:
+        _require_budget("this dense model", fixed_bytes, budget_bytes)
         return Plan("all", (), k_wanted, budget_bytes=budget_bytes, reason="a dense model: nothing to keep in slots")
+    if budget_bytes is not None:
+        fixed_bytes += _overhead(experts, k_wanted)
+    if policy in ("cpu-moe", "all"):
+        on_device = experts.total_bytes if policy == "all" and not experts_mapped else 0
+        _require_budget(f"policy {policy}", fixed_bytes + on_device, budget_bytes)
     if policy == "cpu-moe":
         return Plan("cpu-moe", (), k_wanted, budget_bytes=budget_bytes, reason="every expert is computed on the CPU")
     if policy == "all" or (policy == "auto" and resident is None and budget_bytes is None):
@@ -55,6 +63,20 @@ def plan(
     slot_bytes = sum(n * group.expert_bytes for n, group in zip(slots, experts.groups, strict=True))
     reason = f"{sum(slots)} of {experts.total} experts in slots, up to {k} draft tokens a step"
     return Plan("slots", slots, k, slot_bytes, fixed_bytes, budget_bytes, slot_bytes / experts.total_bytes, reason)
+
+
+def _overhead(experts: Experts, k: int) -> int:
+    """Bytes of the routing leaves of target and draft, [n_blocks, k + 1, n_expert_used] int32, and of padding."""
+    return 2 * 4 * experts.n_blocks * (k + 2) * experts.n_expert_used + PADDING
+
+
+def _require_budget(what: str, needed: int, budget_bytes: int | None) -> None:
+    if budget_bytes is not None and needed > budget_bytes:
+        raise EdgeError(
+            f"{what} needs {needed / 2**20:.1f} MiB on the compute device, over the budget of "
+            f"{budget_bytes / 2**20:.1f} MiB",
+            f"the smallest possible budget here is {math.ceil(needed / 2**20)}MiB; policy auto needs less",
+        )
 
 
 def _share_of_budget(experts: Experts, budget_bytes: int | None, fixed_bytes: int) -> float:

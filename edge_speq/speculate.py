@@ -23,11 +23,12 @@ class Engine(Protocol):
     def pick(self, row: int) -> int | None:
         """The sampler's pick from a row, None when a stopping criterion says so."""
 
-    def keep(self, token: int) -> None:
-        """This drafted token is part of the text now."""
+    def keep(self) -> None:
+        """The next drafted token is part of the text now."""
 
-    def settle(self) -> None:
-        """Forgets the drafted tokens that were not kept."""
+    def settle(self, *, mismatch: bool) -> None:
+        """Ends a verify step: forgets the drafted tokens that were not kept, the first of which the sampler may
+        have contradicted (a mismatch) or not looked at."""
 
 
 def generate(engine: Engine, prompt: Sequence[int]) -> Generator[int, Sequence[int] | None, None]:
@@ -48,16 +49,19 @@ def generate(engine: Engine, prompt: Sequence[int]) -> Generator[int, Sequence[i
 def accept(engine: Engine, drafted: list[int]) -> Generator[int, Sequence[int] | None, list[int] | None]:
     """Emits the sampled tokens while they match the draft, and the first one that does not. Returns the tokens
     that the target has yet to see, None at the end of the text."""
+    mismatch = False
     try:
         for row, guess in enumerate([*drafted, None]):
             token = engine.pick(row)
             if token is None:
                 return None
-            if token == guess:
-                engine.keep(token)
+            mismatch = guess is not None and token != guess
             sent = list((yield token) or ())
-            if token != guess or sent:
-                return sent if token == guess else [token, *sent]
+            if token != guess:
+                return [token, *sent]
+            engine.keep()  # only now: closed at the yield, the engine holds what it would hold without a draft
+            if sent:
+                return sent
         raise AssertionError("the last row has no guess, so its token never matches")
     finally:
-        engine.settle()
+        engine.settle(mismatch=mismatch)

@@ -65,14 +65,19 @@ def test_json_follows_the_schema_and_repeats_for_a_seed() -> None:
 def test_every_policy_reports_itself(policy: str) -> None:
     report = run_json("-n", "8", "--policy", policy)
     assert report["memory"]["plan"]["policy"] == {"lru": "slots"}.get(policy, policy)
-    assert (report["experts"]["hits"] is None) == (policy == "cpu-moe")
+    assert (report["experts"]["hits"] is None) == (policy != "lru")  # without slots nobody observes demands
     assert report["experts"]["prefetched"] == 0
 
 
 def test_a_budget_is_kept() -> None:
-    report = run_json("-n", "8", "--vram-budget", "90MiB", "-c", "512")
-    assert report["memory"]["budget_bytes"] == 90 << 20
-    assert 0 < report["memory"]["used_bytes"] <= 90 << 20
+    """What half of the experts needed, given as a budget, buys about half of the experts."""
+    half = run_json("-n", "8", "-c", "512")
+    budget = half["memory"]["used_bytes"]
+    bound = run_json("-n", "8", "-c", "512", "--vram-budget", str(budget))
+    assert bound["memory"]["budget_bytes"] == budget
+    assert bound["memory"]["plan"]["policy"] == "slots"
+    assert bound["memory"]["used_bytes"] <= budget
+    assert half["experts"]["slots"] * 0.9 < bound["experts"]["slots"] <= half["experts"]["slots"]
 
 
 def test_the_schema_names_every_expert_counter() -> None:
@@ -146,6 +151,6 @@ def test_importing_the_model_class_loads_no_backend() -> None:
         "import logging, time; t = time.perf_counter(); from edge_speq import EdgeLlama; s = time.perf_counter() - t; "
         "from edge_speq import _native; print(s, _native.load_backends.cache_info().currsize)"
     )
-    runs = [python(code).split() for _ in range(3)]
+    runs = [python(code).split() for _ in range(5)]
     assert {count for _, count in runs} == {"0"}
-    print("from edge_speq import EdgeLlama:", min(float(seconds) for seconds, _ in runs), "s")
+    assert min(float(seconds) for seconds, _ in runs) < 0.3

@@ -56,9 +56,22 @@ def test_a_budget_that_cannot_hold_the_rest(bundled: tuple[Path, Path]) -> None:
     assert "smallest possible budget" in error.hint
 
 
+def test_a_budget_that_a_policy_cannot_keep(bundled: tuple[Path, Path]) -> None:
+    assert "smallest possible budget" in refused(bundled[0], policy="all", vram_budget="1MiB").hint
+    assert "smallest possible budget" in refused(bundled[0], policy="cpu-moe", vram_budget="1MiB").hint
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"policy": "magic"}, {"compute": "gpu"}, {"resident": "2"}, {"speculation": "many"}, {"vram_budget": "lots"}],
+    [
+        {"policy": "magic"},
+        {"compute": "gpu"},
+        {"resident": "2"},
+        {"speculation": "many"},
+        {"vram_budget": "lots"},
+        {"policy": "all", "resident": "1/2"},
+        {"resident": "1/2", "lora_path": "adapter.gguf"},
+    ],
 )
 def test_bad_arguments(bundled: tuple[Path, Path], options: dict[str, str]) -> None:
     assert refused(bundled[0], **options).usage

@@ -28,10 +28,11 @@ def loaded(path: Path) -> Iterator[internals.LlamaModel]:
     del keep_alive
 
 
-def logits(model: internals.LlamaModel, hook: _native.Hook | None, widths: list[int], n_gpu_layers: int = 0) -> Logits:
+def logits(model: internals.LlamaModel, hook: _native.Hook | None, widths: list[int], *, n_ctx: int = 256) -> Logits:
     """Logits of every position, [sum(widths), n_vocab], of one sequence of fixed tokens decoded in these widths."""
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads, params.n_threads_batch = 256, 64, 64, 1, 1
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads, params.n_threads_batch = n_ctx, 64, 64, 2, 2
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # llama_cpp.Llama's default
     if hook is not None and hook.n_slots:
         engine.install_eval_callback(params, hook)
     n_vocab = model.n_vocab()
@@ -87,6 +88,24 @@ def test_tiny_models(tiny, arch: str, kind: str) -> None:
 
 def test_bundled_model(bundled: tuple[Path, Path]) -> None:
     check_bit_identical(bundled[0])
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M", "Q2_K"])
+def test_narrow_batches_give_the_bits_of_single_tokens(tiny, kind: str) -> None:
+    check_widths(tiny.moe("qwen3moe", kind), [40], 62)
+
+
+def test_narrow_batches_of_the_bundled_model_far_into_the_context(bundled: tuple[Path, Path]) -> None:
+    check_widths(bundled[0], [64] * 10, 62)
+
+
+def check_widths(path: Path, prefill: list[int], n_tokens: int) -> None:
+    with loaded(path) as model:
+        single = logits(model, None, prefill + [1] * n_tokens, n_ctx=1024)
+        for width in (2, 5, 9, 31):
+            widths = [width] * (n_tokens // width)
+            got = logits(model, None, [*prefill, *widths, *[1] * (n_tokens % width)], n_ctx=1024)
+            np.testing.assert_array_equal(got, single, err_msg=f"{width} tokens at once")
 
 
 def test_q4_k_m_has_two_groups(tiny) -> None:

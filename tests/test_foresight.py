@@ -10,10 +10,13 @@ DENSE = Experts(0, 0, 0, ())
 
 
 def test_a_draft_with_the_same_blocks_and_experts_is_a_twin() -> None:
-    assert foresight.choose(TARGET, Experts(2, 8, 1, TARGET.groups)).name == "twin"
-    assert foresight.choose(TARGET, Experts(2, 4, 2, TARGET.groups)).name == "counts"
-    assert foresight.choose(TARGET, DENSE).name == "counts"
-    assert foresight.choose(TARGET, None).name == "counts"
+    for draft, name in (
+        (Experts(2, 8, 1, TARGET.groups), "twin"),
+        (Experts(2, 4, 2, TARGET.groups), "counts"),
+        (DENSE, "counts"),
+        (None, "counts"),
+    ):
+        assert foresight.choose(TARGET, draft, 6).name == name
 
 
 def test_the_twin_scores_each_expert_by_the_drafted_tokens_that_use_it() -> None:
@@ -25,14 +28,22 @@ def test_the_twin_scores_each_expert_by_the_drafted_tokens_that_use_it() -> None
 
 
 def test_counts_settle_at_the_share_of_use_and_decay() -> None:
-    counts = foresight.Counts(TARGET)
-    routing = np.array([[[0, 1]], [[2, 3]]], dtype=np.int32)
+    counts = foresight.Counts(TARGET, n_slots=3)
+    routing = np.array([[[0, 1], [4, 5]], [[2, 3], [4, 5]]], dtype=np.int32)
     for _ in range(200):
-        counts.observe(routing)
+        counts.observe(routing, n_accepted=1)  # the second token was rejected
     np.testing.assert_allclose(counts.predict(None)[0, :3], [10, 10, 0], rtol=1e-3)  # 1 / (1 - 0.9)
     for _ in range(200):
-        counts.observe(np.array([[[4, 5]], [[6, 7]]], dtype=np.int32))
+        counts.observe(np.array([[[4, 5]], [[6, 7]]], dtype=np.int32), n_accepted=1)
     assert counts.predict(None)[0, 0] < 1e-3
+
+
+def test_counts_leave_lru_alone_where_a_step_fits_into_the_slots() -> None:
+    routing = np.array([[[0, 1], [1, 2]], [[2, 3], [2, 3]]], dtype=np.int32)  # five distinct experts
+    for n_slots, speaks in ((4, True), (5, False)):
+        counts = foresight.Counts(TARGET, n_slots)
+        counts.observe(routing, n_accepted=2)
+        assert counts.predict(None).any() == speaks
 
 
 def test_orders_come_by_block_then_by_score_and_only_above_the_threshold() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from llama_cpp import Llama
 
-from edge_speq import EdgeLlama
+from edge_speq import EdgeError, EdgeLlama
 
 PROMPT = "It was a dark and stormy night; the rain fell in torrents"
 OPTIONS = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
@@ -85,11 +85,72 @@ def test_a_closed_generator_leaves_only_accepted_tokens(speculating: EdgeLlama, 
         stream = model.generate(tokens, temp=0.0)
         taken = [next(stream) for _ in range(7)]
         stream.close()
-        held = model._input_ids.tolist()
-        assert held == (tokens + taken)[: len(held)]
-        assert len(tokens) + 6 <= len(held) <= len(tokens) + 7
+        assert model._input_ids.tolist() == tokens + taken[:6]  # the last one is not evaluated yet, draft or none
     again = [next(stream) for stream in [speculating.generate(tokens + taken, temp=0.0)]]
     assert again == [next(stream) for stream in [stock.generate(tokens + taken, temp=0.0)]]
+
+
+def test_the_next_request_does_not_depend_on_how_the_last_one_was_decoded(
+    speculating: EdgeLlama, stock: EdgeLlama
+) -> None:
+    """What is left in the KV cache decides how wide the next prefill is, and so which CPU kernels run."""
+    suffix = list(range(100, 131))  # with one token more or less it crosses the 32 of patch 0004
+    logits = []
+    for model in (speculating, stock):
+        tokens = model.tokenize(PROMPT.encode())
+        for n in range(1, 8):
+            model.reset()
+            stream = model.generate(tokens, temp=0.0)
+            taken = [next(stream) for _ in range(n)]
+            stream.close()
+            next(model.generate(tokens + taken + suffix, temp=0.0))
+            logits.append(model.scores[model.n_tokens - 1].copy())
+    np.testing.assert_array_equal(logits[:7], logits[7:])
+
+
+@pytest.mark.parametrize("policy", ["auto", "lru", "all"])
+def test_closing_the_model_under_an_open_generator_is_harmless(bundled: tuple[Path, Path], policy: str) -> None:
+    target, draft = bundled
+    bound = {} if policy == "all" else {"resident": "1/2"}
+    model = EdgeLlama(str(target), draft=draft, speculation=4, policy=policy, **bound, **OPTIONS)
+    stream = model.generate(model.tokenize(PROMPT.encode()), temp=0.0)
+    for _ in range(3):
+        next(stream)
+    model.close()
+    with pytest.raises(EdgeError, match="closed"):
+        list(stream)
+    stream.close()
+
+
+def test_an_empty_prompt_is_refused(stock: EdgeLlama) -> None:
+    stock.reset()
+    with pytest.raises(EdgeError, match="prompt is empty"):
+        next(stock.generate([]))
+
+
+def test_a_batch_narrower_than_a_verify_step(bundled: tuple[Path, Path], stock: EdgeLlama) -> None:
+    target, draft = bundled
+    options = OPTIONS | {"draft": draft, "resident": "1/2", "speculation": 4}
+    for narrow in ({"n_batch": 2}, {"n_ubatch": 2}):
+        with contextlib.closing(EdgeLlama(str(target), **options, **narrow)) as model:
+            text = model(PROMPT, max_tokens=12, temperature=0.0)["choices"][0]["text"]
+        stock.reset()
+        tokens = stock.tokenize(PROMPT.encode())
+        for token in tokens[:-1]:  # the narrow one never decodes 32 tokens at once, so neither does this one
+            stock.eval([token])
+        assert text == stock(PROMPT, max_tokens=12, temperature=0.0)["choices"][0]["text"]
+
+
+def test_a_model_that_takes_the_stock_path_says_so(
+    bundled: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    other = {"qwen3moe.expert_used_count": 2}
+    with contextlib.closing(EdgeLlama(str(bundled[0]), resident="1/2", kv_overrides=other, **OPTIONS)) as model:
+        assert model(PROMPT, max_tokens=4, temperature=0.0)["choices"][0]["text"]
+        assert model.stats().experts.hits == 0
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
+        "this model takes llama.cpp's stock path: its experts are not served from slots"
+    ]
 
 
 def test_tokens_sent_in_become_text(speculating: EdgeLlama, stock: EdgeLlama) -> None:

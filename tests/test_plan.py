@@ -36,7 +36,7 @@ def test_resident_share_becomes_slots_of_each_group() -> None:
 
 
 def test_the_smaller_of_share_and_budget_wins() -> None:
-    budget = 5_000_000 + 96 * 100_000
+    budget = 5_000_000 + 96 * 100_000 + 80_000  # routing leaves and padding take less than 80 kB
     assert make(resident=0.75, budget_bytes=budget, fixed_bytes=5_000_000).slots == (96,)
     assert make(resident=0.25, budget_bytes=budget, fixed_bytes=5_000_000).slots == (48,)
 

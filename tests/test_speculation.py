@@ -62,7 +62,7 @@ def test_sampled_text_equals_the_text_without_a_draft(bundled: tuple[Path, Path]
 
 
 def test_a_twin_draft_is_seen_through_its_routing(tiny) -> None:
-    """The model as its own draft: every guess is right, and every expert of the drafted tokens is foreseen."""
+    """The model as its own draft: every guess is right, and the experts of all drafted tokens but the last are seen."""
     model = tiny.moe("qwen3moe")
     # room for every expert of all blocks, but only demanded or foreseen ones get in
     with llm(model, draft=model, resident=1.0, policy="lru", speculation=4) as blind:
@@ -86,12 +86,29 @@ def test_misses_and_transfers_add_up(bundled: tuple[Path, Path]) -> None:
     experts = stats.experts
     assert experts.misses == experts.fetched + experts.cpu_computed
     assert experts.late <= experts.fetched
-    loads = experts.fetched - experts.late + experts.prefetched
-    per_expert = stats.plan.slot_bytes / experts.slots if len(stats.plan.slots) == 1 else None
-    if per_expert:
-        assert experts.bytes_fetched == loads * per_expert
     assert experts.bytes_wasted <= experts.bytes_fetched
     assert experts.slots == sum(stats.plan.slots) <= experts.total / 4
+
+
+def test_bytes_are_those_of_the_transfers(tiny) -> None:
+    model = tiny.moe("qwen3moe")
+    with llm(model, draft=model, resident="3/4", speculation=4) as twin:
+        texts(twin, ["ab", "cd"])
+        stats = twin.stats()
+    assert len(stats.plan.slots) == 1  # one group: every expert has the same size
+    loads = stats.experts.fetched - stats.experts.late + stats.experts.prefetched
+    assert stats.experts.bytes_fetched == loads * stats.plan.slot_bytes / stats.experts.slots
+
+
+def test_foresight_beats_lru_where_lru_thrashes(bundled: tuple[Path, Path]) -> None:
+    """A third of the experts and K = 4: one step demands more than the slots hold. Counters, not times."""
+    target, draft = bundled
+    misses = {}
+    for policy in ("lru", "auto"):
+        with llm(target, draft=draft, resident="1/3", speculation=4, policy=policy) as model:
+            texts(model, prompts()[:3])
+            misses[policy] = model.stats().experts.misses
+    assert misses["auto"] < 0.9 * misses["lru"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ NATIVE = Path(__file__).resolve().parent.parent / "native"
 sys.path.insert(0, str(NATIVE))
 
 from _build import source  # noqa: E402
+from _build.patches import apply_patches  # noqa: E402
 from _build.upstream import Upstream  # noqa: E402
 
 SANITIZERS = {
@@ -36,9 +37,9 @@ def installed_libraries() -> Path:
     return Path(llama_cpp.__file__).parent / "lib"
 
 
-def compiler_command(tree: Path, hook_header: Path) -> list[str]:
+def compiler_command(tree: Path) -> list[str]:
     vendor = tree / "vendor" / "llama.cpp"
-    system = [vendor / "src", vendor / "include", vendor / "ggml" / "include", hook_header]
+    system = [vendor / "src", vendor / "include", vendor / "ggml" / "include"]
     return [
         os.environ.get("CXX", "g++"),
         *("-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Werror"),
@@ -58,22 +59,15 @@ def compile_test(compiler: list[str], test: str, sanitizer: str, out: Path) -> P
     return program
 
 
-def write_hook_header(out: Path) -> None:
-    """The header that patch 0001 creates, taken from the patch: the sdist does not have it."""
-    patch = (NATIVE / "patches" / "0001-moe-hook.patch").read_text(encoding="utf-8")
-    body = patch.split("+++ b/vendor/llama.cpp/src/llama-moe-hook.h\n")[1].split("--- a/")[0]
-    lines = [line[1:] for line in body.splitlines() if line.startswith("+")]
-    (out / "llama-moe-hook.h").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     passed = 0
     with tempfile.TemporaryDirectory(prefix="edge-native-tests-") as work:
         out = Path(work)
-        tree = source.unpack(source.fetch(Upstream.load(NATIVE / "upstream.toml")), out / "sdist")
-        write_hook_header(out)
-        compiler = compiler_command(tree, out)
+        upstream = Upstream.load(NATIVE / "upstream.toml")
+        tree = source.unpack(source.fetch(upstream), out / "sdist")
+        apply_patches([NATIVE / "patches" / name for name in upstream.patches], tree)
+        compiler = compiler_command(tree)
         subprocess.run([*compiler, "-fsyntax-only", *map(str, sorted((NATIVE / "src").glob("*.cpp")))], check=True)
         for sanitizer in SANITIZERS:
             for test in TESTS:

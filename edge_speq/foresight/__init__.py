@@ -23,8 +23,9 @@ class Foresight(Protocol):
     name: str
     threshold: float  # least score worth a prefetch
 
-    def observe(self, routing: Routing) -> None:
-        """routing: [n_blocks, n_tokens, n_expert_used] of the accepted tokens of one step."""
+    def observe(self, routing: Routing, n_accepted: int) -> None:
+        """routing: [n_blocks, n_tokens, n_expert_used] of one step of the target, the first n_accepted tokens of which
+        became text."""
 
     def predict(self, draft_routing: Routing | None) -> Scores:
         """Expected uses in the next verify step, [n_blocks, n_expert].
@@ -33,10 +34,10 @@ class Foresight(Protocol):
         """
 
 
-def choose(target: Experts, draft: Experts | None) -> Foresight:
+def choose(target: Experts, draft: Experts | None, n_slots: int) -> Foresight:
     """`twin` when the draft's routing maps expert to expert (same blocks, same experts), else `counts`."""
     is_twin = draft is not None and (draft.n_blocks, draft.n_expert) == (target.n_blocks, target.n_expert)
-    return Twin(target) if is_twin else Counts(target)
+    return Twin(target) if is_twin else Counts(target, n_slots)
 
 
 def orders(scores: Scores, threshold: float) -> npt.NDArray[np.int32]:

@@ -19,7 +19,7 @@ class Twin:
     def __init__(self, target: Experts) -> None:
         self._shape = (target.n_blocks, target.n_expert)
 
-    def observe(self, routing: npt.NDArray[np.int32]) -> None:
+    def observe(self, routing: npt.NDArray[np.int32], n_accepted: int) -> None:
         """Nothing to learn: the draft's own routing is the prediction."""
 
     def predict(self, draft_routing: npt.NDArray[np.int32] | None) -> npt.NDArray[np.float32]:

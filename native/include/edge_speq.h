@@ -85,7 +85,8 @@ typedef struct edge_group {
 EDGE_API int edge_model_experts(const struct llama_model * model, edge_experts * out);
 EDGE_API int edge_model_group(const struct llama_model * model, int32_t group, edge_group * out);
 
-// Index of the first token whose text differs between two vocabularies, -1 when they agree.
+// Index of the first token whose text differs between two vocabularies, -1 when they agree. One may have up
+// to 128 tokens more than the other: families pad their vocabularies, and llama.cpp's own speculation allows it.
 EDGE_API int edge_vocab_compare(const struct llama_model * a, const struct llama_model * b, int32_t * out);
 
 // Bytes that a context and its model hold, split by where they are. Works on a no_alloc dry load too.
@@ -136,9 +137,10 @@ EDGE_API bool edge_hook_eval(struct ggml_tensor * node, bool ask, void * hook);
 // graph is complete. Call after the context is synchronised. An error met inside the graph surfaces here.
 EDGE_API int edge_hook_end_step(edge_hook * hook);
 
-// Routing of the last graph: ids points to [n_blocks, max_width, n_expert_used] expert ids, of which the
-// first n_tokens rows of each block are valid (0 when the graph was wider than max_width). The memory
-// belongs to the hook and stays at the same address.
+// Routing of the last graph before edge_hook_end_step: ids points to [n_blocks, max_width, n_expert_used] expert
+// ids, of which the first n_tokens rows of each block are valid. n_tokens is 0 when the graph was wider than
+// max_width or, with slots, when not every block was served from them. The memory belongs to the hook and
+// stays at the same address.
 EDGE_API int edge_hook_routing(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens);
 
 // Replaces the outstanding orders by these (block, expert) pairs, most urgent first. Pairs already in a

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <new>
 #include <string>
+#include <utility>
 
 namespace {
 
@@ -40,6 +41,9 @@ template <typename F> int guarded(F && body) noexcept {
         return EDGE_ERR_MEMORY;
     } catch (const std::exception & e) {
         last_error() = e.what();
+        return EDGE_ERR_INTERNAL;
+    } catch (...) {
+        last_error() = "an exception of unknown type";
         return EDGE_ERR_INTERNAL;
     }
 }
@@ -185,8 +189,9 @@ int edge_hook_attach(llama_model * model, const edge_hook_params * params, edge_
     return guarded([&] {
         require(model != nullptr && params != nullptr && out != nullptr, "model, params or out is null");
         require(params->max_width > 0, "max_width must be positive");
-        require_slots(edge::ExpertTable(model), *params);
-        *out = new edge_hook(model, *params);
+        edge::ExpertTable table(model);
+        require_slots(table, *params);
+        *out = new edge_hook(model, std::move(table), *params);
     });
 }
 

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <utility>
 
 namespace {
 
@@ -27,8 +28,8 @@ void build_hook(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block * block, v
 
 } // namespace
 
-edge_hook::edge_hook(llama_model * model, const edge_hook_params & params)
-    : model_(model), table_(model), max_width_(params.max_width),
+edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_hook_params & params)
+    : model_(model), table_(std::move(table)), max_width_(params.max_width),
       block_ids_(static_cast<size_t>(params.max_width) * static_cast<size_t>(table_.n_expert_used)),
       host_routing_(table_.blocks.size() * block_ids_), slot_ids_(block_ids_) {
     if (table_.blocks.empty()) {
@@ -65,12 +66,15 @@ edge_hook::~edge_hook() {
 void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block) {
     const int32_t number = table_.find(block.down);
     const int64_t width  = block.ids->ne[1];
-    // prefill, warm-up graphs that use every expert, and blocks that are not ours keep the stock graph
-    if (number < 0 || width > max_width_ || block.ids->ne[0] != table_.n_expert_used) {
-        n_tokens_ = 0;
+    if (number < 0) {
+        return; // a block that is not ours
+    }
+    // prefill and warm-up graphs, which use every expert, keep the stock graph
+    const bool fits = width <= max_width_ && block.ids->ne[0] == table_.n_expert_used;
+    width_ = fits ? static_cast<int32_t>(width) : 0;
+    if (!fits) {
         return;
     }
-    n_tokens_ = static_cast<int32_t>(width);
     ggml_tensor * view = ggml_view_2d(ctx, leaf_, table_.n_expert_used, width, leaf_->nb[1],
                                       static_cast<size_t>(number) * leaf_->nb[2]);
     ggml_tensor * route = ggml_cpy(ctx, block.ids, view);
@@ -107,6 +111,7 @@ bool edge_hook::eval(ggml_tensor * node, bool ask) noexcept {
         int32_t * ids = routing_of(number);
         ggml_backend_tensor_get(node, ids, 0, static_cast<size_t>(n) * sizeof(int32_t));
         residency_->demand(number, ids, n, slot_ids_.data());
+        ++n_served_;
     } catch (const std::exception & e) {
         error_ = e.what();
     }
@@ -117,7 +122,12 @@ bool edge_hook::eval(ggml_tensor * node, bool ask) noexcept {
 void edge_hook::end_step() {
     if (residency_) {
         residency_->end_step();
-    } else if (routing_ == host_routing_.data() && n_tokens_ > 0) {
+        n_tokens_ = n_served_ == table_.blocks.size() ? width_ : 0;
+        n_served_ = 0;
+    } else {
+        n_tokens_ = width_;
+    }
+    if (!residency_ && routing_ == host_routing_.data() && n_tokens_ > 0) {
         ggml_backend_tensor_get(leaf_, host_routing_.data(), 0, host_routing_.size() * sizeof(int32_t));
     }
     if (!error_.empty()) {

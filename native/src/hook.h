@@ -17,7 +17,7 @@ struct llama_moe_block;
 // turns the leaf's expert ids into slot ids, in place, before the matmuls see them: the dependency is
 // visible to every scheduler and no second ids tensor is needed.
 struct edge_hook {
-    edge_hook(llama_model * model, const edge_hook_params & params);
+    edge_hook(llama_model * model, edge::ExpertTable table, const edge_hook_params & params);
     ~edge_hook();
     edge_hook(const edge_hook &) = delete;
     edge_hook & operator=(const edge_hook &) = delete;
@@ -46,6 +46,8 @@ private:
     std::vector<int32_t>             host_routing_;
     std::vector<int32_t>             slot_ids_;
     const int32_t *                  routing_ = nullptr;
-    int32_t                          n_tokens_ = 0;
+    int32_t                          width_ = 0;         // of the last graph built for one of our blocks, 0 if too wide
+    size_t                           n_served_ = 0;      // blocks whose experts the running graph took from slots
+    int32_t                          n_tokens_ = 0;      // rows of routing that are complete
     std::string                      error_;
 };

@@ -36,6 +36,7 @@ void Residency::begin_block(int32_t block) {
     last_block_ = block;
     orders_.erase(std::remove_if(orders_.begin(), orders_.end(), [block](const Order & o) { return o.block <= block; }),
                   orders_.end());
+    loaded_.notify_all(); // a drain waits for orders that may all be gone now
 }
 
 void Residency::hit(const ExpertBlock & block, int32_t slot) {
@@ -153,6 +154,7 @@ int32_t Residency::prefetch(const int32_t * pairs, int32_t n_pairs) {
         }
     }
     ordered_.notify_one();
+    loaded_.notify_all();
     return n_ordered;
 }
 

@@ -118,6 +118,11 @@ void demands_hold_against_prefetches(const Model & model, int32_t n_slots) {
             residency.counters();
         }
     });
+    std::thread drain([&] {
+        while (!done) {
+            residency.drain();
+        }
+    });
     std::mt19937 random(2);
     for (int step = 0; step < 300; ++step) {
         for (int32_t block = 0; block < n_blocks; ++block) {
@@ -131,6 +136,7 @@ void demands_hold_against_prefetches(const Model & model, int32_t n_slots) {
     }
     done = true;
     foresight.join();
+    drain.join();
     residency.drain();
     const edge_counters c = residency.counters();
     CHECK(c.misses == c.fetched && c.late <= c.fetched && c.steps == 300);
