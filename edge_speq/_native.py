@@ -105,10 +105,13 @@ def load_backends() -> None:
             raise EdgeError(f"EDGE_SPEQ_BACKENDS names {path}, which holds no ggml backend module")
         for module in modules:
             _check(lib.edge_backend_load(str(module).encode()))
-    for module in beside:
-        # a backend that is linked in lies here too, and is no module: nothing to add, nothing wrong
-        if re.match(r"(lib)?ggml-(base|cpu)\b", module.name) is None and lib.edge_backend_load(str(module).encode()):
-            log.debug("%s: %s", module.name, _text(lib.edge_last_error()))
+    failed = [
+        (module.name, _text(lib.edge_last_error()))
+        for module in beside
+        if re.match(r"(lib)?ggml-(base|cpu)\b", module.name) is None and lib.edge_backend_load(str(module).encode())
+    ]
+    if failed and not compute_device().is_gpu:  # with a GPU it was a backend that is linked in, which is no module
+        log.warning("%s does not load, so the CPU computes: %s", *failed[0])
 
 
 class Device:

@@ -121,7 +121,8 @@ class Speculation:
 
 @dataclass(frozen=True, slots=True)
 class ExpertCounters:
-    """Events since the model was loaded, prefill on the stock path excepted. Glossary meanings."""
+    """Events since the model was loaded, in graphs of at most k_max + 1 tokens: wider ones, prefill mostly, take
+    llama.cpp's stock path. Glossary meanings."""
 
     total: int = 0
     slots: int = 0

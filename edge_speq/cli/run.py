@@ -27,7 +27,9 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--resident", metavar="SHARE", help="share of the expert bytes that slots may hold: 1/4, 0.25")
     p.add_argument("--vram-budget", metavar="SIZE", help="ceiling for everything on the device: 6GiB, auto")
     p.add_argument("-p", "--prompt", metavar="TEXT", default=demo.PROMPT)
-    p.add_argument("-n", "--n-predict", metavar="N", type=int, default=128, help="most tokens (%(default)s)")
+    p.add_argument(
+        "-n", "--n-predict", metavar="N", type=int, default=128, help="most tokens, 0 for as many as fit (%(default)s)"
+    )
     p.add_argument("--seed", metavar="S", type=int, help=f"of the sampler (the demo's is {DEMO_SEED})")
     p.add_argument("--temp", metavar="T", type=float, default=0.8, help="temperature, 0 is greedy (%(default)s)")
     p.add_argument("--speculation", metavar="K", default="auto", help="draft tokens per step, or auto (%(default)s)")
