@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a GPU machine without a compiler or a network: the GPU tests, the demo and the step times.
 #
-#     tools/device_run.sh CARRY OUT [tests] [demo] [steps]
+#     tools/device_run.sh CARRY OUT [tests] [beside] [demo] [steps]
 #
 # CARRY holds site.tar.xz (site/ with the unpacked native wheel, built with GGML_NATIVE=OFF), wheels/ (cffi, pycparser, diskcache,
 # gguf for the Python there) and the backend module, libggml-cuda.so or its libggml-cuda.so.xz.* parts.
@@ -36,6 +36,11 @@ for what in "$@"; do
     echo "== $what"
     case $what in
         tests) python3 -m pytest tests/test_gpu.py -rA -p no:cacheprovider 2>&1 | tee "$out/gpu_tests.log" | grep -E "NMSE|texts part|passed|failed|Error" ;;
+        beside) # the module beside the libraries rather than named
+            cp "$work/backends/libggml-cuda.so" "$work/site/llama_cpp/lib/"
+            EDGE_SPEQ_BACKENDS="" python3 -m edge_speq --version
+            rm "$work/site/llama_cpp/lib/libggml-cuda.so"
+            ;;
         demo)
             python3 -m edge_speq run -n 96 | tee "$out/demo.txt"
             python3 -m edge_speq run -n 96 --json >"$out/demo.json"
