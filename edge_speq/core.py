@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -44,6 +45,25 @@ def parse_share(text: str | float) -> float:
     if not 0.0 < share <= 1.0:
         raise EdgeError(f"resident={text!r} is not a share between 0 and 1", "write it like 1/4 or 0.25", usage=True)
     return share
+
+
+def parse_speculation(value: int | str) -> int | None:
+    """Draft tokens a step, None for "auto". Raises EdgeError for anything but 0 to 64."""
+    if value == "auto":
+        return None
+    try:
+        k = int(value)
+    except ValueError:
+        k = -1
+    if not 0 <= k <= 64:
+        raise EdgeError(f"speculation={value!r} is not a number of draft tokens", "give 0 to 64, or auto", usage=True)
+    return k
+
+
+def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises EdgeError unless value is one of choices."""
+    if value not in choices:
+        raise EdgeError(f"{name}={value!r} is not known", f"choose one of {', '.join(choices)}", usage=True)
 
 
 @dataclass(frozen=True, slots=True)

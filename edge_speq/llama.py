@@ -27,6 +27,8 @@ from edge_speq.core import (
     Timing,
     parse_bytes,
     parse_share,
+    parse_speculation,
+    require_choice,
 )
 from edge_speq.governor import Governor
 
@@ -76,14 +78,14 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             "policy": policy,
             "compute": compute,
         }
-        _require_choice("policy", policy, POLICIES)
-        _require_choice("compute", compute, COMPUTES)
+        require_choice("policy", policy, POLICIES)
+        require_choice("compute", compute, COMPUTES)
         if policy in ("all", "cpu-moe") and resident is not None:
             raise EdgeError(f"resident does not apply to policy {policy}", "leave one of them out", usage=True)
         if kwargs.pop("draft_model", None) is not None:
             raise EdgeError("draft_model is not supported yet", "give a draft GGUF as draft=", usage=True)
         self._policy = policy
-        self._wanted_k = _parse_speculation(speculation)
+        self._wanted_k = parse_speculation(speculation)
         self._resident = None if resident is None else parse_share(resident)
         self._draft_path = None if draft is None or self._wanted_k == 0 else engine.check_model_file(draft, "draft")
         engine.check_model_file(model_path)
@@ -244,29 +246,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         pending = self._reuse_prefix(list(tokens)) if reset else list(tokens)
         if not pending and self._requires_eval:
             raise EdgeError("there is nothing to continue: the prompt is empty", "give at least one token", usage=True)
-        yield from self._timed(speculate.generate(self, pending), started)
-
-    def _timed(
-        self, stream: Generator[int, Sequence[int] | None, None], started: float
-    ) -> Generator[int, Sequence[int] | None, None]:
-        """Counts tokens and the seconds that the stream itself takes, not those of whoever consumes it."""
-        timing, sent, first = self._timing, None, True
-        try:
-            while True:
-                token = stream.send(sent)
-                elapsed = time.perf_counter() - started
-                timing.n_generated += 1
-                if first:
-                    timing.ttft_seconds, first = elapsed, False
-                else:
-                    timing.n_decoded += 1
-                    timing.decode_seconds += elapsed
-                sent = yield token
-                started = time.perf_counter()
-        except StopIteration:
-            return
-        finally:
-            stream.close()
+        yield from speculate.timed(speculate.generate(self, pending), self._timing, started)
 
     def _reuse_prefix(self, tokens: list[int]) -> list[int]:
         """Keeps what the KV cache shares with tokens and returns the rest; [] when its logits are live too."""
@@ -418,21 +398,3 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         state: dict[str, Any] = super().__getstate__()
         state.pop("draft_model", None)
         return state | self._edge_arguments
-
-
-def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise EdgeError(f"{name}={value!r} is not known", f"choose one of {', '.join(choices)}", usage=True)
-
-
-def _parse_speculation(value: int | str) -> int | None:
-    """Draft tokens a step, None for "auto"."""
-    if value == "auto":
-        return None
-    try:
-        k = int(value)
-    except ValueError:
-        k = -1
-    if not 0 <= k <= 64:
-        raise EdgeError(f"speculation={value!r} is not a number of draft tokens", "give 0 to 64, or auto", usage=True)
-    return k

@@ -6,8 +6,13 @@ sampler and any grammar stay exact: the sampler runs once per emitted token, in 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Sequence
 from typing import Protocol
+
+from edge_speq.core import Timing
+
+Tokens = Generator[int, Sequence[int] | None, None]  # tokens sent in become text
 
 
 class Engine(Protocol):
@@ -31,7 +36,7 @@ class Engine(Protocol):
         have contradicted (a mismatch) or not looked at."""
 
 
-def generate(engine: Engine, prompt: Sequence[int]) -> Generator[int, Sequence[int] | None, None]:
+def generate(engine: Engine, prompt: Sequence[int]) -> Tokens:
     """Yields tokens after prompt, without end; tokens sent in are taken as part of the text.
 
     prompt may be empty when the engine's last logits are still those of its text.
@@ -65,3 +70,25 @@ def accept(engine: Engine, drafted: list[int]) -> Generator[int, Sequence[int] |
         raise AssertionError("the last row has no guess, so its token never matches")
     finally:
         engine.settle(mismatch=mismatch)
+
+
+def timed(stream: Tokens, timing: Timing, started: float) -> Tokens:
+    """stream, with its tokens and the seconds that it takes itself (not those of its consumer) added to timing.
+    started: when the request began, by time.perf_counter."""
+    sent, first = None, True
+    try:
+        while True:
+            token = stream.send(sent)
+            elapsed = time.perf_counter() - started
+            timing.n_generated += 1
+            if first:
+                timing.ttft_seconds, first = elapsed, False
+            else:
+                timing.n_decoded += 1
+                timing.decode_seconds += elapsed
+            sent = yield token
+            started = time.perf_counter()
+    except StopIteration:
+        return
+    finally:
+        stream.close()
