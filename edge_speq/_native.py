@@ -149,6 +149,12 @@ def cpu_buffer_type() -> int:
     return int(ffi.cast("uintptr_t", lib.edge_cpu_buffer_type()))
 
 
+def host_buffer_type() -> int:
+    """Page-locked memory of the first GPU, plain memory without one."""
+    ffi, lib = _load()
+    return int(ffi.cast("uintptr_t", lib.edge_host_buffer_type()))
+
+
 def model_experts(model: int) -> Experts:
     ffi, lib = _load()
     e = ffi.new("edge_experts *")

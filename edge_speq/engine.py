@@ -47,6 +47,11 @@ def experts_on_host(params: _Params) -> Any:
     return overrides
 
 
+def pin_experts(overrides: Any) -> None:
+    """Makes experts_on_host's overrides allocate page-locked memory, for a load that does not map the file."""
+    overrides[0].buffer_type = _native.host_buffer_type()
+
+
 def install_eval_callback(context_params: _Params, hook: _native.Hook) -> None:
     function, user_data = hook.eval_callback
     kind = type(context_params.cb_eval)

@@ -40,6 +40,8 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
 
     Args (besides those of llama_cpp.Llama, which all keep their meaning; n_gpu_layers defaults to all):
         draft: path of a draft GGUF with the model's vocabulary.
+        use_mmap: with slots on a GPU, False reads the experts into page-locked memory, from which they are fetched
+            several times as fast; it needs RAM for all of them.
         resident: share of the routed-expert bytes that slots may hold, 0.25 or "1/4".
         vram_budget: bytes ("6GiB") that everything on the compute device may take together, or "auto" for
             what is free less a margin, which is also the default of policy "auto" on a GPU. On a CPU-only
@@ -115,8 +117,6 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             self.close()
             raise
 
-    # --- loading: called by llama_cpp.Llama.__init__ -------------------------------------------------
-
     def _configure(self, model_params: Any, context_params: Any) -> None:
         context_params.swa_full = True  # rolling back drafted tokens needs the whole window
         # repacked weights are copies in RAM, which a budget would have to count
@@ -139,6 +139,8 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         log.info("plan: %s", self._plan.reason)
         if self._plan.policy == "slots":
             model_params.use_extra_bufts = False  # repacking would move the experts to another layout
+            if model_params.load_mode == llama_cpp.LLAMA_LOAD_MODE_NONE:
+                engine.pin_experts(self._keep_alive)
         elif self._plan.policy == "all":
             model_params.tensor_buft_overrides = None
 
@@ -362,8 +364,6 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         else:
             self._requires_eval = False
-
-    # --- reporting -------------------------------------------------------------------------------------
 
     def memory_used(self) -> int:
         """Bytes on the compute device: dense weights, KV caches, draft, compute buffers and slots."""

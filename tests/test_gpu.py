@@ -115,6 +115,14 @@ def gap_at_first_difference(plain: EdgeLlama, prompt: str, expected: list[int], 
     return float(row[expected[at]] - row[got[at]])
 
 
+def test_experts_in_page_locked_memory_give_the_same_text(bundled: tuple[Path, Path]) -> None:
+    asked = speculation.prompts()[:6]
+    with speculation.llm(bundled[0], resident="1/4") as mapped:
+        expected = speculation.texts(mapped, asked)
+    with speculation.llm(bundled[0], resident="1/4", use_mmap=False) as pinned:
+        assert speculation.texts(pinned, asked) == expected
+
+
 def test_a_gpu_budget_is_kept(bundled: tuple[Path, Path]) -> None:
     target, draft = bundled
     assert _native.compute_device().is_gpu

@@ -212,7 +212,13 @@ def test_generation_fills_the_context_to_its_end(bundled: tuple[Path, Path]) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [{"policy": "all"}, {"policy": "cpu-moe"}, {"policy": "lru", "resident": 1.0}, {"vram_budget": "auto"}]
+    "options",
+    [
+        {"policy": "all"},
+        {"policy": "cpu-moe"},
+        {"policy": "lru", "resident": 1.0, "use_mmap": False},
+        {"vram_budget": "auto"},
+    ],
 )
 def test_every_policy_writes_the_same_text(bundled, stock: EdgeLlama, options: dict[str, object]) -> None:
     with contextlib.closing(EdgeLlama(str(bundled[0]), **OPTIONS, **options)) as model:

@@ -5,7 +5,8 @@
 all       everything on the compute device
 cpu-moe   every expert on the CPU (llama.cpp's --cpu-moe), for each thread count, mapped and with load mode none
 slots-all slots for every expert, warmed up: what the hook itself costs
-slots-1/4 a quarter of the experts in slots, every miss fetched (demand loads only)
+slots-1/4 a quarter of the experts in slots, every miss fetched (demand loads only), from the mapped file or, "pinned",
+          from page-locked memory (load mode none)
 
 The token fed is the same at every step and placement, and logits are compared first.
 """
@@ -43,6 +44,8 @@ class Placement:
         if load.get("experts_on_cpu", share is not None):
             self._keep_alive = engine.experts_on_host(params)
             params.use_extra_bufts = share is None  # llama.cpp's default, repacking included, for the baseline
+            if share is not None and params.load_mode == llama_cpp.LLAMA_LOAD_MODE_NONE:
+                engine.pin_experts(self._keep_alive)
         self._model = engine.load_model(path, params, "model")
         self.n_vocab = self._model.n_vocab()
         self.hook = self._slots(share) if share is not None else None
@@ -105,6 +108,7 @@ def placements(model: Path, threads: list[int]) -> list[Placement]:
         Placement("all", model, max(threads)),
         Placement("slots-all", model, max(threads), share=1.0),
         Placement("slots-1/4", model, max(threads), share=0.25),
+        Placement("slots-1/4 pinned", model, max(threads), share=0.25, mmap=False),
     ]
     for n in threads:
         made.append(Placement(f"cpu-moe mmap {n} threads", model, n, experts_on_cpu=True))

@@ -36,6 +36,7 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--policy", choices=POLICIES, default="auto", help="what serves the experts (%(default)s)")
     p.add_argument("--compute", choices=COMPUTES, default="auto", help="where missing experts run (%(default)s)")
     p.add_argument("-c", "--ctx-size", metavar="N", type=int, help=f"context (the model's, at most {DEFAULT_CONTEXT})")
+    p.add_argument("--no-mmap", action="store_true", help="read the model into memory: faster fetches on a GPU")
     p.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of text and report")
     p.add_argument("-v", "--verbose", action="store_true", help="show the log")
@@ -75,6 +76,8 @@ def load(arguments: argparse.Namespace) -> EdgeLlama:
 
     n_ctx = arguments.ctx_size or min(trained_context(arguments.model), DEFAULT_CONTEXT)
     options: dict[str, Any] = {"n_ctx": n_ctx}
+    if arguments.no_mmap:
+        options["use_mmap"] = False
     if arguments.threads:
         options |= {"n_threads": arguments.threads, "n_threads_batch": arguments.threads}
     return EdgeLlama(

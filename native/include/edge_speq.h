@@ -62,7 +62,12 @@ typedef struct edge_device {
 EDGE_API int edge_backend_load(const char * path);
 EDGE_API int edge_device_count(int32_t * out);
 EDGE_API int edge_device_get(int32_t index, edge_device * out);
-EDGE_API void * edge_cpu_buffer_type(void); // what expert tensors are overridden to, not a status
+
+// Buffer types that expert tensors are overridden to, not statuses. The first holds mapped file pages or plain
+// memory; the second is page-locked for the first GPU, whose copies are then several times as fast, and the
+// same as the first where there is no GPU.
+EDGE_API void * edge_cpu_buffer_type(void);
+EDGE_API void * edge_host_buffer_type(void);
 
 // --- what a model's routed experts are ---------------------------------------------------------------
 

@@ -128,6 +128,17 @@ int edge_device_get(int32_t index, edge_device * out) {
 
 void * edge_cpu_buffer_type(void) { return ggml_backend_cpu_buffer_type(); }
 
+void * edge_host_buffer_type(void) {
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t device = ggml_backend_dev_get(i);
+        ggml_backend_buffer_type_t buft = is_gpu(device) ? ggml_backend_dev_host_buffer_type(device) : nullptr;
+        if (buft != nullptr) {
+            return buft;
+        }
+    }
+    return ggml_backend_cpu_buffer_type();
+}
+
 int edge_model_experts(const llama_model * model, edge_experts * out) {
     return guarded([&] {
         require(model != nullptr && out != nullptr, "model or out is null");
