@@ -137,9 +137,10 @@ def test_version_names_package_commit_and_device() -> None:
 
 
 def test_import_is_fast_and_touches_no_device() -> None:
+    """In processor time, which other load on the machine does not stretch as it does wall time."""
     code = (
-        "import sys, time; t = time.perf_counter(); import edge_speq; "
-        "print(time.perf_counter() - t, 'llama_cpp' in sys.modules)"
+        "import sys, time; t = time.process_time(); import edge_speq; "
+        "print(time.process_time() - t, 'llama_cpp' in sys.modules)"
     )
     runs = [python(code).split() for _ in range(3)]
     assert min(float(seconds) for seconds, _ in runs) < 0.3
@@ -148,7 +149,7 @@ def test_import_is_fast_and_touches_no_device() -> None:
 
 def test_importing_the_model_class_loads_no_backend() -> None:
     code = (
-        "import logging, time; t = time.perf_counter(); from edge_speq import EdgeLlama; s = time.perf_counter() - t; "
+        "import logging, time; t = time.process_time(); from edge_speq import EdgeLlama; s = time.process_time() - t; "
         "from edge_speq import _native; print(s, _native.load_backends.cache_info().currsize)"
     )
     runs = [python(code).split() for _ in range(5)]
