@@ -227,6 +227,11 @@ class Hook:
         """Call after each synchronised decode. Raises EdgeError for what went wrong inside the graph."""
         _check(_load()[1].edge_hook_end_step(self._handle))
 
+    def cancel(self) -> None:
+        """From any thread: ends the decode that runs, or the next one, at its next block."""
+        if self._handle is not None:
+            _check(_load()[1].edge_hook_cancel(self._handle))
+
     def routing(self) -> npt.NDArray[np.int32]:
         """Expert ids of the last graph, [n_blocks, n_tokens, n_expert_used]; n_tokens is 0 after a graph wider
         than max_width. A view of native memory: the next decode overwrites it."""

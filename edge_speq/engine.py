@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import _internals as internals
 
-from edge_speq import _native
+from edge_speq import _native, gguf_model
 from edge_speq.core import EdgeError, Experts, MemoryUse
 
 EXPERT_TENSORS = rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX of llama.cpp's common/
-GGUF_MAGIC = b"GGUF"
 
 log = logging.getLogger("edge_speq")
 
@@ -60,19 +59,9 @@ def install_eval_callback(context_params: _Params, hook: _native.Hook) -> None:
 
 
 def check_model_file(path: str | Path, role: str = "model") -> Path:
-    """The path of an existing GGUF file. Raises EdgeError when it is missing, a folder, or something else."""
-    file = Path(path)
-    if not file.is_file():
-        raise EdgeError(f"{role} file not found: {file}", "give the path of a .gguf file", usage=True)
-    try:
-        with file.open("rb") as stream:
-            magic = stream.read(4)
-    except OSError as error:
-        raise EdgeError(f"{role} file cannot be read: {file}: {error.strerror}") from error
-    if magic != GGUF_MAGIC:
-        hint = "convert the model to GGUF first"
-        raise EdgeError(f"{role} file is not a GGUF file: {file} begins with {magic!r}", hint, usage=True)
-    return file
+    """The path of a GGUF file that llama.cpp may see. Raises EdgeError when it is missing, GGUFError when it is bad."""
+    gguf_model.check_model(path, role)
+    return Path(path)
 
 
 def trained_context(path: str | Path) -> int:
@@ -128,15 +117,21 @@ def decode(
     n_past: int,
     n_logits: int,
     *,
+    hook: _native.Hook | None = None,
     logits_all: bool = False,
 ) -> None:
-    """One llama_decode with logits for the last n_logits tokens. Raises EdgeError with the KV rolled back."""
+    """One llama_decode with logits for the last n_logits tokens; with a hook it is also awaited and the hook's step
+    ended. Raises EdgeError, with the KV rolled back, for what went wrong, inside the graph or outside."""
     batch.set_batch(batch=tokens, n_past=n_past, logits_all=logits_all)
     for i in range(len(tokens) - n_logits, len(tokens)):
         batch.batch.logits[i] = True
     status = llama_cpp.llama_decode(context.ctx, batch.batch)
     if status != 0:
         context.kv_cache_seq_rm(-1, n_past, -1)
+    if hook is not None:
+        llama_cpp.llama_synchronize(context.ctx)
+        hook.end_step()
+    if status != 0:
         why = "the context is full" if status == 1 else f"llama_decode returned {status}"
         raise EdgeError(f"decoding {len(tokens)} tokens at position {n_past} failed: {why}")
 
@@ -149,6 +144,7 @@ class DraftModel:
     """
 
     def __init__(self, path: Path, model_params: _Params, context_params: _Params, max_width: int) -> None:
+        self._max_width = max_width
         with contextlib.ExitStack() as stack:  # closes what is open when a later part fails
             self._model = stack.enter_context(contextlib.closing(load_model(path, model_params, "draft")))
             self.experts = _native.model_experts(self._model.model)
@@ -188,7 +184,6 @@ class DraftModel:
                 self._decode([drafted[-1]])
             token = int(llama_cpp.llama_sampler_sample(sampler, self._context.ctx, -1))
             if self._hook is not None:
-                self._hook.end_step()
                 routing.append(self._hook.routing()[:, -1:, :].copy())
             drafted.append(token)
         return drafted, np.concatenate(routing, axis=1) if routing else None
@@ -207,5 +202,7 @@ class DraftModel:
 
     def _decode(self, tokens: Sequence[int] | npt.NDArray[np.intc]) -> None:
         tokens = [int(token) for token in tokens]
-        decode(self._context, self._batch, tokens, len(self._tokens), 1)
+        # without logits for every token the last block would lack rows of routing
+        n_logits = len(tokens) if len(tokens) <= self._max_width else 1
+        decode(self._context, self._batch, tokens, len(self._tokens), n_logits, hook=self._hook)
         self._tokens = np.concatenate([self._tokens, np.asarray(tokens, dtype=np.intc)])

@@ -25,7 +25,6 @@ from edge_speq.core import (
     Speculation,
     Stats,
     Timing,
-    parse_bytes,
     parse_share,
     parse_speculation,
     require_choice,
@@ -40,12 +39,10 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
 
     Args (besides those of llama_cpp.Llama, which all keep their meaning; n_gpu_layers defaults to all):
         draft: path of a draft GGUF with the model's vocabulary.
-        use_mmap: with slots on a GPU, False reads the experts into page-locked memory, from which they are fetched
-            several times as fast; it needs RAM for all of them.
+        use_mmap: False with slots on a GPU reads the experts into page-locked memory: several times faster fetches.
         resident: share of the routed-expert bytes that slots may hold, 0.25 or "1/4".
-        vram_budget: bytes ("6GiB") that everything on the compute device may take together, or "auto" for
-            what is free less a margin, which is also the default of policy "auto" on a GPU. On a CPU-only
-            machine it bounds the same things in RAM, mapped file pages not counted.
+        vram_budget: bytes ("6GiB") for everything on the compute device, or "auto", what is free less a margin (policy
+            auto's default on a GPU). On a CPU-only machine it bounds RAM, mapped file pages not counted.
         speculation: draft tokens per step, or "auto".
         policy: "auto" (slots with foresight, or no slots where everything fits or nothing bounds them), "lru"
             (slots, demand loads only), "cpu-moe" (experts stay on the CPU) or "all" (everything resident).
@@ -94,7 +91,8 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
 
         _native.load_backends()
         self.device = _native.compute_device()
-        self._budget_bytes = self._parse_budget(vram_budget)
+        unbounded = vram_budget is None and self._resident is None and policy == "auto"
+        self._budget_bytes = plan.budget("auto" if unbounded and self.device.is_gpu else vram_budget, self.device)
 
         self._hook: _native.Hook | None = None
         self._draft: engine.DraftModel | None = None
@@ -134,9 +132,9 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             has_draft=self._draft_path is not None,
             experts_mapped=not self.device.is_gpu,
         )
+        log.info("plan: %s", self._plan.reason)
         if self._plan.policy == "slots" and self.lora_path is not None:
             raise EdgeError("slots do not serve LoRA adapters", "use policy all or cpu-moe", usage=True)
-        log.info("plan: %s", self._plan.reason)
         if self._plan.policy == "slots":
             model_params.use_extra_bufts = False  # repacking would move the experts to another layout
             if model_params.load_mode == llama_cpp.LLAMA_LOAD_MODE_NONE:
@@ -184,12 +182,6 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
                 f"{used} bytes are in use on {self.device.name}, over the budget of {self._budget_bytes}",
                 f"ask for at least {used} bytes",
             )
-
-    def _parse_budget(self, vram_budget: int | str | None) -> int | None:
-        unbounded = vram_budget is None and self._resident is None and self._policy == "auto"
-        if vram_budget == "auto" or (unbounded and self.device.is_gpu):
-            return max(0, self.device.free_bytes - plan.AUTO_MARGIN)
-        return None if vram_budget is None else parse_bytes(vram_budget)
 
     def _require_open(self) -> None:
         if self._ctx.ctx is None:
@@ -318,22 +310,28 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             chunk = tokens[start : start + self.n_batch]
             past = self.n_tokens + start
             last = start + len(chunk) == len(tokens)
-            n_logits = min(self._n_rows, len(chunk)) if last else 1
-            engine.decode(self._ctx, self._batch, chunk, past, n_logits, logits_all=self._logits_all)
+            # without logits for every token the last block would lack rows of routing
+            whole = len(chunk) <= self._plan.k_max + 1
+            n_logits = len(chunk) if whole else min(self._n_rows, len(chunk)) if last else 1
+            engine.decode(self._ctx, self._batch, chunk, past, n_logits, hook=self._hook, logits_all=self._logits_all)
             self.input_ids[past : past + len(chunk)] = chunk
             if self._logits_all:
                 logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(chunk) * self._n_vocab,))
                 self.scores[past : past + len(chunk), :].reshape(-1)[:] = logits
-            if self._hook is not None:
-                llama_cpp.llama_synchronize(self._ctx.ctx)
-                self._hook.end_step()
-                self._warn_if_unserved(self._hook, len(chunk))
+            self._warn_if_unserved(len(chunk))
         self.n_tokens += len(pending)
         self._requires_eval = len(drafted) > 0
 
-    def _warn_if_unserved(self, hook: _native.Hook, width: int) -> None:
-        whole = width <= int(self.context_params.n_ubatch)
-        if whole and width <= self._plan.k_max + 1 and not hook.routing().shape[1] and not self._unserved:
+    def cancel(self) -> None:
+        """From another thread: the generator that runs raises EdgeError("cancelled") at the next block that slots
+        serve; the text so far stays. No effect without slots."""
+        if self._hook is not None:
+            self._hook.cancel()
+
+    def _warn_if_unserved(self, width: int) -> None:
+        if self._hook is None or self._unserved or width > min(self._plan.k_max + 1, self.context_params.n_ubatch):
+            return
+        if not self._hook.routing().shape[1]:
             self._unserved = True
             log.warning("this model takes llama.cpp's stock path: its experts are not served from slots")
 
@@ -380,7 +378,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         counters = ExpertCounters()  # a dense model
         if self._hook is not None:
             counters = self._hook.counters()
-        elif self._experts.n_blocks:
+        elif self._experts.n_expert:
             counters = ExpertCounters(total=self._experts.total, hits=None, misses=None, cpu_computed=None)
         return Stats(
             timing=copy.copy(self._timing),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from edge_speq import _native
-from edge_speq.core import EdgeError, Experts, Plan
+from edge_speq.core import EdgeError, Experts, Plan, parse_bytes
 
 K_DEFAULT = 4  # draft tokens of "auto": past 8 columns CUDA leaves its vector kernels, and acceptance decays
 AUTO_MARGIN = 512 << 20  # bytes of free VRAM that "auto" leaves to the desktop
@@ -36,6 +36,9 @@ def plan(
     slots would fall under the floor of one verify step.
     """
     k_wanted = 0 if not has_draft else K_DEFAULT if speculation is None else speculation
+    if not experts.n_blocks and experts.n_expert and policy != "all":
+        reason = "the hook does not know this model's experts: they stay on the CPU"
+        return Plan("cpu-moe", (), k_wanted, budget_bytes=budget_bytes, reason=reason)
     if not experts.n_blocks:
         _require_budget("this dense model", fixed_bytes, budget_bytes)
         return Plan("all", (), k_wanted, budget_bytes=budget_bytes, reason="a dense model: nothing to keep in slots")
@@ -63,6 +66,13 @@ def plan(
     slot_bytes = sum(n * group.expert_bytes for n, group in zip(slots, experts.groups, strict=True))
     reason = f"{sum(slots)} of {experts.total} experts in slots, up to {k} draft tokens a step"
     return Plan("slots", slots, k, slot_bytes, fixed_bytes, budget_bytes, slot_bytes / experts.total_bytes, reason)
+
+
+def budget(vram_budget: int | str | None, device: _native.Device) -> int | None:
+    """Bytes of a vram_budget argument, None for no bound. Raises EdgeError for what is not a size."""
+    if vram_budget == "auto":
+        return max(0, device.free_bytes - AUTO_MARGIN)
+    return None if vram_budget is None else parse_bytes(vram_budget)
 
 
 def _overhead(experts: Experts, k: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import pytest
@@ -50,15 +51,18 @@ class TinyModels:
     types = {  # noqa: RUF012
         "F16": None,
         "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+        "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
         "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
         "Q2_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K,
+        "MXFP4": llama_cpp.LLAMA_FTYPE_MOSTLY_MXFP4_MOE,
     }
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def moe(self, arch: tiny_models.Arch, kind: str = "F16") -> Path:
-        return self._make(arch, kind, partial(tiny_models.write_tiny, arch=arch, n_layer=4))
+    def moe(self, arch: tiny_models.Arch, kind: str = "F16", **options: Any) -> Path:
+        name = "-".join([arch, *(f"{key}_{value}" for key, value in options.items())])
+        return self._make(name, kind, partial(tiny_models.write_tiny, arch=arch, n_layer=4, **options))
 
     def dense(self, vocab: tiny_models.Vocab = "bytes") -> Path:
         return self._make(f"dense-{vocab}", "F16", partial(tiny_models.write_tiny_dense, vocab=vocab))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from llama_cpp import _internals as internals
 
-from edge_speq import _native, engine
+from edge_speq import EdgeError, _native, engine
 
 WIDTHS = [40, 1, 1, 2, 5, 1, 2, 2, 5, 5, 1]  # a prefill, then single tokens and verify steps in mixed order
 MAX_WIDTH = 5
@@ -28,10 +29,20 @@ def loaded(path: Path) -> Iterator[internals.LlamaModel]:
     del keep_alive
 
 
-def logits(model: internals.LlamaModel, hook: _native.Hook | None, widths: list[int], *, n_ctx: int = 256) -> Logits:
-    """Logits of every position, [sum(widths), n_vocab], of one sequence of fixed tokens decoded in these widths."""
+def logits(
+    model: internals.LlamaModel,
+    hook: _native.Hook | None,
+    widths: list[int],
+    *,
+    n_ctx: int = 256,
+    n_logits: int = 64,
+    n_ubatch: int = 64,
+) -> Logits:
+    """Logits of every position, [sum(widths), n_vocab], of one sequence of fixed tokens decoded in these widths;
+    with n_logits those of each decode's last n_logits positions."""
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads, params.n_threads_batch = n_ctx, 64, 64, 2, 2
+    params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, 64, n_ubatch
+    params.n_threads, params.n_threads_batch = 2, 2
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # llama_cpp.Llama's default
     if hook is not None and hook.n_slots:
         engine.install_eval_callback(params, hook)
@@ -45,8 +56,9 @@ def logits(model: internals.LlamaModel, hook: _native.Hook | None, widths: list[
         past = 0
         for width in widths:
             chunk = [int(t) for t in tokens[past : past + width]]
-            engine.decode(context, batch, chunk, past, width)
-            rows.append(np.ctypeslib.as_array(context.get_logits(), shape=(width, n_vocab)).copy())
+            n_rows = min(width, n_logits)
+            engine.decode(context, batch, chunk, past, n_rows)
+            rows.append(np.ctypeslib.as_array(context.get_logits(), shape=(n_rows, n_vocab)).copy())
             if hook is not None:
                 hook.end_step()
             past += width
@@ -64,26 +76,76 @@ def feasible_slots(experts: _native.Experts) -> list[list[int]]:
     return counts
 
 
-def check_bit_identical(path: Path) -> None:
+def check_bit_identical(path: Path, **options: int) -> None:
     with loaded(path) as model:
-        stock = logits(model, None, WIDTHS)
+        stock = logits(model, None, WIDTHS, **options)
         assert np.isfinite(stock).all()
         experts = _native.model_experts(model.model)
         for slots in feasible_slots(experts):
             hook = _native.Hook(model.model, experts, MAX_WIDTH, slots)
             hook.poison_free_slots()
-            got = logits(model, hook, WIDTHS)
-            counters = hook.counters()
+            got = logits(model, hook, WIDTHS, **options)
+            counters, routing = hook.counters(), hook.routing().shape
             hook.detach()
             np.testing.assert_array_equal(got, stock, err_msg=f"{slots} slots")
             assert counters.hits
             assert counters.misses
+            assert routing == (experts.n_blocks, WIDTHS[-1], experts.n_expert_used), "a block was not served"
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])
 @pytest.mark.parametrize("arch", ["qwen3moe", "mixtral", "olmoe"])
 def test_tiny_models(tiny, arch: str, kind: str) -> None:
     check_bit_identical(tiny.moe(arch, kind))
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "options"),
+    [
+        pytest.param(arch, kind, options, id="-".join([arch, kind, *(f"{k}_{v}" for k, v in options.items())]))
+        for arch, kind, options in [
+            ("qwen2moe", "Q4_K_M", {}),
+            ("phimoe", "Q4_K_M", {}),
+            ("deepseek2", "F16", {"n_ff": 96}),
+            ("deepseek2", "Q8_0", {"n_ff": 96}),
+            ("deepseek2", "Q4_0", {"n_ff": 96}),
+            ("deepseek2", "Q4_K_M", {"n_ff": 96}),
+            ("deepseek2", "F16", {"gate": "fused"}),
+            ("deepseek2", "Q4_K_M", {"gate": "fused"}),
+            ("gpt-oss", "F16", {}),
+            ("gpt-oss", "MXFP4", {"n_ff": 96}),
+            ("granitemoe", "Q4_K_M", {}),
+            ("granitemoe", "Q8_0", {"gate": "none"}),
+            ("grovemoe", "F16", {}),
+            ("grovemoe", "Q4_K_M", {}),
+            ("qwen3moe", "Q8_0", {"scales": True}),
+        ]
+    ],
+)
+def test_more_architectures(tiny, arch: str, kind: str, options: dict[str, Any]) -> None:
+    """Shared experts, biases, scales, sliding windows, routing in groups, a leading dense layer, no gate or one fused
+    with up, rows that no K-quant divides, and grovemoe's chunk experts, which stay on the stock path."""
+    check_bit_identical(tiny.moe(arch, kind, **options))
+
+
+@pytest.mark.parametrize("n_ubatch", [64, 16])
+def test_a_last_block_that_computes_only_the_rows_with_logits(tiny, n_ubatch: int) -> None:
+    """It is narrower than the others: served in a prefill, and of no rows where a part of a batch has no logits."""
+    check_bit_identical(tiny.moe("qwen3moe"), n_logits=1, n_ubatch=n_ubatch)
+
+
+def test_a_routing_width_per_layer_takes_the_stock_path(tiny) -> None:
+    numbers = {}
+    for used_per_layer in (False, True):
+        path = tiny.moe("qwen3moe", used_per_layer=used_per_layer)
+        with loaded(path) as model:
+            numbers[used_per_layer] = logits(model, None, WIDTHS)
+            experts = _native.model_experts(model.model)
+            if used_per_layer:
+                assert (experts.n_blocks, experts.n_expert) == (0, 8)
+                with pytest.raises(EdgeError, match="no routed experts that the hook knows"):
+                    _native.Hook(model.model, experts, MAX_WIDTH)
+    np.testing.assert_array_equal(numbers[True], numbers[False])
 
 
 def test_bundled_model(bundled: tuple[Path, Path]) -> None:
@@ -133,6 +195,23 @@ def test_observing_alone_changes_nothing_and_sees_the_routing(tiny) -> None:
     for block in observed:
         for token in block:
             assert len(set(token)) == experts.n_expert_used
+
+
+@pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("width", [3, 40])
+def test_routing_of_a_graph_with_fewer_logits_than_tokens(tiny, width: int, served: bool) -> None:
+    """What a draft does when it catches up: the routing of its last token is that token's, or there is none."""
+    with loaded(tiny.moe("qwen3moe")) as model:
+        experts = _native.model_experts(model.model)
+        slots = [group.n_experts for group in experts.groups] if served else []
+        seen = []
+        for n_logits in (64, 1):
+            hook = _native.Hook(model.model, experts, MAX_WIDTH, slots)
+            logits(model, hook, [8, width], n_logits=n_logits)
+            seen.append(hook.routing()[:, -1:].copy())
+            hook.detach()
+    if seen[1].shape[1]:
+        np.testing.assert_array_equal(seen[1], seen[0])
 
 
 def test_a_graph_is_not_reused_under_another_hook(tiny) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,6 +123,28 @@ def test_closing_the_model_under_an_open_generator_is_harmless(bundled: tuple[Pa
     stream.close()
 
 
+def test_a_generation_is_cancelled_from_another_thread_and_the_next_one_is_whole(
+    speculating: EdgeLlama, stock: EdgeLlama
+) -> None:
+    speculating.reset()
+    tokens = speculating.tokenize(PROMPT.encode())
+    stream = speculating.generate(tokens, temp=0.0)
+    taken = [next(stream) for _ in range(3)]
+    canceller = threading.Thread(target=speculating.cancel)
+    canceller.start()
+    canceller.join()
+    with pytest.raises(EdgeError, match="cancelled"):
+        taken.extend(stream)
+    assert taken == tokens_of(stock, tokens, len(taken))
+    assert speculating._input_ids.tolist() == (tokens + taken)[: speculating.n_tokens]
+    assert tokens_of(speculating, tokens, 12) == tokens_of(stock, tokens, 12)
+
+
+def tokens_of(model: EdgeLlama, prompt: list[int], n: int) -> list[int]:
+    model.reset()
+    return [token for token, _ in zip(model.generate(prompt, temp=0.0), range(n), strict=False)]
+
+
 def test_an_empty_prompt_is_refused(stock: EdgeLlama) -> None:
     stock.reset()
     with pytest.raises(EdgeError, match="prompt is empty"):
@@ -151,6 +174,18 @@ def test_a_model_that_takes_the_stock_path_says_so(
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
         "this model takes llama.cpp's stock path: its experts are not served from slots"
     ]
+
+
+def test_a_narrow_end_of_a_long_prompt_is_not_taken_for_the_stock_path(
+    bundled: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = OPTIONS | {"draft": bundled[1], "resident": "1/2", "speculation": 4, "n_batch": 32}
+    with contextlib.closing(EdgeLlama(str(bundled[0]), **options)) as model:
+        for n in (35, 37):
+            model.reset()
+            next(model.generate(list(range(100, 100 + n)), temp=0.0))
+        assert model.stats().experts.hits
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
 def test_tokens_sent_in_become_text(speculating: EdgeLlama, stock: EdgeLlama) -> None:

@@ -78,6 +78,14 @@ def test_no_slots_where_nothing_bounds_them_or_everything_fits() -> None:
     assert make(policy="lru", resident=1.0).slots == (192,)
 
 
+def test_experts_that_the_hook_does_not_know_stay_on_the_cpu() -> None:
+    unknown = Experts(0, 32, 0, ())
+    made = make(unknown, resident=0.5)
+    assert made.policy == "cpu-moe"
+    assert "does not know" in made.reason
+    assert make(unknown, policy="all").policy == "all"
+
+
 def test_without_a_draft_nothing_is_speculated() -> None:
     assert make(resident=0.5, has_draft=False, speculation=4).k_max == 0
 

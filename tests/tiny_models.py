@@ -9,8 +9,8 @@ Q4_K_M gives half of the layers Q6_K down experts and so two expert type tuples,
 256 x 256 make 3.1 MB a layer in F16, 1.0 MB in Q4_K_M. A random dense draft agrees with a random target on next to no
 token; a quantized twin of the target (argmax equal at 65 % of positions for Q4_K_M, 95 % for Q8_0) is accepted in part.
 
-Tensor names and shapes follow src/models/{qwen3moe,olmoe,llama}.cpp of the pinned llama.cpp. Shapes below are ggml's
-(columns first); numpy's are the reverse.
+Tensor names and shapes follow src/models/<architecture>.cpp of the pinned llama.cpp (mixtral: llama.cpp, gpt-oss:
+openai-moe.cpp, phimoe's graph: phi3.cpp). Shapes below are ggml's (columns first); numpy's are the reverse.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from typing import Literal
 import gguf
 import numpy as np
 
-Arch = Literal["qwen3moe", "mixtral", "olmoe"]
+Arch = Literal["qwen3moe", "mixtral", "olmoe", "qwen2moe", "phimoe", "deepseek2", "gpt-oss", "granitemoe", "grovemoe"]
+Gate = Literal["split", "fused", "none"]  # of the routed experts: its own tensor, one with up, or absent
 Vocab = Literal["bytes", "shuffled"]
 Dtype = Literal["f16", "f32"]
 
 HEAD = 64  # head width
+LATENT, ROPE = 64, 32  # deepseek2: rank of the compressed q and kv, rotated part of a head
+SHARED = 128  # width of shared experts and of grovemoe's chunk experts
+WINDOW = 16  # gpt-oss: tokens that its sliding-window layers see
 CONTEXT = 512
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 MERGES = ("t h", "Ġ t", "th e", "i n", "e r", "Ġ a")  # a few, so that tokens of several bytes occur
@@ -90,22 +94,68 @@ class _Weights:
     def norm(self, name: str, width: int) -> None:
         self.writer.add_tensor(name, 1 + 0.1 * self._normal(name, (width,)))  # norms are F32 in every GGUF
 
+    def bias(self, name: str, *ne: int) -> None:
+        self.writer.add_tensor(name, 0.1 * self._normal(name, ne[::-1]))
+
     def router(self, name: str, n_embd: int, n_expert: int) -> None:
         """F32 as converters write it. A wide spread of logits makes routing decisive and unlike from token to token."""
         self.writer.add_tensor(name, self._normal(name, (n_expert, n_embd)) * np.float32(2 / np.sqrt(n_embd)))
 
 
-def _attention(w: _Weights, block: str, n_embd: int, n_head: int, n_head_kv: int) -> None:
+def _attention(
+    w: _Weights, block: str, n_embd: int, n_head: int, n_head_kv: int, second_norm: str = "ffn_norm"
+) -> None:
     w.norm(f"{block}.attn_norm.weight", n_embd)
     w.matrix(f"{block}.attn_q.weight", n_embd, n_head * HEAD)
     w.matrix(f"{block}.attn_k.weight", n_embd, n_head_kv * HEAD)
     w.matrix(f"{block}.attn_v.weight", n_embd, n_head_kv * HEAD)
     w.matrix(f"{block}.attn_output.weight", n_head * HEAD, n_embd, gain=0.7)
+    w.norm(f"{block}.{second_norm}.weight", n_embd)
+
+
+def _latent_attention(w: _Weights, block: str, n_embd: int, n_head: int) -> None:
+    """deepseek2's: q and kv pass through a low rank, and the cache holds the compressed kv (MLA)."""
+    w.norm(f"{block}.attn_norm.weight", n_embd)
+    w.matrix(f"{block}.attn_q_a.weight", n_embd, LATENT)
+    w.norm(f"{block}.attn_q_a_norm.weight", LATENT)
+    w.matrix(f"{block}.attn_q_b.weight", LATENT, n_head * HEAD)
+    w.matrix(f"{block}.attn_kv_a_mqa.weight", n_embd, LATENT + ROPE)
+    w.norm(f"{block}.attn_kv_a_norm.weight", LATENT)
+    w.matrix(f"{block}.attn_k_b.weight", HEAD - ROPE, LATENT, n_head)
+    w.matrix(f"{block}.attn_v_b.weight", LATENT, HEAD, n_head)
+    w.matrix(f"{block}.attn_output.weight", n_head * HEAD, n_embd, gain=0.7)
     w.norm(f"{block}.ffn_norm.weight", n_embd)
 
 
+def _ffn(w: _Weights, block: str, n_embd: int, n_ff: int, suffix: str = "") -> None:
+    """A dense feed-forward network, or with suffix="_shexp" a shared expert."""
+    w.matrix(f"{block}.ffn_gate{suffix}.weight", n_embd, n_ff)
+    w.matrix(f"{block}.ffn_up{suffix}.weight", n_embd, n_ff)
+    w.matrix(f"{block}.ffn_down{suffix}.weight", n_ff, n_embd)
+
+
+def _experts(
+    w: _Weights, block: str, n_embd: int, n_ff: int, n_expert: int, gate: Gate = "split", suffix: str = "exps"
+) -> None:
+    if gate == "fused":
+        w.matrix(f"{block}.ffn_gate_up_{suffix}.weight", n_embd, 2 * n_ff, n_expert, gain=1.5)
+    else:
+        w.matrix(f"{block}.ffn_up_{suffix}.weight", n_embd, n_ff, n_expert, gain=1.5)
+    if gate == "split":
+        w.matrix(f"{block}.ffn_gate_{suffix}.weight", n_embd, n_ff, n_expert, gain=1.5)
+    w.matrix(f"{block}.ffn_down_{suffix}.weight", n_ff, n_embd, n_expert)
+
+
 def _hyperparameters(
-    writer: gguf.GGUFWriter, *, n_layer: int, n_embd: int, n_ff: int, n_head: int, n_head_kv: int
+    writer: gguf.GGUFWriter,
+    *,
+    n_layer: int,
+    n_embd: int,
+    n_ff: int,
+    n_head: int,
+    n_head_kv: int,
+    key_length: int = HEAD,
+    rope: int = HEAD,
 ) -> None:
     writer.add_context_length(CONTEXT)
     writer.add_block_count(n_layer)
@@ -113,11 +163,41 @@ def _hyperparameters(
     writer.add_feed_forward_length(n_ff)
     writer.add_head_count(n_head)
     writer.add_head_count_kv(n_head_kv)
-    writer.add_key_length(HEAD)
+    writer.add_key_length(key_length)
     writer.add_value_length(HEAD)
-    writer.add_rope_dimension_count(HEAD)
+    writer.add_rope_dimension_count(rope)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
+
+
+def _arch_metadata(writer: gguf.GGUFWriter, arch: Arch, n_ff: int) -> None:
+    if arch in ("qwen3moe", "qwen2moe", "deepseek2", "gpt-oss", "grovemoe"):
+        writer.add_expert_feed_forward_length(n_ff)
+    if arch in ("qwen2moe", "granitemoe"):
+        writer.add_expert_shared_feed_forward_length(SHARED)
+    if arch == "granitemoe":
+        writer.add_logit_scale(2.0)
+        writer.add_residual_scale(0.5)
+        writer.add_embedding_scale(2.0)
+        writer.add_attention_scale(0.1)
+    if arch == "grovemoe":
+        writer.add_expert_chunk_feed_forward_length(SHARED)
+        writer.add_expert_group_scale(0.5)
+        writer.add_experts_per_group(2)
+    if arch == "gpt-oss":
+        writer.add_sliding_window(WINDOW)
+    if arch == "deepseek2":  # as DeepSeek-V3 routes: sigmoid, biased, within the two best of four groups of experts
+        writer.add_leading_dense_block_count(1)
+        writer.add_q_lora_rank(LATENT)
+        writer.add_kv_lora_rank(LATENT)
+        writer.add_key_length_mla(HEAD)
+        writer.add_value_length_mla(HEAD)
+        writer.add_expert_shared_count(1)
+        writer.add_expert_group_count(4)
+        writer.add_expert_group_used_count(2)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(True)
+        writer.add_expert_weights_scale(2.5)
 
 
 def _begin(path: Path | str, arch: str, name: str, dtype: Dtype) -> gguf.GGUFWriter:
@@ -145,38 +225,97 @@ def write_tiny(
     n_expert_used: int = 2,
     n_embd: int = 256,
     n_ff: int = 256,
+    gate: Gate = "split",
+    scales: bool = False,
+    used_per_layer: bool = False,
     seed: int = 0,
     dtype: Dtype = "f16",
     vocab: Vocab = "bytes",
 ) -> Path:
-    """Write a random MoE model. n_embd and n_ff are multiples of 256, so that every K-quant can hold the rows."""
-    if n_embd % 256 or n_ff % 256:
-        raise ValueError(f"n_embd={n_embd}, n_ff={n_ff}: K-quants need multiples of 256")
+    """Write a random MoE model.
+
+    n_embd, and n_ff by default, are multiples of 256, so that every K-quant can hold the rows; where n_ff is only one
+    of 32, K-quantizing gives down another type. `gate` is up to the architecture: fused for deepseek2, none for
+    granitemoe. `scales` adds a scale for each expert (not gpt-oss), `used_per_layer` stores the routing width as an
+    array.
+    """
+    if n_embd % 256 or n_ff % 32:
+        raise ValueError(f"n_embd={n_embd}, n_ff={n_ff}: not multiples of 256 and 32")
     n_head = n_embd // HEAD
-    n_head_kv = n_head if arch == "olmoe" else n_head // 2
-    writer = _begin(path, "llama" if arch == "mixtral" else arch, f"tiny-{arch}", dtype)
-    _hyperparameters(writer, n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_head_kv=n_head_kv)
+    n_head_kv = {"olmoe": n_head, "deepseek2": 1}.get(arch, n_head // 2)
+    name = "llama" if arch == "mixtral" else arch
+    writer = _begin(path, name, f"tiny-{arch}", dtype)
+    size = {"n_layer": n_layer, "n_embd": n_embd, "n_ff": n_ff, "n_head": n_head, "n_head_kv": n_head_kv}
+    latent = {"key_length": LATENT + ROPE, "rope": ROPE} if arch == "deepseek2" else {}
+    _hyperparameters(writer, **size, **latent)
     writer.add_expert_count(n_expert)
-    writer.add_expert_used_count(n_expert_used)
-    if arch == "qwen3moe":
-        writer.add_expert_feed_forward_length(n_ff)
+    if used_per_layer:
+        writer.add_array(f"{name}.expert_used_count", [n_expert_used] * n_layer)
+    else:
+        writer.add_expert_used_count(n_expert_used)
+    _arch_metadata(writer, arch, n_ff)
     n_vocab = _add_vocab(writer, vocab)
     w = _Weights(writer, seed, dtype)
     w.embedding("token_embd.weight", n_embd, n_vocab)
     w.norm("output_norm.weight", n_embd)
     w.matrix("output.weight", n_embd, n_vocab, gain=3)
-    norm_width = {"qwen3moe": HEAD, "olmoe": n_embd, "mixtral": None}[arch]  # qk-norm per head, over all heads, none
+    if arch == "phimoe":
+        w.bias("output_norm.bias", n_embd)
+        w.bias("output.bias", n_vocab)
+        w.norm("rope_factors_long.weight", HEAD // 2)
+        w.norm("rope_factors_short.weight", HEAD // 2)
     for layer in range(n_layer):
         block = f"blk.{layer}"
-        _attention(w, block, n_embd, n_head, n_head_kv)
-        if norm_width is not None:
-            w.norm(f"{block}.attn_q_norm.weight", norm_width)
-            w.norm(f"{block}.attn_k_norm.weight", norm_width)
+        if arch == "deepseek2":
+            _latent_attention(w, block, n_embd, n_head)
+        else:
+            second_norm = "post_attention_norm" if arch == "gpt-oss" else "ffn_norm"
+            _attention(w, block, n_embd, n_head, n_head_kv, second_norm)
+        _attention_extras(w, block, arch, n_embd, n_head, n_head_kv)
+        if arch == "deepseek2" and layer == 0:
+            _ffn(w, block, n_embd, n_ff)
+            continue
         w.router(f"{block}.ffn_gate_inp.weight", n_embd, n_expert)
-        w.matrix(f"{block}.ffn_gate_exps.weight", n_embd, n_ff, n_expert, gain=1.5)
-        w.matrix(f"{block}.ffn_up_exps.weight", n_embd, n_ff, n_expert, gain=1.5)
-        w.matrix(f"{block}.ffn_down_exps.weight", n_ff, n_embd, n_expert)
+        _experts(w, block, n_embd, n_ff, n_expert, gate)
+        _expert_extras(w, block, arch, n_embd, n_ff, n_expert)
+        if scales:
+            for role in ("gate", "up", "down"):
+                w.norm(f"{block}.ffn_{role}_exps.scale", n_expert)
     return _finish(writer, path)
+
+
+def _attention_extras(w: _Weights, block: str, arch: Arch, n_embd: int, n_head: int, n_head_kv: int) -> None:
+    if arch in ("qwen3moe", "grovemoe", "olmoe"):  # qk-norm per head or over all heads
+        w.norm(f"{block}.attn_q_norm.weight", n_embd if arch == "olmoe" else HEAD)
+        w.norm(f"{block}.attn_k_norm.weight", n_embd if arch == "olmoe" else HEAD)
+    if arch in ("qwen2moe", "phimoe", "gpt-oss"):
+        w.bias(f"{block}.attn_q.bias", n_head * HEAD)
+        w.bias(f"{block}.attn_k.bias", n_head_kv * HEAD)
+        w.bias(f"{block}.attn_v.bias", n_head_kv * HEAD)
+    if arch in ("phimoe", "gpt-oss"):
+        w.bias(f"{block}.attn_output.bias", n_embd)
+    if arch == "phimoe":
+        w.bias(f"{block}.attn_norm.bias", n_embd)
+        w.bias(f"{block}.ffn_norm.bias", n_embd)
+    if arch == "gpt-oss":
+        w.bias(f"{block}.attn_sinks.weight", n_head)
+
+
+def _expert_extras(w: _Weights, block: str, arch: Arch, n_embd: int, n_ff: int, n_expert: int) -> None:
+    if arch in ("qwen2moe", "granitemoe"):
+        _ffn(w, block, n_embd, SHARED, "_shexp")
+    if arch == "qwen2moe":
+        w.bias(f"{block}.ffn_gate_inp_shexp.weight", n_embd)
+    if arch == "deepseek2":
+        _ffn(w, block, n_embd, n_ff, "_shexp")
+        w.bias(f"{block}.exp_probs_b.bias", n_expert)
+    if arch == "grovemoe":
+        _experts(w, block, n_embd, SHARED, n_expert // 2, suffix="chexps")
+    if arch == "gpt-oss":
+        w.bias(f"{block}.ffn_gate_inp.bias", n_expert)
+        w.bias(f"{block}.ffn_gate_exps.bias", n_ff, n_expert)
+        w.bias(f"{block}.ffn_up_exps.bias", n_ff, n_expert)
+        w.bias(f"{block}.ffn_down_exps.bias", n_embd, n_expert)
 
 
 def write_tiny_dense(
@@ -201,9 +340,7 @@ def write_tiny_dense(
     for layer in range(n_layer):
         block = f"blk.{layer}"
         _attention(w, block, n_embd, n_head, n_head // 2)
-        w.matrix(f"{block}.ffn_gate.weight", n_embd, n_ff)
-        w.matrix(f"{block}.ffn_up.weight", n_embd, n_ff)
-        w.matrix(f"{block}.ffn_down.weight", n_ff, n_embd)
+        _ffn(w, block, n_embd, n_ff)
     return _finish(writer, path)
 
 

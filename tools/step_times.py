@@ -71,10 +71,8 @@ class Placement:
 
     def step(self, tokens: list[int], past: int) -> float:
         started = time.perf_counter()
-        engine.decode(self._context, self._batch, tokens, past, len(tokens))
+        engine.decode(self._context, self._batch, tokens, past, len(tokens), hook=self.hook)
         llama_cpp.llama_synchronize(self._context.ctx)
-        if self.hook is not None:
-            self.hook.end_step()
         return time.perf_counter() - started
 
     def logits(self, tokens: list[int]) -> npt.NDArray[np.float32]:

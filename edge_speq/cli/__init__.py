@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from edge_speq import __version__
-from edge_speq.cli import run
+from edge_speq.cli import inspect, run
 from edge_speq.core import EdgeError
 
 
@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action=_Version, nargs=0, help="package, llama.cpp commit and devices")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run.add_parser(commands)
+    inspect.add_parser(commands)
     return top
 
 

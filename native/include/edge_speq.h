@@ -31,6 +31,7 @@ extern "C" {
 #define EDGE_ERR_MEMORY 4
 #define EDGE_ERR_BACKEND 5
 #define EDGE_ERR_INTERNAL 6
+#define EDGE_ERR_CANCELLED 7
 
 #define EDGE_ABSENT 0
 #define EDGE_LOADING 1
@@ -139,12 +140,17 @@ EDGE_API int edge_hook_detach(edge_hook * hook);
 EDGE_API bool edge_hook_eval(struct ggml_tensor * node, bool ask, void * hook);
 
 // Tells that the device is idle: the slots of the last block may be reused, and the routing of the last
-// graph is complete. Call after the context is synchronised. An error met inside the graph surfaces here.
+// graph is complete. Call after the context is synchronised, also when the decode failed: an error met inside
+// the graph, which ended it with llama_decode's status 2, surfaces here.
 EDGE_API int edge_hook_end_step(edge_hook * hook);
+
+// From any thread: ends the graph that runs, or the next one, at its next block. No effect without slots.
+EDGE_API int edge_hook_cancel(edge_hook * hook);
 
 // Routing of the last graph before edge_hook_end_step: ids points to [n_blocks, max_width, n_expert_used] expert
 // ids, of which the first n_tokens rows of each block are valid. n_tokens is 0 when the graph was wider than
-// max_width or, with slots, when not every block was served from them. The memory belongs to the hook and
+// max_width, when its last block has fewer rows (llama.cpp drops those without logits there) or, with slots, when not
+// every block was served from them. The memory belongs to the hook and
 // stays at the same address.
 EDGE_API int edge_hook_routing(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens);
 

@@ -221,6 +221,13 @@ int edge_hook_end_step(edge_hook * hook) {
     });
 }
 
+int edge_hook_cancel(edge_hook * hook) {
+    return guarded([&] {
+        require(hook != nullptr, "hook is null");
+        hook->cancel();
+    });
+}
+
 int edge_hook_routing(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens) {
     return guarded([&] {
         require(hook != nullptr && ids != nullptr && n_tokens != nullptr, "hook or out is null");

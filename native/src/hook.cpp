@@ -69,10 +69,16 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
     if (number < 0) {
         return; // a block that is not ours
     }
-    // prefill and warm-up graphs, which use every expert, keep the stock graph
+    // prefill and warm-up graphs, which use every expert, keep the stock graph; so does their last block, which
+    // may be narrow because it has only the rows that logits are wanted for
     const bool fits = width <= max_width_ && block.ids->ne[0] == table_.n_expert_used;
-    width_ = fits ? static_cast<int32_t>(width) : 0;
-    if (!fits) {
+    if (number == 0) {
+        graph_fits_ = fits;
+        width_      = fits ? static_cast<int32_t>(width) : 0;
+    } else if (width != width_) {
+        width_ = 0;
+    }
+    if (!graph_fits_ || !fits) {
         return;
     }
     ggml_tensor * view = ggml_view_2d(ctx, leaf_, table_.n_expert_used, width, leaf_->nb[1],
@@ -92,8 +98,7 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
     block.ids     = route;
 }
 
-// Returning false would not stop the graph (the scheduler leaves only this split), so an error is kept for
-// end_step() and the matmuls read slot 0: the result is wrong but defined, and the caller discards it.
+// Returning false ends the graph with status "aborted" (patch 0005); end_step() then throws what went wrong.
 bool edge_hook::eval(ggml_tensor * node, bool ask) noexcept {
     if (node->op != GGML_OP_CPY || std::strncmp(node->name, route_prefix, sizeof(route_prefix) - 1) != 0) {
         return !ask;
@@ -101,22 +106,29 @@ bool edge_hook::eval(ggml_tensor * node, bool ask) noexcept {
     if (ask) {
         return true;
     }
-    const int32_t n = static_cast<int32_t>(ggml_nelements(node));
-    std::fill_n(slot_ids_.begin(), n, 0);
     try {
+        if (cancelled_) {
+            throw edge::Error(EDGE_ERR_CANCELLED, "cancelled");
+        }
         int number = -1;
         if (std::sscanf(node->name + sizeof(route_prefix) - 1, "%d", &number) != 1) {
             throw edge::Error(EDGE_ERR_INTERNAL, std::string("unexpected node name ") + node->name);
         }
+        const int32_t n = static_cast<int32_t>(ggml_nelements(node));
         int32_t * ids = routing_of(number);
         ggml_backend_tensor_get(node, ids, 0, static_cast<size_t>(n) * sizeof(int32_t));
         residency_->demand(number, ids, n, slot_ids_.data());
+        ggml_backend_tensor_set(node, slot_ids_.data(), 0, static_cast<size_t>(n) * sizeof(int32_t));
         ++n_served_;
+        return true;
+    } catch (const edge::Error & e) {
+        status_ = e.status;
+        error_  = e.what();
     } catch (const std::exception & e) {
-        error_ = e.what();
+        status_ = EDGE_ERR_INTERNAL;
+        error_  = e.what();
     }
-    ggml_backend_tensor_set(node, slot_ids_.data(), 0, static_cast<size_t>(n) * sizeof(int32_t));
-    return true;
+    return false;
 }
 
 void edge_hook::end_step() {
@@ -130,10 +142,9 @@ void edge_hook::end_step() {
     if (!residency_ && routing_ == host_routing_.data() && n_tokens_ > 0) {
         ggml_backend_tensor_get(leaf_, host_routing_.data(), 0, host_routing_.size() * sizeof(int32_t));
     }
-    if (!error_.empty()) {
-        const std::string what = error_;
-        error_.clear();
-        throw edge::Error(EDGE_ERR_INTERNAL, what);
+    cancelled_ = false;
+    if (status_ != EDGE_OK) {
+        throw edge::Error(std::exchange(status_, EDGE_OK), std::exchange(error_, {}));
     }
 }
 

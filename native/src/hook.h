@@ -6,6 +6,7 @@
 
 #include "ggml-cpp.h"
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,6 +26,7 @@ struct edge_hook {
     void build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block);
     bool eval(ggml_tensor * node, bool ask) noexcept;
     void end_step();
+    void cancel() noexcept { cancelled_ = true; }
 
     const int32_t * routing_ids() const { return routing_; }
     int32_t routing_tokens() const { return n_tokens_; }
@@ -46,8 +48,11 @@ private:
     std::vector<int32_t>             host_routing_;
     std::vector<int32_t>             slot_ids_;
     const int32_t *                  routing_ = nullptr;
-    int32_t                          width_ = 0;         // of the last graph built for one of our blocks, 0 if too wide
+    bool                             graph_fits_ = false; // the graph that is built, or was last, is narrow enough
+    int32_t                          width_ = 0;          // its tokens, 0 unless every block has all of them
     size_t                           n_served_ = 0;      // blocks whose experts the running graph took from slots
     int32_t                          n_tokens_ = 0;      // rows of routing that are complete
     std::string                      error_;
+    int                              status_ = EDGE_OK;
+    std::atomic<bool>                cancelled_{ false };
 };
