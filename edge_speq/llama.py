@@ -12,6 +12,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from jinja2 import TemplateError
 from llama_cpp import Llama
 
 from edge_speq import _native, engine, foresight, plan, speculate
@@ -99,8 +100,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         self._foresight: foresight.Foresight | None = None
         self._draft_routing: foresight.Routing | None = None
         self._stopping_criteria: Any = None
-        self._timing = Timing()
-        self._speculation = Speculation()
+        self._timing, self._speculation = Timing(), Speculation()
         self._pending: list[int] = []
         self._n_rows = 0  # logits rows of the last verify
         self._n_kept = 0
@@ -108,9 +108,11 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         try:
             super().__init__(model_path, n_gpu_layers=n_gpu_layers, verbose=verbose, **kwargs)
             self._load_draft()
-        except ValueError as error:
+        except (ValueError, TemplateError) as error:  # the file's chat template is compiled while loading
             self.close()
-            raise EdgeError(f"cannot load {model_path}: {error}") from error
+            raise EdgeError(
+                f"cannot load {model_path}: {error}", "the file itself is at fault: convert it again"
+            ) from error
         except BaseException:
             self.close()
             raise

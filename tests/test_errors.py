@@ -34,6 +34,14 @@ def test_a_gguf_that_ends_early(tmp_path: Path, bundled: tuple[Path, Path]) -> N
     assert "cannot load the model" in refused(cut).message
 
 
+def test_a_chat_template_that_is_no_template(tmp_path: Path, tiny) -> None:
+    broken = tmp_path / "template.gguf"
+    data = tiny.moe("qwen3moe").read_bytes()
+    assert data.count(b"{% endfor %}") == 1
+    broken.write_bytes(data.replace(b"{% endfor %}", b"{% endxxx %}"))
+    assert "endxxx" in refused(broken).message
+
+
 def test_a_draft_with_another_vocabulary(bundled: tuple[Path, Path], tiny) -> None:
     assert "another vocabulary" in refused(bundled[0], draft=tiny.dense(), resident="1/2").message
     error = refused(tiny.moe("qwen3moe"), draft=tiny.dense("shuffled"), resident="1/2", speculation=1)
