@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +115,13 @@ def load_backends() -> None:
         log.warning("%s does not load, so the CPU computes: %s", *failed[0])
 
 
+@dataclass(frozen=True, slots=True)
 class Device:
-    def __init__(self, name: str, description: str, is_gpu: bool, free_bytes: int, total_bytes: int) -> None:
-        self.name = name
-        self.description = description
-        self.is_gpu = is_gpu
-        self.free_bytes = free_bytes
-        self.total_bytes = total_bytes
+    name: str
+    description: str
+    is_gpu: bool
+    free_bytes: int
+    total_bytes: int
 
     def __str__(self) -> str:
         return f"{self.name} ({self.description})"

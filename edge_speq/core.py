@@ -123,6 +123,11 @@ class Plan:
     resident: float | None = None  # share of the expert bytes that the slots hold
     reason: str = ""
 
+    @property
+    def max_width(self) -> int:
+        """Tokens of the widest verify step: the last token and every drafted one."""
+        return self.k_max + 1
+
 
 @dataclass(slots=True)
 class Speculation:

@@ -65,12 +65,8 @@ def check_model_file(path: str | Path, role: str = "model") -> Path:
 
 
 def trained_context(path: str | Path) -> int:
-    """Tokens of context that a model was trained for."""
-    _native.load_backends()
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    with contextlib.closing(load_model(check_model_file(path), params, "model")) as model:
-        return int(model.n_ctx_train())
+    """Tokens of context that a model was trained for, from the file's header."""
+    return gguf_model.hyperparameter(gguf_model.check_model(path), "context_length")
 
 
 def load_model(path: Path, params: _Params, role: str) -> internals.LlamaModel:
@@ -85,6 +81,7 @@ def dry_load(path: Path, params: _Params, context_params: _Params | None, role: 
     """The experts of a model and, with context_params, what both would hold on the compute device. Reads no
     weights. `params` must already say where tensors go; it is changed for the dry load and restored.
     """
+    on_gpu = _native.compute_device().is_gpu
     load_mode = params.load_mode
     params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
     used = MemoryUse()
@@ -93,10 +90,10 @@ def dry_load(path: Path, params: _Params, context_params: _Params | None, role: 
             experts = _native.model_experts(model.model)
             if context_params is not None:
                 with contextlib.closing(_context(model, context_params)) as context:
-                    used = _native.memory_used(context.ctx, _native.compute_device().is_gpu)
+                    used = _native.memory_used(context.ctx, on_gpu)
     finally:
         params.no_alloc, params.load_mode = False, load_mode
-    if not _native.compute_device().is_gpu:
+    if not on_gpu:
         # on the CPU the weights will be mapped file pages, which a budget does not count
         used = MemoryUse(0, used.context_bytes, used.compute_bytes)
     return experts, used

@@ -119,9 +119,9 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
 
     def _configure(self, model_params: Any, context_params: Any) -> None:
         context_params.swa_full = True  # rolling back drafted tokens needs the whole window
-        # repacked weights are copies in RAM, which a budget would have to count
-        model_params.use_extra_bufts = self._budget_bytes is None
         self._draft_params = engine.copy_params(model_params)
+        # repacked weights are copies in RAM, which a budget would have to count
+        self._draft_params.use_extra_bufts = self._budget_bytes is None
         self._keep_alive = engine.experts_on_host(model_params)
         self._experts, fixed_bytes = self._survey(model_params, context_params)
         self._plan = plan.plan(
@@ -137,10 +137,8 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         log.info("plan: %s", self._plan.reason)
         if self._plan.policy == "slots" and self.lora_path is not None:
             raise EdgeError("slots do not serve LoRA adapters", "use policy all or cpu-moe", usage=True)
-        if self._plan.policy == "slots":
-            model_params.use_extra_bufts = False  # repacking would move the experts to another layout
-            if model_params.load_mode == llama_cpp.LLAMA_LOAD_MODE_NONE:
-                engine.pin_experts(self._keep_alive)
+        if self._plan.policy == "slots" and model_params.load_mode == llama_cpp.LLAMA_LOAD_MODE_NONE:
+            engine.pin_experts(self._keep_alive)
         elif self._plan.policy == "all":
             model_params.tensor_buft_overrides = None
 
@@ -157,7 +155,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
 
     def _model_loaded(self) -> None:
         if self._plan.policy == "slots":
-            self._hook = _native.Hook(self._model.model, self._experts, self._plan.k_max + 1, self._plan.slots)
+            self._hook = _native.Hook(self._model.model, self._experts, self._plan.max_width, self._plan.slots)
             # closed after the context that uses it and before the model that it hangs on
             self._stack.callback(self._hook.detach)
             engine.install_eval_callback(self.context_params, self._hook)
@@ -270,7 +268,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
     def draft(self, pending: list[int]) -> list[int]:
         self._speculation.steps += 1
         self._draft_routing = None
-        room = min(self._plan.k_max + 1, self._n_ctx - self.n_tokens, self.n_batch) - len(pending)
+        room = min(self._plan.max_width, self._n_ctx - self.n_tokens, self.n_batch) - len(pending)
         room = min(room, self._governor.k())
         if self._draft is None or room <= 0:
             return []
@@ -306,14 +304,14 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         tokens = pending + drafted
         # llama.cpp takes its batch threads from two tokens on; a verify step is as narrow as a decode step, and
         # more threads than that only wait for each other
-        narrow = len(tokens) <= self._plan.k_max + 1
+        narrow = len(tokens) <= self._plan.max_width
         self._ctx.set_n_threads(self.n_threads, self.n_threads if narrow else self.n_threads_batch)
         for start in range(0, len(tokens), self.n_batch):
             chunk = tokens[start : start + self.n_batch]
             past = self.n_tokens + start
             last = start + len(chunk) == len(tokens)
             # without logits for every token the last block would lack rows of routing
-            whole = len(chunk) <= self._plan.k_max + 1
+            whole = len(chunk) <= self._plan.max_width
             n_logits = len(chunk) if whole else min(self._n_rows, len(chunk)) if last else 1
             engine.decode(self._ctx, self._batch, chunk, past, n_logits, hook=self._hook, logits_all=self._logits_all)
             self.input_ids[past : past + len(chunk)] = chunk
@@ -331,7 +329,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             self._hook.cancel()
 
     def _warn_if_unserved(self, width: int) -> None:
-        if self._hook is None or self._unserved or width > min(self._plan.k_max + 1, self.context_params.n_ubatch):
+        if self._hook is None or self._unserved or width > min(self._plan.max_width, self.context_params.n_ubatch):
             return
         if not self._hook.routing().shape[1]:
             self._unserved = True

@@ -57,10 +57,8 @@ def logits(
         for width in widths:
             chunk = [int(t) for t in tokens[past : past + width]]
             n_rows = min(width, n_logits)
-            engine.decode(context, batch, chunk, past, n_rows)
+            engine.decode(context, batch, chunk, past, n_rows, hook=hook)
             rows.append(np.ctypeslib.as_array(context.get_logits(), shape=(n_rows, n_vocab)).copy())
-            if hook is not None:
-                hook.end_step()
             past += width
     return np.concatenate(rows)
 

@@ -353,10 +353,3 @@ def quantize(src: Path | str, dst: Path | str, ftype: int) -> Path:
     if llama_cpp.llama_model_quantize(str(src).encode(), str(dst).encode(), ctypes.byref(params)):
         raise RuntimeError(f"llama.cpp could not quantize {src} to file type {ftype}")
     return Path(dst)
-
-
-def expert_types(path: Path | str) -> list[tuple[str, str, str]]:
-    """The (gate, up, down) expert tensor types of each layer, as stored in the file."""
-    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(Path(path)).tensors}
-    layers = sum(name.endswith("ffn_up_exps.weight") for name in types)
-    return [tuple(types[f"blk.{i}.ffn_{role}_exps.weight"] for role in ("gate", "up", "down")) for i in range(layers)]
