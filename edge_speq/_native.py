@@ -21,7 +21,7 @@ import numpy.typing as npt
 from edge_speq.core import EdgeError, ExpertCounters, ExpertGroup, Experts, MemoryUse
 from edge_speq.log import route_llama_cpp_log
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 INSTALL_HINT = "install the patched build that comes with edge_speq: pip install ./native ."
 
 log = logging.getLogger("edge_speq")
@@ -80,6 +80,12 @@ def _text(pointer: Any) -> str:
     return str(_load()[0].string(pointer).decode(errors="replace"))
 
 
+def _view(pointer: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Native memory as an array; it must outlive the array."""
+    view = _load()[0].buffer(pointer, int(np.prod(shape)) * dtype.itemsize)
+    return np.frombuffer(view, dtype=dtype).reshape(shape)
+
+
 def _llama(pointer: int, kind: str) -> Any:
     ffi, _ = _load()
     return ffi.cast(f"struct {kind} *", pointer)
@@ -120,6 +126,7 @@ class Device:
     name: str
     description: str
     is_gpu: bool
+    is_integrated: bool  # shares the host's memory
     free_bytes: int
     total_bytes: int
 
@@ -135,7 +142,8 @@ def devices() -> list[Device]:
     for i in range(n[0]):
         d = ffi.new("edge_device *")
         _check(lib.edge_device_get(i, d))
-        found.append(Device(_text(d.name), _text(d.description), bool(d.is_gpu), d.free_bytes, d.total_bytes))
+        kind = bool(d.is_gpu), bool(d.is_integrated)
+        found.append(Device(_text(d.name), _text(d.description), *kind, d.free_bytes, d.total_bytes))
     return found
 
 
@@ -183,12 +191,34 @@ def memory_used(ctx: int, on_gpu: bool) -> MemoryUse:
     return MemoryUse(m.model_bytes, m.context_bytes, m.compute_bytes)
 
 
+def fail(fault: str, nth: int) -> None:
+    """Makes the nth "allocation", "copy" or "routing" read from now on fail, once; 0 disarms. For tests."""
+    _, lib = _load()
+    _check(lib.edge_test_fail(getattr(lib, f"EDGE_FAULT_{fault.upper()}"), nth))
+
+
 def slot_floor(experts: Experts, max_width: int) -> int:
     """Slots a group needs for graphs of max_width tokens: all their experts at once and one to load into."""
     ffi, lib = _load()
     floor = ffi.new("int32_t *")
     _check(lib.edge_slot_floor(experts.n_expert, experts.n_expert_used, max_width, floor))
     return int(floor[0])
+
+
+ORDER: npt.DTypeLike = np.dtype(  # edge_order: fields and units are the header's
+    [("block", np.int32), ("expert", np.int32), ("deadline", np.int32), ("priority", np.float32)]
+)
+NO_BUDGET = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Transfers:
+    """How experts reach their slots: over the link as it is, over one slowed down to link_bytes_per_s, or, in
+    deterministic mode, in virtual time over such a link, while blocks take block_ns to compute."""
+
+    link_bytes_per_s: int = 0
+    deterministic: bool = False
+    block_ns: int = 0
 
 
 class Hook:
@@ -199,13 +229,22 @@ class Hook:
     that do not lie in plain host memory.
     """
 
-    def __init__(self, model: int, experts: Experts, max_width: int, slots: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        model: int,
+        experts: Experts,
+        max_width: int,
+        slots: Sequence[int] = (),
+        transfers: Transfers = Transfers(),  # noqa: B008  # frozen
+    ) -> None:
         ffi, lib = _load()
         self.experts = experts
         self.n_slots = sum(slots)
         self._has_slots = bool(slots)
         counts = ffi.new("int32_t[]", list(slots) or [0])
         params = ffi.new("edge_hook_params *", {"max_width": max_width, "n_groups": len(slots), "slots": counts})
+        params.link_bytes_per_s, params.block_ns = transfers.link_bytes_per_s, transfers.block_ns
+        params.deterministic = transfers.deterministic
         handle = ffi.new("edge_hook **")
         _check(lib.edge_hook_attach(_llama(model, "llama_model"), params, handle))
         self._handle: Any = handle[0]
@@ -213,8 +252,12 @@ class Hook:
         self._n = ffi.new("int32_t *")
         _check(lib.edge_hook_routing(self._handle, self._ids, self._n))
         shape = (experts.n_blocks, max_width, experts.n_expert_used)
-        view = ffi.buffer(self._ids[0], int(np.prod(shape)) * 4)
-        self._routing: npt.NDArray[np.int32] = np.frombuffer(view, dtype=np.int32).reshape(shape)
+        self._routing: npt.NDArray[np.int32] = _view(self._ids[0], np.dtype(np.int32), shape)
+        self._scores = np.zeros((experts.n_blocks, experts.n_expert), dtype=np.float32)
+        if slots:
+            scores = ffi.new("float **")
+            _check(lib.edge_hook_scores(self._handle, scores))
+            self._scores = _view(scores[0], np.dtype(np.float32), self._scores.shape)
         self._last = ExpertCounters()
 
     @property
@@ -239,14 +282,30 @@ class Hook:
         _check(_load()[1].edge_hook_routing(self._handle, self._ids, self._n))
         return self._routing[:, : self._n[0], :]
 
-    def prefetch(self, pairs: npt.NDArray[np.int32]) -> int:
-        """Orders (block, expert) pairs, [n, 2], most urgent first; replaces earlier orders. Returns how many
-        were not yet in a slot."""
+    @property
+    def scores(self) -> npt.NDArray[np.float32]:
+        """What each expert is worth in the long run, [n_blocks, n_expert] expected uses: write it between steps, the
+        next prefetch() takes it over. Native memory."""
+        return self._scores
+
+    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = NO_BUDGET) -> int:
+        """Orders experts, [n] of ORDER, most urgent first; replaces earlier orders. Returns how many were not yet in
+        a slot."""
         ffi, lib = _load()
-        pairs = np.ascontiguousarray(pairs, dtype=np.int32)
+        orders = np.ascontiguousarray(orders, dtype=ORDER)
         n = ffi.new("int32_t *")
-        _check(lib.edge_hook_prefetch(self._handle, ffi.from_buffer("int32_t[]", pairs), len(pairs), n))
+        pointer = ffi.from_buffer("edge_order[]", orders)
+        _check(lib.edge_hook_prefetch(self._handle, pointer, len(orders), byte_budget, n))
         return int(n[0])
+
+    def resize(self, slots: Sequence[int]) -> None:
+        """Other slot counts for each group, between steps. Raises EdgeError for slots under the floor of one token,
+        which changes nothing, and for slots that cannot be allocated: then the experts are computed on the CPU."""
+        ffi, lib = _load()
+        status = lib.edge_hook_resize(self._handle, ffi.new("int32_t[]", list(slots)), len(slots))
+        if status not in (lib.EDGE_ERR_ARGUMENT, lib.EDGE_ERR_BUDGET):
+            self.n_slots = sum(slots) if status == lib.EDGE_OK else 0
+        _check(status)
 
     def drain(self) -> None:
         _check(_load()[1].edge_hook_drain(self._handle))
@@ -269,6 +328,7 @@ class Hook:
             bytes_fetched=c.bytes_fetched,
             bytes_wasted=c.bytes_wasted,
             stall_ms=c.stall_ns / 1e6,
+            failed=c.failed,
         )
 
     def states(self) -> npt.NDArray[np.uint8]:
@@ -290,6 +350,6 @@ class Hook:
     def detach(self) -> None:
         if self._handle is not None:
             self._last = self.counters()
-            self._routing = self._routing.copy()  # native memory goes away
+            self._routing, self._scores = self._routing.copy(), self._scores.copy()  # native memory goes away
             _load()[1].edge_hook_detach(self._handle)
             self._handle = None

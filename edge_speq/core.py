@@ -161,6 +161,7 @@ class ExpertCounters:
     bytes_fetched: int = 0
     bytes_wasted: int = 0
     stall_ms: float = 0.0
+    failed: int = 0  # transfers that failed: prefetches dropped, demands that ended a step
 
     @property
     def hit_rate(self) -> float | None:

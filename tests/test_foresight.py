@@ -49,4 +49,4 @@ def test_counts_leave_lru_alone_where_a_step_fits_into_the_slots() -> None:
 def test_orders_come_by_block_then_by_score_and_only_above_the_threshold() -> None:
     scores = np.zeros((2, 8), dtype=np.float32)
     scores[0, 3], scores[0, 5], scores[1, 0], scores[1, 1] = 1, 3, 9, 0.5
-    assert foresight.orders(scores, 1.0).tolist() == [[0, 5], [0, 3], [1, 0]]
+    assert foresight.orders(scores, 1.0).tolist() == [(0, 5, 0, 3.0), (0, 3, 0, 1.0), (1, 0, 1, 9.0)]

@@ -27,8 +27,9 @@ SANITIZERS = {
     "thread": [],
 }
 # experts.cpp needs a patched llama.cpp to link, which the installed wheel is
-SOURCES = ("slots.cpp", "slot_store.cpp", "residency.cpp", "experts.cpp")
-TESTS = ("test_slots.cpp", "test_residency.cpp")
+CORE = ("slots", "slot_store", "residency", "prefetch", "link", "faults", "experts")
+TESTS = {"test_slots": CORE, "test_residency": CORE, "test_hook": (*CORE, "hook", "vocab", "api")}
+MODEL = NATIVE.parent / "models" / "tales-moe.gguf"
 
 
 def installed_libraries() -> Path:
@@ -51,9 +52,9 @@ def compiler_command(tree: Path) -> list[str]:
 
 def compile_test(compiler: list[str], test: str, sanitizer: str, out: Path) -> Path:
     libraries = installed_libraries()
-    program = out / f"{Path(test).stem}-{sanitizer.partition(',')[0]}"
+    program = out / f"{test}-{sanitizer.partition(',')[0]}"
     link = [f"-L{libraries}", "-lllama", "-lggml", "-l:libggml-base.so.0", f"-Wl,-rpath,{libraries}", "-pthread"]
-    sources = [str(NATIVE / "src" / name) for name in SOURCES] + [str(NATIVE / "tests" / test)]
+    sources = [str(NATIVE / "src" / f"{name}.cpp") for name in TESTS[test]] + [str(NATIVE / "tests" / f"{test}.cpp")]
     sanitize = [f"-fsanitize={sanitizer}", *SANITIZERS[sanitizer]]
     subprocess.run([*compiler, *sanitize, *sources, "-o", str(program), *link], check=True)
     return program
@@ -73,7 +74,7 @@ def main() -> int:
             for test in TESTS:
                 program = compile_test(compiler, test, sanitizer, out)
                 print(f"{test} under {sanitizer}: ", end="", flush=True)
-                if subprocess.run([str(program)], check=False).returncode:
+                if subprocess.run([str(program), str(MODEL)], check=False).returncode:
                     print("FAILED")
                     return 1
                 passed += 1

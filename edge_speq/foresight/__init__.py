@@ -6,11 +6,12 @@ expert); which one serves is decided by what the draft allows.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_speq import _native
 from edge_speq.core import Experts
 from edge_speq.foresight.counts import Counts
 from edge_speq.foresight.twin import Twin
@@ -40,12 +41,16 @@ def choose(target: Experts, draft: Experts | None, n_slots: int) -> Foresight:
     return Twin(target) if is_twin else Counts(target, n_slots)
 
 
-def orders(scores: Scores, threshold: float) -> npt.NDArray[np.int32]:
-    """(block, expert) pairs with a score of at least threshold, [n, 2]: earliest block first, since its
-    deadline comes first, then by falling score."""
+def orders(scores: Scores, threshold: float) -> npt.NDArray[Any]:
+    """Orders (of _native.ORDER, [n]) for the experts with a score of at least threshold: earliest block first, since
+    its deadline comes first, then by falling score."""
     block, expert = np.nonzero(scores >= threshold)
-    by_urgency = np.lexsort((-scores[block, expert], block))
-    return np.stack([block, expert], axis=1)[by_urgency].astype(np.int32)
+    score = scores[block, expert]
+    by_urgency = np.lexsort((-score, block))
+    out = np.zeros(len(block), dtype=_native.ORDER)
+    out["block"] = out["deadline"] = block[by_urgency]
+    out["expert"], out["priority"] = expert[by_urgency], score[by_urgency]
+    return out
 
 
 __all__ = ["Counts", "Foresight", "Twin", "choose", "orders"]

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define EDGE_ABI_VERSION 1
+#define EDGE_ABI_VERSION 2
 
 #define EDGE_OK 0
 #define EDGE_ERR_ARGUMENT 1
@@ -55,6 +55,7 @@ typedef struct edge_device {
     char     name[64];
     char     description[128];
     int32_t  is_gpu;            // 1 for discrete and integrated GPUs, 0 for the CPU and accelerators
+    int32_t  is_integrated;     // 1 for a GPU that shares the host's memory
     uint64_t free_bytes;
     uint64_t total_bytes;
 } edge_device;
@@ -112,6 +113,9 @@ typedef struct edge_hook_params {
     int32_t         max_width;  // tokens of the widest graph that slots serve and routing is kept for
     int32_t         n_groups;   // length of slots; 0: keep routing only, experts stay where they are
     const int32_t * slots;      // [n_groups] slots of each group, at least the floor
+    uint64_t        link_bytes_per_s; // slows transfers down to an emulated link; 0: the link as it is
+    bool            deterministic;    // transfers take virtual time, so that counters repeat; needs the next and a link
+    uint64_t        block_ns;         // virtual time that one block takes to compute
 } edge_hook_params;
 
 typedef struct edge_counters {  // since the hook was attached; design glossary has the meanings
@@ -124,8 +128,16 @@ typedef struct edge_counters {  // since the hook was attached; design glossary 
     uint64_t prefetched_used;
     uint64_t bytes_fetched;
     uint64_t bytes_wasted;
-    uint64_t stall_ns;
+    uint64_t stall_ns;          // virtual in deterministic mode
+    uint64_t failed;            // transfers that failed: prefetches dropped, demands that ended a graph
 } edge_counters;
+
+typedef struct edge_order {
+    int32_t block;
+    int32_t expert;
+    int32_t deadline;           // dropped, unless begun, when a step reaches this block; n_blocks: never
+    float   priority;           // expected uses in the coming step, on the scale of the scores
+} edge_order;
 
 // Slots that a group needs at least: every expert of one graph at once, and one to load into meanwhile.
 EDGE_API int edge_slot_floor(int32_t n_expert, int32_t n_expert_used, int32_t max_width, int32_t * out);
@@ -154,10 +166,21 @@ EDGE_API int edge_hook_cancel(edge_hook * hook);
 // stays at the same address.
 EDGE_API int edge_hook_routing(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens);
 
-// Replaces the outstanding orders by these (block, expert) pairs, most urgent first. Pairs already in a
-// slot are kept from eviction until their block has run; the others are loaded by a worker thread.
-EDGE_API int edge_hook_prefetch(edge_hook * hook, const int32_t * pairs, int32_t n_pairs, int32_t * n_ordered);
+// What each expert is worth in the long run, [n_blocks, n_expert] expected uses, all 0 at first: the victim of an
+// eviction is the expert of least worth, the least recently used among equals. The caller writes it between steps;
+// edge_hook_prefetch takes it over. The memory belongs to the hook and stays at the same address.
+EDGE_API int edge_hook_scores(edge_hook * hook, float ** out);
+
+// Replaces the outstanding orders by these, most urgent first; none at all cancels them. An ordered expert that is in
+// a slot is worth its priority more until its block has run; the others are loaded by a worker thread, as far as
+// byte_budget goes, and evict only what is worth less than they are.
+EDGE_API int edge_hook_prefetch(edge_hook * hook, const edge_order * orders, int32_t n_orders, uint64_t byte_budget, int32_t * n_ordered);
 EDGE_API int edge_hook_drain(edge_hook * hook); // waits until no order is outstanding
+
+// Other slot counts, [n_groups], in place of the present ones: the experts of most worth are loaded again. Only
+// between steps, and not while another thread decodes. Wider graphs than the slots serve take the stock path from
+// then on. When the new slots cannot be allocated there are none, and every graph takes the stock path.
+EDGE_API int edge_hook_resize(edge_hook * hook, const int32_t * slots, int32_t n_groups);
 
 EDGE_API int edge_hook_counters(edge_hook * hook, edge_counters * out);
 EDGE_API int edge_hook_states(edge_hook * hook, uint8_t * out); // [n_blocks, n_expert] of EDGE_ABSENT..EDGE_PINNED
@@ -165,6 +188,12 @@ EDGE_API int edge_hook_bytes(edge_hook * hook, uint64_t * out); // held on the c
 
 // Fills every slot that holds no expert with NaN patterns. For tests: results must not change.
 EDGE_API int edge_hook_poison_free_slots(edge_hook * hook);
+
+// The nth event of a kind from now on fails, once; 0 disarms. For tests of what a failure leaves behind.
+#define EDGE_FAULT_ALLOCATION 0
+#define EDGE_FAULT_COPY 1
+#define EDGE_FAULT_ROUTING 2
+EDGE_API int edge_test_fail(int32_t kind, int64_t nth);
 
 #ifdef __cplusplus
 }

@@ -2,6 +2,7 @@
 #include "edge_speq.h"
 
 #include "error.h"
+#include "faults.h"
 #include "hook.h"
 #include "vocab.h"
 
@@ -64,21 +65,14 @@ edge::Residency & residency_of(const edge_hook * hook) {
     return *hook->residency();
 }
 
-int32_t slot_floor(int32_t n_expert, int32_t n_expert_used, int32_t max_width) {
-    return std::min(n_expert, n_expert_used * max_width) + 1;
-}
-
-void require_slots(const edge::ExpertTable & table, const edge_hook_params & params) {
-    require(params.n_groups == 0 || params.slots != nullptr, "slots is null");
-    require(params.n_groups == 0 || params.n_groups == static_cast<int32_t>(table.groups.size()),
-            "slots must name a count for each group of the model");
-    for (int32_t g = 0; g < params.n_groups; ++g) {
-        // a slot for every expert is enough for any graph
-        const int32_t n_experts = static_cast<int32_t>(table.groups[static_cast<size_t>(g)].blocks.size()) * table.n_expert;
-        const int32_t floor = std::min(n_experts, slot_floor(table.n_expert, table.n_expert_used, params.max_width));
-        if (params.slots[g] < floor) {
-            throw edge::Error(EDGE_ERR_BUDGET, "group " + std::to_string(g) + " has " + std::to_string(params.slots[g]) +
-                                                   " slots, but graphs of up to " + std::to_string(params.max_width) +
+void require_slots(const edge::ExpertTable & table, const int32_t * slots, int32_t n_groups, int32_t width) {
+    require(n_groups == 0 || slots != nullptr, "slots is null");
+    require(n_groups == 0 || n_groups == static_cast<int32_t>(table.groups.size()), "slots must name a count for each group of the model");
+    for (int32_t g = 0; g < n_groups; ++g) {
+        const int32_t floor = edge::slot_floor(table, static_cast<size_t>(g), width);
+        if (slots[g] < floor) {
+            throw edge::Error(EDGE_ERR_BUDGET, "group " + std::to_string(g) + " has " + std::to_string(slots[g]) +
+                                                   " slots, but graphs of up to " + std::to_string(width) +
                                                    " tokens need at least " + std::to_string(floor));
         }
     }
@@ -120,9 +114,10 @@ int edge_device_get(int32_t index, edge_device * out) {
         ggml_backend_dev_memory(device, &free_bytes, &total_bytes);
         copy_text(out->name, ggml_backend_dev_name(device));
         copy_text(out->description, ggml_backend_dev_description(device));
-        out->is_gpu      = is_gpu(device) ? 1 : 0;
-        out->free_bytes  = free_bytes;
-        out->total_bytes = total_bytes;
+        out->is_gpu        = is_gpu(device) ? 1 : 0;
+        out->is_integrated = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_IGPU ? 1 : 0;
+        out->free_bytes    = free_bytes;
+        out->total_bytes   = total_bytes;
     });
 }
 
@@ -192,7 +187,7 @@ int edge_slot_floor(int32_t n_expert, int32_t n_expert_used, int32_t max_width, 
     return guarded([&] {
         require(out != nullptr, "out is null");
         require(n_expert > 0 && n_expert_used > 0 && max_width > 0, "counts must be positive");
-        *out = slot_floor(n_expert, n_expert_used, max_width);
+        *out = edge::slot_floor(n_expert, n_expert_used, max_width);
     });
 }
 
@@ -201,7 +196,8 @@ int edge_hook_attach(llama_model * model, const edge_hook_params * params, edge_
         require(model != nullptr && params != nullptr && out != nullptr, "model, params or out is null");
         require(params->max_width > 0, "max_width must be positive");
         edge::ExpertTable table(model);
-        require_slots(table, *params);
+        require_slots(table, params->slots, params->n_groups, params->max_width);
+        require(!params->deterministic || params->link_bytes_per_s > 0, "deterministic mode needs the speed of its virtual link");
         *out = new edge_hook(model, std::move(table), *params);
     });
 }
@@ -236,16 +232,32 @@ int edge_hook_routing(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens
     });
 }
 
-int edge_hook_prefetch(edge_hook * hook, const int32_t * pairs, int32_t n_pairs, int32_t * n_ordered) {
+int edge_hook_scores(edge_hook * hook, float ** out) {
+    return guarded([&] {
+        require(out != nullptr, "out is null");
+        *out = residency_of(hook).scores();
+    });
+}
+
+int edge_hook_prefetch(edge_hook * hook, const edge_order * orders, int32_t n_orders, uint64_t byte_budget, int32_t * n_ordered) {
     return guarded([&] {
         edge::Residency & residency = residency_of(hook);
-        require(n_pairs >= 0 && (pairs != nullptr || n_pairs == 0) && n_ordered != nullptr, "pairs or out is null");
+        require(n_orders >= 0 && (orders != nullptr || n_orders == 0) && n_ordered != nullptr, "orders or out is null");
         const auto n_blocks = static_cast<int32_t>(hook->table().blocks.size());
-        for (int32_t i = 0; i < n_pairs; ++i) {
-            require(pairs[2 * i] >= 0 && pairs[2 * i] < n_blocks, "no block has this index");
-            require(pairs[2 * i + 1] >= 0 && pairs[2 * i + 1] < hook->table().n_expert, "no expert has this index");
+        for (int32_t i = 0; i < n_orders; ++i) {
+            require(orders[i].block >= 0 && orders[i].block < n_blocks, "no block has this index");
+            require(orders[i].expert >= 0 && orders[i].expert < hook->table().n_expert, "no expert has this index");
         }
-        *n_ordered = residency.prefetch(pairs, n_pairs);
+        *n_ordered = residency.prefetch(orders, n_orders, byte_budget);
+    });
+}
+
+int edge_hook_resize(edge_hook * hook, const int32_t * slots, int32_t n_groups) {
+    return guarded([&] {
+        residency_of(hook);
+        require(n_groups > 0, "slots must name a count for each group of the model");
+        require_slots(hook->table(), slots, n_groups, 1);
+        hook->resize(std::vector<int32_t>(slots, slots + n_groups));
     });
 }
 
@@ -276,6 +288,13 @@ int edge_hook_bytes(edge_hook * hook, uint64_t * out) {
 
 int edge_hook_poison_free_slots(edge_hook * hook) {
     return guarded([&] { residency_of(hook).poison_free_slots(); });
+}
+
+int edge_test_fail(int32_t kind, int64_t nth) {
+    return guarded([&] {
+        require(kind >= 0 && kind < edge::n_faults && nth >= 0, "no such fault");
+        edge::arm_fault(static_cast<edge::Fault>(kind), nth);
+    });
 }
 
 } // extern "C"

@@ -7,6 +7,7 @@
 #include "llama-moe-hook.h"
 #include "llama.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
@@ -120,6 +121,15 @@ void ExpertTable::require_host_weights() const {
             }
         }
     }
+}
+
+int32_t slot_floor(int32_t n_expert, int32_t n_expert_used, int32_t width) {
+    return static_cast<int32_t>(std::min<int64_t>(n_expert, static_cast<int64_t>(n_expert_used) * width)) + 1;
+}
+
+int32_t slot_floor(const ExpertTable & table, size_t group, int32_t width) {
+    const auto n_experts = static_cast<int32_t>(table.groups[group].blocks.size()) * table.n_expert;
+    return std::min(n_experts, slot_floor(table.n_expert, table.n_expert_used, width));
 }
 
 } // namespace edge

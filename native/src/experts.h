@@ -53,4 +53,9 @@ private:
     std::unordered_map<const ggml_tensor *, int32_t> by_down_;
 };
 
+// Slots that a group needs for graphs of this many tokens: all their experts at once and one to load into; a slot
+// for every expert is always enough.
+int32_t slot_floor(int32_t n_expert, int32_t n_expert_used, int32_t width);
+int32_t slot_floor(const ExpertTable & table, size_t group, int32_t width);
+
 } // namespace edge

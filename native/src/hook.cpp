@@ -1,6 +1,7 @@
 #include "hook.h"
 
 #include "error.h"
+#include "faults.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "llama-ext.h"
@@ -29,7 +30,7 @@ void build_hook(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block * block, v
 } // namespace
 
 edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_hook_params & params)
-    : model_(model), table_(std::move(table)), max_width_(params.max_width),
+    : model_(model), table_(std::move(table)), max_width_(params.max_width), served_width_(params.max_width),
       block_ids_(static_cast<size_t>(params.max_width) * static_cast<size_t>(table_.n_expert_used)),
       host_routing_(table_.blocks.size() * block_ids_), slot_ids_(block_ids_) {
     if (table_.blocks.empty()) {
@@ -38,8 +39,8 @@ edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_ho
     ggml_backend_buffer_type_t buft = compute_buffer_type(model);
     if (params.n_groups > 0) {
         table_.require_host_weights();
-        residency_ = std::make_unique<edge::Residency>(
-            table_, std::vector<int32_t>(params.slots, params.slots + params.n_groups), buft);
+        residency_ = std::make_unique<edge::Residency>(table_, std::vector<int32_t>(params.slots, params.slots + params.n_groups), buft,
+                                                       edge::TransferParams{ params.link_bytes_per_s, params.deterministic, params.block_ns });
     }
     ggml_init_params init{};
     init.mem_size = ggml_tensor_overhead();
@@ -48,6 +49,7 @@ edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_ho
     leaf_ = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_I32, table_.n_expert_used, max_width_,
                                static_cast<int64_t>(table_.blocks.size()));
     ggml_set_name(leaf_, "edge_routing");
+    edge::fault_point(edge::Fault::allocation);
     buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_.get(), buft));
     if (!buffer_) {
         throw edge::Error(EDGE_ERR_MEMORY, "cannot allocate the routing buffer on the compute device");
@@ -71,7 +73,7 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
     }
     // prefill and warm-up graphs, which use every expert, keep the stock graph; so does their last block, which
     // may be narrow because it has only the rows that logits are wanted for
-    const bool fits = width <= max_width_ && block.ids->ne[0] == table_.n_expert_used;
+    const bool fits = width <= served_width_ && block.ids->ne[0] == table_.n_expert_used;
     if (number == 0) {
         graph_fits_ = fits;
         width_      = fits ? static_cast<int32_t>(width) : 0;
@@ -116,6 +118,7 @@ bool edge_hook::eval(ggml_tensor * node, bool ask) noexcept {
         }
         const int32_t n = static_cast<int32_t>(ggml_nelements(node));
         int32_t * ids = routing_of(number);
+        edge::fault_point(edge::Fault::routing);
         ggml_backend_tensor_get(node, ids, 0, static_cast<size_t>(n) * sizeof(int32_t));
         residency_->demand(number, ids, n, slot_ids_.data());
         ggml_backend_tensor_set(node, slot_ids_.data(), 0, static_cast<size_t>(n) * sizeof(int32_t));
@@ -146,6 +149,23 @@ void edge_hook::end_step() {
     if (status_ != EDGE_OK) {
         throw edge::Error(std::exchange(status_, EDGE_OK), std::exchange(error_, {}));
     }
+}
+
+int32_t edge_hook::widest_served(const int32_t * slots) const {
+    int32_t width = max_width_;
+    for (size_t g = 0; g < table_.groups.size(); ++g) {
+        while (width > 0 && slots[g] < edge::slot_floor(table_, g, width)) {
+            --width;
+        }
+    }
+    return width;
+}
+
+void edge_hook::resize(const std::vector<int32_t> & slots) {
+    served_width_ = 0;
+    llama_model_set_moe_hook(model_, build_hook, this); // a new epoch: no graph may go on with the old slots
+    residency_->resize(slots);
+    served_width_ = widest_served(slots.data());
 }
 
 uint64_t edge_hook::bytes() const {

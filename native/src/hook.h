@@ -26,6 +26,7 @@ struct edge_hook {
     void build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block);
     bool eval(ggml_tensor * node, bool ask) noexcept;
     void end_step();
+    void resize(const std::vector<int32_t> & slots);
     void cancel() noexcept { cancelled_ = true; }
 
     const int32_t * routing_ids() const { return routing_; }
@@ -35,11 +36,13 @@ struct edge_hook {
     uint64_t bytes() const;
 
 private:
+    int32_t widest_served(const int32_t * slots) const;
     int32_t * routing_of(int32_t block) { return host_routing_.data() + static_cast<size_t>(block) * block_ids_; }
 
     llama_model *                    model_;
     edge::ExpertTable                table_;
-    int32_t                          max_width_;
+    int32_t                          max_width_;     // tokens that the leaf has room for
+    int32_t                          served_width_;  // tokens of the widest graph that is ours: 0 while there are no slots
     size_t                           block_ids_;     // ids of one block in the leaf: max_width * n_expert_used
     ggml_context_ptr                 ctx_;
     ggml_backend_buffer_ptr          buffer_;

@@ -4,16 +4,39 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <string>
 
 namespace edge {
 
-Residency::Residency(const ExpertTable & table, const std::vector<int32_t> & slots, ggml_backend_buffer_type_t buft)
-    : table_(table), store_(table, slots, buft) {
-    for (size_t g = 0; g < table.groups.size(); ++g) {
-        pools_.emplace_back(slots[g], static_cast<int32_t>(table.groups[g].blocks.size()) * table.n_expert);
+namespace {
+
+constexpr size_t demand_in_flight = 64; // copies: a layer's misses are sent together and awaited once
+
+size_t roles_of(const ExpertTable & table) {
+    const BlockWeights & weights = table.blocks.front().weights;
+    return static_cast<size_t>(std::count_if(weights.begin(), weights.end(), [](const ggml_tensor * w) { return w != nullptr; }));
+}
+
+} // namespace
+
+Residency::Residency(const ExpertTable & table, const std::vector<int32_t> & slots, ggml_backend_buffer_type_t buft,
+                     const TransferParams & params)
+    : table_(table), buft_(buft), throttle_(params.deterministic ? 0 : params.link_bytes_per_s),
+      demand_link_(ggml_backend_buft_get_device(buft), throttle_, demand_in_flight),
+      prefetch_link_(ggml_backend_buft_get_device(buft), throttle_, roles_of(table)),
+      shared_scores_(table.blocks.size() * static_cast<size_t>(table.n_expert), 0.0F),
+      slot_of_(static_cast<size_t>(table.n_expert), SlotPool::none) {
+    wanted_.reserve(slot_of_.size());
+    missing_.reserve(slot_of_.size());
+    loading_.reserve(slot_of_.size());
+    if (params.deterministic) {
+        clock_.emplace(params.link_bytes_per_s, params.block_ns);
     }
-    worker_ = std::thread([this] { work(); });
+    make_slots(slots);
+    if (!clock_) {
+        worker_ = std::thread([this] { work(); });
+    }
 }
 
 Residency::~Residency() {
@@ -22,10 +45,21 @@ Residency::~Residency() {
         stop_ = true;
     }
     ordered_.notify_all();
-    worker_.join();
+    if (worker_.joinable()) {
+        worker_.join();
+    }
 }
 
-// Everything before this block has run: its slots may be reused, and orders for it or earlier come too late.
+void Residency::make_slots(const std::vector<int32_t> & slots) {
+    pools_.clear();
+    for (size_t g = 0; g < table_.groups.size(); ++g) {
+        pools_.emplace_back(slots[g], static_cast<int32_t>(table_.groups[g].blocks.size()) * table_.n_expert);
+    }
+    store_.reset(); // first: both at once may not fit
+    store_ = std::make_unique<SlotStore>(table_, slots, buft_);
+}
+
+// Everything before this block has run: its slots may be reused, and orders due by now come too late.
 void Residency::begin_block(int32_t block) {
     for (SlotPool & pool : pools_) {
         pool.unpin_all();
@@ -34,7 +68,11 @@ void Residency::begin_block(int32_t block) {
         ++counters_.steps;
     }
     last_block_ = block;
-    orders_.erase(std::remove_if(orders_.begin(), orders_.end(), [block](const Order & o) { return o.block <= block; }),
+    if (clock_) {
+        clock_->compute_block();
+        run_virtual_orders();
+    }
+    orders_.erase(std::remove_if(orders_.begin(), orders_.end(), [block](const Order & o) { return o.deadline <= block; }),
                   orders_.end());
     loaded_.notify_all(); // a drain waits for orders that may all be gone now
 }
@@ -50,78 +88,141 @@ void Residency::hit(const ExpertBlock & block, int32_t slot) {
     }
     if (slots.prefetched_unused(slot)) {
         ++counters_.prefetched_used;
-        prefetched_used_bytes_ += expert_bytes(block);
+        prefetched_used_bytes_ += expert_bytes(block.group);
     }
     slots.use(slot);
     slots.pin(slot);
 }
 
+// Residents first: pinned, they cannot become victims of this block's own misses.
+void Residency::find_missing(const ExpertBlock & block, const int32_t * ids, int32_t n) {
+    wanted_.clear();
+    missing_.clear();
+    std::fill(slot_of_.begin(), slot_of_.end(), SlotPool::none);
+    for (int32_t i = 0; i < n; ++i) {
+        if (ids[i] < 0 || ids[i] >= table_.n_expert) {
+            throw Error(EDGE_ERR_INTERNAL, "the router of block " + std::to_string(last_block_) + " chose expert " +
+                                               std::to_string(ids[i]) + " of " + std::to_string(table_.n_expert));
+        }
+        if (std::find(wanted_.begin(), wanted_.end(), ids[i]) != wanted_.end()) {
+            continue;
+        }
+        wanted_.push_back(ids[i]);
+        int32_t & slot = slot_of_[static_cast<size_t>(ids[i])];
+        slot = pool(block).find(block.first_key + ids[i]);
+        if (slot != SlotPool::none) {
+            hit(block, slot);
+        } else {
+            missing_.push_back(ids[i]);
+        }
+    }
+}
+
 int32_t Residency::take_for_demand(Lock & lock, const ExpertBlock & block, int32_t key) {
     SlotPool & slots = pool(block);
-    int32_t slot = slots.take(key, false);
+    int32_t slot = slots.take(key, SlotPool::any_price);
     while (slot == SlotPool::none) { // only a load in flight can stand in the way: the floor counts it
-        loaded_.wait(lock);
-        slot = slots.take(key, false);
+        if (!settle_virtual_flight()) {
+            loaded_.wait(lock);
+        }
+        slot = slots.take(key, SlotPool::any_price);
     }
     ++counters_.misses;
     ++counters_.fetched;
-    counters_.bytes_fetched += expert_bytes(block);
+    counters_.bytes_fetched += expert_bytes(block.group);
     slots.use(slot);
     slots.pin(slot);
     return slot;
 }
 
-void Residency::demand(int32_t number, const int32_t * ids, int32_t n, int32_t * out) {
-    const ExpertBlock & block = block_at(number);
-    std::vector<int32_t> slot_of(static_cast<size_t>(table_.n_expert), SlotPool::none);
-    std::vector<int32_t> missing;
-
-    Lock lock(mutex_);
-    begin_block(number);
+// Sends every missing expert of the block, then waits once for all of them.
+void Residency::load_missing(Lock & lock, const ExpertBlock & block) {
     SlotPool & slots = pool(block);
-    const auto started = std::chrono::steady_clock::now();
-    const uint64_t misses_before = counters_.misses;
-
-    // residents first: pinned, they cannot become victims of this block's own misses
-    for (int32_t i = 0; i < n; ++i) {
-        if (ids[i] < 0 || ids[i] >= table_.n_expert) {
-            throw Error(EDGE_ERR_INTERNAL, "router of block " + std::to_string(number) + " chose expert " +
-                                               std::to_string(ids[i]) + " of " + std::to_string(table_.n_expert));
-        }
-        int32_t & slot = slot_of[static_cast<size_t>(ids[i])];
-        if (slot != SlotPool::none) {
-            continue;
-        }
-        slot = slots.find(block.first_key + ids[i]);
-        if (slot != SlotPool::none) {
-            hit(block, slot);
-        } else if (std::find(missing.begin(), missing.end(), ids[i]) == missing.end()) {
-            missing.push_back(ids[i]);
-        }
-    }
-    for (const int32_t expert : missing) {
-        // another thread may have begun to load it while take_for_demand waited
-        int32_t & slot = slot_of[static_cast<size_t>(expert)];
+    loading_.clear();
+    for (const int32_t expert : missing_) {
+        int32_t & slot = slot_of_[static_cast<size_t>(expert)];
         slot = slots.find(block.first_key + expert);
-        if (slot != SlotPool::none) {
+        if (slot != SlotPool::none) { // the worker began to load it while take_for_demand waited
             hit(block, slot);
             continue;
         }
         slot = take_for_demand(lock, block, block.first_key + expert);
-        lock.unlock();
-        store_.load(block, expert, slot);
-        lock.lock();
-        slots.loaded(slot);
+        loading_.push_back(expert);
+        if (clock_) {
+            clock_->wait_until(clock_->transfer(clock_->now(), expert_bytes(block.group)));
+        }
     }
-    loaded_.wait(lock, [&] {
-        return std::all_of(slot_of.begin(), slot_of.end(), [&](int32_t s) { return s == SlotPool::none || !slots.loading(s); });
-    });
-    if (counters_.misses != misses_before) {
+    if (loading_.empty()) {
+        return;
+    }
+    const auto slot_at = [&](int32_t expert) { return slot_of_[static_cast<size_t>(expert)]; };
+    lock.unlock();
+    try {
+        for (const int32_t expert : loading_) {
+            store_->send(demand_link_, block, expert, slot_at(expert));
+        }
+        demand_link_.wait();
+    } catch (...) {
+        demand_link_.wait();
+        lock.lock();
+        for (const int32_t expert : loading_) {
+            slots.drop(slot_at(expert));
+        }
+        ++counters_.failed;
+        loaded_.notify_all();
+        throw;
+    }
+    lock.lock();
+    for (const int32_t expert : loading_) {
+        slots.loaded(slot_at(expert));
+    }
+    loaded_.notify_all();
+}
+
+// Waits for the wanted experts that prefetches bring, and leaves in missing_ those whose prefetch failed.
+void Residency::settle_late(Lock & lock, const ExpertBlock & block) {
+    const auto arrived = [&] {
+        return std::none_of(wanted_.begin(), wanted_.end(), [&](int32_t expert) {
+            const int32_t slot = pool(block).find(block.first_key + expert);
+            return slot != SlotPool::none && pool(block).loading(slot);
+        });
+    };
+    if (clock_ && !arrived()) {
+        settle_virtual_flight();
+    }
+    loaded_.wait(lock, arrived);
+    missing_.clear();
+    for (const int32_t expert : wanted_) {
+        if (pool(block).find(block.first_key + expert) == SlotPool::none) {
+            missing_.push_back(expert);
+        }
+    }
+}
+
+void Residency::demand(int32_t number, const int32_t * ids, int32_t n, int32_t * out) {
+    const ExpertBlock & block = block_at(number);
+    Lock lock(mutex_);
+    begin_block(number);
+    const auto started = std::chrono::steady_clock::now();
+    const uint64_t virtual_started = clock_ ? clock_->now() : 0;
+    const uint64_t misses_before = counters_.misses;
+    find_missing(block, ids, n);
+    while (true) {
+        load_missing(lock, block);
+        settle_late(lock, block);
+        if (missing_.empty()) {
+            break;
+        }
+    }
+    if (clock_) {
+        counters_.stall_ns += clock_->now() - virtual_started;
+        run_virtual_orders(); // what arrived, or could begin, while this block waited
+    } else if (counters_.misses != misses_before) {
         const auto waited = std::chrono::steady_clock::now() - started;
         counters_.stall_ns += static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count());
     }
     for (int32_t i = 0; i < n; ++i) {
-        out[i] = slot_of[static_cast<size_t>(ids[i])];
+        out[i] = slot_of_[static_cast<size_t>(ids[i])];
     }
 }
 
@@ -133,62 +234,41 @@ void Residency::end_step() {
     last_block_ = -1;
 }
 
-int32_t Residency::prefetch(const int32_t * pairs, int32_t n_pairs) {
-    int32_t n_ordered = 0;
-    {
-        const Lock lock(mutex_);
-        orders_.clear();
-        for (SlotPool & pool : pools_) {
-            pool.forget_expected();
-        }
-        for (int32_t i = 0; i < n_pairs; ++i) {
-            const Order order{ pairs[2 * i], pairs[2 * i + 1] };
-            const ExpertBlock & block = block_at(order.block);
-            const int32_t slot = pool(block).find(block.first_key + order.expert);
-            if (slot != SlotPool::none) {
-                pool(block).expect(slot);
-            } else {
-                orders_.push_back(order);
-                ++n_ordered;
-            }
-        }
+void Residency::resize(const std::vector<int32_t> & slots) {
+    Lock lock(mutex_);
+    orders_.clear();
+    settle_virtual_flight();
+    loaded_.wait(lock, [this] { return flying_ == 0; });
+    std::vector<std::vector<int32_t>> kept;
+    for (size_t g = 0; g < pools_.size(); ++g) {
+        kept.push_back(pools_[g].most_worth(slots[g]));
     }
-    ordered_.notify_one();
-    loaded_.notify_all();
-    return n_ordered;
+    make_slots(slots);
+    commit_scores();
+    for (size_t g = 0; g < kept.size(); ++g) {
+        refill(static_cast<int32_t>(g), kept[g]);
+    }
 }
 
-void Residency::work() {
-    Lock lock(mutex_);
-    while (true) {
-        ordered_.wait(lock, [this] { return stop_ || !orders_.empty(); });
-        if (stop_) {
+// The keys are the most worth first, so the last of them is loaded first: among equals it goes first, too. A failed
+// copy leaves the rest to demand.
+void Residency::refill(int32_t group, const std::vector<int32_t> & keys) {
+    SlotPool & slots = pools_[static_cast<size_t>(group)];
+    for (auto key = keys.rbegin(); key != keys.rend(); ++key) {
+        const int32_t number = table_.groups[static_cast<size_t>(group)].blocks[static_cast<size_t>(*key / table_.n_expert)];
+        const int32_t slot = slots.take(*key, SlotPool::any_price);
+        try {
+            store_->send(demand_link_, block_at(number), *key % table_.n_expert, slot);
+            demand_link_.wait();
+        } catch (...) {
+            demand_link_.wait();
+            slots.drop(slot);
+            ++counters_.failed;
             return;
         }
-        const Order order = orders_.front();
-        orders_.pop_front();
-        const ExpertBlock & block = block_at(order.block);
-        const int32_t key = block.first_key + order.expert;
-        SlotPool & slots = pool(block);
-        const int32_t slot = slots.find(key) == SlotPool::none ? slots.take(key, true) : SlotPool::none;
-        if (slot != SlotPool::none) {
-            ++counters_.prefetched;
-            counters_.bytes_fetched += expert_bytes(block);
-            prefetched_bytes_ += expert_bytes(block);
-            working_ = true;
-            lock.unlock();
-            store_.load(block, order.expert, slot);
-            lock.lock();
-            working_ = false;
-            slots.loaded(slot);
-        }
-        loaded_.notify_all();
+        slots.loaded(slot);
+        counters_.bytes_fetched += expert_bytes(group);
     }
-}
-
-void Residency::drain() {
-    Lock lock(mutex_);
-    loaded_.wait(lock, [this] { return orders_.empty() && !working_; });
 }
 
 edge_counters Residency::counters() const {
@@ -213,7 +293,7 @@ void Residency::poison_free_slots() {
     for (size_t g = 0; g < pools_.size(); ++g) {
         for (int32_t slot = 0; slot < pools_[g].n_slots(); ++slot) {
             if (pools_[g].key_of(slot) == SlotPool::none) {
-                store_.fill(static_cast<int32_t>(g), slot, 0xFF); // NaN as f32, f16, bf16 and as a block's scale
+                store_->fill(static_cast<int32_t>(g), slot, 0xFF); // NaN as f32, f16, bf16 and as a block's scale
             }
         }
     }

@@ -1,24 +1,34 @@
 #pragma once
 
 #include "edge_speq.h"
+#include "link.h"
 #include "slot_store.h"
 #include "slots.h"
+#include "virtual_clock.h"
 
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
+#include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
 namespace edge {
 
-// Keeps a bounded set of experts on the compute device: demand loads on the decoding thread, prefetches on
-// a worker thread. One mutex guards the pools, the orders and the counters; copies run outside it, into
-// slots that are marked loading and so belong to the thread that copies.
+struct TransferParams {
+    uint64_t link_bytes_per_s = 0;     // 0: the link as it is
+    bool     deterministic    = false; // no worker: transfers take virtual time, on the decoding thread
+    uint64_t block_ns         = 0;     // virtual time that a block computes
+};
+
+// Keeps a bounded set of experts on the compute device: demand loads on the decoding thread, prefetches on a worker
+// thread. One mutex guards the pools, the orders and the counters; copies run outside it, into slots that are marked
+// loading and so belong to the thread that copies. The worker has at most one expert's copies under way, so a
+// demanded copy waits for no more than that.
 class Residency {
 public:
-    Residency(const ExpertTable & table, const std::vector<int32_t> & slots, ggml_backend_buffer_type_t buft);
+    Residency(const ExpertTable & table, const std::vector<int32_t> & slots, ggml_backend_buffer_type_t buft, const TransferParams & params);
     ~Residency();
     Residency(const Residency &) = delete;
     Residency & operator=(const Residency &) = delete;
@@ -28,45 +38,86 @@ public:
     void demand(int32_t block, const int32_t * ids, int32_t n, int32_t * slots);
     void end_step();
 
-    int32_t prefetch(const int32_t * pairs, int32_t n_pairs);
+    // Takes over scores() and replaces the outstanding orders, of which at most byte_budget bytes are begun.
+    int32_t prefetch(const edge_order * orders, int32_t n, uint64_t byte_budget);
     void drain();
 
+    // Other slot counts, while no graph runs: the experts of most worth that fit are loaded again. When the new slots
+    // cannot be allocated there are none, serving() is false, until a resize succeeds.
+    void resize(const std::vector<int32_t> & slots);
+    bool serving() const { return store_ != nullptr; }
+
+    float * scores() { return shared_scores_.data(); } // [n_blocks, n_expert], written by the caller between steps
     edge_counters counters() const;
     void states(uint8_t * out) const;
     void poison_free_slots();
-    uint64_t bytes() const { return store_.bytes(); }
-    const SlotStore & store() const { return store_; }
+    uint64_t bytes() const { return store_ ? store_->bytes() : 0; }
+    const SlotStore & store() const { return *store_; }
 
 private:
     struct Order {
-        int32_t block;
-        int32_t expert;
+        int32_t  block;
+        int32_t  expert;
+        int32_t  deadline;
+        float    priority;
+        uint64_t ordered_at; // virtual
+    };
+    struct InFlight { // a prefetch whose copies have begun
+        int32_t      group;
+        int32_t      slot;
+        Link::Ticket ticket;
+        uint64_t     arrives_at; // virtual
     };
     using Lock = std::unique_lock<std::mutex>;
 
     SlotPool & pool(const ExpertBlock & block) { return pools_[static_cast<size_t>(block.group)]; }
     const ExpertBlock & block_at(int32_t block) const { return table_.blocks[static_cast<size_t>(block)]; }
-    uint64_t expert_bytes(const ExpertBlock & block) const { return table_.groups[static_cast<size_t>(block.group)].expert_bytes; }
+    uint64_t expert_bytes(int32_t group) const { return table_.groups[static_cast<size_t>(group)].expert_bytes; }
 
+    void make_slots(const std::vector<int32_t> & slots);
     void begin_block(int32_t block);
+    void find_missing(const ExpertBlock & block, const int32_t * ids, int32_t n);
     void hit(const ExpertBlock & block, int32_t slot);
+    void load_missing(Lock & lock, const ExpertBlock & block);
+    void settle_late(Lock & lock, const ExpertBlock & block);
     int32_t take_for_demand(Lock & lock, const ExpertBlock & block, int32_t key);
+    void refill(int32_t group, const std::vector<int32_t> & keys);
+
+    void commit_scores();
+    std::optional<InFlight> begin_prefetch(const Order & order);
+    bool send(const Order & order, InFlight & flight);
+    void finish(const InFlight & flight, bool arrived);
     void work();
+    void run_virtual_orders();
+    bool settle_virtual_flight();
 
-    const ExpertTable &   table_;
-    SlotStore             store_;
+    const ExpertTable &        table_;
+    ggml_backend_buffer_type_t buft_;
+    Throttle                   throttle_;
+    Link                       demand_link_;
+    Link                       prefetch_link_;
+    std::unique_ptr<SlotStore> store_;
+    std::vector<float>         shared_scores_;
 
-    mutable std::mutex      mutex_; // guards all below but the worker itself
-    std::condition_variable loaded_;
-    std::condition_variable ordered_;
-    std::vector<SlotPool>   pools_;
-    std::deque<Order>       orders_;
-    bool                    working_ = false; // the worker copies right now
-    bool                    stop_    = false;
-    int32_t                 last_block_ = -1;
-    edge_counters           counters_{};
-    uint64_t                prefetched_bytes_ = 0;
-    uint64_t                prefetched_used_bytes_ = 0;
+    mutable std::mutex          mutex_; // guards all below but the worker itself
+    std::condition_variable     loaded_;
+    std::condition_variable     ordered_;
+    std::vector<SlotPool>       pools_;
+    std::vector<Order>          orders_; // most urgent last
+    std::optional<VirtualClock> clock_;  // of deterministic mode
+    std::optional<InFlight>     virtual_flight_;
+    uint64_t                    byte_budget_ = 0; // what is left of it
+    int32_t                     flying_      = 0; // prefetches begun and not finished
+    bool                        stop_        = false;
+    int32_t                     last_block_  = -1;
+    edge_counters               counters_{};
+    uint64_t                    prefetched_bytes_ = 0;
+    uint64_t                    prefetched_used_bytes_ = 0;
+
+    std::vector<int32_t> slot_of_;  // of the block that is demanded: by expert
+    std::vector<int32_t> wanted_;   // its distinct experts
+    std::vector<int32_t> missing_;
+    std::vector<int32_t> loading_;  // those that the demand link brings
 
     std::thread worker_;
 };

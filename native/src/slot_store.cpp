@@ -2,13 +2,15 @@
 
 #include "edge_speq.h"
 #include "error.h"
+#include "faults.h"
 #include "ggml-alloc.h"
 
 #include <string>
 
 namespace edge {
 
-SlotStore::SlotStore(const ExpertTable & table, const std::vector<int32_t> & slots, ggml_backend_buffer_type_t buft) {
+SlotStore::SlotStore(const ExpertTable & table, const std::vector<int32_t> & slots, ggml_backend_buffer_type_t buft)
+    : device_(ggml_backend_buft_get_device(buft)) {
     ggml_init_params params{};
     params.mem_size = ggml_tensor_overhead() * table.groups.size() * n_roles;
     params.no_alloc = true;
@@ -25,6 +27,7 @@ SlotStore::SlotStore(const ExpertTable & table, const std::vector<int32_t> & slo
         }
         tensors_.push_back(group);
     }
+    fault_point(Fault::allocation);
     buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_.get(), buft));
     if (!buffer_) {
         throw Error(EDGE_ERR_MEMORY, std::string("cannot allocate the expert slots on ") + ggml_backend_buft_name(buft) +
@@ -38,14 +41,14 @@ uint64_t SlotStore::bytes() const {
     return ggml_backend_buffer_get_size(buffer_.get());
 }
 
-void SlotStore::load(const ExpertBlock & block, int32_t expert, int32_t slot) const {
+void SlotStore::send(Link & link, const ExpertBlock & block, int32_t expert, int32_t slot) const {
     const auto & group = tensors_[static_cast<size_t>(block.group)];
     for (size_t role = 0; role < group.size(); ++role) {
         if (group[role]) {
             const ggml_tensor * weight = block.weights[role];
             const size_t bytes = weight->nb[2];
-            ggml_backend_tensor_set(group[role], static_cast<const char *>(weight->data) + bytes * static_cast<size_t>(expert),
-                                    bytes * static_cast<size_t>(slot), bytes);
+            link.send(group[role], bytes * static_cast<size_t>(slot), static_cast<const char *>(weight->data) + bytes * static_cast<size_t>(expert),
+                      bytes, Link::page_locked(device_, weight));
         }
     }
 }

@@ -2,6 +2,7 @@
 
 #include "experts.h"
 #include "ggml-cpp.h"
+#include "link.h"
 
 #include <array>
 #include <cstdint>
@@ -18,14 +19,16 @@ public:
     ggml_tensor * tensor(int32_t group, Role role) const { return tensors_[static_cast<size_t>(group)][role]; }
     uint64_t bytes() const;
 
-    // Copies gate, up and down of one expert; returns when they have arrived. Thread-safe for distinct slots.
-    void load(const ExpertBlock & block, int32_t expert, int32_t slot) const;
+    // Sends gate, up and down of one expert to a slot; the link knows when they have arrived. Thread-safe for
+    // distinct slots and links.
+    void send(Link & link, const ExpertBlock & block, int32_t expert, int32_t slot) const;
     void fill(int32_t group, int32_t slot, uint8_t byte) const;
 
 private:
-    ggml_context_ptr                                   ctx_;
-    ggml_backend_buffer_ptr                            buffer_;
-    std::vector<std::array<ggml_tensor *, n_roles>>    tensors_;
+    ggml_backend_dev_t                              device_;
+    ggml_context_ptr                                ctx_;
+    ggml_backend_buffer_ptr                         buffer_;
+    std::vector<std::array<ggml_tensor *, n_roles>> tensors_;
 };
 
 } // namespace edge

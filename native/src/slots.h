@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace edge {
@@ -12,11 +13,12 @@ enum class SlotState : uint8_t { absent = 0, loading = 1, resident = 2, pinned =
 // serialises access. Keys are dense expert numbers 0..n_keys-1 of the group (block-major).
 //
 // A slot's life: free -> loading -> resident -> free. Pinned slots (read by the graph that is running)
-// and loading slots are never victims. Victims are the least recently used; those that foresight expects
-// in the coming step go last.
+// and loading slots are never victims. A key is worth its score, what lasts, plus its expectation, what foresight
+// says of the coming step; the victim is the slot of least worth, the least recently used among equals.
 class SlotPool {
 public:
     static constexpr int32_t none = -1;
+    static constexpr float any_price = std::numeric_limits<float>::infinity();
 
     SlotPool(int32_t n_slots, int32_t n_keys);
 
@@ -25,25 +27,31 @@ public:
     bool loading(int32_t slot) const { return at(slot).loading; }
     int32_t key_of(int32_t slot) const { return at(slot).key; }
     int32_t n_slots() const { return static_cast<int32_t>(slots_.size()); }
+    int32_t n_keys() const { return static_cast<int32_t>(slot_of_.size()); }
 
-    // Takes a slot for key, evicting if it must; the slot is loading until loaded(). none: every slot is
-    // pinned, loading or, for a prefetch, expected.
-    int32_t take(int32_t key, bool prefetch);
+    // Takes a slot for key, evicting if it must something worth less than price; the slot is loading until loaded()
+    // or drop(). none: every slot is pinned, loading or too dear.
+    int32_t take(int32_t key, float price);
+    int32_t prefetch(int32_t key, float expectation); // take at the key's own worth, marked as a prefetch
     void loaded(int32_t slot) { at(slot).loading = false; }
+    void drop(int32_t slot); // nothing arrived: free again
 
-    void pin(int32_t slot) { at(slot).pinned = true; }
+    void pin(int32_t slot);
     void unpin_all();
-    void use(int32_t slot);              // the graph reads it now: most recent, no longer expected
-    void expect(int32_t slot);           // foresight: keep until used or until forget_expected()
+    void use(int32_t slot);                       // the graph reads it now: most recent, its expectation is met
+    void expect(int32_t slot, float expectation); // until used or until forget_expected()
     void forget_expected() { ++window_; }
+    void score(int32_t key, float value) { scores_[index(key)] = value; }
 
     bool prefetched_unused(int32_t slot) const { return at(slot).unused_prefetch; }
+    std::vector<int32_t> most_worth(int32_t n) const; // keys of at most n resident experts, the least dear last
 
 private:
     struct Slot {
         int32_t  key             = none;
         uint64_t last_use        = 0;
         uint64_t expected_window = 0;
+        float    expectation     = 0.0F;
         bool     loading         = false;
         bool     pinned          = false;
         bool     unused_prefetch = false;
@@ -52,11 +60,15 @@ private:
     static size_t index(int32_t i) { return static_cast<size_t>(i); }
     Slot & at(int32_t slot) { return slots_[index(slot)]; }
     const Slot & at(int32_t slot) const { return slots_[index(slot)]; }
-    bool expected(const Slot & slot) const { return slot.expected_window == window_; }
-    int32_t victim(bool prefetch) const;
+    float worth(const Slot & slot) const;
+    bool cheaper(const Slot & a, const Slot & b) const;
+    int32_t victim(float price) const;
 
     std::vector<Slot>    slots_;
+    std::vector<int32_t> free_;   // slots without a key
+    std::vector<int32_t> pinned_; // pinned slots, some perhaps twice
     std::vector<int32_t> slot_of_;
+    std::vector<float>   scores_;
     uint64_t             clock_  = 0;
     uint64_t             window_ = 1;
 };

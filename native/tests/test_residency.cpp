@@ -1,16 +1,22 @@
 // Residency on the CPU backend: what lies in a slot after demand() is the expert that was asked for, whatever
 // the worker thread prefetches meanwhile. Run under TSan as well as ASan and UBSan.
 #include "check.h"
+#include "error.h"
+#include "faults.h"
 #include "residency.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -70,13 +76,29 @@ void demand(edge::Residency & residency, int32_t block, const std::vector<int32_
     }
 }
 
+constexpr uint64_t no_budget = UINT64_MAX;
+
+// Orders of (block, expert) pairs, each due at its block.
+int32_t prefetch(edge::Residency & residency, const std::vector<std::pair<int32_t, int32_t>> & pairs, uint64_t budget = no_budget) {
+    std::vector<edge_order> orders;
+    for (const auto & [block, expert] : pairs) {
+        orders.push_back({ block, expert, block, 1.0F });
+    }
+    return residency.prefetch(orders.data(), static_cast<int32_t>(orders.size()), budget);
+}
+
+edge::SlotState state(const edge::Residency & residency, int32_t block, int32_t expert) {
+    std::vector<uint8_t> states(n_blocks * n_expert);
+    residency.states(states.data());
+    return static_cast<edge::SlotState>(states[static_cast<size_t>(block * n_expert + expert)]);
+}
+
 void counters_follow_the_glossary(const Model & model) {
-    edge::Residency residency(model.table, { 9 }, ggml_backend_cpu_buffer_type());
+    edge::Residency residency(model.table, { 9 }, ggml_backend_cpu_buffer_type(), {});
     demand(residency, 0, { 1, 2, 1, 3 }); // three distinct demands
     demand(residency, 1, { 1 });
     demand(residency, 0, { 3, 4 });       // block 0 again: the second step
-    const std::vector<int32_t> pairs{ 2, 5, 2, 6, 0, 4 };
-    CHECK(residency.prefetch(pairs.data(), 3) == 2); // (0, 4) is there already
+    CHECK(prefetch(residency, { { 2, 5 }, { 2, 6 }, { 0, 4 } }) == 2); // (0, 4) is there already
     residency.drain();
     demand(residency, 2, { 5 });
     const edge_counters c = residency.counters();
@@ -87,7 +109,7 @@ void counters_follow_the_glossary(const Model & model) {
 }
 
 void a_router_out_of_range_is_an_error(const Model & model) {
-    edge::Residency residency(model.table, { 9 }, ggml_backend_cpu_buffer_type());
+    edge::Residency residency(model.table, { 9 }, ggml_backend_cpu_buffer_type(), {});
     const int32_t ids[] = { 1, n_expert };
     int32_t slots[2];
     bool thrown = false;
@@ -102,18 +124,17 @@ void a_router_out_of_range_is_an_error(const Model & model) {
 
 // Demands of every block in order, while another thread keeps changing its mind about what to prefetch.
 void demands_hold_against_prefetches(const Model & model, int32_t n_slots) {
-    edge::Residency residency(model.table, { n_slots }, ggml_backend_cpu_buffer_type());
+    edge::Residency residency(model.table, { n_slots }, ggml_backend_cpu_buffer_type(), {});
     std::atomic<bool> done{ false };
     std::thread foresight([&] {
         std::mt19937 random(1);
         std::vector<uint8_t> states(n_blocks * n_expert);
         while (!done) {
-            std::vector<int32_t> pairs;
+            std::vector<std::pair<int32_t, int32_t>> pairs;
             for (int i = 0; i < 12; ++i) {
-                pairs.push_back(static_cast<int32_t>(random() % n_blocks));
-                pairs.push_back(static_cast<int32_t>(random() % n_expert));
+                pairs.emplace_back(random() % n_blocks, random() % n_expert);
             }
-            residency.prefetch(pairs.data(), 12);
+            prefetch(residency, pairs);
             residency.states(states.data());
             residency.counters();
         }
@@ -144,10 +165,160 @@ void demands_hold_against_prefetches(const Model & model, int32_t n_slots) {
     CHECK(c.prefetched_used <= c.prefetched);
 }
 
+void orders_respect_budget_deadline_and_worth(const Model & model) {
+    const uint64_t bytes = model.table.groups[0].expert_bytes;
+    edge::Residency residency(model.table, { 9 }, ggml_backend_cpu_buffer_type(), {});
+    prefetch(residency, { { 3, 1 }, { 3, 2 }, { 3, 3 } }, 2 * bytes);
+    residency.drain();
+    CHECK(state(residency, 3, 2) == edge::SlotState::resident && state(residency, 3, 3) == edge::SlotState::absent);
+
+    for (int32_t e = 0; e < 9; ++e) { // nine experts worth 1 fill the slots
+        residency.scores()[e] = 1.0F;
+    }
+    residency.scores()[0] = std::numeric_limits<float>::quiet_NaN(); // counts as 0
+    residency.prefetch(nullptr, 0, no_budget);
+    demand(residency, 0, { 0, 1, 2, 3, 4, 5, 6, 7 });
+    demand(residency, 1, { 8 });
+    residency.end_step();
+    residency.scores()[n_expert + 8] = 1.0F;
+    const edge_order poor{ 2, 1, 2, 0.5F };
+    residency.prefetch(&poor, 1, no_budget);
+    residency.drain();
+    CHECK(state(residency, 2, 1) == edge::SlotState::resident && state(residency, 0, 0) == edge::SlotState::absent);
+    residency.scores()[2 * n_expert + 1] = 1.0F;
+    const edge_order poorer{ 2, 2, 2, 0.75F };
+    residency.prefetch(&poorer, 1, no_budget);
+    residency.drain();
+    CHECK(state(residency, 2, 2) == edge::SlotState::absent);
+}
+
+// On a virtual link that carries one expert in the time of two blocks, everything is known beforehand.
+void virtual_time_repeats(const Model & model) {
+    const uint64_t bytes = model.table.groups[0].expert_bytes;
+    constexpr uint64_t block_ns = 500;
+    edge::TransferParams params;
+    params.deterministic    = true;
+    params.block_ns         = block_ns;
+    params.link_bytes_per_s = 1000000000 * bytes / (2 * block_ns);
+    edge::Residency residency(model.table, { 9 }, ggml_backend_cpu_buffer_type(), params);
+    CHECK(prefetch(residency, { { 2, 1 }, { 3, 1 }, { 3, 2 } }) == 3);
+    CHECK(state(residency, 2, 1) == edge::SlotState::loading && state(residency, 3, 1) == edge::SlotState::absent);
+    demand(residency, 0, { 5 });                                      // at 1: waits for the one under way, then for its own
+    CHECK(residency.counters().stall_ns == 3 * block_ns);             // from 1 to 4 blocks
+    CHECK(state(residency, 2, 1) == edge::SlotState::resident);
+    demand(residency, 2, { 1 }); // at 5: hit; (3, 1) began at 4
+    demand(residency, 3, { 1, 2 }); // at 6: hit, and (3, 2) is late
+    const edge_counters c = residency.counters();
+    CHECK(c.hits == 2 && c.misses == 2 && c.late == 1 && c.prefetched == 3 && c.prefetched_used == 3 && c.bytes_wasted == 0);
+    residency.end_step();
+    prefetch(residency, { { 0, 9 }, { 1, 9 }, { 1, 10 } });
+    residency.drain();
+    CHECK(state(residency, 1, 10) == edge::SlotState::resident);
+}
+
+void an_emulated_link_is_as_slow_as_asked(const Model & model) {
+    edge::TransferParams params;
+    params.link_bytes_per_s = 50000000;
+    edge::Residency residency(model.table, { 9 }, ggml_backend_cpu_buffer_type(), params);
+    const double seconds = 8.0 * static_cast<double>(model.table.groups[0].expert_bytes) / 5e7;
+    const auto started = std::chrono::steady_clock::now();
+    prefetch(residency, { { 3, 1 }, { 3, 2 }, { 3, 3 }, { 3, 4 } });
+    residency.drain();
+    demand(residency, 0, { 1, 2, 3, 4 });
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - started;
+    CHECK(took.count() >= 0.99 * seconds);
+    CHECK(static_cast<double>(residency.counters().stall_ns) >= 0.49e9 * seconds);
+}
+
+void resizing_keeps_what_is_worth_most(const Model & model) {
+    edge::Residency residency(model.table, { 12 }, ggml_backend_cpu_buffer_type(), {});
+    for (int32_t block = 0; block < 3; ++block) {
+        demand(residency, block, { 1, 2, 3, 4 });
+    }
+    residency.end_step();
+    residency.scores()[1] = 5.0F; // the oldest
+    residency.prefetch(nullptr, 0, no_budget);
+    const uint64_t before = residency.bytes();
+    residency.resize({ 6 });
+    CHECK(residency.bytes() == before / 2);
+    CHECK(state(residency, 0, 1) == edge::SlotState::resident && state(residency, 0, 2) == edge::SlotState::absent);
+    CHECK(state(residency, 2, 4) == edge::SlotState::resident && state(residency, 1, 4) == edge::SlotState::resident);
+    const uint64_t misses = residency.counters().misses;
+    demand(residency, 2, { 1, 2, 3, 4 }); // and the slots hold what they say
+    demand(residency, 0, { 1 });
+    CHECK(residency.counters().misses == misses);
+    residency.end_step();
+    residency.resize({ 40 });
+    demand(residency, 0, { 1, 5, 6, 7, 8, 9, 10, 11 });
+}
+
+// The nth copy fails: the demand says so, nothing is believed that has not arrived, and the next step works.
+void failed_copies_are_survived(const Model & model) {
+    edge::Residency residency(model.table, { 9 }, ggml_backend_cpu_buffer_type(), {});
+    for (int64_t nth = 1; nth <= 12; ++nth) {
+        edge::arm_fault(edge::Fault::copy, nth);
+        const auto first = static_cast<int32_t>(nth);
+        int32_t slots[4];
+        const int32_t ids[] = { first, (first + 1) % n_expert, (first + 2) % n_expert, (first + 3) % n_expert };
+        for (int32_t block = 0; block < n_blocks; ++block) {
+            try {
+                residency.demand(block, ids, 4, slots);
+            } catch (const edge::Error & error) {
+                CHECK(error.status == EDGE_ERR_BACKEND);
+                break;
+            }
+        }
+        edge::arm_fault(edge::Fault::copy, 0);
+        residency.end_step();
+        demand(residency, 0, { ids[0], ids[1], ids[2], ids[3] });
+        residency.end_step();
+    }
+    const uint64_t failed = residency.counters().failed;
+    CHECK(failed > 0);
+    edge::arm_fault(edge::Fault::copy, 2); // of a prefetch: dropped, and fetched when it is demanded
+    prefetch(residency, { { 3, 12 }, { 3, 13 } });
+    residency.drain();
+    CHECK(residency.counters().failed == failed + 1);
+    CHECK(state(residency, 3, 12) == edge::SlotState::absent && state(residency, 3, 13) == edge::SlotState::resident);
+    demand(residency, 3, { 12, 13 });
+}
+
+void failed_allocations_are_survived(const Model & model) {
+    edge::arm_fault(edge::Fault::allocation, 1);
+    bool thrown = false;
+    try {
+        const edge::Residency residency(model.table, { 9 }, ggml_backend_cpu_buffer_type(), {});
+    } catch (const edge::Error & error) {
+        thrown = error.status == EDGE_ERR_MEMORY;
+    }
+    CHECK(thrown);
+    edge::Residency residency(model.table, { 12 }, ggml_backend_cpu_buffer_type(), {});
+    demand(residency, 0, { 1, 2, 3 });
+    residency.end_step();
+    edge::arm_fault(edge::Fault::allocation, 1);
+    thrown = false;
+    try {
+        residency.resize({ 9 });
+    } catch (const edge::Error & error) {
+        thrown = error.status == EDGE_ERR_MEMORY;
+    }
+    CHECK(thrown && !residency.serving() && residency.bytes() == 0);
+    CHECK(prefetch(residency, { { 1, 1 } }) == 0 && state(residency, 0, 1) == edge::SlotState::absent);
+    residency.resize({ 9 });
+    CHECK(residency.serving());
+    demand(residency, 0, { 1, 2, 3 });
+}
+
 } // namespace
 
 int main() {
     const Model model;
+    orders_respect_budget_deadline_and_worth(model);
+    virtual_time_repeats(model);
+    an_emulated_link_is_as_slow_as_asked(model);
+    resizing_keeps_what_is_worth_most(model);
+    failed_copies_are_survived(model);
+    failed_allocations_are_survived(model);
     counters_follow_the_glossary(model);
     a_router_out_of_range_is_an_error(model);
     demands_hold_against_prefetches(model, 9); // the floor: 8 of a graph and one to load into

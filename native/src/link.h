@@ -1,0 +1,71 @@
+#pragma once
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+namespace edge {
+
+// A link slower than the real one: bytes arrive one after another at this rate, whichever thread sends them.
+class Throttle {
+public:
+    using Time = std::chrono::steady_clock::time_point;
+
+    explicit Throttle(uint64_t bytes_per_s) : bytes_per_s_(bytes_per_s) {} // 0: no throttle
+
+    bool on() const { return bytes_per_s_ > 0; }
+    Time reserve(size_t bytes); // when bytes sent now will have arrived
+    static void wait_until(Time time);
+
+private:
+    const uint64_t bytes_per_s_;
+    std::mutex     mutex_;
+    Time           free_{};
+};
+
+// One thread's way from host memory into the compute device. On a device with asynchronous copies it has a backend
+// instance of its own (its own stream): page-locked bytes are sent as they lie, others through a ring of page-locked
+// cells. Elsewhere a copy is done when send() returns.
+class Link {
+public:
+    using Ticket = uint64_t; // numbers sends from 1 on
+
+    // At most in_flight sends are under way; a further one waits for the oldest.
+    Link(ggml_backend_dev_t device, Throttle & throttle, size_t in_flight);
+    ~Link();
+    Link(const Link &) = delete;
+    Link & operator=(const Link &) = delete;
+
+    void send(ggml_tensor * to, size_t offset, const void * from, size_t bytes, bool page_locked);
+    Ticket last() const { return sent_; }
+    void wait(Ticket ticket); // everything up to it has arrived
+    void wait() { wait(sent_); }
+
+    // Whether the tensor's bytes are page-locked for this device.
+    static bool page_locked(ggml_backend_dev_t device, const ggml_tensor * tensor);
+
+private:
+    struct Cell {
+        ggml_backend_event_ptr  event;
+        ggml_backend_buffer_ptr memory; // page-locked, made at first use
+        Throttle::Time          due{};
+    };
+
+    Cell & cell_of(Ticket ticket) { return cells_[static_cast<size_t>(ticket % cells_.size())]; }
+    void send_one(ggml_tensor * to, size_t offset, const void * from, size_t bytes, bool page_locked);
+    void * staging(Cell & cell);
+
+    ggml_backend_dev_t device_;
+    ggml_backend_ptr   backend_; // null: copies are synchronous
+    Throttle &         throttle_;
+    std::vector<Cell>  cells_;
+    Ticket             sent_ = 0;
+    Ticket             arrived_ = 0;
+};
+
+} // namespace edge

@@ -1,0 +1,179 @@
+// The half of Residency that looks ahead: orders, the worker that carries them out, and its virtual twin.
+#include "residency.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace edge {
+
+void Residency::commit_scores() {
+    const float * score = shared_scores_.data();
+    for (const ExpertBlock & block : table_.blocks) {
+        for (int32_t expert = 0; expert < table_.n_expert; ++expert, ++score) {
+            pool(block).score(block.first_key + expert, std::isfinite(*score) ? *score : 0.0F);
+        }
+    }
+}
+
+int32_t Residency::prefetch(const edge_order * orders, int32_t n, uint64_t byte_budget) {
+    const Lock lock(mutex_);
+    orders_.clear();
+    if (!serving()) {
+        return 0;
+    }
+    commit_scores();
+    for (SlotPool & pool : pools_) {
+        pool.forget_expected();
+    }
+    for (int32_t i = 0; i < n; ++i) {
+        const edge_order & wanted = orders[i];
+        const ExpertBlock & block = block_at(wanted.block);
+        const int32_t slot = pool(block).find(block.first_key + wanted.expert);
+        const float priority = std::isfinite(wanted.priority) ? wanted.priority : 0.0F;
+        if (slot != SlotPool::none) {
+            pool(block).expect(slot, priority);
+        } else {
+            orders_.push_back({ wanted.block, wanted.expert, wanted.deadline, priority, clock_ ? clock_->now() : 0 });
+        }
+    }
+    const auto n_ordered = static_cast<int32_t>(orders_.size());
+    std::reverse(orders_.begin(), orders_.end()); // the most urgent last
+    byte_budget_ = byte_budget;
+    if (clock_) {
+        run_virtual_orders();
+    }
+    ordered_.notify_one();
+    loaded_.notify_all();
+    return n_ordered;
+}
+
+// Takes a slot for an order; nothing when it came in meanwhile, costs more than it is worth or than is left to spend.
+std::optional<Residency::InFlight> Residency::begin_prefetch(const Order & order) {
+    const ExpertBlock & block = block_at(order.block);
+    const uint64_t bytes = expert_bytes(block.group);
+    const int32_t key = block.first_key + order.expert;
+    if (pool(block).find(key) != SlotPool::none || bytes > byte_budget_) {
+        return std::nullopt;
+    }
+    const int32_t slot = pool(block).prefetch(key, order.priority);
+    if (slot == SlotPool::none) {
+        return std::nullopt;
+    }
+    byte_budget_ -= bytes;
+    prefetched_bytes_ += bytes;
+    counters_.bytes_fetched += bytes;
+    ++counters_.prefetched;
+    ++flying_;
+    return InFlight{ block.group, slot, 0, 0 };
+}
+
+void Residency::finish(const InFlight & flight, bool arrived) {
+    SlotPool & slots = pools_[static_cast<size_t>(flight.group)];
+    if (arrived) {
+        slots.loaded(flight.slot);
+    } else { // whoever waits for it finds it gone, and fetches it
+        slots.drop(flight.slot);
+        ++counters_.failed;
+    }
+    --flying_;
+    loaded_.notify_all();
+}
+
+// Sends an order's copies; false when a copy failed, and then none is under way.
+bool Residency::send(const Order & order, InFlight & flight) {
+    try {
+        store_->send(prefetch_link_, block_at(order.block), order.expert, flight.slot);
+        flight.ticket = prefetch_link_.last();
+        return true;
+    } catch (const std::exception &) {
+        prefetch_link_.wait();
+        return false;
+    }
+}
+
+// One expert's copies follow the last without a gap: the link lets a matrix start when the one of the expert before
+// has arrived, so no more than one expert's bytes are ever under way.
+void Residency::work() {
+    Lock lock(mutex_);
+    std::optional<InFlight> before;
+    while (true) {
+        ordered_.wait(lock, [&] { return stop_ || before || !orders_.empty(); });
+        std::optional<InFlight> now;
+        bool sent = false;
+        if (!stop_ && !orders_.empty()) {
+            const Order order = orders_.back();
+            orders_.pop_back();
+            now = begin_prefetch(order);
+            if (now) {
+                lock.unlock();
+                sent = send(order, *now);
+                lock.lock();
+            }
+        }
+        if (before) {
+            lock.unlock();
+            prefetch_link_.wait(before->ticket);
+            lock.lock();
+            finish(*before, true);
+            before.reset();
+        }
+        if (now && sent) {
+            before = now;
+        } else if (now) {
+            finish(*now, false);
+        }
+        loaded_.notify_all();
+        if (stop_ && !before) {
+            return;
+        }
+    }
+}
+
+// Begins the orders whose turn on the virtual link has come by now. The bytes are copied at once; the slot is loading
+// until its virtual arrival.
+void Residency::run_virtual_orders() {
+    while (true) {
+        if (virtual_flight_ && virtual_flight_->arrives_at <= clock_->now()) {
+            finish(*virtual_flight_, true);
+            virtual_flight_.reset();
+        }
+        if (virtual_flight_ || orders_.empty()) {
+            return;
+        }
+        const Order order = orders_.back();
+        orders_.pop_back();
+        std::optional<InFlight> flight = begin_prefetch(order);
+        if (!flight) {
+            continue;
+        }
+        if (!send(order, *flight)) {
+            finish(*flight, false);
+            continue;
+        }
+        prefetch_link_.wait();
+        flight->arrives_at = clock_->transfer(order.ordered_at, expert_bytes(flight->group));
+        virtual_flight_ = flight;
+    }
+}
+
+// Lets virtual time pass until the prefetch under way has arrived; false when there is none.
+bool Residency::settle_virtual_flight() {
+    if (!virtual_flight_) {
+        return false;
+    }
+    clock_->wait_until(virtual_flight_->arrives_at);
+    finish(*virtual_flight_, true);
+    virtual_flight_.reset();
+    return true;
+}
+
+void Residency::drain() {
+    Lock lock(mutex_);
+    while (clock_ && (virtual_flight_ || !orders_.empty())) {
+        settle_virtual_flight();
+        run_virtual_orders();
+    }
+    loaded_.wait(lock, [this] { return orders_.empty() && flying_ == 0; });
+}
+
+} // namespace edge
