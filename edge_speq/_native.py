@@ -168,11 +168,14 @@ def model_experts(model: int) -> Experts:
     ffi, lib = _load()
     e = ffi.new("edge_experts *")
     _check(lib.edge_model_experts(_llama(model, "llama_model"), e))
+    group_of = ffi.new("int32_t[]", max(1, e.n_blocks))
+    _check(lib.edge_model_block_groups(_llama(model, "llama_model"), group_of))
     groups = []
     for index in range(e.n_groups):
         g = ffi.new("edge_group *")
         _check(lib.edge_model_group(_llama(model, "llama_model"), index, g))
-        groups.append(ExpertGroup(g.n_blocks, g.n_experts, g.expert_bytes))
+        blocks = tuple(block for block in range(e.n_blocks) if group_of[block] == index)
+        groups.append(ExpertGroup(g.n_blocks, g.n_experts, g.expert_bytes, blocks))
     return Experts(e.n_blocks, e.n_expert, e.n_expert_used, tuple(groups))
 
 

@@ -73,6 +73,7 @@ class ExpertGroup:
     n_blocks: int
     n_experts: int  # over all blocks
     expert_bytes: int  # gate, up and down of one expert
+    blocks: tuple[int, ...] = ()  # which ones
 
     @property
     def total_bytes(self) -> int:

@@ -173,9 +173,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             self._stack.callback(self._draft.close)
             self._draft.require_vocabulary_of(self._model.model)
         if self._hook is not None and self._policy == "auto":
-            self._foresight = foresight.choose(
-                self._experts, self._draft.experts if self._draft else None, self._hook.n_slots
-            )
+            self._foresight = foresight.choose(self._experts, self._draft.experts if self._draft else None)
         used = self.memory_used()
         if self._budget_bytes is not None and used > self._budget_bytes:
             raise EdgeError(
@@ -291,8 +289,9 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
     def foresee(self) -> None:
         if self._foresight is None or self._hook is None:
             return
-        scores = self._foresight.predict(self._draft_routing)
-        self._hook.prefetch(foresight.orders(scores, self._foresight.threshold))
+        self._hook.scores[:] = self._foresight.worth()
+        orders = foresight.orders(self._foresight.expect(self._draft_routing))
+        self._hook.prefetch(orders, _native.NO_BUDGET if self._foresight.worth_fetching() else 0)
 
     def verify(self, pending: list[int], drafted: list[int]) -> None:
         self._require_open()
@@ -356,7 +355,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         if self._foresight is not None and self._hook is not None:
             routing, n_pending = self._hook.routing(), len(self._pending)
             if routing.shape[1] == n_pending + self._n_rows - 1:  # a prompt in several batches leaves only the last
-                self._foresight.observe(routing, n_pending + self._n_kept)
+                self._foresight.observe(routing)
         self._governor.observe(self._n_kept, mismatch=mismatch)
         if self._n_kept + 1 < self._n_rows:
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)

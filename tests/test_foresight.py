@@ -9,6 +9,11 @@ TARGET = Experts(2, 8, 2, (ExpertGroup(2, 16, 100),))
 DENSE = Experts(0, 0, 0, ())
 
 
+def routing(*tokens: tuple[tuple[int, int], tuple[int, int]]) -> np.ndarray:
+    """[2, n_tokens, 2] from each token's experts in both blocks."""
+    return np.array(tokens, dtype=np.int32).transpose(1, 0, 2)
+
+
 def test_a_draft_with_the_same_blocks_and_experts_is_a_twin() -> None:
     for draft, name in (
         (Experts(2, 8, 1, TARGET.groups), "twin"),
@@ -16,37 +21,50 @@ def test_a_draft_with_the_same_blocks_and_experts_is_a_twin() -> None:
         (DENSE, "counts"),
         (None, "counts"),
     ):
-        assert foresight.choose(TARGET, draft, 6).name == name
+        assert foresight.choose(TARGET, draft).name == name
 
 
-def test_the_twin_scores_each_expert_by_the_drafted_tokens_that_use_it() -> None:
-    routing = np.array([[[0, 1], [1, 2]], [[7, 3], [7, 4]]], dtype=np.int32)
-    scores = foresight.Twin(TARGET).predict(routing)
-    assert scores[0].tolist() == [1, 2, 1, 0, 0, 0, 0, 0]
-    assert scores[1].tolist() == [0, 0, 0, 1, 1, 0, 0, 2]
-    assert foresight.Twin(TARGET).predict(None).sum() == 0
+def test_counts_settle_at_the_share_of_steps_that_demand_an_expert() -> None:
+    counts = foresight.Counts(TARGET)
+    for step in range(400):
+        counts.observe(routing(((0, 1 if step % 2 else 2), (2, 3)), ((0, 4), (2, 3))))
+    assert 0.99 < counts.worth()[0, 0] <= 1.0  # twice a step is one demand
+    np.testing.assert_allclose(counts.worth()[0, 1:3], 0.5, atol=0.03)
+    assert counts.worth()[0, 5] == 0
+    assert counts.expect(routing(((0, 1), (2, 3)))) is None
+    for _ in range(100):
+        counts.observe(routing(((6, 7), (6, 7))))
+    assert counts.worth()[0, 0] < 1e-3
 
 
-def test_counts_settle_at_the_share_of_use_and_decay() -> None:
-    counts = foresight.Counts(TARGET, n_slots=3)
-    routing = np.array([[[0, 1], [4, 5]], [[2, 3], [4, 5]]], dtype=np.int32)
+def test_the_twin_expects_what_the_draft_routed_as_surely_as_it_was_right() -> None:
+    twin = foresight.Twin(TARGET)
+    drafted = routing(((0, 1), (7, 3)), ((1, 2), (7, 4)))
+    assert twin.expect(None) is None
+    expected = twin.expect(drafted)
+    assert expected is not None
+    assert np.flatnonzero(expected[0]).tolist() == [0, 1, 2]
+    assert np.flatnonzero(expected[1]).tolist() == [3, 4, 7]
     for _ in range(200):
-        counts.observe(routing, n_accepted=1)  # the second token was rejected
-    np.testing.assert_allclose(counts.predict(None)[0, :3], [10, 10, 0], rtol=1e-3)  # 1 / (1 - 0.9)
-    for _ in range(200):
-        counts.observe(np.array([[[4, 5]], [[6, 7]]], dtype=np.int32), n_accepted=1)
-    assert counts.predict(None)[0, 0] < 1e-3
+        twin.expect(drafted)
+        twin.observe(routing(((0, 1), (7, 5))))  # three of six come true
+    np.testing.assert_allclose(twin.expect(drafted)[0, 0], 0.5, atol=0.01)
+    np.testing.assert_allclose(twin.quality.precision, [2 / 3, 1 / 3])
+    np.testing.assert_allclose(twin.quality.recall, [1, 1 / 2])
+    assert twin.worth()[0, 0] > 0.9  # and it counts as well
 
 
-def test_counts_leave_lru_alone_where_a_step_fits_into_the_slots() -> None:
-    routing = np.array([[[0, 1], [1, 2]], [[2, 3], [2, 3]]], dtype=np.int32)  # five distinct experts
-    for n_slots, speaks in ((4, True), (5, False)):
-        counts = foresight.Counts(TARGET, n_slots)
-        counts.observe(routing, n_accepted=2)
-        assert counts.predict(None).any() == speaks
+def test_a_twin_that_is_mostly_wrong_is_not_worth_bytes() -> None:
+    twin = foresight.Twin(TARGET)
+    assert twin.worth_fetching()
+    for _ in range(100):
+        twin.expect(routing(((0, 1), (0, 1))))
+        twin.observe(routing(((2, 3), (0, 3))))
+    assert not twin.worth_fetching()
 
 
-def test_orders_come_by_block_then_by_score_and_only_above_the_threshold() -> None:
-    scores = np.zeros((2, 8), dtype=np.float32)
-    scores[0, 3], scores[0, 5], scores[1, 0], scores[1, 1] = 1, 3, 9, 0.5
-    assert foresight.orders(scores, 1.0).tolist() == [(0, 5, 0, 3.0), (0, 3, 0, 1.0), (1, 0, 1, 9.0)]
+def test_orders_come_by_block_then_by_chance() -> None:
+    expected = np.zeros((2, 8), dtype=np.float32)
+    expected[0, 3], expected[0, 5], expected[1, 0] = 0.25, 0.75, 1
+    assert foresight.orders(expected).tolist() == [(0, 5, 0, 0.75), (0, 3, 0, 0.25), (1, 0, 1, 1.0)]
+    assert len(foresight.orders(None)) == 0

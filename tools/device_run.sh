@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a GPU machine without a compiler or a network: the GPU tests, the demo and the step times.
 #
-#     tools/device_run.sh CARRY OUT [tests] [beside] [demo] [steps]
+#     tools/device_run.sh CARRY OUT [tests] [beside] [demo] [steps] [transfer]
 #
 # CARRY holds site.tar.xz (site/ with the unpacked native wheel, built with GGML_NATIVE=OFF), wheels/ (cffi, pycparser, diskcache,
 # gguf for the Python there) and the backend module, libggml-cuda.so or its libggml-cuda.so.xz.* parts.
@@ -30,6 +30,9 @@ print(":".join(path for root in roots for path in sorted(glob.glob(root))))
 PY
 )
 export LD_LIBRARY_PATH="$work/site/llama_cpp/lib:$cuda:${LD_LIBRARY_PATH:-}"
+inflated() { # Qwen3-30B-A3B's shape, once
+    [ -e "$work/inflated.gguf" ] || python3 tools/inflate_model.py "$work/inflated.gguf" --layers 12
+}
 cd "$here"
 python3 -m edge_speq --version
 for what in "$@"; do
@@ -48,8 +51,13 @@ for what in "$@"; do
             ;;
         steps)
             python3 tools/step_times.py models/tales-moe.gguf --threads 2,8,16 -o "$out/steps_tales.json"
-            python3 tools/inflate_model.py "$work/inflated.gguf" --layers 12
+            inflated
             python3 tools/step_times.py "$work/inflated.gguf" --threads 8,16 -o "$out/steps_inflated.json"
+            ;;
+        transfer)
+            inflated
+            python3 tools/transfer_speed.py "$work/inflated.gguf" -o "$out/transfer_inflated.json"
+            python3 tools/transfer_speed.py models/tales-moe.gguf -o "$out/transfer_tales.json"
             ;;
     esac
 done

@@ -1,7 +1,8 @@
-"""Foresight: which (block, expert) pairs the next verify step will want, and how much.
+"""Foresight: which experts are worth a slot, in the long run and in the coming verify step.
 
-Every source is a class with `observe` (what the target just routed) and `predict` (a score for each
-expert); which one serves is decided by what the draft allows.
+Every source `observe`s what the target just routed. `worth` is what lasts: the chance that a step demands an expert.
+`expect` is what the draft's routing adds for the step that is about to run. Both are chances of a demand in one step, so
+native code can weigh an eviction against a prefetch on one scale.
 """
 
 from __future__ import annotations
@@ -22,34 +23,41 @@ Routing = npt.NDArray[np.int32]
 
 class Foresight(Protocol):
     name: str
-    threshold: float  # least score worth a prefetch
 
-    def observe(self, routing: Routing, n_accepted: int) -> None:
-        """routing: [n_blocks, n_tokens, n_expert_used] of one step of the target, the first n_accepted tokens of which
-        became text."""
+    def observe(self, routing: Routing) -> None:
+        """routing: [n_blocks, n_tokens, n_expert_used] of one step of the target, drafted tokens that it rejected
+        included: they were demanded as well."""
 
-    def predict(self, draft_routing: Routing | None) -> Scores:
-        """Expected uses in the next verify step, [n_blocks, n_expert].
+    def worth(self) -> Scores:
+        """Chance that a step demands each expert, [n_blocks, n_expert]."""
 
-        draft_routing: [n_blocks, n_tokens, n_expert_used] of the drafted tokens, None when the draft is dense.
+    def expect(self, draft_routing: Routing | None) -> Scores | None:
+        """Chance that the coming step demands each expert, [n_blocks, n_expert]; None when there is no telling.
+
+        draft_routing: [n_blocks, n_tokens, n_expert_used] of the tokens that the step will verify.
         """
 
+    def worth_fetching(self) -> bool:
+        """Whether expectations have been right often enough to spend bytes on them."""
 
-def choose(target: Experts, draft: Experts | None, n_slots: int) -> Foresight:
+
+def choose(target: Experts, draft: Experts | None) -> Foresight:
     """`twin` when the draft's routing maps expert to expert (same blocks, same experts), else `counts`."""
     is_twin = draft is not None and (draft.n_blocks, draft.n_expert) == (target.n_blocks, target.n_expert)
-    return Twin(target) if is_twin else Counts(target, n_slots)
+    return Twin(target) if is_twin else Counts(target)
 
 
-def orders(scores: Scores, threshold: float) -> npt.NDArray[Any]:
-    """Orders (of _native.ORDER, [n]) for the experts with a score of at least threshold: earliest block first, since
-    its deadline comes first, then by falling score."""
-    block, expert = np.nonzero(scores >= threshold)
-    score = scores[block, expert]
-    by_urgency = np.lexsort((-score, block))
+def orders(expected: Scores | None) -> npt.NDArray[Any]:
+    """Orders (of _native.ORDER, [n]) for the experts that are expected at all: earliest block first, since its deadline
+    comes first, then by falling chance."""
+    if expected is None:
+        return np.zeros(0, dtype=_native.ORDER)
+    block, expert = np.nonzero(expected)
+    chance = expected[block, expert]
+    by_urgency = np.lexsort((-chance, block))
     out = np.zeros(len(block), dtype=_native.ORDER)
     out["block"] = out["deadline"] = block[by_urgency]
-    out["expert"], out["priority"] = expert[by_urgency], score[by_urgency]
+    out["expert"], out["priority"] = expert[by_urgency], chance[by_urgency]
     return out
 
 

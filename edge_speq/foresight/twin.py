@@ -1,30 +1,73 @@
 """A draft with the target's own routers: what it routes to now, the target needs next.
 
-MoE-SpeQ (arXiv 2511.14102, section 4): an INT4 copy of the target chooses the same expert set for 90.9 %
-of the tokens. The verify pass runs every drafted token whether it is accepted or not, so each counts fully.
+MoE-SpeQ (arXiv 2511.14102, section 4): an INT4 copy of the target chooses the same expert set for 90.9 % of the tokens.
+The verify pass runs every drafted token whether it is accepted or not, so each counts.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_speq.core import Experts
+from edge_speq.foresight.counts import Counts
+
+SMOOTHING = 0.95  # per step, of the share of predictions that came true
+WORTH_FETCHING = 0.5  # least such share that is worth bytes: below it most of them are wasted
 
 
-class Twin:
+@dataclass(slots=True)
+class Quality:
+    """Experts by block, summed over steps, [n_blocks]: predicted, demanded, and both."""
+
+    predicted: npt.NDArray[np.int64]
+    demanded: npt.NDArray[np.int64]
+    correct: npt.NDArray[np.int64]
+
+    @property
+    def precision(self) -> npt.NDArray[np.float64]:
+        return self.correct / np.maximum(1, self.predicted)
+
+    @property
+    def recall(self) -> npt.NDArray[np.float64]:
+        return self.correct / np.maximum(1, self.demanded)
+
+
+class Twin(Counts):
     name = "twin"
-    threshold = 1.0
 
     def __init__(self, target: Experts) -> None:
-        self._shape = (target.n_blocks, target.n_expert)
+        super().__init__(target)
+        self._predicted: npt.NDArray[np.bool_] | None = None
+        self._right = 0.9  # chance that a predicted expert is demanded
+        self.quality = Quality(*(np.zeros(target.n_blocks, dtype=np.int64) for _ in range(3)))
 
-    def observe(self, routing: npt.NDArray[np.int32], n_accepted: int) -> None:
-        """Nothing to learn: the draft's own routing is the prediction."""
+    def observe(self, routing: npt.NDArray[np.int32]) -> None:
+        super().observe(routing)
+        if self._predicted is None:
+            return
+        demanded = self._set(routing)
+        correct = demanded & self._predicted
+        self.quality.predicted += self._predicted.sum(axis=1)
+        self.quality.demanded += demanded.sum(axis=1)
+        self.quality.correct += correct.sum(axis=1)
+        now = float(correct.sum() / max(1, int(self._predicted.sum())))
+        self._right = SMOOTHING * self._right + (1 - SMOOTHING) * now
+        self._predicted = None
 
-    def predict(self, draft_routing: npt.NDArray[np.int32] | None) -> npt.NDArray[np.float32]:
-        scores = np.zeros(self._shape, dtype=np.float32)
-        if draft_routing is not None:
-            blocks = np.arange(self._shape[0])[:, None, None]
-            np.add.at(scores, (np.broadcast_to(blocks, draft_routing.shape), draft_routing), 1.0)
-        return scores
+    def expect(self, draft_routing: npt.NDArray[np.int32] | None) -> npt.NDArray[np.float32] | None:
+        self._predicted = None
+        if draft_routing is None:
+            return None
+        self._predicted = self._set(draft_routing)
+        return self._predicted * np.float32(self._right)
+
+    def worth_fetching(self) -> bool:
+        return self._right >= WORTH_FETCHING
+
+    def _set(self, routing: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        found = np.zeros(self._worth.shape, dtype=bool)
+        found[self._blocks, routing] = True
+        return found

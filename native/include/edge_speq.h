@@ -90,6 +90,7 @@ typedef struct edge_group {
 } edge_group;
 
 EDGE_API int edge_model_experts(const struct llama_model * model, edge_experts * out);
+EDGE_API int edge_model_block_groups(const struct llama_model * model, int32_t * out); // [n_blocks] group of each
 EDGE_API int edge_model_group(const struct llama_model * model, int32_t group, edge_group * out);
 
 // Index of the first token whose text differs between two vocabularies, -1 when they agree. One may have up

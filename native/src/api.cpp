@@ -146,6 +146,15 @@ int edge_model_experts(const llama_model * model, edge_experts * out) {
     });
 }
 
+int edge_model_block_groups(const llama_model * model, int32_t * out) {
+    return guarded([&] {
+        require(model != nullptr && out != nullptr, "model or out is null");
+        for (const edge::ExpertBlock & block : edge::ExpertTable(model).blocks) {
+            *out++ = block.group;
+        }
+    });
+}
+
 int edge_model_group(const llama_model * model, int32_t group, edge_group * out) {
     return guarded([&] {
         require(model != nullptr && out != nullptr, "model or out is null");
