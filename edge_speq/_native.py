@@ -238,7 +238,7 @@ class Hook:
         experts: Experts,
         max_width: int,
         slots: Sequence[int] = (),
-        transfers: Transfers = Transfers(),  # noqa: B008  # frozen
+        transfers: Transfers = Transfers(),  # frozen
     ) -> None:
         ffi, lib = _load()
         self.experts = experts

@@ -1,8 +1,8 @@
 """Foresight: which experts are worth a slot, in the long run and in the coming verify step.
 
 Every source `observe`s what the target just routed. `worth` is what lasts: the chance that a step demands an expert.
-`expect` is what the draft's routing adds for the step that is about to run. Both are chances of a demand in one step, so
-native code can weigh an eviction against a prefetch on one scale.
+`expect` is what the draft's routing adds for the step that is about to run. Both are chances of a demand in one step,
+so native code can weigh an eviction against a prefetch on one scale.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Twin(Counts):
         if draft_routing is None:
             return None
         self._predicted = self._set(draft_routing)
-        return self._predicted * np.float32(self._right)
+        return np.where(self._predicted, np.float32(self._right), np.float32(0))
 
     def worth_fetching(self) -> bool:
         return self._right >= WORTH_FETCHING
