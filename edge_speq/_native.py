@@ -263,13 +263,6 @@ class Hook:
             self._scores = _view(scores[0], np.dtype(np.float32), self._scores.shape)
         self._last = ExpertCounters()
 
-    @property
-    def eval_callback(self) -> tuple[int, int]:
-        """(function, user data) to install as a context's cb_eval."""
-        ffi, lib = _load()
-        function = ffi.cast("uintptr_t", ffi.addressof(lib, "edge_hook_eval"))
-        return int(function), int(ffi.cast("uintptr_t", self._handle))
-
     def end_step(self) -> None:
         """Call after each synchronised decode. Raises EdgeError for what went wrong inside the graph."""
         _check(_load()[1].edge_hook_end_step(self._handle))

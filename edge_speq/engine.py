@@ -51,13 +51,6 @@ def pin_experts(overrides: Any) -> None:
     overrides[0].buffer_type = _native.host_buffer_type()
 
 
-def install_eval_callback(context_params: _Params, hook: _native.Hook) -> None:
-    function, user_data = hook.eval_callback
-    kind = type(context_params.cb_eval)
-    context_params.cb_eval = ctypes.cast(function, kind)
-    context_params.cb_eval_user_data = user_data
-
-
 def check_model_file(path: str | Path, role: str = "model") -> Path:
     """The path of a GGUF file that llama.cpp may see. Raises EdgeError when it is missing, GGUFError when it is bad."""
     gguf_model.check_model(path, role)

@@ -158,7 +158,6 @@ class EdgeLlama(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
             self._hook = _native.Hook(self._model.model, self._experts, self._plan.max_width, self._plan.slots)
             # closed after the context that uses it and before the model that it hangs on
             self._stack.callback(self._hook.detach)
-            engine.install_eval_callback(self.context_params, self._hook)
 
     def _load_draft(self) -> None:
         k_max = self._plan.k_max

@@ -44,8 +44,6 @@ def logits(
     params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, 64, n_ubatch
     params.n_threads, params.n_threads_batch = 2, 2
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # llama_cpp.Llama's default
-    if hook is not None and hook.n_slots:
-        engine.install_eval_callback(params, hook)
     n_vocab = model.n_vocab()
     tokens = np.random.default_rng(3).integers(4, n_vocab, sum(widths))
     rows: list[Logits] = []

@@ -73,7 +73,6 @@ class Session:
     def __init__(self, model: internals.LlamaModel, hook: _native.Hook) -> None:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_threads, params.n_threads_batch = 64, 1, 1
-        engine.install_eval_callback(params, hook)
         self._hook, self._past = hook, 0
         self._context = internals.LlamaContext(model=model, params=params)
         self._batch = internals.LlamaBatch(n_tokens=MAX_WIDTH, embd=0, n_seq_max=1)

@@ -51,8 +51,6 @@ class Placement:
         self.hook = self._slots(share) if share is not None else None
         contexts = llama_cpp.llama_context_default_params()
         contexts.n_ctx, contexts.n_threads, contexts.n_threads_batch = 2048, threads, threads
-        if self.hook is not None:
-            engine.install_eval_callback(contexts, self.hook)
         self._context = internals.LlamaContext(model=self._model, params=contexts)
         self._batch = internals.LlamaBatch(n_tokens=64, embd=0, n_seq_max=1)
 

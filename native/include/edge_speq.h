@@ -40,7 +40,6 @@ extern "C" {
 
 struct llama_model;
 struct llama_context;
-struct ggml_tensor;
 
 // --- the library -------------------------------------------------------------------------------------
 
@@ -148,9 +147,6 @@ EDGE_API int edge_slot_floor(int32_t n_expert, int32_t n_expert_used, int32_t ma
 // and use_extra_bufts = false).
 EDGE_API int edge_hook_attach(struct llama_model * model, const edge_hook_params * params, edge_hook ** out);
 EDGE_API int edge_hook_detach(edge_hook * hook);
-
-// The scheduler callback to install as cb_eval (user data: the hook) in a context that uses slots.
-EDGE_API bool edge_hook_eval(struct ggml_tensor * node, bool ask, void * hook);
 
 // Tells that the device is idle: the slots of the last block may be reused, and the routing of the last
 // graph is complete. Call after the context is synchronised, also when the decode failed: an error met inside

@@ -215,10 +215,6 @@ int edge_hook_detach(edge_hook * hook) {
     return guarded([&] { delete hook; });
 }
 
-bool edge_hook_eval(ggml_tensor * node, bool ask, void * hook) {
-    return static_cast<edge_hook *>(hook)->eval(node, ask);
-}
-
 int edge_hook_end_step(edge_hook * hook) {
     return guarded([&] {
         require(hook != nullptr, "hook is null");

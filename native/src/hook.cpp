@@ -23,6 +23,27 @@ ggml_backend_buffer_type_t compute_buffer_type(const llama_model * model) {
     return ggml_backend_dev_buffer_type(device);
 }
 
+// Small buffers that the device copies from and to without a detour.
+ggml_backend_buffer_type_t host_buffer_type(ggml_backend_buffer_type_t device_buft) {
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(device_buft);
+    ggml_backend_buffer_type_t buft = device ? ggml_backend_dev_host_buffer_type(device) : nullptr;
+    return buft ? buft : ggml_backend_cpu_buffer_type();
+}
+
+ggml_backend_buffer_t allocate(ggml_backend_buffer_type_t buft, size_t bytes) {
+    edge::fault_point(edge::Fault::allocation);
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(buft, bytes);
+    if (buffer == nullptr) {
+        throw edge::Error(EDGE_ERR_MEMORY, "cannot allocate host memory for the routing");
+    }
+    ggml_backend_buffer_clear(buffer, 0);
+    return buffer;
+}
+
+bool eval_hook(ggml_backend_t backend, ggml_tensor * node, bool ask, void * hook) {
+    return static_cast<edge_hook *>(hook)->eval(backend, node, ask);
+}
+
 void build_hook(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block * block, void * hook) {
     static_cast<edge_hook *>(hook)->build(ctx, gf, *block);
 }
@@ -31,8 +52,7 @@ void build_hook(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block * block, v
 
 edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_hook_params & params)
     : model_(model), table_(std::move(table)), max_width_(params.max_width), served_width_(params.max_width),
-      block_ids_(static_cast<size_t>(params.max_width) * static_cast<size_t>(table_.n_expert_used)),
-      host_routing_(table_.blocks.size() * block_ids_), slot_ids_(block_ids_) {
+      block_ids_(static_cast<size_t>(params.max_width) * static_cast<size_t>(table_.n_expert_used)) {
     if (table_.blocks.empty()) {
         throw edge::Error(EDGE_ERR_UNSUPPORTED, "the model has no routed experts that the hook knows");
     }
@@ -55,14 +75,21 @@ edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_ho
         throw edge::Error(EDGE_ERR_MEMORY, "cannot allocate the routing buffer on the compute device");
     }
     ggml_backend_buffer_clear(buffer_.get(), 0);
+    host_.reset(allocate(host_buffer_type(buft), 2 * ggml_nbytes(leaf_)));
+    host_routing_ = static_cast<int32_t *>(ggml_backend_buffer_get_base(host_.get()));
 
     const bool read_in_place = !residency_ && ggml_backend_buffer_is_host(buffer_.get());
-    routing_ = read_in_place ? static_cast<const int32_t *>(leaf_->data) : host_routing_.data();
-    llama_model_set_moe_hook(model_, build_hook, this);
+    routing_ = read_in_place ? static_cast<const int32_t *>(leaf_->data) : host_routing_;
+    set_on_model();
+}
+
+// With a new epoch, so no graph goes on that was built before.
+void edge_hook::set_on_model() {
+    llama_model_set_moe_hook(model_, build_hook, residency_ ? eval_hook : nullptr, this);
 }
 
 edge_hook::~edge_hook() {
-    llama_model_set_moe_hook(model_, nullptr, nullptr);
+    llama_model_set_moe_hook(model_, nullptr, nullptr, nullptr);
 }
 
 void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block) {
@@ -100,13 +127,11 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
     block.ids     = route;
 }
 
-// Returning false ends the graph with status "aborted" (patch 0005); end_step() then throws what went wrong.
-bool edge_hook::eval(ggml_tensor * node, bool ask) noexcept {
-    if (node->op != GGML_OP_CPY || std::strncmp(node->name, route_prefix, sizeof(route_prefix) - 1) != 0) {
-        return !ask;
-    }
+// Called before any node that follows has been sent to the backend; what is queued here runs before them. Returning
+// false ends the graph with status "aborted" (patch 0005); end_step() then throws what went wrong.
+bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexcept {
     if (ask) {
-        return true;
+        return node->op == GGML_OP_CPY && std::strncmp(node->name, route_prefix, sizeof(route_prefix) - 1) == 0;
     }
     try {
         if (cancelled_) {
@@ -117,11 +142,13 @@ bool edge_hook::eval(ggml_tensor * node, bool ask) noexcept {
             throw edge::Error(EDGE_ERR_INTERNAL, std::string("unexpected node name ") + node->name);
         }
         const int32_t n = static_cast<int32_t>(ggml_nelements(node));
-        int32_t * ids = routing_of(number);
+        int32_t * ids   = routing_of(number);
+        int32_t * slots = slots_of(number);
         edge::fault_point(edge::Fault::routing);
-        ggml_backend_tensor_get(node, ids, 0, static_cast<size_t>(n) * sizeof(int32_t));
-        residency_->demand(number, ids, n, slot_ids_.data());
-        ggml_backend_tensor_set(node, slot_ids_.data(), 0, static_cast<size_t>(n) * sizeof(int32_t));
+        ggml_backend_tensor_get_async(backend, node, ids, 0, ggml_nbytes(node));
+        ggml_backend_synchronize(backend); // the one wait of a block: everything before it has run, too
+        residency_->demand(number, ids, n, slots);
+        ggml_backend_tensor_set_async(backend, node, slots, 0, ggml_nbytes(node));
         ++n_served_;
         return true;
     } catch (const edge::Error & e) {
@@ -142,8 +169,8 @@ void edge_hook::end_step() {
     } else {
         n_tokens_ = width_;
     }
-    if (!residency_ && routing_ == host_routing_.data() && n_tokens_ > 0) {
-        ggml_backend_tensor_get(leaf_, host_routing_.data(), 0, host_routing_.size() * sizeof(int32_t));
+    if (!residency_ && routing_ == host_routing_ && n_tokens_ > 0) {
+        ggml_backend_tensor_get(leaf_, host_routing_, 0, ggml_nbytes(leaf_));
     }
     cancelled_ = false;
     if (status_ != EDGE_OK) {
@@ -163,7 +190,7 @@ int32_t edge_hook::widest_served(const int32_t * slots) const {
 
 void edge_hook::resize(const std::vector<int32_t> & slots) {
     served_width_ = 0;
-    llama_model_set_moe_hook(model_, build_hook, this); // a new epoch: no graph may go on with the old slots
+    set_on_model();
     residency_->resize(slots);
     served_width_ = widest_served(slots.data());
 }

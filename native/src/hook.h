@@ -24,7 +24,7 @@ struct edge_hook {
     edge_hook & operator=(const edge_hook &) = delete;
 
     void build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block);
-    bool eval(ggml_tensor * node, bool ask) noexcept;
+    bool eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexcept;
     void end_step();
     void resize(const std::vector<int32_t> & slots);
     void cancel() noexcept { cancelled_ = true; }
@@ -36,8 +36,10 @@ struct edge_hook {
     uint64_t bytes() const;
 
 private:
+    void set_on_model();
     int32_t widest_served(const int32_t * slots) const;
-    int32_t * routing_of(int32_t block) { return host_routing_.data() + static_cast<size_t>(block) * block_ids_; }
+    int32_t * routing_of(int32_t block) { return host_routing_ + static_cast<size_t>(block) * block_ids_; }
+    int32_t * slots_of(int32_t block) { return routing_of(block) + table_.blocks.size() * block_ids_; }
 
     llama_model *                    model_;
     edge::ExpertTable                table_;
@@ -48,8 +50,8 @@ private:
     ggml_backend_buffer_ptr          buffer_;
     ggml_tensor *                    leaf_ = nullptr; // [n_expert_used, max_width, n_blocks] I32
     std::unique_ptr<edge::Residency> residency_;
-    std::vector<int32_t>             host_routing_;
-    std::vector<int32_t>             slot_ids_;
+    ggml_backend_buffer_ptr          host_; // page-locked where there is a GPU: expert ids, then slot ids, of all blocks
+    int32_t *                        host_routing_ = nullptr;
     const int32_t *                  routing_ = nullptr;
     bool                             graph_fits_ = false; // the graph that is built, or was last, is narrow enough
     int32_t                          width_ = 0;          // its tokens, 0 unless every block has all of them

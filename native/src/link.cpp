@@ -78,38 +78,55 @@ void * Link::staging(Cell & cell) {
     return ggml_backend_buffer_get_base(cell.memory.get());
 }
 
-void Link::send(ggml_tensor * to, size_t offset, const void * from, size_t bytes, bool page_locked) {
-    if (!backend_ || page_locked) {
-        send_one(to, offset, from, bytes, page_locked);
-        return;
-    }
-    for (size_t done = 0; done < bytes; done += cell_bytes) {
-        send_one(to, offset + done, static_cast<const char *>(from) + done, std::min(cell_bytes, bytes - done), false);
-    }
-}
-
-void Link::send_one(ggml_tensor * to, size_t offset, const void * from, size_t bytes, bool page_locked) {
-    fault_point(Fault::copy);
+Link::Cell & Link::next_cell() {
     if (sent_ - arrived_ == cells_.size()) {
         wait(arrived_ + 1);
     }
-    Cell & cell = cell_of(sent_ + 1);
-    if (!backend_) {
-        ggml_backend_tensor_set(to, from, offset, bytes);
-    } else if (page_locked) {
-        ggml_backend_tensor_set_async(backend_.get(), to, from, offset, bytes);
-    } else {
-        void * const staged = staging(cell);
-        std::memcpy(staged, from, bytes);
-        ggml_backend_tensor_set_async(backend_.get(), to, staged, offset, bytes);
-    }
+    return cell_of(sent_ + 1);
+}
+
+void Link::mark(Cell & cell) {
     if (backend_) {
         ggml_backend_event_record(cell.event.get(), backend_.get());
     }
-    if (throttle_.on()) {
-        cell.due = throttle_.reserve(bytes);
-    }
+    cell.due = due_;
     ++sent_;
+}
+
+void Link::reserve(size_t bytes) {
+    if (throttle_.on()) {
+        due_ = throttle_.reserve(bytes);
+    }
+}
+
+void Link::send(ggml_tensor * to, size_t offset, const void * from, size_t bytes, bool page_locked, bool marked) {
+    fault_point(Fault::copy);
+    if (backend_ && !page_locked) {
+        for (size_t done = 0; done < bytes; done += cell_bytes) {
+            send_staged(to, offset + done, static_cast<const char *>(from) + done, std::min(cell_bytes, bytes - done));
+        }
+        return;
+    }
+    Cell * const cell = marked ? &next_cell() : nullptr;
+    if (backend_) {
+        ggml_backend_tensor_set_async(backend_.get(), to, from, offset, bytes);
+    } else {
+        ggml_backend_tensor_set(to, from, offset, bytes);
+    }
+    reserve(bytes);
+    if (cell) {
+        mark(*cell);
+    }
+}
+
+// Marked always: the cell's memory is free again when its copy has arrived.
+void Link::send_staged(ggml_tensor * to, size_t offset, const void * from, size_t bytes) {
+    Cell & cell = next_cell();
+    void * const staged = staging(cell);
+    std::memcpy(staged, from, bytes);
+    ggml_backend_tensor_set_async(backend_.get(), to, staged, offset, bytes);
+    reserve(bytes);
+    mark(cell);
 }
 
 void Link::wait(Ticket ticket) {
@@ -124,6 +141,16 @@ void Link::wait(Ticket ticket) {
         Throttle::wait_until(cell.due);
     }
     arrived_ = ticket;
+}
+
+void Link::wait() {
+    if (backend_) {
+        ggml_backend_synchronize(backend_.get());
+    }
+    if (throttle_.on()) {
+        Throttle::wait_until(due_);
+    }
+    arrived_ = sent_;
 }
 
 } // namespace edge

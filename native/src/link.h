@@ -33,18 +33,19 @@ private:
 // cells. Elsewhere a copy is done when send() returns.
 class Link {
 public:
-    using Ticket = uint64_t; // numbers sends from 1 on
+    using Ticket = uint64_t; // numbers marks from 1 on
 
-    // At most in_flight sends are under way; a further one waits for the oldest.
+    // At most in_flight marks are under way; a further one waits for the oldest.
     Link(ggml_backend_dev_t device, Throttle & throttle, size_t in_flight);
     ~Link();
     Link(const Link &) = delete;
     Link & operator=(const Link &) = delete;
 
-    void send(ggml_tensor * to, size_t offset, const void * from, size_t bytes, bool page_locked);
+    // A marked send can be awaited by its ticket, with everything before it. Marks cost an event each, 1 to 2 us.
+    void send(ggml_tensor * to, size_t offset, const void * from, size_t bytes, bool page_locked, bool mark);
     Ticket last() const { return sent_; }
     void wait(Ticket ticket); // everything up to it has arrived
-    void wait() { wait(sent_); }
+    void wait();              // everything has, marked or not
 
     // Whether the tensor's bytes are page-locked for this device.
     static bool page_locked(ggml_backend_dev_t device, const ggml_tensor * tensor);
@@ -57,7 +58,10 @@ private:
     };
 
     Cell & cell_of(Ticket ticket) { return cells_[static_cast<size_t>(ticket % cells_.size())]; }
-    void send_one(ggml_tensor * to, size_t offset, const void * from, size_t bytes, bool page_locked);
+    Cell & next_cell();
+    void mark(Cell & cell);
+    void send_staged(ggml_tensor * to, size_t offset, const void * from, size_t bytes);
+    void reserve(size_t bytes);
     void * staging(Cell & cell);
 
     ggml_backend_dev_t device_;
@@ -66,6 +70,7 @@ private:
     std::vector<Cell>  cells_;
     Ticket             sent_ = 0;
     Ticket             arrived_ = 0;
+    Throttle::Time     due_{}; // of the last send
 };
 
 } // namespace edge

@@ -82,7 +82,7 @@ void Residency::finish(const InFlight & flight, bool arrived) {
 // Sends an order's copies; false when a copy failed, and then none is under way.
 bool Residency::send(const Order & order, InFlight & flight) {
     try {
-        store_->send(prefetch_link_, block_at(order.block), order.expert, flight.slot);
+        store_->send(prefetch_link_, block_at(order.block), order.expert, flight.slot, true);
         flight.ticket = prefetch_link_.last();
         return true;
     } catch (const std::exception &) {
@@ -91,8 +91,8 @@ bool Residency::send(const Order & order, InFlight & flight) {
     }
 }
 
-// One expert's copies follow the last without a gap: the link lets a matrix start when the one of the expert before
-// has arrived, so no more than one expert's bytes are ever under way.
+// One expert's copies follow the last without a gap: all its matrices but one start when those of the expert before
+// have arrived, and the last when its last has, so hardly more than one expert's bytes are ever under way.
 void Residency::work() {
     Lock lock(mutex_);
     std::optional<InFlight> before;

@@ -11,12 +11,7 @@ namespace edge {
 
 namespace {
 
-constexpr size_t demand_in_flight = 64; // copies: a layer's misses are sent together and awaited once
-
-size_t roles_of(const ExpertTable & table) {
-    const BlockWeights & weights = table.blocks.front().weights;
-    return static_cast<size_t>(std::count_if(weights.begin(), weights.end(), [](const ggml_tensor * w) { return w != nullptr; }));
-}
+constexpr size_t demand_in_flight = 8; // staged pieces; page-locked ones of a layer are sent together and awaited once
 
 } // namespace
 
@@ -24,7 +19,7 @@ Residency::Residency(const ExpertTable & table, const std::vector<int32_t> & slo
                      const TransferParams & params)
     : table_(table), buft_(buft), throttle_(params.deterministic ? 0 : params.link_bytes_per_s),
       demand_link_(ggml_backend_buft_get_device(buft), throttle_, demand_in_flight),
-      prefetch_link_(ggml_backend_buft_get_device(buft), throttle_, roles_of(table)),
+      prefetch_link_(ggml_backend_buft_get_device(buft), throttle_, prefetch_marks),
       shared_scores_(table.blocks.size() * static_cast<size_t>(table.n_expert), 0.0F),
       slot_of_(static_cast<size_t>(table.n_expert), SlotPool::none) {
     wanted_.reserve(slot_of_.size());
@@ -159,7 +154,7 @@ void Residency::load_missing(Lock & lock, const ExpertBlock & block) {
     lock.unlock();
     try {
         for (const int32_t expert : loading_) {
-            store_->send(demand_link_, block, expert, slot_at(expert));
+            store_->send(demand_link_, block, expert, slot_at(expert), false);
         }
         demand_link_.wait();
     } catch (...) {
@@ -258,7 +253,7 @@ void Residency::refill(int32_t group, const std::vector<int32_t> & keys) {
         const int32_t number = table_.groups[static_cast<size_t>(group)].blocks[static_cast<size_t>(*key / table_.n_expert)];
         const int32_t slot = slots.take(*key, SlotPool::any_price);
         try {
-            store_->send(demand_link_, block_at(number), *key % table_.n_expert, slot);
+            store_->send(demand_link_, block_at(number), *key % table_.n_expert, slot, false);
             demand_link_.wait();
         } catch (...) {
             demand_link_.wait();

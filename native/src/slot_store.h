@@ -10,6 +10,8 @@
 
 namespace edge {
 
+constexpr int prefetch_marks = 2; // of a tracked expert: its last matrices
+
 // The memory behind the slots: per group one tensor [ne0, ne1, n_slots] for each weight, on the compute
 // device, zeroed at allocation (kernels may over-read a row's tail) and filled by copies from host weights.
 class SlotStore {
@@ -19,9 +21,9 @@ public:
     ggml_tensor * tensor(int32_t group, Role role) const { return tensors_[static_cast<size_t>(group)][role]; }
     uint64_t bytes() const;
 
-    // Sends gate, up and down of one expert to a slot; the link knows when they have arrived. Thread-safe for
-    // distinct slots and links.
-    void send(Link & link, const ExpertBlock & block, int32_t expert, int32_t slot) const;
+    // Sends gate, up and down of one expert to a slot as one operation, whose last two matrices are marked when it
+    // is tracked. Thread-safe for distinct slots and links.
+    void send(Link & link, const ExpertBlock & block, int32_t expert, int32_t slot, bool tracked) const;
     void fill(int32_t group, int32_t slot, uint8_t byte) const;
 
 private:

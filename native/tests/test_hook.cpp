@@ -49,8 +49,6 @@ struct Run {
         llama_context_params params = llama_context_default_params();
         params.n_ctx = 128;
         params.n_threads = params.n_threads_batch = 1; // OpenMP is not instrumented
-        params.cb_eval = hook ? edge_hook_eval : nullptr;
-        params.cb_eval_user_data = hook;
         ctx = llama_init_from_model(model, params);
         CHECK(ctx != nullptr);
     }
