@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING, Any
-
-from edge_speq.core import EdgeError, Plan, Stats
-
+TYPE_CHECKING = False  # importing typing would only put off the command's Ctrl-C handling
 if TYPE_CHECKING:
+    from typing import Any
+
+    from edge_speq.budget import Budget
+    from edge_speq.core import EdgeError, Plan, Stats
     from edge_speq.llama import EdgeLlama
 
 __version__ = "0.1.0"
-__all__ = ["EdgeError", "EdgeLlama", "Plan", "Stats", "__version__"]
-
-logging.getLogger("edge_speq").addHandler(logging.NullHandler())  # a library prints nothing unasked
+__all__ = ["Budget", "EdgeError", "EdgeLlama", "Plan", "Stats", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +20,12 @@ def __getattr__(name: str) -> Any:
         from edge_speq.llama import EdgeLlama
 
         return EdgeLlama
+    if name == "Budget":
+        from edge_speq.budget import Budget
+
+        return Budget
+    if name in __all__:
+        from edge_speq import core
+
+        return getattr(core, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

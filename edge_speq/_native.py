@@ -242,6 +242,7 @@ class Hook:
     ) -> None:
         ffi, lib = _load()
         self.experts = experts
+        self.max_width = max_width
         self.n_slots = sum(slots)
         self._has_slots = bool(slots)
         counts = ffi.new("int32_t[]", list(slots) or [0])
@@ -338,6 +339,13 @@ class Hook:
         ffi, lib = _load()
         n = ffi.new("uint64_t *")
         _check(lib.edge_hook_bytes(self._handle, n))
+        return int(n[0])
+
+    def slot_bytes(self) -> int:
+        """Bytes of the slots alone."""
+        ffi, lib = _load()
+        n = ffi.new("uint64_t *")
+        _check(lib.edge_hook_slot_bytes(self._handle, n))
         return int(n[0])
 
     def poison_free_slots(self) -> None:

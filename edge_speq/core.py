@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-POLICIES = ("auto", "lru", "cpu-moe", "all")
+POLICIES = ("auto", "lru", "lfru", "cpu-moe", "all")
 COMPUTES = ("auto", "device")
 
 _UNITS = {"": 1, "B": 1}
@@ -34,6 +34,14 @@ def parse_bytes(text: str | int) -> int:
     if not match or match[2].lower() not in units:
         raise EdgeError(f"{text!r} is not a size in bytes", "write it like 6GiB or 500MB", usage=True)
     return int(float(match[1]) * units[match[2].lower()])
+
+
+def parse_rate(text: str | int) -> int:
+    """Bytes per second of "12.5GB/s" or 12500000000. Raises EdgeError for anything else and for nothing."""
+    rate = parse_bytes(str(text).removesuffix("/s"))
+    if rate <= 0:
+        raise EdgeError(f"{text!r} is not the speed of a link", "write it like 12.5GB/s", usage=True)
+    return rate
 
 
 def parse_share(text: str | float) -> float:

@@ -1,4 +1,4 @@
-"""What target and draft share below llama_cpp.Llama: load parameters, dry loads, and the draft's own context."""
+"""What target and draft share below llama_cpp.Llama: load parameters, dry loads, decoding, context shifts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import numpy.typing as npt
 from llama_cpp import _internals as internals
 
 from edge_speq import _native, gguf_model
+from edge_speq.cancellation import CANCELLED
 from edge_speq.core import EdgeError, Experts, MemoryUse
 
 EXPERT_TENSORS = rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX of llama.cpp's common/
+ABORTED = 2  # of llama_decode: a callback ended the graph
 
 log = logging.getLogger("edge_speq")
 
@@ -51,6 +53,16 @@ def pin_experts(overrides: Any) -> None:
     overrides[0].buffer_type = _native.host_buffer_type()
 
 
+def fits_in_memory(n_bytes: int) -> bool:
+    """Whether so much can be page-locked with a quarter and 2 GiB to spare; False where nobody says."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (ValueError, OSError, StopIteration):
+        return False
+    return available >= n_bytes + n_bytes // 4 + (2 << 30)
+
+
 def check_model_file(path: str | Path, role: str = "model") -> Path:
     """The path of a GGUF file that llama.cpp may see. Raises EdgeError when it is missing, GGUFError when it is bad."""
     gguf_model.check_model(path, role)
@@ -82,17 +94,17 @@ def dry_load(path: Path, params: _Params, context_params: _Params | None, role: 
         with contextlib.closing(load_model(path, params, role)) as model:
             experts = _native.model_experts(model.model)
             if context_params is not None:
-                with contextlib.closing(_context(model, context_params)) as context:
+                with contextlib.closing(create_context(model, context_params)) as context:
                     used = _native.memory_used(context.ctx, on_gpu)
     finally:
         params.no_alloc, params.load_mode = False, load_mode
-    if not on_gpu:
+    if not on_gpu and load_mode != llama_cpp.LLAMA_LOAD_MODE_NONE:
         # on the CPU the weights will be mapped file pages, which a budget does not count
         used = MemoryUse(0, used.context_bytes, used.compute_bytes)
     return experts, used
 
 
-def _context(model: internals.LlamaModel, params: _Params) -> internals.LlamaContext:
+def create_context(model: internals.LlamaModel, params: _Params) -> internals.LlamaContext:
     try:
         return internals.LlamaContext(model=model, params=params, verbose=True)
     except ValueError as error:
@@ -121,78 +133,30 @@ def decode(
     if hook is not None:
         llama_cpp.llama_synchronize(context.ctx)
         hook.end_step()
+    if status == ABORTED:  # only a cancellation aborts: what the hook ended has just raised
+        raise EdgeError(CANCELLED)
     if status != 0:
         why = "the context is full" if status == 1 else f"llama_decode returned {status}"
         raise EdgeError(f"decoding {len(tokens)} tokens at position {n_past} failed: {why}")
 
 
-class DraftModel:
-    """A draft GGUF with a context of its own, fully resident on the compute device.
+def can_shift(model: internals.LlamaModel, context: internals.LlamaContext) -> bool:
+    """Whether tokens can be taken out of the middle of the context. A recurrent state cannot forget them."""
+    recurrent = llama_cpp.llama_model_is_recurrent(model.model) or llama_cpp.llama_model_is_hybrid(model.model)
+    return not recurrent and bool(llama_cpp.llama_memory_can_shift(context.memory))
 
-    Its KV cache holds `tokens`; `propose` rolls it back to what it shares with the text and goes on from
-    there. With routed experts its routing is kept for foresight.
-    """
 
-    def __init__(self, path: Path, model_params: _Params, context_params: _Params, max_width: int) -> None:
-        self._max_width = max_width
-        with contextlib.ExitStack() as stack:  # closes what is open when a later part fails
-            self._model = stack.enter_context(contextlib.closing(load_model(path, model_params, "draft")))
-            self.experts = _native.model_experts(self._model.model)
-            self._hook = _native.Hook(self._model.model, self.experts, max_width) if self.experts.n_blocks else None
-            if self._hook is not None:
-                stack.callback(self._hook.detach)
-            self._context = stack.enter_context(contextlib.closing(_context(self._model, context_params)))
-            self._n_batch = int(context_params.n_batch)
-            batch = internals.LlamaBatch(n_tokens=self._n_batch, embd=0, n_seq_max=1, verbose=True)
-            self._batch = stack.enter_context(contextlib.closing(batch))
-            self.close = stack.pop_all().close
-        self._tokens: npt.NDArray[np.intc] = np.zeros(0, dtype=np.intc)
+def shift(context: internals.LlamaContext, n_keep: int, n_discard: int, n_tokens: int) -> None:
+    """Takes n_discard tokens after the first n_keep out of the KV cache, which holds n_tokens, and closes the gap (the
+    context shift of llama.cpp's tools/server). The next decode rotates the keys to their new positions."""
+    end = n_keep + n_discard
+    context.kv_cache_seq_rm(-1, n_tokens, -1)
+    context.kv_cache_seq_rm(-1, n_keep, end)
+    context.kv_cache_seq_shift(0, end, n_tokens, -n_discard)
 
-    def require_vocabulary_of(self, target: int) -> None:
-        token = _native.vocab_difference(self._model.model, target)
-        if token is not None:
-            raise EdgeError(
-                f"the draft has another vocabulary than the model: they differ from token {token} on",
-                "use a draft of the same model family",
-            )
 
-    def memory_used(self) -> int:
-        used = _native.memory_used(self._context.ctx, _native.compute_device().is_gpu).total
-        return used + (self._hook.bytes_held() if self._hook is not None else 0)
-
-    def propose(
-        self, text: npt.NDArray[np.intc], k: int, sampler: Any
-    ) -> tuple[list[int], npt.NDArray[np.int32] | None]:
-        """k tokens that continue text, each picked by `sampler` (a llama_sampler, which is advanced), and the
-        routing [n_blocks, k, n_expert_used] of the last text token and all drafted ones but the last; None for
-        a dense draft."""
-        self._catch_up(text)
-        drafted: list[int] = []
-        routing: list[npt.NDArray[np.int32]] = []
-        for _ in range(k):
-            if drafted:
-                self._decode([drafted[-1]])
-            token = int(llama_cpp.llama_sampler_sample(sampler, self._context.ctx, -1))
-            if self._hook is not None:
-                routing.append(self._hook.routing()[:, -1:, :].copy())
-            drafted.append(token)
-        return drafted, np.concatenate(routing, axis=1) if routing else None
-
-    def _catch_up(self, text: npt.NDArray[np.intc]) -> None:
-        """Makes the KV cache hold text, its last token decoded just now so that logits are at hand."""
-        n = min(len(self._tokens), len(text) - 1)
-        different = np.flatnonzero(self._tokens[:n] != text[:n])
-        shared = int(different[0]) if len(different) else n
-        if not self._context.kv_cache_seq_rm(-1, shared, -1):  # a recurrent draft cannot go back part of the way
-            self._context.kv_cache_clear()
-            shared = 0
-        self._tokens = self._tokens[:shared]
-        for start in range(shared, len(text), self._n_batch):
-            self._decode(text[start : start + self._n_batch])
-
-    def _decode(self, tokens: Sequence[int] | npt.NDArray[np.intc]) -> None:
-        tokens = [int(token) for token in tokens]
-        # without logits for every token the last block would lack rows of routing
-        n_logits = len(tokens) if len(tokens) <= self._max_width else 1
-        decode(self._context, self._batch, tokens, len(self._tokens), n_logits, hook=self._hook)
-        self._tokens = np.concatenate([self._tokens, np.asarray(tokens, dtype=np.intc)])
+def shared_prefix(a: npt.NDArray[np.intc], b: npt.NDArray[np.intc]) -> int:
+    """Tokens that both texts begin with."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n

@@ -10,6 +10,7 @@ from typing import Any
 # enum ggml_log_level of ggml.h: debug, info, warn, error; what llama.cpp calls info narrates every load
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.ERROR}
 
+logging.getLogger("edge_speq").addHandler(logging.NullHandler())  # a library prints nothing unasked
 log = logging.getLogger("edge_speq.llama_cpp")
 _keep_alive: list[Any] = []
 

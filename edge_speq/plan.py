@@ -6,6 +6,7 @@ slots (design 7). What the fixed parts need comes from a dry load of llama.cpp, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from edge_speq import _native
@@ -26,46 +27,93 @@ def plan(
     speculation: int | None,
     has_draft: bool,
     experts_mapped: bool = False,
+    draft_bytes: int = 0,
+    shared_memory: bool = False,
 ) -> Plan:
     """The plan for one model.
 
     `resident` and `budget_bytes` both bound the slots, the smaller wins; `fixed_bytes` is what lies on the
-    compute device besides slots (only needed with a budget); experts_mapped says that resident experts are mapped
-    file pages, which no budget counts. `speculation` None lets the planner choose the
-    most draft tokens that the slots allow. Raises EdgeError, naming the nearest possible request, when the
-    slots would fall under the floor of one verify step.
+    compute device besides slots (only needed with a budget), `draft_bytes` the draft's part of it; experts_mapped says
+    that resident experts are mapped file pages, which no budget counts; shared_memory that nothing but the machine's
+    own memory bounds the slots, since the device has none. `speculation` None lets the planner choose the most draft
+    tokens that the slots allow, and drop a draft that leaves too few slots for one drafted token a step. Raises
+    EdgeError, naming the nearest possible request, when the slots would fall under the floor of one verify step.
     """
     k_wanted = 0 if not has_draft else K_DEFAULT if speculation is None else speculation
-    if not experts.n_blocks and experts.n_expert and policy != "all":
-        reason = "the hook does not know this model's experts: they stay on the CPU"
-        return Plan("cpu-moe", (), k_wanted, budget_bytes=budget_bytes, reason=reason)
-    if not experts.n_blocks:
-        _require_budget("this dense model", fixed_bytes, budget_bytes)
-        return Plan("all", (), k_wanted, budget_bytes=budget_bytes, reason="a dense model: nothing to keep in slots")
-    if budget_bytes is not None:
-        fixed_bytes += _overhead(experts, k_wanted)
-    if policy in ("cpu-moe", "all"):
-        on_device = experts.total_bytes if policy == "all" and not experts_mapped else 0
-        _require_budget(f"policy {policy}", fixed_bytes + on_device, budget_bytes)
-    if policy == "cpu-moe":
-        return Plan("cpu-moe", (), k_wanted, budget_bytes=budget_bytes, reason="every expert is computed on the CPU")
-    if policy == "all" or (policy == "auto" and resident is None and budget_bytes is None):
-        why = "asked for" if policy == "all" else "no budget was given"
-        return Plan("all", (), k_wanted, budget_bytes=budget_bytes, reason=f"every expert stays resident: {why}")
+    overhead = _overhead(experts, k_wanted) if budget_bytes is not None else 0
+    share = min(resident or 1.0, _share_of_budget(experts, budget_bytes, fixed_bytes + overhead))
+    bounded = resident is not None or budget_bytes is not None
+    unslotted = _without_slots(experts, policy, share if bounded else None, shared_memory)
+    if unslotted is not None:
+        where, reason = unslotted
+        on_device = experts.total_bytes if where == "all" and not experts_mapped else 0
+        _require_budget(f"policy {where}", fixed_bytes + overhead + on_device, budget_bytes)
+        return Plan(where, (), k_wanted, budget_bytes=budget_bytes, reason=reason)
 
-    share = min(resident or 1.0, _share_of_budget(experts, budget_bytes, fixed_bytes))
-    if policy == "auto" and share >= 1.0:
-        return Plan("all", (), k_wanted, budget_bytes=budget_bytes, resident=1.0, reason="every expert fits")
-
-    candidates = range(k_wanted, -1, -1) if speculation is None else [k_wanted]
     slot_budget = int(share * experts.total_bytes + 1e-6)
-    k = next((k for k in candidates if _floor_bytes(experts, k) <= slot_budget), None)
+    if speculation is None and k_wanted and _floor_bytes(experts, 1) > slot_budget:
+        made = plan(
+            experts,
+            policy=policy,
+            resident=resident,
+            budget_bytes=budget_bytes,
+            fixed_bytes=fixed_bytes - draft_bytes,
+            speculation=0,
+            has_draft=False,
+            experts_mapped=experts_mapped,
+        )
+        return dataclasses.replace(made, reason=f"{made.reason}: with a draft the slots would be too few")
+    least = k_wanted if speculation is not None else min(1, k_wanted)
+    k = next((k for k in range(k_wanted, least - 1, -1) if _floor_bytes(experts, k) <= slot_budget), None)
     if k is None:
-        raise _under_floor(experts, candidates[-1], slot_budget, budget_bytes, fixed_bytes)
+        raise _under_floor(experts, least, slot_budget, budget_bytes, fixed_bytes + overhead)
     slots = _share_out(experts, slot_budget, _floors(experts, k))
     slot_bytes = sum(n * group.expert_bytes for n, group in zip(slots, experts.groups, strict=True))
     reason = f"{sum(slots)} of {experts.total} experts in slots, up to {k} draft tokens a step"
-    return Plan("slots", slots, k, slot_bytes, fixed_bytes, budget_bytes, slot_bytes / experts.total_bytes, reason)
+    resident = slot_bytes / experts.total_bytes
+    return Plan("slots", slots, k, slot_bytes, fixed_bytes + overhead, budget_bytes, resident, reason)
+
+
+def other_slots(
+    experts: Experts,
+    *,
+    resident: float | None,
+    budget_bytes: int | None,
+    fixed_bytes: int,
+    speculation: int | None,
+    k_loaded: int,
+) -> Plan:
+    """The plan for a model that is loaded with slots, under other bounds: at most `k_loaded` draft tokens, since its
+    routing has room for no more; `fixed_bytes` is what it holds besides slots. Raises EdgeError as plan does."""
+    made = plan(
+        experts,
+        policy="lru",  # slots, whatever fits
+        resident=resident,
+        budget_bytes=budget_bytes,
+        fixed_bytes=fixed_bytes,
+        speculation=None if speculation is None else min(speculation, k_loaded),
+        has_draft=k_loaded > 0,
+    )
+    return dataclasses.replace(made, k_max=min(made.k_max, k_loaded))
+
+
+def _without_slots(experts: Experts, policy: str, share: float | None, shared_memory: bool) -> tuple[str, str] | None:
+    """Where the experts go when not into slots, and why; None for slots. share: what bounds allow, None without any."""
+    if not experts.n_blocks:
+        if experts.n_expert and policy != "all":
+            return "cpu-moe", "the hook does not know this model's experts: they stay on the CPU"
+        return "all", "a dense model: nothing to keep in slots"
+    reasons = {
+        "cpu-moe": "every expert is computed on the CPU",
+        "all": "every expert stays resident: asked for",
+    }
+    if policy != "auto":
+        return (policy, reasons[policy]) if policy in reasons else None
+    if share is None or share >= 1.0:
+        return "all", "every expert fits" if share else "every expert stays resident: no budget was given"
+    if shared_memory:
+        return "cpu-moe", "the device has no memory of its own: slots would only hold copies, so the CPU computes"
+    return None
 
 
 def budget(vram_budget: int | str | None, device: _native.Device) -> int | None:
@@ -90,7 +138,7 @@ def _require_budget(what: str, needed: int, budget_bytes: int | None) -> None:
 
 
 def _share_of_budget(experts: Experts, budget_bytes: int | None, fixed_bytes: int) -> float:
-    if budget_bytes is None:
+    if budget_bytes is None or not experts.n_blocks:
         return 1.0
     return max(0.0, (budget_bytes - fixed_bytes) / experts.total_bytes)
 

@@ -28,6 +28,9 @@ class Engine(Protocol):
     def pick(self, row: int) -> int | None:
         """The sampler's pick from a row, None when a stopping criterion says so."""
 
+    def disturbed(self) -> bool:
+        """Whether the context was changed from outside since the step was verified: its logits mean nothing then."""
+
     def keep(self) -> None:
         """The next drafted token is part of the text now."""
 
@@ -62,7 +65,7 @@ def accept(engine: Engine, drafted: list[int]) -> Generator[int, Sequence[int] |
                 return None
             mismatch = guess is not None and token != guess
             sent = list((yield token) or ())
-            if token != guess:
+            if token != guess or engine.disturbed():
                 return [token, *sent]
             engine.keep()  # only now: closed at the yield, the engine holds what it would hold without a draft
             if sent:

@@ -12,6 +12,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import Llama
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from edge_speq import EdgeError, EdgeLlama
 
@@ -43,6 +44,19 @@ def test_it_is_a_llama_and_pickles_like_one(bundled: tuple[Path, Path]) -> None:
         with contextlib.closing(pickle.loads(pickle.dumps(model))) as copy:
             assert copy(PROMPT, max_tokens=8, temperature=0.0)["choices"][0]["text"] == expected
             assert copy.stats().plan == model.stats().plan
+
+
+def test_a_draft_object_and_the_context_shift_survive_pickling(bundled: tuple[Path, Path]) -> None:
+    options = OPTIONS | {"draft_model": LlamaPromptLookupDecoding(2, 6), "speculation": 6}
+    with contextlib.closing(
+        EdgeLlama(str(bundled[0]), resident="1/2", context_shift=True, n_keep=4, **options)
+    ) as model:
+        tokens = model.tokenize(PROMPT.encode())
+        expected = tokens_of(model, tokens, 300)
+        with contextlib.closing(pickle.loads(pickle.dumps(model))) as copy:
+            assert copy.draft_model.num_pred_tokens == 6
+            assert tokens_of(copy, tokens, 300) == expected
+            assert copy.stats().speculation == model.stats().speculation
 
 
 def test_streamed_text_is_the_whole_text(speculating: EdgeLlama) -> None:

@@ -90,6 +90,35 @@ def test_without_a_draft_nothing_is_speculated() -> None:
     assert make(resident=0.5, has_draft=False, speculation=4).k_max == 0
 
 
+def test_auto_drops_a_draft_that_leaves_too_few_slots() -> None:
+    """With it 8 slots, one under the floor of one drafted token; without it 23."""
+    budget = 5_000_000 + 9 * 100_000
+    bounds = {"budget_bytes": budget, "fixed_bytes": 5_000_000, "draft_bytes": 1_500_000}
+    made = make(**bounds)
+    assert (made.policy, made.k_max) == ("slots", 0)
+    assert made.slots == (23,)
+    assert made.fixed_bytes + made.slot_bytes <= budget
+    assert "with a draft the slots would be too few" in made.reason
+    assert make(**(bounds | {"fixed_bytes": 4_900_000})).k_max == 1  # with a little more room it stays
+    with pytest.raises(EdgeError, match="4 draft tokens"):
+        make(**bounds, speculation=4)  # asked for, it is not dropped
+
+
+def test_auto_drops_the_draft_where_even_one_token_is_too_wide() -> None:
+    made = make(resident=1 / 32)  # 6 slots: the floor of a single token is 5, of two 9
+    assert (made.policy, made.k_max, made.slots) == ("slots", 0, (6,))
+    assert "with a draft" in made.reason
+    assert make(resident=1 / 20).k_max == 1
+
+
+def test_no_slots_on_a_device_that_shares_the_machines_memory() -> None:
+    made = make(budget_bytes=1_000_000, fixed_bytes=100_000, shared_memory=True)
+    assert (made.policy, made.k_max) == ("cpu-moe", 4)
+    assert "no memory of its own" in made.reason
+    assert make(budget_bytes=1 << 40, shared_memory=True).policy == "all"
+    assert make(policy="lru", resident=0.5, shared_memory=True).policy == "slots"
+
+
 @given(
     n_expert=st.integers(2, 128),
     n_blocks=st.integers(1, 48),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_speq import EdgeLlama, demo
+from edge_speq import EdgeLlama, demo, drafts, request
+from edge_speq.governor import BACK_OFF, TRIAL
 
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 N_PREDICT = 40
@@ -109,6 +110,75 @@ def test_foresight_beats_lru_where_lru_thrashes(bundled: tuple[Path, Path]) -> N
             texts(model, prompts()[:3])
             misses[policy] = model.stats().experts.misses
     assert misses["auto"] < 0.9 * misses["lru"]
+
+
+class FakeTime:
+    """Seconds that pass in verify steps only: one each, and `extra` for every drafted token."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, extra: float) -> None:
+        self.now, self.widths = 0.0, []
+        extend = EdgeLlama.extend
+
+        def timed(model: EdgeLlama, text: list[int], drafted: list[int]) -> None:
+            extend(model, text, drafted)
+            self.now += 1 + extra * len(drafted)
+            self.widths.append(len(drafted))
+
+        monkeypatch.setattr(EdgeLlama, "extend", timed)
+        monkeypatch.setattr(request.Request, "clock", lambda _: self.now)
+
+
+@pytest.mark.parametrize(("extra", "pays"), [(0.01, True), (3.0, False)])
+def test_auto_drafts_as_long_as_it_pays(tiny, monkeypatch: pytest.MonkeyPatch, extra: float, pays: bool) -> None:
+    """The model as its own draft, always right. Off, it decodes nothing and foresees nothing."""
+    model = tiny.moe("qwen3moe")
+    decoded: list[int] = []
+    decode = drafts.DraftModel._decode
+    monkeypatch.setattr(
+        drafts.DraftModel, "_decode", lambda self, tokens: [decoded.append(len(tokens)), decode(self, tokens)]
+    )
+    with llm(model) as plain, llm(model, draft=model, resident="3/4") as speculating:
+        expected = [t for t, _ in zip(plain.generate([5, 6], temp=0.0), range(100), strict=False)]
+        fake = FakeTime(monkeypatch, extra)
+        assert [t for t, _ in zip(speculating.generate([5, 6], temp=0.0), range(100), strict=False)] == expected
+        stats = speculating.stats()
+    on = [width > 0 for width in fake.widths[1:]]
+    assert not any(on[:TRIAL])  # what a step costs without a draft
+    assert all(on[TRIAL : 2 * TRIAL])
+    assert (sum(on[2 * TRIAL :]) > len(on) // 4) == pays
+    assert stats.speculation.drafted == sum(fake.widths)
+    assert stats.speculation.steps == len(on)
+    if not pays:
+        assert not any(on[2 * TRIAL : 2 * TRIAL + BACK_OFF])
+        assert on[2 * TRIAL + BACK_OFF]  # tried again: what it missed is read at once
+        assert max(decoded) > BACK_OFF
+
+
+def test_a_fixed_number_of_draft_tokens_stays_whatever_it_costs(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.moe("qwen3moe")
+    with llm(model, draft=model, resident=1.0, policy="lru", speculation=3) as speculating:
+        fake = FakeTime(monkeypatch, 50.0)
+        list(zip(speculating.generate([5, 6], temp=0.0), range(80), strict=False))
+    assert set(fake.widths[1:]) == {3}
+
+
+def test_auto_does_without_a_draft_that_leaves_too_few_slots(bundled: tuple[Path, Path]) -> None:
+    target, draft = bundled
+    with llm(target, draft=draft, resident="1/2", vram_budget="1GiB") as whole:
+        plan = whole.stats().plan
+    with llm(target, resident="1/2", vram_budget="1GiB") as alone:
+        draft_bytes = plan.fixed_bytes - alone.stats().plan.fixed_bytes
+    assert draft_bytes > 0
+    expert = plan.slot_bytes // sum(plan.slots)
+    budget = plan.fixed_bytes + 6 * expert  # one token wants 5 slots, two want 9
+    with llm(target, draft=draft, resident="1/2", vram_budget=budget) as model:
+        stats = model.stats()
+        text = texts(model, prompts()[:1])
+    assert stats.plan.k_max == 0
+    assert "with a draft the slots would be too few" in stats.plan.reason
+    assert plan.fixed_bytes - draft_bytes < stats.used_bytes <= budget
+    with llm(target) as plain:
+        assert text == texts(plain, prompts()[:1])
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from edge_speq import __version__
-from edge_speq.cli import inspect, run
+from edge_speq import __version__, interrupt
+from edge_speq.cli import chat, doctor, inspect, plan, run
 from edge_speq.core import EdgeError
 
 
@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="edge-speq", description="Run MoE GGUF models larger than the GPU.")
     top.add_argument("--version", action=_Version, nargs=0, help="package, llama.cpp commit and devices")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    run.add_parser(commands)
-    inspect.add_parser(commands)
+    for command in (run, chat, plan, inspect, doctor):
+        command.add_parser(commands)
     return top
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"hint: {error.hint}", file=sys.stderr)
         return 2 if error.usage else 1
     except KeyboardInterrupt:
-        return 130
+        return interrupt.EXIT_CODE
     except BrokenPipeError:
         sys.stderr.close()  # whoever read stdout has gone; nobody wants a traceback
         return 1

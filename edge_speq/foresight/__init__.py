@@ -15,7 +15,7 @@ import numpy.typing as npt
 from edge_speq import _native
 from edge_speq.core import Experts
 from edge_speq.foresight.counts import Counts
-from edge_speq.foresight.twin import Twin
+from edge_speq.foresight.twin import Quality, Twin
 
 Scores = npt.NDArray[np.float32]
 Routing = npt.NDArray[np.int32]
@@ -61,4 +61,4 @@ def orders(expected: Scores | None) -> npt.NDArray[Any]:
     return out
 
 
-__all__ = ["Counts", "Foresight", "Twin", "choose", "orders"]
+__all__ = ["Counts", "Foresight", "Quality", "Twin", "choose", "orders"]

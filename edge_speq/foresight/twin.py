@@ -62,7 +62,8 @@ class Twin(Counts):
         if draft_routing is None:
             return None
         self._predicted = self._set(draft_routing)
-        return np.where(self._predicted, np.float32(self._right), np.float32(0))
+        expected: npt.NDArray[np.float32] = np.where(self._predicted, np.float32(self._right), np.float32(0))
+        return expected
 
     def worth_fetching(self) -> bool:
         return self._right >= WORTH_FETCHING

@@ -181,7 +181,8 @@ EDGE_API int edge_hook_resize(edge_hook * hook, const int32_t * slots, int32_t n
 
 EDGE_API int edge_hook_counters(edge_hook * hook, edge_counters * out);
 EDGE_API int edge_hook_states(edge_hook * hook, uint8_t * out); // [n_blocks, n_expert] of EDGE_ABSENT..EDGE_PINNED
-EDGE_API int edge_hook_bytes(edge_hook * hook, uint64_t * out); // held on the compute device
+EDGE_API int edge_hook_bytes(edge_hook * hook, uint64_t * out);      // held on the compute device
+EDGE_API int edge_hook_slot_bytes(edge_hook * hook, uint64_t * out); // of which slots
 
 // Fills every slot that holds no expert with NaN patterns. For tests: results must not change.
 EDGE_API int edge_hook_poison_free_slots(edge_hook * hook);

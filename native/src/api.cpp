@@ -291,6 +291,13 @@ int edge_hook_bytes(edge_hook * hook, uint64_t * out) {
     });
 }
 
+int edge_hook_slot_bytes(edge_hook * hook, uint64_t * out) {
+    return guarded([&] {
+        require(hook != nullptr && out != nullptr, "hook or out is null");
+        *out = hook->residency() ? hook->residency()->bytes() : 0;
+    });
+}
+
 int edge_hook_poison_free_slots(edge_hook * hook) {
     return guarded([&] { residency_of(hook).poison_free_slots(); });
 }

@@ -1,0 +1,223 @@
+"""edge-speq doctor: whether this installation and this machine can run models, and what to do where they cannot."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_speq import __version__, demo, gguf_model
+from edge_speq.cli import machine
+from edge_speq.core import EdgeError
+
+MIN_DISK = 1 << 30  # bytes
+MIN_MEMORY = 1 << 30
+NOT_MODULES = re.compile(r"(lib)?ggml-(base|cpu)\b")  # linked in
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`status` is ok, warn (usable, but) or fail (not usable); `remedy` says what to do about the latter two."""
+
+    name: str
+    status: str
+    text: str
+    remedy: str = ""
+    values: dict[str, Any] = field(default_factory=dict)  # the numbers in text
+
+
+def add_parser(commands: Any) -> None:
+    p: argparse.ArgumentParser = commands.add_parser(
+        "doctor",
+        help="is everything here to run models",
+        description="Looks at the installation and the machine. Exit code 0 when models can be run, 1 when not.",
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.add_argument("-v", "--verbose", action="store_true", help="show the log")
+    p.set_defaults(command=doctor)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    findings = list(examine())
+    usable = all(finding.status != "fail" for finding in findings)
+    if options.json:
+        print(json.dumps({"usable": usable, "findings": [dataclasses.asdict(finding) for finding in findings]}))
+    else:
+        print("\n".join(line for finding in findings for line in lines(finding)))
+        print("usable" if usable else "not usable: see what failed above")
+    return 0 if usable else 1
+
+
+def lines(finding: Finding) -> list[str]:
+    remedy = [f"{'':18}-> {finding.remedy}"] if finding.remedy else []
+    return [f"{finding.status:5} {finding.name:11} {finding.text}", *remedy]
+
+
+def examine() -> Iterator[Finding]:
+    yield python()
+    build = native_build()
+    yield build
+    if build.status != "fail":
+        yield from backends()
+        yield instruction_sets()
+    yield cpu()
+    yield memory()
+    yield locked_memory()
+    yield from bundled_models()
+    yield disk()
+
+
+def python() -> Finding:
+    version = platform.python_version()
+    text = f"edge_speq {__version__} on Python {version}, {platform.system()} {platform.machine()}"
+    return Finding("package", "ok", text, values={"edge_speq": __version__, "python": version})
+
+
+def native_build() -> Finding:
+    """The llama-cpp-python that is installed: whether it is the patched build, built from the header beside it."""
+    reinstall = "install the patched build that comes with edge_speq: pip install ./native ."
+    try:
+        import llama_cpp
+
+        from edge_speq import _native
+
+        commit = _native.llama_cpp_commit()
+    except EdgeError as error:
+        return Finding("llama.cpp", "fail", error.message, error.hint or reinstall)
+    except Exception as error:  # whatever a broken installation raises while it is imported
+        return Finding("llama.cpp", "fail", f"llama_cpp cannot be loaded: {error}", reinstall)
+    text = f"patched llama-cpp-python {llama_cpp.__version__}, llama.cpp {commit[:10]}, built from its header"
+    return Finding("llama.cpp", "ok", text, values={"llama_cpp_python": llama_cpp.__version__, "commit": commit})
+
+
+def backends() -> Iterator[Finding]:
+    """Backend modules, and the devices that they and the linked backends offer."""
+    from edge_speq import _native
+
+    with _captured("edge_speq") as warnings:
+        try:
+            _native.load_backends()
+        except EdgeError as error:
+            yield Finding("backends", "fail", error.message, error.hint or "correct or unset EDGE_SPEQ_BACKENDS")
+    for path in backend_modules():
+        yield module(path, warnings)
+    found = _native.devices()
+    for device in found:
+        text = f"{device}: {_gib(device.free_bytes)} of {_gib(device.total_bytes)} free"
+        yield Finding("device", "ok", text, values=dataclasses.asdict(device))
+    if not any(device.is_gpu for device in found):
+        remedy = "put a ggml backend module beside the installed libraries or name it in EDGE_SPEQ_BACKENDS"
+        yield Finding("gpu", "warn", "no GPU backend: the CPU computes", remedy)
+
+
+def backend_modules() -> list[Path]:
+    """Those beside the installed libraries, and those that EDGE_SPEQ_BACKENDS names."""
+    import llama_cpp
+
+    named = [Path(name) for name in os.environ.get("EDGE_SPEQ_BACKENDS", "").split(os.pathsep) if name]
+    folders = [Path(llama_cpp.__file__).parent / "lib", *(path for path in named if path.is_dir())]
+    found = [path for folder in folders for path in sorted(folder.glob("*ggml-*.so"))]
+    return [path for path in found if not NOT_MODULES.match(path.name)] + [path for path in named if path.is_file()]
+
+
+def module(path: Path, warnings: list[str]) -> Finding:
+    """Whether a backend module loads; the dynamic linker says why not, else llama.cpp's own words do."""
+    remedy = "install the driver or runtime library that it names, or build the module from this llama.cpp"
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        return Finding("module", "warn", f"{path.name} does not load: {error}", remedy)
+    said = [text for text in warnings if path.name in text]
+    return Finding("module", "warn", said[0], remedy) if said else Finding("module", "ok", f"{path.name} loads")
+
+
+def instruction_sets() -> Finding:
+    import llama_cpp
+
+    info = llama_cpp.llama_print_system_info().decode(errors="replace")
+    found = re.findall(r"(\w+) = 1\b", info)
+    return Finding("built for", "ok", ", ".join(found) or "no instruction set extensions", values={"features": found})
+
+
+def cpu() -> Finding:
+    cores, usable = machine.cores(), machine.usable_cpus()
+    text = f"{machine.cpu_model()}, {f'{cores} cores, ' if cores else ''}{usable} of {os.cpu_count()} processors usable"
+    return Finding("cpu", "ok", text, values={"cores": cores, "processors": os.cpu_count(), "usable": usable})
+
+
+def memory() -> Finding:
+    found = machine.memory()
+    if found is None:
+        return Finding("memory", "ok", "unknown on this system")
+    total, available = found
+    values = {"total_bytes": total, "available_bytes": available}
+    text = f"{_gib(available)} of {_gib(total)} available"
+    if available < MIN_MEMORY:
+        return Finding("memory", "warn", text, "close other programs: models are read through the page cache", values)
+    return Finding("memory", "ok", text, values=values)
+
+
+def locked_memory() -> Finding:
+    limit = machine.locked_memory_limit()
+    if limit is None:
+        return Finding("memlock", "ok", "no such limit on this system")
+    text = "unlimited" if limit < 0 else f"{limit / 2**20:g} MiB"
+    note = "" if limit < 0 else ": use_mlock is bound by it, page-locked buffers of a GPU driver are not"
+    return Finding("memlock", "ok", text + note, values={"limit_bytes": None if limit < 0 else limit})
+
+
+def bundled_models() -> Iterator[Finding]:
+    for name in (demo.MODEL, demo.DRAFT):
+        try:
+            file = gguf_model.check_model(demo.path(name))
+        except EdgeError as error:
+            yield Finding("demo", "warn", error.message, error.hint)
+        else:
+            yield Finding("demo", "ok", f"{name}, {file.size / 2**20:.1f} MiB", values={"size_bytes": file.size})
+
+
+def disk() -> Finding:
+    """Of the folder with the bundled models, else of the one that we are in."""
+    folder = Path.cwd()
+    with contextlib.suppress(EdgeError):
+        folder = demo.path(demo.MODEL).parent
+    usage = shutil.disk_usage(folder)
+    text = f"{_gib(usage.free)} of {_gib(usage.total)} free in the model folder"
+    values = {"free_bytes": usage.free, "total_bytes": usage.total}
+    if usage.free < MIN_DISK:
+        return Finding("disk", "warn", text, "make room: models take gigabytes", values)
+    return Finding("disk", "ok", text, values=values)
+
+
+@contextlib.contextmanager
+def _captured(name: str) -> Iterator[list[str]]:
+    """The warnings of a logger while the block runs, kept from the screen."""
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    texts: list[str] = []
+    logger, handler = logging.getLogger(name), Keep(logging.WARNING)
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield texts
+    finally:
+        logger.propagate = propagate
+        logger.removeHandler(handler)
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,45 @@
+"""The messages that a user types or pipes into a chat."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+
+QUOTES = '"""'
+
+
+class Lines:
+    """Messages from stdin. On a terminal there are prompts, and where the replies go to the same terminal, editing
+    and history; prompts are never part of stdout when that is data."""
+
+    def __init__(self, *, data: bool) -> None:
+        self.typed = sys.stdin.isatty()
+        self._editing = self.typed and sys.stdout.isatty() and not data
+        if self._editing:
+            with contextlib.suppress(ImportError):  # not on every system
+                import readline  # noqa: F401  # input() takes it from here
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
+
+    def read(self, prompt: str = ">>> ") -> str:
+        """One line. Raises EOFError at the end."""
+        if self._editing:
+            return input(prompt)
+        if self.typed:
+            print(prompt, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")
+
+    def message(self) -> tuple[str, bool]:
+        '''A message, and whether it stood between """, where it may have several lines. Raises EOFError at the end.'''
+        line = self.read()
+        if not line.startswith(QUOTES):
+            return line, False
+        text = line.removeprefix(QUOTES)
+        with contextlib.suppress(EOFError):
+            while QUOTES not in text:
+                text += "\n" + self.read("... ")
+        return text.partition(QUOTES)[0].strip("\n"), True

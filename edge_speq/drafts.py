@@ -1,0 +1,172 @@
+"""Drafts: what guesses the next tokens. A GGUF with a context of its own, or a llama_cpp LlamaDraftModel object."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import _internals as internals
+
+from edge_speq import _native, engine
+from edge_speq.cancellation import Cancellation
+from edge_speq.core import EdgeError, Experts
+
+Text = npt.NDArray[np.intc]
+Routing = npt.NDArray[np.int32]
+
+log = logging.getLogger("edge_speq")
+
+
+class Draft(Protocol):
+    experts: Experts | None  # None when it has no routing to show
+
+    def begin(self) -> None:
+        """A new request begins."""
+
+    def propose(self, text: Text, k: int, sampler: Any) -> tuple[list[int], Routing | None]:
+        """At most k tokens that may continue text, and the routing [n_blocks, n, n_expert_used] of the last text token
+        and all drafted ones but the last. `sampler` is the target's llama_cpp LlamaSampler, which stays as it is."""
+
+    def shift(self, n_keep: int, n_discard: int) -> None:
+        """The context shifted: of its tokens, n_discard after the first n_keep are gone."""
+
+    def memory_used(self) -> int:
+        """Bytes on the compute device."""
+
+    def close(self) -> None: ...
+
+
+class ObjectDraft:
+    """A llama_cpp.llama_speculative.LlamaDraftModel. One that raises is out of use until the next request begins."""
+
+    experts: Experts | None = None
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._failed = False
+
+    def begin(self) -> None:
+        self._failed = False
+
+    def propose(self, text: Text, k: int, sampler: Any) -> tuple[list[int], Routing | None]:
+        if self._failed:
+            return [], None
+        try:
+            tokens = np.asarray(self._model(text)).reshape(-1)[:k]
+            return [int(token) for token in tokens], None
+        except Exception:  # not ours, and a guess is not worth the request
+            self._failed = True
+            log.warning("the draft_model raised, so this request goes on without a draft", exc_info=True)
+            return [], None
+
+    def shift(self, n_keep: int, n_discard: int) -> None: ...
+
+    def memory_used(self) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+
+class DraftModel:
+    """A draft GGUF with a context of its own, fully resident on the compute device.
+
+    Its KV cache holds the first `_n` of `_tokens`; `propose` rolls it back to what it shares with the text and goes
+    on from there, so a draft that was not asked for a while costs nothing until it is. With routed experts its
+    routing is kept for foresight.
+    """
+
+    def __init__(
+        self, path: Path, model_params: Any, context_params: Any, max_width: int, cancellation: Cancellation
+    ) -> None:
+        self._max_width = max_width
+        with contextlib.ExitStack() as stack:  # closes what is open when a later part fails
+            self._model = stack.enter_context(contextlib.closing(engine.load_model(path, model_params, "draft")))
+            experts = _native.model_experts(self._model.model)
+            self.experts: Experts | None = experts if experts.n_blocks else None
+            self._hook = _native.Hook(self._model.model, experts, max_width) if experts.n_blocks else None
+            if self._hook is not None:
+                stack.callback(self._hook.detach)
+            self._context = stack.enter_context(contextlib.closing(engine.create_context(self._model, context_params)))
+            cancellation.watch(self._context.ctx)
+            self._n_batch = int(context_params.n_batch)
+            batch = internals.LlamaBatch(n_tokens=self._n_batch, embd=0, n_seq_max=1, verbose=True)
+            self._batch = stack.enter_context(contextlib.closing(batch))
+            self.close = stack.pop_all().close
+        self._tokens: Text = np.zeros(self._context.n_ctx(), dtype=np.intc)
+        self._n = 0
+        self._can_shift = engine.can_shift(self._model, self._context)
+
+    def require_vocabulary_of(self, target: int) -> None:
+        token = _native.vocab_difference(self._model.model, target)
+        if token is not None:
+            raise EdgeError(
+                f"the draft has another vocabulary than the model: they differ from token {token} on",
+                "use a draft of the same model family",
+            )
+
+    def begin(self) -> None: ...
+
+    def memory_used(self) -> int:
+        used = _native.memory_used(self._context.ctx, _native.compute_device().is_gpu).total
+        return used + (self._hook.bytes_held() if self._hook is not None else 0)
+
+    def propose(self, text: Text, k: int, sampler: Any) -> tuple[list[int], Routing | None]:
+        # a clone draws the random numbers that the target's sampler is about to draw: similar distributions
+        # then pick the same token. A Python logits processor cannot be cloned.
+        if sampler.custom_samplers:
+            own = llama_cpp.llama_sampler_init_greedy()
+        else:
+            own = llama_cpp.llama_sampler_clone(sampler.sampler)
+        try:
+            self._catch_up(text)
+            return self._sample(k, own)
+        except EdgeError:
+            self._n = 0  # cancelled perhaps in the middle of a context shift: what the KV cache holds is not known
+            raise
+        finally:
+            llama_cpp.llama_sampler_free(own)
+
+    def _sample(self, k: int, sampler: Any) -> tuple[list[int], Routing | None]:
+        drafted: list[int] = []
+        routing: list[Routing] = []
+        for _ in range(k):
+            if drafted:
+                self._decode([drafted[-1]])
+            token = int(llama_cpp.llama_sampler_sample(sampler, self._context.ctx, -1))
+            if self._hook is not None:
+                routing.append(self._hook.routing()[:, -1:, :].copy())
+            drafted.append(token)
+        return drafted, np.concatenate(routing, axis=1) if routing else None
+
+    def shift(self, n_keep: int, n_discard: int) -> None:
+        """Shifts the KV cache as the target's was, so that the draft need not read half of the text again."""
+        n, gone = self._n, n_keep + n_discard
+        if not self._can_shift or n <= gone:
+            self._n = min(n, n_keep)
+            return
+        engine.shift(self._context, n_keep, n_discard, n)
+        self._tokens[n_keep : n - n_discard] = self._tokens[gone:n].copy()
+        self._n = n - n_discard
+
+    def _catch_up(self, text: Text) -> None:
+        """Makes the KV cache hold text, its last token decoded just now so that logits are at hand."""
+        shared = engine.shared_prefix(self._tokens[: self._n], text[:-1])
+        if not self._context.kv_cache_seq_rm(-1, shared, -1):  # a recurrent draft cannot go back part of the way
+            self._context.kv_cache_clear()
+            shared = 0
+        self._n = shared
+        for start in range(shared, len(text), self._n_batch):
+            self._decode(text[start : start + self._n_batch].tolist())
+
+    def _decode(self, tokens: Sequence[int]) -> None:
+        # without logits for every token the last block would lack rows of routing
+        n_logits = len(tokens) if len(tokens) <= self._max_width else 1
+        engine.decode(self._context, self._batch, tokens, self._n, n_logits, hook=self._hook)
+        self._tokens[self._n : self._n + len(tokens)] = tokens
+        self._n += len(tokens)

@@ -1,0 +1,134 @@
+"""What a model would hold on the compute device, found without reading its weights, and the plan that follows.
+
+EdgeLlama and `edge-speq plan` decide alike because both come through here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_speq import _native, engine, plan
+from edge_speq.budget import Budget
+from edge_speq.core import (
+    COMPUTES,
+    POLICIES,
+    EdgeError,
+    Experts,
+    MemoryUse,
+    Plan,
+    parse_share,
+    parse_speculation,
+    require_choice,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for, in EdgeLlama's words, checked. Sizes are bytes."""
+
+    model: Path
+    draft: Path | None  # None also where no draft token is wanted
+    device: _native.Device
+    policy: str
+    resident: float | None
+    budget_bytes: int | None
+    speculation: int | None  # None: as many draft tokens as the slots allow
+    draft_model: object | None = None  # a LlamaDraftModel in place of a draft file
+    is_bounded: bool = True  # by the caller: not only by what the device has free
+    shared: Budget | None = None  # whose bytes budget_bytes is
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The experts of a model, and what everything but slots takes on the compute device."""
+
+    experts: Experts
+    target: MemoryUse
+    draft: MemoryUse
+
+    @property
+    def fixed_bytes(self) -> int:
+        return self.target.total + self.draft.total
+
+
+def request(
+    model: str | Path,
+    *,
+    draft: str | Path | None = None,
+    draft_model: object | None = None,
+    resident: float | str | None = None,
+    vram_budget: int | str | Budget | None = None,
+    speculation: int | str = "auto",
+    policy: str = "auto",
+    compute: str = "auto",
+) -> Request:
+    """EdgeLlama's arguments, checked. Raises EdgeError for what they do not allow and for files that are none."""
+    require_choice("policy", policy, POLICIES)
+    require_choice("compute", compute, COMPUTES)
+    if policy in ("all", "cpu-moe") and resident is not None:
+        raise EdgeError(f"resident does not apply to policy {policy}", "leave one of them out", usage=True)
+    if draft is not None and draft_model is not None:
+        raise EdgeError("draft and draft_model are both given", "leave one of them out", usage=True)
+    if draft_model is not None and not callable(draft_model):
+        raise EdgeError("draft_model is no LlamaDraftModel", "give a draft GGUF as draft=", usage=True)
+    wanted_k = parse_speculation(speculation)
+    share = None if resident is None else parse_share(resident)
+    draft_path = None if draft is None or wanted_k == 0 else engine.check_model_file(draft, "draft")
+    model_path = engine.check_model_file(model)
+    _native.load_backends()
+    device = _native.compute_device()
+    unbounded = vram_budget is None and share is None and policy == "auto"
+    shared = vram_budget if isinstance(vram_budget, Budget) else None
+    if isinstance(vram_budget, Budget):
+        budget_bytes: int | None = vram_budget.bytes
+    else:
+        budget_bytes = plan.budget("auto" if unbounded and device.is_gpu else vram_budget, device)
+    if wanted_k == 0:
+        draft_model = None
+    return Request(
+        model_path, draft_path, device, policy, share, budget_bytes, wanted_k, draft_model, not unbounded, shared
+    )
+
+
+def prepare(wanted: Request, model_params: Any, context_params: Any) -> tuple[Any, Any]:
+    """Sets the native parameters so that experts can be served from slots. Returns the draft's model parameters, and
+    what must outlive the load."""
+    context_params.swa_full = True  # rolling back drafted tokens needs the whole window
+    draft_params = engine.copy_params(model_params)
+    # repacked weights are copies in RAM, which a budget would have to count
+    draft_params.use_extra_bufts = wanted.budget_bytes is None
+    return draft_params, engine.experts_on_host(model_params)
+
+
+def survey(wanted: Request, model_params: Any, draft_params: Any, context_params: Any | None) -> Survey:
+    """Dry loads of model and draft with prepared parameters; without context_params only the experts are found."""
+    contexts = None if context_params is None else engine.copy_params(context_params)
+    if contexts is not None and contexts.n_ctx == 0:
+        contexts.n_batch = contexts.n_ubatch = 512  # llama_cpp.Llama fills these in after loading
+    experts, target = engine.dry_load(wanted.model, model_params, contexts, "model")
+    draft = MemoryUse()
+    if wanted.draft is not None and contexts is not None:
+        _, draft = engine.dry_load(wanted.draft, draft_params, contexts, "draft")
+    return Survey(experts, target, draft)
+
+
+def decide(wanted: Request, found: Survey) -> Plan:
+    """The plan; under a shared budget the other models have made room when this returns. Raises EdgeError, with the
+    nearest possible request, where there is none."""
+    budget_bytes = wanted.budget_bytes
+    if wanted.shared is not None:
+        budget_bytes = wanted.shared.admit(found.experts, found.fixed_bytes)
+    return plan.plan(
+        found.experts,
+        policy=wanted.policy,
+        resident=wanted.resident,
+        budget_bytes=budget_bytes,
+        fixed_bytes=found.fixed_bytes if wanted.budget_bytes is not None else 0,
+        speculation=wanted.speculation,
+        has_draft=wanted.draft is not None or wanted.draft_model is not None,
+        experts_mapped=not wanted.device.is_gpu,
+        draft_bytes=found.draft.total if wanted.budget_bytes is not None else 0,
+        shared_memory=not wanted.is_bounded and wanted.device.is_integrated,
+    )

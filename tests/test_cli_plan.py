@@ -1,0 +1,152 @@
+"""edge-speq plan says what loading the model does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from edge_speq import EdgeLlama, demo, engine
+from edge_speq.cli import arguments, main, parser
+
+SCHEMAS = Path(demo.__file__).parent / "schema"
+SCHEMA = json.loads((SCHEMAS / "plan.schema.json").read_text(encoding="utf-8"))
+RUN_SCHEMA = json.loads((SCHEMAS / "run.schema.json").read_text(encoding="utf-8"))
+
+
+def planned(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    assert main(["plan", "--json", *options]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    jsonschema.validate(summary, SCHEMA)
+    return summary
+
+
+def loaded(*options: str) -> EdgeLlama:
+    """The model that `edge-speq run` loads with the same options."""
+    parsed = parser().parse_args(["run", *options])
+    arguments.with_demo_defaults(parsed)
+    return arguments.load(parsed)
+
+
+def as_json(model: EdgeLlama) -> dict[str, Any]:
+    stats: dict[str, Any] = json.loads(json.dumps(model.stats().to_dict()))
+    return stats
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--resident 1/4 --speculation 2 -c 512",
+        "--resident 1 --policy lru",
+        "--vram-budget 45MiB -c 512",
+        "--vram 42MiB -c 512 --speculation 1",
+        "--vram-budget 200MiB --no-mmap",
+        "--policy all",
+        "--policy cpu-moe --speculation 0",
+        "--resident 3/4 --speculation 0 -t 1",
+        "--vram-budget 48MiB --resident 1/2 -c 300",
+        "--vram-budget auto",
+    ],
+)
+def test_the_plan_is_that_of_the_loaded_model(capsys: pytest.CaptureFixture[str], options: str) -> None:
+    summary = planned(capsys, *options.split())
+    model = loaded(*options.split())
+    try:
+        stats = as_json(model)
+        assert summary["plan"] == stats["memory"]["plan"]
+        assert summary["device"]["name"] in stats["backend"]["device"]
+        assert summary["n_ctx"] == model.n_ctx()
+        if summary["memory"]["budget_bytes"] is not None and "--no-mmap" not in options:
+            assert stats["memory"]["used_bytes"] <= summary["memory"]["total_bytes"]
+    finally:
+        model.close()
+
+
+def test_tiny_models_of_several_groups(capsys: pytest.CaptureFixture[str], tiny) -> None:
+    options = (str(tiny.moe("qwen3moe", "Q4_K_M")), "--resident", "1/2", "-c", "256")
+    summary = planned(capsys, *options)
+    model = loaded(*options)
+    assert summary["plan"] == as_json(model)["memory"]["plan"]
+    model.close()
+    assert [group["slots"] for group in summary["groups"]] == summary["plan"]["slots"]
+
+
+def test_a_dense_model_has_no_groups(capsys: pytest.CaptureFixture[str], tiny) -> None:
+    summary = planned(capsys, str(tiny.dense()), "-c", "256")
+    assert summary["groups"] == []
+    assert summary["plan"]["policy"] == "all"
+    assert summary["draft"] is None
+
+
+def test_the_numbers_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = planned(capsys, "--vram-budget", "45MiB", "-c", "512")
+    memory, decided = summary["memory"], summary["plan"]
+    for part in (memory["target"], memory["draft"]):
+        assert part["total_bytes"] == part["model_bytes"] + part["context_bytes"] + part["compute_bytes"]
+    fixed = memory["target"]["total_bytes"] + memory["draft"]["total_bytes"] + memory["overhead_bytes"]
+    assert fixed == decided["fixed_bytes"]
+    assert memory["expert_bytes"] == decided["slot_bytes"] == sum(g["slot_bytes"] for g in summary["groups"])
+    assert memory["total_bytes"] == fixed + decided["slot_bytes"]
+    assert memory["total_bytes"] <= memory["budget_bytes"] == 45 << 20
+    experts = sum(group["n_experts"] * group["expert_bytes"] for group in summary["groups"])
+    assert experts == summary["model"]["expert_bytes"]
+
+
+def test_no_weights_are_loaded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    loads, load = [], engine.load_model
+
+    def watched(path: Path, params: Any, role: str) -> Any:
+        loads.append((role, bool(params.no_alloc)))
+        return load(path, params, role)
+
+    monkeypatch.setattr(engine, "load_model", watched)
+    planned(capsys)
+    assert loads == [("model", True), ("draft", True)]
+
+
+def test_the_report_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--vram-budget", "45MiB", "-c", "512"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    for word in ("in slots", "dense", "KV", "compute", "routing", "sum", "of a budget of 45.00 MiB", "tokens a step"):
+        assert word in said.out
+    if planned(capsys)["device"]["is_gpu"]:
+        assert "mapped" not in said.out
+    else:
+        assert "no GPU: the CPU computes, and weights, which are mapped file pages, are not counted" in said.out
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "cause", "remedy"),
+    [
+        ("--vram-budget 2MiB", 1, "for slots are too few", "the smallest possible budget here is"),
+        ("--resident 1/16 --speculation 8", 1, "slots are too few", "ask for resident of at least"),
+        ("--policy cpu-moe --vram 2MiB", 1, "over the budget", "the smallest possible budget here is"),
+        ("--policy all --resident 1/2", 2, "resident does not apply", "leave one of them out"),
+        ("--vram-budget much", 2, "not a size", "write it like"),
+        ("none.gguf", 2, "model file not found", "path"),
+    ],
+)
+def test_the_impossible_is_refused_with_the_nearest_possible(
+    capsys: pytest.CaptureFixture[str], options: str, code: int, cause: str, remedy: str
+) -> None:
+    assert main(["plan", *options.split()]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    first, second = said.err.splitlines()
+    assert first.startswith("error: ") and cause in first
+    assert second.startswith("hint: ") and remedy in second
+
+
+def test_the_smallest_possible_budget_is_possible(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "-c", "512", "--vram-budget", "2MiB"])
+    smallest = capsys.readouterr().err.split("budget here is ")[1].split(",")[0].split()[0]
+    assert planned(capsys, "-c", "512", "--vram-budget", smallest)["plan"]["policy"] == "slots"
+
+
+def test_the_plan_is_described_as_in_run() -> None:
+    assert SCHEMA["properties"]["plan"] == RUN_SCHEMA["properties"]["memory"]["properties"]["plan"]
