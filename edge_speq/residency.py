@@ -7,6 +7,7 @@ test holds the two together), so policies can be replayed over recorded routing,
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -285,3 +286,32 @@ class Residency:
             bytes_wasted=self._bytes["prefetched"] - self._bytes["used"],
             stall_ms=self.stall_ns / 1e6,
         )
+
+
+class Belady(Residency):
+    """Evicts what is needed again last (Belady 1966): no policy without prefetches misses less. It knows the routing of
+    every step beforehand, [n_blocks, n_tokens, n_expert_used] each."""
+
+    def __init__(
+        self, experts: Experts, slots: Sequence[int], steps: Sequence[npt.NDArray[np.int32]], **link: int
+    ) -> None:
+        super().__init__(experts, slots, **link)
+        self._steps, self._time = steps, 0
+        self._uses: dict[Key, list[int]] = {}
+        for time, (block, ids) in enumerate((block, ids) for step in steps for block, ids in enumerate(step)):
+            for expert in np.unique(ids):
+                self._uses.setdefault((block, int(expert)), []).append(time)
+
+    def replay(self) -> ExpertCounters:
+        for step in self._steps:
+            self.step(step)
+        return self.counters()
+
+    def demand(self, block: int, ids: Iterable[int]) -> None:
+        self._time += 1
+        super().demand(block, ids)
+
+    def worth(self, key: Key) -> float:
+        uses = self._uses.get(key, [])
+        later = bisect.bisect_left(uses, self._time)
+        return -float(uses[later]) if later < len(uses) else -math.inf

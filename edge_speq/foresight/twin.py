@@ -69,6 +69,6 @@ class Twin(Counts):
         return self._right >= WORTH_FETCHING
 
     def _set(self, routing: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        found = np.zeros(self._worth.shape, dtype=bool)
+        found = np.zeros(self._often.shape, dtype=bool)
         found[self._blocks, routing] = True
         return found
