@@ -30,7 +30,8 @@ MAX_KEPT = 4096  # numbers of one array, kept for per-layer hyper-parameters
 MAX_ALIGNMENT = 1 << 16
 MAX_PARTS = 1024
 DEFAULT_ALIGNMENT = 32
-TOKENS = "tokenizer.ggml.tokens"
+TOKENS, TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+BYTE = 6  # LLAMA_TOKEN_TYPE_BYTE
 
 _SCALARS = dict(enumerate("BbHhIif?  Qqd"))  # struct codes by GGUF type; 8 is string, 9 is array
 _STRING, _ARRAY, U16, U32 = 8, 9, 2, 4
@@ -91,6 +92,8 @@ class GGUFFile:
     version: int = 0
     fields: dict[str, Field] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    missing_bytes: list[int] = field(default_factory=list)  # for which no token stands, as <0x0A> or as itself
+    has_byte_tokens: bool = False  # by their type
 
     def fail(self, key: str, problem: str, tensor: Tensor | None = None) -> NoReturn:
         """Raises GGUFError at a field or at a tensor's entry."""
@@ -261,6 +264,8 @@ class _Reader:
         count = self._count(key, MAX_HEADER, size)
         kept = min(count, MAX_KEPT)
         values = struct.unpack_from(f"<{kept}{_SCALARS[kind]}", self._data, self._pos)
+        if key == TOKEN_TYPES:
+            self._file.has_byte_tokens = BYTE in struct.unpack_from(f"<{count}{_SCALARS[kind]}", self._data, self._pos)
         self._pos += count * size
         return Field(kind, start, count=count, values=values)
 
@@ -293,6 +298,8 @@ class _Reader:
             if len(seen) != i + 1:
                 self.fail(TOKENS, token, f"token {i} occurs twice: {word[:40]!r}")
         self._pos = pos
+        missing = (byte for byte in range(256) if not seen & {b"<0x%02X>" % byte, bytes([byte])})
+        self._file.missing_bytes = list(missing)
 
     def _alignment(self) -> int:
         found = self._file.fields.get("general.alignment")

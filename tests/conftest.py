@@ -55,14 +55,18 @@ class TinyModels:
         "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
         "Q2_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K,
         "MXFP4": llama_cpp.LLAMA_FTYPE_MOSTLY_MXFP4_MOE,
+        "IQ4_XS": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_XS,
+        "IQ3_S": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ3_S,
+        "IQ2_XS": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ2_XS,
     }
+    with_importance = ("IQ2_XS",)
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def moe(self, arch: tiny_models.Arch, kind: str = "F16", **options: Any) -> Path:
         name = "-".join([arch, *(f"{key}_{value}" for key, value in options.items())])
-        return self._make(name, kind, partial(tiny_models.write_tiny, arch=arch, n_layer=4, **options))
+        return self._make(name, kind, partial(tiny_models.write_tiny, arch=arch, **{"n_layer": 4} | options))
 
     def dense(self, vocab: tiny_models.Vocab = "bytes") -> Path:
         return self._make(f"dense-{vocab}", "F16", partial(tiny_models.write_tiny_dense, vocab=vocab))
@@ -73,7 +77,8 @@ class TinyModels:
             if kind == "F16":
                 write(path)
             else:
-                tiny_models.quantize(self._make(name, "F16", write), path, self.types[kind])
+                whole = self._make(name, "F16", write)
+                tiny_models.quantize(whole, path, self.types[kind], importance=kind in self.with_importance)
         return path
 
 

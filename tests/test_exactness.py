@@ -11,9 +11,10 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tiny_models
 from llama_cpp import _internals as internals
 
-from edge_speq import EdgeError, _native, engine
+from edge_speq import EdgeError, _native, engine, gguf_file, gguf_model
 
 WIDTHS = [40, 1, 1, 2, 5, 1, 2, 2, 5, 5, 1]  # a prefill, then single tokens and verify steps in mixed order
 MAX_WIDTH = 5
@@ -61,32 +62,37 @@ def logits(
     return np.concatenate(rows)
 
 
-def feasible_slots(experts: _native.Experts) -> list[list[int]]:
+def feasible_slots(experts: _native.Experts, max_width: int = MAX_WIDTH) -> list[list[int]]:
     """The floor, one above it, halfway and everything, for each group."""
-    floor = _native.slot_floor(experts, MAX_WIDTH)
-    counts = []
-    for wanted in (floor, floor + 1, experts.total // 2, experts.total):
-        slots = [min(max(floor, wanted), group.n_experts) for group in experts.groups]
+    floor = _native.slot_floor(experts, max_width)
+    sizes = [group.n_experts for group in experts.groups]
+    counts: list[list[int]] = []
+    for wanted in ([floor] * len(sizes), [floor + 1] * len(sizes), [n // 2 for n in sizes], sizes):
+        slots = [min(max(floor, count), n) for count, n in zip(wanted, sizes, strict=True)]
         if slots not in counts:
             counts.append(slots)
     return counts
 
 
-def check_bit_identical(path: Path, **options: int) -> None:
+def check_bit_identical(path: Path, widths: list[int] = WIDTHS, **options: int) -> int:
+    """Returns how many slot counts were tried; slots are for the widest verify step, what comes first is prefill."""
+    max_width = max(widths[1:])
     with loaded(path) as model:
-        stock = logits(model, None, WIDTHS, **options)
+        stock = logits(model, None, widths, **options)
         assert np.isfinite(stock).all()
         experts = _native.model_experts(model.model)
-        for slots in feasible_slots(experts):
-            hook = _native.Hook(model.model, experts, MAX_WIDTH, slots)
+        feasible = feasible_slots(experts, max_width)
+        for slots in feasible:
+            hook = _native.Hook(model.model, experts, max_width, slots)
             hook.poison_free_slots()
-            got = logits(model, hook, WIDTHS, **options)
+            got = logits(model, hook, widths, **options)
             counters, routing = hook.counters(), hook.routing().shape
             hook.detach()
             np.testing.assert_array_equal(got, stock, err_msg=f"{slots} slots")
-            assert counters.hits
+            assert counters.hits or sum(slots) < experts.total // 2  # a few slots for all blocks: each misses
             assert counters.misses
-            assert routing == (experts.n_blocks, WIDTHS[-1], experts.n_expert_used), "a block was not served"
+            assert routing == (experts.n_blocks, widths[-1], experts.n_expert_used), "a block was not served"
+    return len(feasible)
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])
@@ -108,6 +114,10 @@ def test_tiny_models(tiny, arch: str, kind: str) -> None:
             ("deepseek2", "Q4_K_M", {"n_ff": 96}),
             ("deepseek2", "F16", {"gate": "fused"}),
             ("deepseek2", "Q4_K_M", {"gate": "fused"}),
+            ("deepseek2", "Q4_K_M", {"n_ff": 1408, "n_layer": 2}),
+            ("phimoe", "IQ4_XS", {"n_layer": 2}),
+            ("qwen3moe", "IQ3_S", {"n_layer": 2}),
+            ("mixtral", "IQ2_XS", {"n_layer": 1}),
             ("gpt-oss", "F16", {}),
             ("gpt-oss", "MXFP4", {"n_ff": 96}),
             ("granitemoe", "Q4_K_M", {}),
@@ -122,6 +132,33 @@ def test_more_architectures(tiny, arch: str, kind: str, options: dict[str, Any])
     """Shared experts, biases, scales, sliding windows, routing in groups, a leading dense layer, no gate or one fused
     with up, rows that no K-quant divides, and grovemoe's chunk experts, which stay on the stock path."""
     check_bit_identical(tiny.moe(arch, kind, **options))
+
+
+KINDS = {"F16": "F16", "Q8_0": "Q8_0", "Q4_K_M": "Q4_K", "IQ4_XS": "IQ4_XS", "IQ3_S": "IQ3_S", "IQ2_XS": "IQ2_XS"}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((arch, {}) for arch in tiny_models.ARCHITECTURES),
+    ("deepseek2", {"n_ff": 1408}),  # DeepSeek-V2-Lite's width of an expert: 5.5 blocks of a K-quant
+    ("deepseek2", {"gate": "fused"}),
+    ("granitemoe", {"gate": "none"}),
+    ("gpt-oss", {"n_ff": 96}),
+    ("qwen3moe", {"scales": True}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1, 2, 5, 8])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("arch", "options"), [pytest.param(*variant, id="-".join(map(str, variant))) for variant in VARIANTS]
+)
+def test_matrix(tiny, arch: str, options: dict[str, Any], kind: str, width: int) -> None:
+    """Every architecture, type and width of a verify step, with slots for it from the floor to everything."""
+    path = tiny.moe(arch, kind, **options)
+    experts = [tensor for name, tensor in gguf_file.read(path).tensors.items() if gguf_model.EXPERTS.fullmatch(name)]
+    assert KINDS[kind] in {tensor.type for tensor in experts}
+    assert {tensor.type for tensor in experts if tensor.ne[0] % 256} <= {"F16", "Q8_0", "Q5_0", "Q5_1", "IQ4_NL"}
+    n_feasible = check_bit_identical(path, [40, 1, 1, 1, width, width, 1, 1, *[width] * 4])
+    assert n_feasible >= 3  # the floor, one above it, everything; half of them where that is more
 
 
 @pytest.mark.parametrize("n_ubatch", [64, 16])

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import gguf
 import numpy as np
 
 Arch = Literal["qwen3moe", "mixtral", "olmoe", "qwen2moe", "phimoe", "deepseek2", "gpt-oss", "granitemoe", "grovemoe"]
+ARCHITECTURES: tuple[Arch, ...] = get_args(Arch)
 Gate = Literal["split", "fused", "none"]  # of the routed experts: its own tensor, one with up, or absent
 Vocab = Literal["bytes", "shuffled"]
 Dtype = Literal["f16", "f32"]
@@ -344,12 +345,33 @@ def write_tiny_dense(
     return _finish(writer, path)
 
 
-def quantize(src: Path | str, dst: Path | str, ftype: int) -> Path:
-    """Quantize `src` with the installed llama.cpp to a whole-file type such as LLAMA_FTYPE_MOSTLY_Q4_K_M."""
+def quantize(src: Path | str, dst: Path | str, ftype: int, *, importance: bool = False) -> Path:
+    """Quantize `src` with the installed llama.cpp to a whole-file type such as LLAMA_FTYPE_MOSTLY_Q4_K_M.
+
+    `importance` gives it an importance matrix, all ones: some types (IQ2_XS) want one. Rows that the type's blocks do
+    not divide get another type: Q4_K becomes Q5_0, Q5_K Q5_1, Q6_K Q8_0, and the 256-blocks of IQ types become IQ4_NL.
+    """
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread, params.ftype = 1, ftype
+    matrix = _ones(src) if importance else None
+    if matrix is not None:
+        params.imatrix = matrix
     if llama_cpp.llama_model_quantize(str(src).encode(), str(dst).encode(), ctypes.byref(params)):
         raise RuntimeError(f"llama.cpp could not quantize {src} to file type {ftype}")
     return Path(dst)
+
+
+def _ones(path: Path | str) -> Any:
+    """llama_model_imatrix_data for each tensor, an importance for each column of each expert; an empty one ends it."""
+    import llama_cpp
+
+    sizes = {tensor.name: tensor.shape[0] * (*tensor.shape, 1, 1)[2] for tensor in gguf.GGUFReader(path).tensors}
+    ones = np.ones(max(sizes.values()), dtype=np.float32)
+    entries = (llama_cpp.llama_model_imatrix_data * (len(sizes) + 1))()
+    for entry, (name, size) in zip(entries, sizes.items(), strict=False):
+        entry.name, entry.size = name.encode(), int(size)
+        entry.data = ones.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    entries.ones = ones  # kept as long as the entries
+    return entries

@@ -381,8 +381,13 @@ def heads_that_wrap_around(parts: Parts) -> None:
     parts.set_u32("attention.head_count_kv", (1 << 31) + 2)
 
 
-@attack("does not hold 5 heads of 64")
+@attack("does not hold 8 heads of 64")
 def heads_that_the_query_does_not_have(parts: Parts) -> None:
+    parts.set_u32("attention.head_count", 8)
+
+
+@attack("5 heads cannot share 2 keys")
+def heads_that_cannot_share_their_keys(parts: Parts) -> None:
     parts.set_u32("attention.head_count", 5)
 
 
