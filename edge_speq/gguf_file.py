@@ -7,17 +7,18 @@ tensors mean is gguf_model's business.
 
 from __future__ import annotations
 
-import mmap
+import errno
 import os
 import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from edge_speq.core import EdgeError
 
 MAGIC = b"GGUF"
+FIRST_READ = 2 << 20  # bytes
 MAX_HEADER = 256 << 20  # bytes before the tensor data; a vocabulary of 260,000 tokens takes about 10 MiB
 MAX_TENSORS = 1 << 16
 MAX_FIELDS = 1 << 16
@@ -152,22 +153,40 @@ def _read_part(path: Path, role: str) -> GGUFFile:
         raise EdgeError(f"{role} file not found: {path}", "give the path of a .gguf file", usage=True)
     try:
         with path.open("rb") as stream:
-            magic = stream.read(len(MAGIC))
             size = os.fstat(stream.fileno()).st_size
+            magic = _front(stream, min(size, len(MAGIC)))
             if magic != MAGIC:
                 problem = f"not a GGUF file, it begins with {magic!r}"
                 raise GGUFError(path, "magic", 0, problem, usage=True, role=role)
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(data, size, path, role).read()
+            n = FIRST_READ
+            while True:
+                try:
+                    return _Reader(_front(stream, min(n, size, MAX_HEADER)), size, path, role).read()
+                except _MoreError:
+                    n *= 8
     except OSError as error:
         raise EdgeError(f"{role} file cannot be read: {path}: {error.strerror}") from error
 
 
-class _Reader:
-    """Walks the header from front to back; `pos` never passes `end`."""
+class _MoreError(Exception):
+    """The header goes on after the bytes that were read."""
 
-    def __init__(self, data: mmap.mmap, size: int, path: Path, role: str) -> None:
-        self._data, self._end, self._pos = data, min(size, MAX_HEADER), len(MAGIC)
+
+def _front(stream: BinaryIO, n: int) -> bytes:
+    """The file's first n bytes. Not mapped: a disk's error is then an OSError, where a page's would kill the process."""
+    stream.seek(0)
+    data = stream.read(n)
+    if len(data) < n:
+        raise OSError(errno.EIO, f"a read ended after {len(data)} of {n} bytes")
+    return data
+
+
+class _Reader:
+    """Walks the header from front to back; `pos` never passes `end`, where the bytes end that were read."""
+
+    def __init__(self, data: bytes, size: int, path: Path, role: str) -> None:
+        self._data, self._end, self._pos = data, len(data), len(MAGIC)
+        self._may_go_on = self._end < min(size, MAX_HEADER)
         self._file = GGUFFile([path], role, size)
 
     def fail(self, field: str, offset: int, problem: str) -> NoReturn:
@@ -207,6 +226,8 @@ class _Reader:
 
     def _require(self, n: int, field: str) -> None:
         if n > self._end - self._pos:
+            if self._may_go_on:
+                raise _MoreError
             what = "the file ends here" if self._end < MAX_HEADER else f"the header is longer than {MAX_HEADER} bytes"
             self.fail(field, self._pos, f"{what}, {n} bytes are missing")
 
@@ -277,6 +298,7 @@ class _Reader:
         data, pos, end, unpack = self._data, self._pos, self._end, _U64.unpack_from
         for _ in range(count):
             if pos + 8 > end:
+                pos += 8
                 break
             pos += 8 + unpack(data, pos)[0]
         self._require(pos - self._pos, key)
@@ -292,6 +314,8 @@ class _Reader:
             token = pos + 8
             pos = token + length
             if pos > end:
+                if self._may_go_on:
+                    raise _MoreError
                 self.fail(TOKENS, token - 8, f"token {i} ends after the file or the longest header")
             word = data[token:pos]
             seen.add(word.partition(b"\0")[0] or b"[EMPTY_%d]" % i)

@@ -288,7 +288,7 @@ class EdgeLlama(Target):
             "mirostat_tau": mirostat_tau,
             "mirostat_eta": mirostat_eta,
             "penalize_nl": penalize_nl,
-            "logits_processor": logits_processor,
+            "logits_processor": request.guarded(logits_processor),
             "grammar": grammar,
         }
         stream = self._tokens_of(request, list(tokens), stopping_criteria, sampling, reset=reset)

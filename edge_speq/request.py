@@ -28,10 +28,27 @@ class Request:
         self._seconds: float | None = None  # that it took
         self._n_pending = self._n_drafted = self._n_kept = 0
         self._version = -1  # of the context, when the step was verified
+        self._error: BaseException | None = None  # of a logits processor
 
     def begin(self, lookahead: Lookahead, sampler: Any, stopping_criteria: Any) -> None:
         self._lookahead, self._sampler, self._stopping_criteria = lookahead, sampler, stopping_criteria
         lookahead.begin()
+
+    def guarded(self, processors: Any) -> list[Any] | None:
+        """Logits processors whose exceptions reach the caller: a C callback, which they are called from, drops them."""
+        if processors is None:
+            return None
+        return [self._guarded(process) for process in (processors if isinstance(processors, list) else [processors])]
+
+    def _guarded(self, process: Any) -> Any:
+        def guarded(ids: Any, scores: Any) -> Any:
+            try:
+                return scores if self._error is not None else process(ids, scores)
+            except BaseException as error:
+                self._error = error
+                return scores
+
+        return guarded
 
     def draft(self, pending: list[int]) -> list[int]:
         self._llama.require_running()
@@ -55,6 +72,8 @@ class Request:
         self._llama.require_running()
         from_last = row - self._n_drafted - 1
         token = int(self._sampler.sample(self._llama._ctx, from_last))
+        if self._error is not None:
+            raise self._error
         if self._stopping_criteria is not None:
             logits = self._llama.logits(from_last)
             if self._stopping_criteria(self._llama._input_ids, logits):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -85,3 +86,13 @@ class TinyModels:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModels]:
     return TinyModels(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def twin(bundled: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled target at 2 bits."""
+    path = tmp_path_factory.mktemp("twin") / "twin.gguf"
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K, True, 2
+    assert llama_cpp.llama_model_quantize(bytes(bundled[0]), bytes(path), ctypes.byref(params)) == 0
+    return path
