@@ -173,7 +173,7 @@ class _MoreError(Exception):
 
 
 def _front(stream: BinaryIO, n: int) -> bytes:
-    """The file's first n bytes. Not mapped: a disk's error is then an OSError, where a page's would kill the process."""
+    """The file's first n bytes. Not mapped: a disk's error is then an OSError, not the end of the process."""
     stream.seek(0)
     data = stream.read(n)
     if len(data) < n:

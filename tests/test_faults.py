@@ -21,6 +21,10 @@ def text(model: EdgeLlama) -> str:
     return str(model.create_completion(PROMPT, max_tokens=24, temperature=0.0)["choices"][0]["text"])
 
 
+def texts(model: EdgeLlama, n: int) -> list[str]:
+    return [text(model) for _ in range(n)]
+
+
 @pytest.fixture(autouse=True)
 def _disarm() -> Iterator[None]:
     yield
@@ -61,8 +65,7 @@ def test_every_copy_and_routing_read_may_fail_while_generating(bundled: tuple[Pa
         for nth in (1, 2, 3, 7, 20, 55, 150):
             _native.fail(fault, nth)
             with pytest.raises(EdgeError, match="failed"):
-                for _ in range(20):  # a resident expert needs no copy, so the nth may come in a later text
-                    text(model)
+                texts(model, 20)  # a resident expert needs no copy, so the nth may come in a later text
             assert text(model) == expected, f"{fault} {nth}"
         assert held() == before
         assert (model.stats().experts.failed > 0) == (fault == "copy")

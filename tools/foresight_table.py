@@ -2,9 +2,9 @@
 
     python tools/foresight_table.py -o docs/measurements/foresight.json
 
-The draft is a twin of the target at 2 bits (Q2_K, made here). Everything runs in deterministic mode, over a virtual link of
-12.5 GB/s and blocks that compute half as long as an expert travels, so every figure repeats. The rows of one draft
-length and share differ in nothing but what keeps the slots: their texts and verify steps are the same.
+The draft is a twin of the target at 2 bits (Q2_K, made here). Everything runs in deterministic mode, over a virtual
+link of 12.5 GB/s and blocks that compute half as long as an expert travels, so every figure repeats. The rows of one
+draft length and share differ in nothing but what keeps the slots: their texts and verify steps are the same.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def measure(target: str, twin: str, share: str, k: int, policy: str) -> dict[str
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| resident | K | kept by | hit rate | misses | of LRU's | gap to Belady closed | MB fetched | MB wasted | stall, virtual ms |",
+        "| resident | K | kept by | hit rate | misses | of LRU's | gap to Belady closed | MB fetched | MB wasted "
+        "| stall, virtual ms |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

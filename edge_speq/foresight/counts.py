@@ -30,7 +30,8 @@ class Counts:
         self._often += (1 - self.decay) * (self._last - self._often)
 
     def worth(self) -> npt.NDArray[np.float32]:
-        return (self._often + self._last) / 2
+        worth: npt.NDArray[np.float32] = np.float32(0.5) * (self._often + self._last)
+        return worth
 
     def expect(self, draft_routing: npt.NDArray[np.int32] | None) -> npt.NDArray[np.float32] | None:
         return None
