@@ -161,8 +161,11 @@ class DraftModel:
             self._context.kv_cache_clear()
             shared = 0
         self._n = shared
-        for start in range(shared, len(text), self._n_batch):
-            self._decode(text[start : start + self._n_batch].tolist())
+        # after a step that was accepted as a whole two tokens are missing: one by one they cost less than the two
+        # graphs that a batch of two would have built anew
+        width = 1 if len(text) - shared == 2 else self._n_batch
+        for start in range(shared, len(text), width):
+            self._decode(text[start : start + width].tolist())
 
     def _decode(self, tokens: Sequence[int]) -> None:
         # without logits for every token the last block would lack rows of routing

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a GPU machine without a compiler or a network: the GPU tests, the demo and the step times.
 #
-#     tools/device_run.sh CARRY OUT [tests] [beside] [demo] [steps] [transfer]
+#     tools/device_run.sh CARRY OUT [tests] [beside] [demo] [steps] [transfer] [soak] [memcheck]
 #
 # CARRY holds site.tar.xz (site/ with the unpacked native wheel, built with GGML_NATIVE=OFF), wheels/ (cffi, pycparser, diskcache,
 # gguf for the Python there) and the backend module, libggml-cuda.so or its libggml-cuda.so.xz.* parts.
@@ -58,6 +58,12 @@ for what in "$@"; do
             inflated
             python3 tools/transfer_speed.py "$work/inflated.gguf" -o "$out/transfer_inflated.json"
             python3 tools/transfer_speed.py models/tales-moe.gguf -o "$out/transfer_tales.json"
+            ;;
+        soak) python3 tools/soak.py --generations 1000 --json "$out/soak.json" | tail -12 ;;
+        memcheck)
+            sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer | head -1)
+            "$sanitizer" --tool memcheck --error-exitcode 9 python3 -m edge_speq run -n 12 --resident 1/4 --speculation 2 \
+                --json 2>&1 | tee "$out/memcheck.log" | tail -3
             ;;
     esac
 done
