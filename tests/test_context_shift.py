@@ -33,7 +33,7 @@ def taken(model: EdgeLlama, tokens: list[int], n: int, **sampling: Any) -> list[
     return list(itertools.islice(model.generate(tokens, **({"temp": 0.0} | sampling)), n))
 
 
-@pytest.mark.parametrize("n_keep", [0, 5, -1, 1000])
+@pytest.mark.parametrize("n_keep", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, -1, 1000))])
 def test_text_goes_on_past_the_context_and_does_not_depend_on_the_draft(
     bundled: tuple[Path, Path], n_keep: int
 ) -> None:

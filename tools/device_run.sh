@@ -38,7 +38,7 @@ python3 -m edge_speq --version
 for what in "$@"; do
     echo "== $what"
     case $what in
-        tests) python3 -m pytest tests/test_gpu.py -rA -p no:cacheprovider 2>&1 | tee "$out/gpu_tests.log" | grep -E "NMSE|texts part|passed|failed|Error" ;;
+        tests) python3 -m pytest -o addopts=--import-mode=importlib tests/test_gpu.py -rA -p no:cacheprovider 2>&1 | tee "$out/gpu_tests.log" | grep -E "NMSE|texts part|passed|failed|Error" ;;
         beside) # the module beside the libraries rather than named
             cp "$work/backends/libggml-cuda.so" "$work/site/llama_cpp/lib/"
             EDGE_SPEQ_BACKENDS="" python3 -m edge_speq --version
@@ -59,7 +59,7 @@ for what in "$@"; do
             python3 tools/transfer_speed.py "$work/inflated.gguf" -o "$out/transfer_inflated.json"
             python3 tools/transfer_speed.py models/tales-moe.gguf -o "$out/transfer_tales.json"
             ;;
-        soak) python3 tools/soak.py --generations 1000 --json "$out/soak.json" | tail -12 ;;
+        soak) python3 tools/soak.py --generations 1200 --every 100 --json "$out/soak.json" | tail -12 ;;
         memcheck)
             sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer | head -1)
             "$sanitizer" --tool memcheck --error-exitcode 9 python3 -m edge_speq run -n 12 --resident 1/4 --speculation 2 \
