@@ -29,8 +29,19 @@ def add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--policy", choices=POLICIES, default="auto", help="what serves the experts (%(default)s)")
     p.add_argument("--compute", choices=COMPUTES, default="auto", help="where missing experts run (%(default)s)")
     p.add_argument("-c", "--ctx-size", metavar="N", type=int, help=f"context (the model's, at most {DEFAULT_CONTEXT})")
-    p.add_argument("--no-mmap", action="store_true", help="read the model into memory: faster fetches on a GPU")
+    p.add_argument(
+        "--mmap",
+        action=argparse.BooleanOptionalAction,
+        help="map the file, or read it into memory; left out, what is faster where there is memory for it",
+    )
     p.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads")
+
+
+def add_transfers(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--link", metavar="RATE", help="slow transfers down to this, as on another machine: 12.5GB/s")
+    p.add_argument(
+        "--deterministic", action="store_true", help="transfers take virtual time: counters repeat for a seed"
+    )
 
 
 def add_sampling(p: argparse.ArgumentParser, n_predict: int) -> None:
@@ -76,8 +87,8 @@ def llama_options(arguments: argparse.Namespace) -> dict[str, Any]:
     n_ctx = arguments.ctx_size or min(trained_context(arguments.model), DEFAULT_CONTEXT)
     # llama.cpp makes that many cells and llama_cpp.Llama would leave the last ones unused
     options: dict[str, Any] = {"n_ctx": -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP}
-    if arguments.no_mmap:
-        options["use_mmap"] = False
+    if arguments.mmap is not None:
+        options["use_mmap"] = arguments.mmap
     if arguments.threads:
         options |= {"n_threads": arguments.threads, "n_threads_batch": arguments.threads}
     return options
@@ -93,6 +104,7 @@ def load(arguments: argparse.Namespace) -> EdgeLlama:
             self._progress = progress.attach(model_params, line)
 
     options = edge_options(arguments) | llama_options(arguments)
+    options |= {"link": arguments.link, "deterministic": arguments.deterministic}
     if arguments.json or not sys.stderr.isatty():
         return EdgeLlama(arguments.model, **options)
     with progress.Line(sys.stderr) as line:

@@ -20,6 +20,7 @@ def add_parser(commands: Any) -> None:
         "run", help="generate text", description="Without arguments: the bundled demo, half of its experts resident."
     )
     arguments.add_model(p)
+    arguments.add_transfers(p)
     p.add_argument("-p", "--prompt", metavar="TEXT", default=demo.PROMPT)
     arguments.add_sampling(p, n_predict=128)
     arguments.add_output(p, json="print one JSON object instead of text and report")
