@@ -1,0 +1,124 @@
+"""One repetition of one test with one policy: every prompt once, and what happened meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edge_speq.bench.matrix import Case
+from edge_speq.bench.prompts import Prompt, Texts
+from edge_speq.bench.watched import Step, Watched
+from edge_speq.core import ExpertCounters, Speculation, Stats
+
+EVENTS = tuple(f.name for f in dataclasses.fields(ExpertCounters) if f.name not in ("total", "slots"))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a test feeds for one prompt: tokens that lie in the context beforehand, and those that are read for it."""
+
+    before: list[int]
+    prompt: list[int]
+
+
+@dataclass(slots=True)
+class Passage:
+    """One prompt of a repetition."""
+
+    prompt: Prompt
+    reading: Reading
+    output: list[int]  # greedy
+    seconds: float  # of the timed part
+    ttft_seconds: float | None
+    steps: list[Step]  # of the timed part, only where tokens are generated and nothing else
+
+
+@dataclass(slots=True)
+class Sample:
+    """One repetition: sums over its prompts, of the timed parts only."""
+
+    passages: list[Passage] = field(default_factory=list)
+    n_tokens: int = 0
+    seconds: float = 0.0
+    draft_seconds: float = 0.0
+    events: dict[str, float | None] = field(default_factory=dict)
+    drafted: int = 0
+    accepted: int = 0
+    n_steps: int = 0
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.n_tokens / self.seconds
+
+    @property
+    def outputs(self) -> list[list[int]]:
+        return [passage.output for passage in self.passages]
+
+
+def reading(model: Watched, case: Case, prompt: Prompt, texts: Texts) -> Reading:
+    """A generation test reads its prompt as it is, or as many tokens as its depth says; other tests as many tokens as
+    they are to read, after as many as the depth says."""
+    if case.n_prompt == 0:
+        return Reading([], texts.tokens(prompt, case.n_depth, model.words))
+    tokens = texts.tokens(prompt, case.n_depth + case.n_prompt, model.words)
+    return Reading(tokens[: case.n_depth], tokens[case.n_depth :])
+
+
+def measure(model: Watched, case: Case, texts: Texts, prompts: Iterable[Prompt] | None = None) -> Sample:
+    """One repetition. Times are the clock's; in deterministic mode the stalls, which are virtual, are added to them."""
+    sample = Sample()
+    for prompt in texts.chosen if prompts is None else prompts:
+        read = reading(model, case, prompt, texts)
+        model.reset()
+        if read.before:
+            model.eval(read.before)
+        passage = _passage(model, case, prompt, read, sample)
+        sample.passages.append(passage)
+        sample.n_tokens += case.n_tokens
+        sample.seconds += passage.seconds
+    return sample
+
+
+def _passage(model: Watched, case: Case, prompt: Prompt, read: Reading, sample: Sample) -> Passage:
+    if not case.n_gen:
+        started = time.perf_counter()
+        model.eval(read.prompt)
+        elapsed = time.perf_counter() - started
+        return Passage(prompt, read, [int(np.argmax(model.logits(-1)))], elapsed, None, [])
+    stream = model.generate(read.prompt, temp=0.0, reset=not read.before)
+    try:
+        started = time.perf_counter()
+        output = [next(stream)]
+        first = time.perf_counter() - started
+        before = model.stats()
+        with model.watch() as steps:
+            started = time.perf_counter()
+            output += [next(stream) for _ in range(case.n_gen)]
+            elapsed = time.perf_counter() - started
+    finally:
+        stream.close()
+    after = model.stats()
+    stalled = _add_events(sample, before, after)
+    sample.draft_seconds += model.draft_seconds
+    seconds = elapsed + (stalled if model._deterministic else 0.0) + (first if case.n_prompt else 0.0)
+    return Passage(prompt, read, output, seconds, first, [] if case.n_prompt else steps)
+
+
+def _add_events(sample: Sample, before: Stats, after: Stats) -> float:
+    """Adds what happened between two snapshots; returns the seconds of stalls."""
+    for name in EVENTS:
+        was, now = getattr(before.experts, name), getattr(after.experts, name)
+        sample.events[name] = None if now is None or was is None else (sample.events.get(name) or 0) + now - was
+    _add_speculation(sample, before.speculation, after.speculation)
+    return (after.experts.stall_ms - before.experts.stall_ms) / 1e3
+
+
+def _add_speculation(sample: Sample, before: Speculation, after: Speculation) -> None:
+    sample.drafted += after.drafted - before.drafted
+    sample.accepted += after.accepted - before.accepted
+    sample.n_steps += after.steps - before.steps

@@ -1,0 +1,235 @@
+"""Which model each policy is, at equal bytes on the compute device, and which of them are in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from edge_speq import _native, engine, gguf_model, plan
+from edge_speq.bench.matrix import Case
+from edge_speq.bench.prompts import Texts
+from edge_speq.bench.watched import Stock, Watched
+from edge_speq.core import Experts
+
+SLOTS = ("auto", "lfru", "lru")  # policies with slots, unless everything fits
+WARM_UP = 16  # tokens after each load: graphs are built and slots filled
+DEFAULT_RESIDENT = "1/4"
+CONTEXT_STEP = 256  # llama_context pads n_ctx to this many cells
+ROOM_TO_SPARE = 16  # cells: the last verify step may look further than the text goes
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is to be measured, checked."""
+
+    model: str
+    draft: str | None
+    policies: tuple[str, ...]
+    speculations: tuple[str, ...]
+    threads: tuple[int | None, ...]
+    cases: tuple[Case, ...]
+    texts: Texts
+    repetitions: int
+    resident: str | None
+    vram_budget: str | None
+    baseline: str
+    link: str | None = None
+    deterministic: bool = False
+    emulation: str | None = None  # in words, for every row
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One competitor."""
+
+    policy: str
+    speculation: str
+    threads: int | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy}, K={self.speculation}" + (f", {self.threads} threads" if self.threads else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What an arm turned out to be when it was loaded."""
+
+    used_bytes: int
+    resident_fraction: float | None
+    n_cpu_moe: int | None
+    load_mode: str
+    placement: str  # "slots", "cpu-moe" or "all"
+    slots: tuple[int, ...]
+    experts: Experts
+    n_threads: int
+    n_batch: int
+    n_ubatch: int
+    flash_attn: bool
+    is_uncounted: bool  # every expert resident where no GPU is: used_bytes leaves mapped pages out
+
+
+def arms(settings: Settings) -> list[Arm]:
+    """All combinations, in the order of the arguments."""
+    wanted = [(p, s, t) for t in settings.threads for p in settings.policies for s in settings.speculations]
+    return [Arm(*choice) for choice in wanted]
+
+
+def rotated(competitors: list[Arm], repetition: int) -> list[Arm]:
+    """Another arm begins in each repetition, so that none always runs on the warmest machine."""
+    start = repetition % len(competitors)
+    return competitors[start:] + competitors[:start]
+
+
+def reference(settings: Settings) -> Arm:
+    """Whose text the others must write: demand loads only, no draft."""
+    return Arm("lru", "0", settings.threads[0])
+
+
+class Fleet:
+    """Opens arms. All stay in memory while device and host have room, else one at a time.
+
+    The anchor, the first arm with slots, is bounded as the user said, and what it then uses is the budget of the
+    others: slots with another draft length get it as vram_budget, cpu-moe as room for whole layers of experts. `all`
+    gets no bound.
+    """
+
+    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+        self.facts: dict[Arm, Facts] = {}
+        self.budget_bytes: int | None = None
+        self._settings, self._say = settings, say
+        self._open: dict[Arm, Watched] = {}
+        self._mapped: dict[Arm, bool] = {}  # of stock arms: the better load mode
+        self._anchor = next((arm for arm in arms(settings) if arm.policy in SLOTS), reference(settings))
+        self._n_ctx = self._size = 0
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for model in self._open.values():
+            model.close()
+        self._open = {}
+
+    def cancel(self) -> None:
+        """From any thread: what runs ends soon."""
+        for model in list(self._open.values()):
+            model.cancel()
+
+    def open(self, arm: Arm) -> Watched:
+        """An arm, loaded and warmed up. Raises EdgeError."""
+        if self.budget_bytes is None:
+            _native.load_backends()
+            self._settle_bounds()
+            self._load(self._anchor)
+            facts = self.facts[self._anchor]
+            self.budget_bytes = facts.used_bytes + (facts.experts.total_bytes if facts.is_uncounted else 0)
+        if arm not in self._open:
+            self._load(arm)
+        return self._open[arm]
+
+    def _load(self, arm: Arm) -> None:
+        if not self._has_room(arm):
+            self.close()
+        self._say(f"loading {arm.name}")
+        model = self._stock(arm) if arm.policy not in SLOTS else self._slots(arm)
+        self._open[arm] = model
+        if arm not in self.facts:
+            self.facts[arm] = _facts(model)
+        self._warm(model)
+
+    def _has_room(self, arm: Arm) -> bool:
+        if not self._open:
+            return True
+        known, free_bytes = self.facts.get(arm), _native.compute_device().free_bytes
+        need = known.used_bytes if known is not None else (self.budget_bytes or 0) + self._size * (arm.policy == "all")
+        # page-locked experts are a copy in RAM for each model; without room for it they would be mapped for some only
+        return free_bytes >= need + plan.AUTO_MARGIN and engine.fits_in_memory(self._size)
+
+    def _settle_bounds(self) -> None:
+        """One size for the whole run, though what is free on the device changes."""
+        device = _native.compute_device()
+        self._vram_budget = plan.budget(self._settings.vram_budget, device)
+        bounded = self._settings.resident is not None or self._vram_budget is not None
+        self._resident = self._settings.resident if bounded else DEFAULT_RESIDENT
+        self._n_ctx, self._size = self._context(), gguf_model.check_model(self._settings.model).size
+
+    def _context(self) -> int:
+        """Tokens that the longest test puts into the context; a generation test's prompt is as long as its text."""
+        longest = max(len(prompt.text.encode()) for prompt in self._settings.texts.chosen)
+        needs = [
+            c.n_depth + c.n_tokens + (longest if not c.n_prompt and not c.n_depth else 0) for c in self._settings.cases
+        ]
+        return -(-(max(needs) + WARM_UP + ROOM_TO_SPARE) // CONTEXT_STEP) * CONTEXT_STEP
+
+    def _slots(self, arm: Arm) -> Watched:
+        bounds: dict[str, Any] = {"vram_budget": self.budget_bytes}
+        if arm.speculation == self._anchor.speculation:
+            bounds = {"resident": self._resident, "vram_budget": self._vram_budget}
+        return Watched(self._settings.model, policy=arm.policy, **bounds, **self._options(arm))
+
+    def _stock(self, arm: Arm) -> Watched:
+        if arm not in self._mapped:
+            self._mapped[arm] = self._better_load_mode(arm)
+        return self._load_stock(arm, self._mapped[arm])
+
+    def _better_load_mode(self, arm: Arm) -> bool:
+        """Whether the mapped file is faster than the file read into memory. Each is tried once."""
+        times = {}
+        for mapped in (True, False):
+            with contextlib.closing(self._load_stock(arm, mapped)) as model:
+                self._warm(model)
+                times[mapped] = self._warm(model)
+        return times[True] <= times[False]
+
+    def _load_stock(self, arm: Arm, mapped: bool) -> Stock:
+        budget = self.budget_bytes if arm.policy == "cpu-moe" else None
+        options = self._options(arm) | {"use_mmap": mapped}
+        return Stock(self._settings.model, device_budget=budget, policy=arm.policy, **options)
+
+    def _options(self, arm: Arm) -> dict[str, Any]:
+        settings = self._settings
+        options: dict[str, Any] = {
+            "draft": settings.draft,
+            "speculation": arm.speculation,
+            "link": settings.link,
+            "deterministic": settings.deterministic,
+            "n_ctx": self._n_ctx,
+        }
+        return options | ({"n_threads": arm.threads, "n_threads_batch": arm.threads} if arm.threads else {})
+
+    def _warm(self, model: Watched) -> float:
+        """Seconds of some tokens after the first prompt."""
+        model.reset()
+        prompt = self._settings.texts.chosen[0].text
+        stream = model.generate(model.words(prompt, add_bos=True)[:WARM_UP], temp=0.0)
+        with contextlib.closing(stream):
+            next(stream)
+            started = time.perf_counter()
+            for _ in range(WARM_UP):
+                next(stream)
+            return time.perf_counter() - started
+
+
+def _facts(model: Watched) -> Facts:
+    made = model.stats()
+    return Facts(
+        used_bytes=made.used_bytes,
+        resident_fraction=model.resident_fraction(),
+        n_cpu_moe=model.n_cpu_moe,
+        load_mode="mmap" if model.is_mapped() else "none",
+        placement=made.plan.policy,
+        slots=made.plan.slots,
+        experts=model._experts,
+        n_threads=model.n_threads,
+        n_batch=model.n_batch,
+        n_ubatch=int(model.context_params.n_ubatch),
+        flash_attn=bool(model.context_params.flash_attn_type > 0),
+        is_uncounted=made.plan.policy != "slots" and not model.device.is_gpu,
+    )

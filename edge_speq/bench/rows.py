@@ -1,0 +1,202 @@
+"""Results as rows: llama-bench's keys first, ours after them, the same in every format and in the schema."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from edge_speq import __version__, _native, gguf_file, gguf_model
+from edge_speq.bench.policies import SLOTS, Facts, Settings
+from edge_speq.bench.runner import Bench, Result
+
+Row = dict[str, Any]
+SAMPLES = ("samples_ns", "samples_ts")  # only in JSON, as with llama-bench
+NESTED = (*SAMPLES, "ts_by_class")
+
+
+def machine(cpu: str, ram_bytes: int | None) -> Row:
+    """The keys about build and hardware."""
+    device = _native.compute_device()
+    return {
+        "build_commit": _native.llama_cpp_commit()[:9],
+        "edge_speq_version": __version__,
+        "cpu_info": cpu,
+        "gpu_info": device.description if device.is_gpu else "",
+        "ram_bytes": ram_bytes,
+        "backends": "".join(c for c in device.name if not c.isdigit()) if device.is_gpu else "CPU",
+    }
+
+
+def model_keys(path: str) -> Row:
+    """The keys about the model's file. model_hash: sha256 of header and size of each part."""
+    file = gguf_model.check_model(path)
+    return {"model_filename": path, "model_hash": header_hash(file)} | _description(path)
+
+
+def header_hash(file: gguf_file.GGUFFile) -> str:
+    """sha256 of each part's bytes up to the end of its tensor table, then of its size as 8 bytes, low ones first. Tells
+    models, types and shapes apart, and finds a truncated file; does not read the weights."""
+    digest = hashlib.sha256()
+    for path in file.paths:
+        entries = [t for t in file.tensors.values() if t.file == path]
+        end = max((t.offset + 8 + len(t.name.encode()) + 4 + 8 * len(t.ne) + 12 for t in entries), default=0)
+        with path.open("rb") as stream:
+            digest.update(stream.read(end))
+        digest.update(path.stat().st_size.to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+def _description(path: str) -> Row:
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
+    model = llama_cpp.llama_model_load_from_file(path.encode(), params)
+    text = ctypes.create_string_buffer(128)
+    try:
+        llama_cpp.llama_model_desc(model, text, len(text))
+        return {
+            "model_type": text.value.decode(errors="replace"),
+            "model_size": int(llama_cpp.llama_model_size(model)),
+            "model_n_params": int(llama_cpp.llama_model_n_params(model)),
+        }
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def rows(results: Iterable[Result], bench: Bench, hardware: Row) -> list[Row]:
+    """One row for each result, in the order of tests and arms."""
+    settings = bench.settings
+    common = hardware | model_keys(settings.model)
+    done = sorted(results, key=lambda result: settings.cases.index(result.case))
+    made = [
+        common | _row(result, bench.fleet.facts[result.arm], settings, bench.fleet.budget_bytes or 0) for result in done
+    ]
+    for row in made:
+        row["speedup"] = speedup(row, made, settings.baseline)
+    return made
+
+
+def speedup(row: Row, others: list[Row], baseline: str) -> float | None:
+    """How many times the baseline's speed, of its best draft length; None where a text differs by more than near ties,
+    since speeds of different texts do not compare."""
+    alike = [
+        other["avg_ts"]
+        for other in others
+        if other["policy"] == baseline
+        and (other["test"], other["n_threads"]) == (row["test"], row["n_threads"])
+        and other["outputs_match"] is not False
+    ]
+    return row["avg_ts"] / max(alike) if alike and row["outputs_match"] is not False else None
+
+
+def _row(result: Result, facts: Facts, settings: Settings, budget: int) -> Row:
+    return _test_keys(result, facts) | _edge_keys(result, facts, settings, budget)
+
+
+def _test_keys(result: Result, facts: Facts) -> Row:
+    case = result.case
+    times = [round(1e9 * sample.seconds) for sample in result.samples]
+    speeds = [sample.speed for sample in result.samples]
+    return {
+        "n_batch": facts.n_batch,
+        "n_ubatch": facts.n_ubatch,
+        "n_threads": facts.n_threads,
+        "type_k": "f16",
+        "type_v": "f16",
+        "n_gpu_layers": -1,
+        "n_cpu_moe": facts.n_cpu_moe,
+        "load_mode": facts.load_mode,
+        "flash_attn": facts.flash_attn,
+        "n_prompt": case.n_prompt,
+        "n_gen": case.n_gen,
+        "n_depth": case.n_depth,
+        "test": case.name,
+        "test_time": result.test_time,
+        "avg_ns": round(statistics.mean(times)),
+        "stddev_ns": round(deviation(times)),
+        "avg_ts": statistics.mean(speeds),
+        "stddev_ts": deviation(speeds),
+        "samples_ns": times,
+        "samples_ts": speeds,
+    }
+
+
+def _edge_keys(result: Result, facts: Facts, settings: Settings, budget: int) -> Row:
+    share = facts.resident_fraction
+    drafts = settings.draft is not None and result.arm.speculation != "0"
+    return {
+        "policy": result.arm.policy,
+        "placement": facts.placement,
+        "draft": Path(settings.draft).name if drafts and settings.draft is not None else None,
+        "speculation": result.arm.speculation,
+        "resident_fraction": share,
+        "used_bytes": facts.used_bytes,
+        "budget_bytes": budget,
+        "over_budget": facts.used_bytes > budget or (facts.is_uncounted and result.arm.policy not in SLOTS),
+        **_events(result),
+        "ttft_ms": _ttft_ms(result),
+        "ts_by_class": _by_class(result),
+        "n_texts": len(result.samples[0].passages),
+        "link_bytes_per_s": result.link_bytes_per_s,
+        "bound_ts": result.bound_ts,
+        "bound_compute": result.bound_compute,
+        "bound_fraction": statistics.mean(s.speed for s in result.samples) / result.bound_ts
+        if result.bound_ts
+        else None,
+        "outputs_match": result.verdict.match,
+        "first_difference": result.verdict.first_difference,
+        "tie_gap": None if result.verdict.tie_gap == math.inf else result.verdict.tie_gap,
+        "baseline": settings.baseline,
+        "speedup": None,
+        "deterministic": settings.deterministic,
+        "emulation": settings.emulation,
+    }
+
+
+def _events(result: Result) -> Row:
+    """Sums over the counted repetitions' timed parts."""
+
+    def total(name: str) -> float | None:
+        values = [sample.events.get(name) for sample in result.samples]
+        return None if any(value is None for value in values) else sum(value for value in values if value is not None)
+
+    hits, misses = total("hits"), total("misses")
+    drafted, accepted = (sum(getattr(s, name) for s in result.samples) for name in ("drafted", "accepted"))
+    served = hits is not None and misses is not None and hits + misses > 0
+    return {
+        "hits": hits,
+        "misses": misses,
+        "hit_rate": hits / (hits + misses) if served and hits is not None and misses is not None else None,
+        "bytes_fetched": total("bytes_fetched") if served else None,
+        "bytes_wasted": total("bytes_wasted") if served else None,
+        "stall_ms": total("stall_ms") if served else None,
+        "drafted": drafted,
+        "accepted": accepted,
+        "acceptance": accepted / drafted if drafted else None,
+        "k_mean": drafted / steps if (steps := sum(s.n_steps for s in result.samples)) else None,
+    }
+
+
+def _ttft_ms(result: Result) -> float | None:
+    times = [p.ttft_seconds for s in result.samples for p in s.passages if p.ttft_seconds is not None]
+    return 1e3 * statistics.mean(times) if times else None
+
+
+def _by_class(result: Result) -> dict[str, float]:
+    """Tokens per second of each class of texts, over all repetitions."""
+    seconds: dict[str, list[float]] = {}
+    for sample in result.samples:
+        for passage in sample.passages:
+            seconds.setdefault(passage.prompt.domain, []).append(passage.seconds)
+    return {domain: len(times) * result.case.n_tokens / sum(times) for domain, times in seconds.items()}
+
+
+def deviation(values: list[Any]) -> float:
+    """Of the sample, with n - 1, as llama-bench's; 0 of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,230 @@
+"""edge-speq bench: policies measured against each other, as llama-bench measures models."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_speq import demo, interrupt
+from edge_speq.cli import machine
+from edge_speq.core import (
+    POLICIES,
+    EdgeError,
+    parse_bytes,
+    parse_rate,
+    parse_share,
+    parse_speculation,
+    require_choice,
+)
+
+if TYPE_CHECKING:
+    from edge_speq.bench.policies import Settings
+    from edge_speq.bench.runner import Bench
+
+LLAMA_CPP_LOG = logging.getLogger("edge_speq.llama_cpp")
+DEFAULT_POLICIES = "auto,lru,cpu-moe,all"
+FORMATS = ("md", "csv", "json", "jsonl", "sql")
+RANGES = "Lists (1,2) and ranges (0-512+128, 1-64*2) make a matrix"
+
+
+def add_parser(commands: Any) -> None:
+    p: argparse.ArgumentParser = commands.add_parser(
+        "bench",
+        help="measure policies against each other",
+        description="Policies against each other at equal bytes on the compute device, with llama-bench's tests. "
+        f"{RANGES}.",
+    )
+    p.add_argument("-m", "--model", metavar="MODEL", help="a GGUF file; the bundled pair when left out")
+    p.add_argument("--draft", metavar="D", help="a draft GGUF with the model's vocabulary")
+    _add_tests(p)
+    _add_competitors(p)
+    p.add_argument("-o", "--output", choices=FORMATS, default="md", help="format on stdout (%(default)s)")
+    p.add_argument("--json", action="store_const", const="json", dest="output", help="the same as -o json")
+    p.add_argument("-v", "--verbose", action="store_true", help="show the log")
+    p.set_defaults(command=bench)
+
+
+def _add_tests(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-p", "--n-prompt", metavar="N", action="append", help="tokens of prompt tests (512; 0: none)")
+    p.add_argument("-n", "--n-gen", metavar="N", action="append", help="tokens of generation tests (128; 0: none)")
+    p.add_argument("-pg", metavar="P,N", action="append", help="tests that read P tokens and generate N")
+    p.add_argument("-d", "--n-depth", metavar="D", action="append", help="tokens in the context beforehand (0)")
+    p.add_argument("-r", "--repetitions", metavar="R", type=int, default=5, help="of each test (%(default)s)")
+    p.add_argument("-t", "--threads", metavar="T", action="append", help="CPU threads")
+    p.add_argument("--prompts", metavar="FILE", help='own texts: JSONL with "prompt" and perhaps "domain"')
+    p.add_argument("--texts", metavar="N", type=int, default=1, help="bundled texts of each class (%(default)s)")
+
+
+def _add_competitors(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--policy", metavar="LIST", default=DEFAULT_POLICIES, help=f"{', '.join(POLICIES)} (%(default)s)")
+    p.add_argument("--speculation", metavar="LIST", default="auto", help="draft tokens per step (%(default)s)")
+    p.add_argument("--resident", metavar="SHARE", help="share of the expert bytes in slots (1/4)")
+    p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="everything on the device: 6GiB, auto")
+    p.add_argument("--baseline", metavar="POLICY", help="what speed-ups refer to (cpu-moe where listed)")
+    p.add_argument("--emulate", metavar="WHAT", help="another machine: link=12.5GB/s,threads=6")
+    p.add_argument(
+        "--deterministic", action="store_true", help="virtual transfers: counters repeat, stalls are virtual"
+    )
+
+
+def bench(options: argparse.Namespace) -> int:
+    wanted = settings(options)
+    from edge_speq.bench import output, rows
+    from edge_speq.bench.runner import Bench
+
+    progress = Progress()
+    job = Bench(wanted, progress)
+    try:
+        with interrupt.handler(lambda *_: _stop(job), at_once=lambda: _stop_at_once(job)):
+            results = job.run()
+    finally:
+        progress.done()
+        LLAMA_CPP_LOG.setLevel(logging.NOTSET)
+    memory = machine.memory()
+    hardware = rows.machine(machine.cpu_model(), None if memory is None else memory[0])
+    if results:
+        print(output.FORMATS[options.output](rows.rows(results, job, hardware)))
+    return interrupt.EXIT_CODE if job.stopped else 0
+
+
+def _stop(job: Bench) -> None:
+    """The first Ctrl-C ends the rounds, the next one everything."""
+    if job.interrupted:
+        raise KeyboardInterrupt
+    job.interrupted = True
+    _stop_at_once(job)
+
+
+def _stop_at_once(job: Bench) -> None:
+    """Also called in another thread while the main one decodes. What llama.cpp says of the ended graph is no news."""
+    LLAMA_CPP_LOG.setLevel(logging.CRITICAL)
+    job.stop()
+
+
+class Progress:
+    """What is measured now, on stderr: one line that changes on a terminal, a line for each turn elsewhere."""
+
+    def __init__(self) -> None:
+        self._on_terminal = sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        sys.stderr.write(f"\r\x1b[K{text}" if self._on_terminal else f"bench: {text}\n")
+        sys.stderr.flush()
+
+    def done(self) -> None:
+        if self._on_terminal:
+            sys.stderr.write(interrupt.ERASE_LINE.decode())
+
+
+# --- options ---------------------------------------------------------------------------------------------
+
+
+def settings(options: argparse.Namespace) -> Settings:
+    """The options, checked. Raises EdgeError (exit code 2) for what they do not allow."""
+    from edge_speq.bench import matrix
+    from edge_speq.bench.policies import Settings
+
+    if options.repetitions < 1:
+        raise EdgeError(f"-r {options.repetitions} measures nothing", "give at least 1", usage=True)
+    emulated = emulation(options.emulate)
+    model, draft = _models(options)
+    policies = matrix.choices(options.policy, lambda name: require_choice("policy", name, POLICIES))
+    speculations = matrix.choices(options.speculation, parse_speculation) if draft else ["0"]
+    return Settings(
+        model=model,
+        draft=draft,
+        policies=tuple(policies),
+        speculations=tuple(speculations),
+        threads=_threads(options, emulated),
+        cases=tuple(_cases(options)),
+        texts=_texts(options),
+        repetitions=options.repetitions,
+        resident=_resident(options.resident),
+        vram_budget=_budget(options.vram_budget),
+        baseline=_baseline(options.baseline, policies),
+        link=emulated.get("link"),
+        deterministic=options.deterministic,
+        emulation=",".join(f"{key}={value}" for key, value in emulated.items()) or None,
+    )
+
+
+def emulation(text: str | None) -> dict[str, str]:
+    """{"link": "12.5GB/s", "threads": "6"} of "link=12.5GB/s,threads=6". Raises EdgeError for anything else."""
+    found: dict[str, str] = {}
+    for part in text.split(",") if text else ():
+        key, _, value = part.strip().partition("=")
+        if key == "link":
+            parse_rate(value)
+        elif key != "threads" or not value.isdecimal() or int(value) < 1:
+            raise EdgeError(f"--emulate {part!r} is not known", "write it like link=12.5GB/s,threads=6", usage=True)
+        found[key] = value
+    return found
+
+
+def _models(options: argparse.Namespace) -> tuple[str, str | None]:
+    from edge_speq.engine import check_model_file
+
+    if options.model is None:
+        draft = options.draft or str(demo.path(demo.DRAFT))
+        options.model = str(demo.path(demo.MODEL))
+    else:
+        draft = options.draft
+    check_model_file(options.model)
+    if draft is not None:
+        check_model_file(draft, "draft")
+    return options.model, draft
+
+
+def _cases(options: argparse.Namespace) -> list[Any]:
+    from edge_speq.bench import matrix
+
+    return matrix.cases(
+        _numbers(options.n_prompt or ["512"], "-p"),
+        _numbers(options.n_gen or ["128"], "-n"),
+        [matrix.pair(text, "-pg") for text in options.pg or []],
+        _numbers(options.n_depth or ["0"], "-d"),
+    )
+
+
+def _numbers(texts: list[str], option: str) -> list[int]:
+    from edge_speq.bench import matrix
+
+    return [number for text in texts for number in matrix.numbers(text, option)]
+
+
+def _threads(options: argparse.Namespace, emulated: dict[str, str]) -> tuple[int | None, ...]:
+    if options.threads and "threads" in emulated:
+        raise EdgeError("-t and --emulate threads are both given", "leave one of them out", usage=True)
+    found = _numbers(options.threads or ([emulated["threads"]] if "threads" in emulated else []), "-t")
+    if 0 in found:
+        raise EdgeError("-t 0 is no number of threads", "give at least 1", usage=True)
+    return tuple(found) or (None,)
+
+
+def _texts(options: argparse.Namespace) -> Any:
+    from edge_speq.bench import prompts
+
+    if options.texts < 1:
+        raise EdgeError(f"--texts {options.texts} leaves nothing to read", "give at least 1", usage=True)
+    return prompts.from_file(Path(options.prompts)) if options.prompts else prompts.bundled(options.texts)
+
+
+def _resident(text: str | None) -> str | None:
+    if text is not None:
+        parse_share(text)
+    return text
+
+
+def _budget(text: str | None) -> str | None:
+    if text not in (None, "auto"):
+        parse_bytes(text)
+    return text
+
+
+def _baseline(name: str | None, policies: list[str]) -> str:
+    if name is not None:
+        require_choice("baseline", name, policies)
+    return name or ("cpu-moe" if "cpu-moe" in policies else policies[0])
