@@ -89,16 +89,20 @@ void Residency::hit(const ExpertBlock & block, int32_t slot) {
     slots.pin(slot);
 }
 
+void Residency::require_expert(int32_t expert) const {
+    if (expert < 0 || expert >= table_.n_expert) {
+        throw Error(EDGE_ERR_INTERNAL, "the router of block " + std::to_string(last_block_) + " chose expert " +
+                                           std::to_string(expert) + " of " + std::to_string(table_.n_expert));
+    }
+}
+
 // Residents first: pinned, they cannot become victims of this block's own misses.
 void Residency::find_missing(const ExpertBlock & block, const int32_t * ids, int32_t n) {
     wanted_.clear();
     missing_.clear();
     std::fill(slot_of_.begin(), slot_of_.end(), SlotPool::none);
     for (int32_t i = 0; i < n; ++i) {
-        if (ids[i] < 0 || ids[i] >= table_.n_expert) {
-            throw Error(EDGE_ERR_INTERNAL, "the router of block " + std::to_string(last_block_) + " chose expert " +
-                                               std::to_string(ids[i]) + " of " + std::to_string(table_.n_expert));
-        }
+        require_expert(ids[i]);
         if (std::find(wanted_.begin(), wanted_.end(), ids[i]) != wanted_.end()) {
             continue;
         }
@@ -218,6 +222,31 @@ void Residency::demand(int32_t number, const int32_t * ids, int32_t n, int32_t *
     }
     for (int32_t i = 0; i < n; ++i) {
         out[i] = slot_of_[static_cast<size_t>(ids[i])];
+    }
+}
+
+void Residency::demand_resident(int32_t number, const int32_t * ids, int32_t n, int32_t * out) {
+    const ExpertBlock & block = block_at(number);
+    SlotPool & slots = pool(block);
+    const Lock lock(mutex_);
+    begin_block(number);
+    wanted_.clear();
+    for (int32_t i = 0; i < n; ++i) {
+        require_expert(ids[i]);
+        const int32_t slot = slots.find(block.first_key + ids[i]);
+        const bool held = slot != SlotPool::none && !slots.loading(slot);
+        out[i] = held ? slot : SlotPool::none;
+        if (std::find(wanted_.begin(), wanted_.end(), ids[i]) != wanted_.end()) {
+            continue;
+        }
+        wanted_.push_back(ids[i]);
+        if (held) {
+            hit(block, slot);
+        } else {
+            ++counters_.misses;
+            ++counters_.cpu_computed;
+            counters_.late += slot != SlotPool::none ? 1 : 0;
+        }
     }
 }
 

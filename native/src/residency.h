@@ -36,6 +36,8 @@ public:
     // The experts ids[0..n) of this block are about to be read: makes each resident, pins it, and writes
     // its slot to slots[0..n). The device has finished every earlier block.
     void demand(int32_t block, const int32_t * ids, int32_t n, int32_t * slots);
+    // The same without loads: the slot of a missing expert is none.
+    void demand_resident(int32_t block, const int32_t * ids, int32_t n, int32_t * slots);
     void end_step();
 
     // Takes over scores() and replaces the outstanding orders, of which at most byte_budget bytes are begun.
@@ -76,6 +78,7 @@ private:
 
     void make_slots(const std::vector<int32_t> & slots);
     void begin_block(int32_t block);
+    void require_expert(int32_t expert) const;
     void find_missing(const ExpertBlock & block, const int32_t * ids, int32_t n);
     void hit(const ExpertBlock & block, int32_t slot);
     void load_missing(Lock & lock, const ExpertBlock & block);
