@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 POLICIES = ("auto", "lru", "lfru", "cpu-moe", "all")
-COMPUTES = ("auto", "device")
+COMPUTES = ("auto", "device", "hybrid")
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}

@@ -46,7 +46,8 @@ class EdgeLlama(Target):
         policy: "auto" (slots with foresight, or no slots where everything fits or nothing bounds them), "lfru" (slots
             that keep what was demanded often of late), "lru" (slots that keep what was demanded last), "cpu-moe"
             (experts stay on the CPU) or "all" (everything resident).
-        compute: "auto" or "device": missing experts are fetched and computed on the device.
+        compute: "device": missing experts are fetched, and computed on the device; "hybrid": the CPU computes them from
+            where they lie, and those that are worth it are fetched meanwhile; "auto" is "device" for now.
         context_shift: when the context is full, discard half of it and go on, as llama.cpp's server does, instead of
             ending the text. max_tokens may then exceed the context; without it a text ends after n_ctx tokens.
         n_keep: tokens at the front that a shift never discards, -1 for the whole prompt.
@@ -152,7 +153,9 @@ class EdgeLlama(Target):
         if self._plan.policy == "slots":
             # a laptop's block computes about half as long as one of its experts travels
             block_ns = int(5e8 * self._experts.groups[0].expert_bytes / self._link) if self._deterministic else 0
-            transfers = _native.Transfers(self._link, self._deterministic, block_ns)
+            transfers = _native.Transfers(
+                self._link, self._deterministic, block_ns, self._wanted.hybrid, self.context_params.n_threads
+            )
             self._hook = _native.Hook(
                 self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers
             )
@@ -174,6 +177,7 @@ class EdgeLlama(Target):
             foresight=foresight.choose(self._experts, experts) if has_foresight else None,
             hook=self._hook,
             n_vocab=self._n_vocab,
+            admits=self._wanted.hybrid,
         )
         used, bound = self.memory_used(), self._wanted.budget_bytes
         if bound is not None and used > bound:
@@ -238,6 +242,7 @@ class EdgeLlama(Target):
             fixed_bytes=self.fixed_bytes(),
             speculation=self._wanted.speculation,
             k_loaded=self._hook.max_width - 1,
+            hybrid=self._wanted.hybrid,
         )
 
     def apply(self, made: Plan) -> None:

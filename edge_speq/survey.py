@@ -38,6 +38,7 @@ class Request:
     draft_model: object | None = None  # a LlamaDraftModel in place of a draft file
     is_bounded: bool = True  # by the caller: not only by what the device has free
     shared: Budget | None = None  # whose bytes budget_bytes is
+    hybrid: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,10 @@ def request(
     require_choice("compute", compute, COMPUTES)
     if policy in ("all", "cpu-moe") and resident is not None:
         raise EdgeError(f"resident does not apply to policy {policy}", "leave one of them out", usage=True)
+    if compute == "hybrid" and policy == "lru":
+        raise EdgeError(
+            "compute=hybrid fetches what is worth it, and lru weighs nothing", "use auto or lfru", usage=True
+        )
     if draft is not None and draft_model is not None:
         raise EdgeError("draft and draft_model are both given", "leave one of them out", usage=True)
     if draft_model is not None and not callable(draft_model):
@@ -88,7 +93,17 @@ def request(
     if wanted_k == 0:
         draft_model = None
     return Request(
-        model_path, draft_path, device, policy, share, budget_bytes, wanted_k, draft_model, not unbounded, shared
+        model_path,
+        draft_path,
+        device,
+        policy,
+        share,
+        budget_bytes,
+        wanted_k,
+        draft_model,
+        not unbounded,
+        shared,
+        compute == "hybrid",
     )
 
 
@@ -131,4 +146,5 @@ def decide(wanted: Request, found: Survey) -> Plan:
         experts_mapped=not wanted.device.is_gpu,
         draft_bytes=found.draft.total if wanted.budget_bytes is not None else 0,
         shared_memory=not wanted.is_bounded and wanted.device.is_integrated,
+        hybrid=wanted.hybrid,
     )

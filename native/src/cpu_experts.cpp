@@ -17,7 +17,8 @@ constexpr size_t max_nodes = 64;
 constexpr size_t alignment = 64;
 
 [[noreturn]] void unsupported(const ggml_tensor * node) {
-    throw Error(EDGE_ERR_UNSUPPORTED, std::string("hybrid execution cannot clone ") + ggml_op_desc(node) + " (" + node->name + ")");
+    throw Error(EDGE_ERR_UNSUPPORTED, std::string("hybrid execution cannot clone ") + ggml_op_desc(node) + " (" + node->name +
+                                          "): use compute=device");
 }
 
 // The scheduler feeds a backend copies of other backends' tensors: "CUDA0#blk.0.ffn_up_exps.bias#0".
@@ -137,7 +138,7 @@ ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, con
     }
     if (!chain.input || !chain.output || chain.input->type != GGML_TYPE_F32 || chain.input->ne[1] != 1 || !ggml_is_contiguous(chain.input) ||
         !ggml_is_contiguous(chain.output)) {
-        throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward");
+        throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use compute=device");
     }
     std::vector<uint8_t> memory(nodes_.size()); // a trial, so that what cannot be cloned is known before it is needed
     const ggml_context_ptr ctx(ggml_init({ memory.size(), memory.data(), true }));
@@ -146,7 +147,7 @@ ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, con
     Clone clone{ model_, block, store, chain, ctx.get(), input, ids };
     clone.of(chain.output);
     if (!clone.reached_down) {
-        throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward");
+        throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use compute=device");
     }
     return chain;
 }

@@ -245,7 +245,7 @@ void edge_hook::end_step() {
 int32_t edge_hook::widest_served(const int32_t * slots) const {
     int32_t width = max_width_;
     for (size_t g = 0; g < table_.groups.size(); ++g) {
-        while (width > 0 && slots[g] < edge::slot_floor(table_, g, width)) {
+        while (width > 0 && slots[g] < edge::slot_floor(table_, g, cpu_experts_ ? 1 : width)) {
             --width;
         }
     }
