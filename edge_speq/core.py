@@ -61,7 +61,7 @@ def parse_speculation(value: int | str) -> int | None:
         return None
     try:
         k = int(value)
-    except ValueError:
+    except (TypeError, ValueError):
         k = -1
     if not 0 <= k <= 64:
         raise EdgeError(f"speculation={value!r} is not a number of draft tokens", "give 0 to 64, or auto", usage=True)

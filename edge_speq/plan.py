@@ -36,10 +36,10 @@ def plan(
     `resident` and `budget_bytes` both bound the slots, the smaller wins; `fixed_bytes` is what lies on the
     compute device besides slots (only needed with a budget), `draft_bytes` the draft's part of it; experts_mapped says
     that resident experts are mapped file pages, which no budget counts; shared_memory that nothing but the machine's
-    own memory bounds the slots, since the device has none; hybrid that missing experts need no slots. `speculation` None
-    lets the planner choose the most draft tokens that the slots allow, and drop a draft that leaves too few slots for
-    one drafted token a step. Raises EdgeError, naming the nearest possible request, when the slots would fall under the
-    floor of one verify step.
+    own memory bounds the slots, since the device has none; hybrid that missing experts need no slots. `speculation`
+    None lets the planner choose the most draft tokens that the slots allow, and drop a draft that leaves too few slots
+    for one drafted token a step. Raises EdgeError, naming the nearest possible request, when the slots would fall under
+    the floor of one verify step.
     """
     k_wanted = 0 if not has_draft else K_DEFAULT if speculation is None else speculation
     overhead = _overhead(experts, k_wanted) if budget_bytes is not None else 0
@@ -49,7 +49,8 @@ def plan(
     if unslotted is not None:
         where, reason = unslotted
         on_device = experts.total_bytes if where == "all" and not experts_mapped else 0
-        _require_budget(f"policy {where}", fixed_bytes + overhead + on_device, budget_bytes)
+        less = "; policy auto needs less" if where == "all" and experts.n_blocks else ""
+        _require_budget(f"policy {where}", fixed_bytes + overhead + on_device, budget_bytes, less)
         return Plan(where, (), k_wanted, budget_bytes=budget_bytes, reason=reason)
 
     slot_budget = int(share * experts.total_bytes + 1e-6)
@@ -69,7 +70,11 @@ def plan(
     least = k_wanted if speculation is not None else min(1, k_wanted)
     k = next((k for k in range(k_wanted, least - 1, -1) if _floor_bytes(experts, k, hybrid) <= slot_budget), None)
     if k is None:
-        raise _under_floor(experts, 0 if hybrid else least, slot_budget, budget_bytes, fixed_bytes + overhead)
+        by_resident = resident is not None and resident <= _share_of_budget(
+            experts, budget_bytes, fixed_bytes + overhead
+        )
+        bound = None if by_resident else budget_bytes
+        raise _under_floor(experts, 0 if hybrid else least, slot_budget, bound, fixed_bytes + overhead)
     slots = _share_out(experts, slot_budget, _floors(experts, 0 if hybrid else k))
     slot_bytes = sum(n * group.expert_bytes for n, group in zip(slots, experts.groups, strict=True))
     reason = f"{sum(slots)} of {experts.total} experts in slots, up to {k} draft tokens a step"
@@ -134,12 +139,12 @@ def _overhead(experts: Experts, k: int) -> int:
     return 2 * 4 * experts.n_blocks * (k + 2) * experts.n_expert_used + PADDING
 
 
-def _require_budget(what: str, needed: int, budget_bytes: int | None) -> None:
+def _require_budget(what: str, needed: int, budget_bytes: int | None, less: str) -> None:
     if budget_bytes is not None and needed > budget_bytes:
         raise EdgeError(
             f"{what} needs {needed / 2**20:.1f} MiB on the compute device, over the budget of "
             f"{budget_bytes / 2**20:.1f} MiB",
-            f"the smallest possible budget here is {math.ceil(needed / 2**20)}MiB; policy auto needs less",
+            f"the smallest possible budget here is {math.ceil(needed / 2**20)}MiB{less}",
         )
 
 

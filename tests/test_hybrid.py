@@ -79,9 +79,9 @@ def test_slots_shrink_while_the_cpu_computes(bundled: tuple[Path, Path]) -> None
 
 def test_what_cannot_be_cloned_is_named(tiny: Any) -> None:
     path = tiny.moe("qwen3moe", scales=True)
-    with speculation.llm(path, resident="1/2", compute="hybrid", n_ctx=64) as model:
-        with pytest.raises(EdgeError, match="compute=device"):
-            model.create_completion("ab", max_tokens=4)
+    hybrid = speculation.llm(path, resident="1/2", compute="hybrid", n_ctx=64)
+    with hybrid as model, pytest.raises(EdgeError, match="compute=device"):
+        model.create_completion("ab", max_tokens=4)
     with speculation.llm(path, resident="1/2", n_ctx=64) as model:
         assert model.create_completion("ab", max_tokens=4)["usage"]["completion_tokens"]
 

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <string>
+#include <utility>
 
 namespace edge {
 
@@ -122,9 +123,13 @@ int32_t Residency::take_for_demand(Lock & lock, const ExpertBlock & block, int32
     int32_t slot = slots.take(key, SlotPool::any_price);
     while (slot == SlotPool::none) { // only a load in flight can stand in the way: the floor counts it
         if (!settle_virtual_flight()) {
+            demand_waits_ = true;
             loaded_.wait(lock);
         }
         slot = slots.take(key, SlotPool::any_price);
+    }
+    if (std::exchange(demand_waits_, false)) {
+        ordered_.notify_one();
     }
     ++counters_.misses;
     ++counters_.fetched;
@@ -193,7 +198,12 @@ void Residency::settle_late(Lock & lock, const ExpertBlock & block) {
     missing_.clear();
     for (const int32_t expert : wanted_) {
         if (pool(block).find(block.first_key + expert) == SlotPool::none) {
-            missing_.push_back(expert);
+            missing_.push_back(expert); // was counted as a late miss, and will be again as a plain one
+            --counters_.misses;
+            --counters_.late;
+            --counters_.fetched;
+            --counters_.prefetched_used;
+            prefetched_used_bytes_ -= expert_bytes(block.group);
         }
     }
 }
@@ -295,6 +305,11 @@ void Residency::refill(int32_t group, const std::vector<int32_t> & keys) {
     }
 }
 
+uint64_t Residency::bytes() const {
+    const Lock lock(mutex_);
+    return store_ ? store_->bytes() : 0;
+}
+
 edge_counters Residency::counters() const {
     const Lock lock(mutex_);
     edge_counters out = counters_;
@@ -314,7 +329,7 @@ void Residency::states(uint8_t * out) const {
 
 void Residency::poison_free_slots() {
     const Lock lock(mutex_);
-    for (size_t g = 0; g < pools_.size(); ++g) {
+    for (size_t g = 0; store_ && g < pools_.size(); ++g) {
         for (int32_t slot = 0; slot < pools_[g].n_slots(); ++slot) {
             if (pools_[g].key_of(slot) == SlotPool::none) {
                 store_->fill(static_cast<int32_t>(g), slot, 0xFF); // NaN as f32, f16, bf16 and as a block's scale

@@ -53,7 +53,7 @@ public:
     edge_counters counters() const;
     void states(uint8_t * out) const;
     void poison_free_slots();
-    uint64_t bytes() const { return store_ ? store_->bytes() : 0; }
+    uint64_t bytes() const;
     const SlotStore & store() const { return *store_; }
 
 private:
@@ -112,6 +112,7 @@ private:
     uint64_t                    byte_budget_ = 0; // what is left of it
     int32_t                     flying_      = 0; // prefetches begun and not finished
     bool                        stop_        = false;
+    bool                        demand_waits_ = false; // for a slot: no prefetch may begin
     int32_t                     last_block_  = -1;
     edge_counters               counters_{};
     uint64_t                    prefetched_bytes_ = 0;
