@@ -21,7 +21,7 @@ import numpy.typing as npt
 from edge_speq.core import EdgeError, ExpertCounters, ExpertGroup, Experts, MemoryUse
 from edge_speq.log import route_llama_cpp_log
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 INSTALL_HINT = "install the patched build that comes with edge_speq: pip install ./native ."
 
 log = logging.getLogger("edge_speq")
@@ -222,6 +222,8 @@ class Transfers:
     link_bytes_per_s: int = 0
     deterministic: bool = False
     block_ns: int = 0
+    hybrid: bool = False  # missing experts are computed on the CPU by n_threads
+    n_threads: int = 0
 
 
 class Hook:
@@ -249,6 +251,7 @@ class Hook:
         params = ffi.new("edge_hook_params *", {"max_width": max_width, "n_groups": len(slots), "slots": counts})
         params.link_bytes_per_s, params.block_ns = transfers.link_bytes_per_s, transfers.block_ns
         params.deterministic = transfers.deterministic
+        params.hybrid, params.n_threads = transfers.hybrid, transfers.n_threads
         handle = ffi.new("edge_hook **")
         _check(lib.edge_hook_attach(_llama(model, "llama_model"), params, handle))
         self._handle: Any = handle[0]
@@ -319,6 +322,7 @@ class Hook:
             hits=c.hits,
             misses=c.misses,
             late=c.late,
+            cpu_computed=c.cpu_computed,
             fetched=c.fetched,
             prefetched=c.prefetched,
             prefetched_used=c.prefetched_used,

@@ -35,7 +35,7 @@ class Cancellation:
     def __init__(self) -> None:
         self._text = ctypes.create_string_buffer(2)
         self._callback = _strlen()
-        self.lock = threading.Lock()  # held while set() touches native objects: whoever frees them holds it too
+        self.lock = threading.RLock()  # held while native objects are touched: whoever frees them holds it too
         self.also: Callable[[], None] | None = None
 
     def watch(self, context: int) -> None:

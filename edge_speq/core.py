@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 POLICIES = ("auto", "lru", "lfru", "cpu-moe", "all")
-COMPUTES = ("auto", "device")
+COMPUTES = ("auto", "device", "hybrid")
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
@@ -61,7 +61,7 @@ def parse_speculation(value: int | str) -> int | None:
         return None
     try:
         k = int(value)
-    except ValueError:
+    except (TypeError, ValueError):
         k = -1
     if not 0 <= k <= 64:
         raise EdgeError(f"speculation={value!r} is not a number of draft tokens", "give 0 to 64, or auto", usage=True)

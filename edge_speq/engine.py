@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import _internals as internals
 
-from edge_speq import _native, gguf_model
+from edge_speq import _native, gguf_model, machine
 from edge_speq.cancellation import CANCELLED
 from edge_speq.core import EdgeError, Experts, MemoryUse
 
@@ -55,12 +55,8 @@ def pin_experts(overrides: Any) -> None:
 
 def fits_in_memory(n_bytes: int) -> bool:
     """Whether so much can be page-locked with a quarter and 2 GiB to spare; False where nobody says."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (ValueError, OSError, StopIteration):
-        return False
-    return available >= n_bytes + n_bytes // 4 + (2 << 30)
+    memory = machine.memory()
+    return memory is not None and memory[1] >= n_bytes + n_bytes // 4 + (2 << 30)
 
 
 def check_model_file(path: str | Path, role: str = "model") -> Path:
@@ -98,7 +94,7 @@ def dry_load(path: Path, params: _Params, context_params: _Params | None, role: 
                     used = _native.memory_used(context.ctx, on_gpu)
     finally:
         params.no_alloc, params.load_mode = False, load_mode
-    if not on_gpu and load_mode != llama_cpp.LLAMA_LOAD_MODE_NONE:
+    if not on_gpu and load_mode in (llama_cpp.LLAMA_LOAD_MODE_MMAP, llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK):
         # on the CPU the weights will be mapped file pages, which a budget does not count
         used = MemoryUse(0, used.context_bytes, used.compute_bytes)
     return experts, used

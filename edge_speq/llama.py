@@ -13,16 +13,16 @@ from typing import Any
 import llama_cpp
 from jinja2 import TemplateError
 
-from edge_speq import _native, engine, foresight, plan, speculate, survey
+from edge_speq import _native, engine, foresight, speculate, survey
+from edge_speq.bounds import Bounded
 from edge_speq.budget import Budget
 from edge_speq.cancellation import Cancellation
-from edge_speq.core import EdgeError, ExpertCounters, Experts, Plan, Stats, Timing, parse_rate, parse_share
+from edge_speq.core import EdgeError, ExpertCounters, Stats, Timing, parse_rate
 from edge_speq.drafts import Draft, DraftModel, ObjectDraft
 from edge_speq.governor import Governor
 from edge_speq.lookahead import Lookahead
 from edge_speq.request import Request
 from edge_speq.speculate import Tokens
-from edge_speq.target import Target
 from edge_speq.turns import Turns
 
 LAPTOP_LINK = 12_500_000_000  # bytes per second: PCIe 4 x8
@@ -30,7 +30,7 @@ LAPTOP_LINK = 12_500_000_000  # bytes per second: PCIe 4 x8
 log = logging.getLogger("edge_speq")
 
 
-class EdgeLlama(Target):
+class EdgeLlama(Bounded):
     """A llama_cpp.Llama with a bounded set of experts on the compute device.
 
     Args (besides those of llama_cpp.Llama, which all keep their meaning; n_gpu_layers defaults to all):
@@ -46,7 +46,8 @@ class EdgeLlama(Target):
         policy: "auto" (slots with foresight, or no slots where everything fits or nothing bounds them), "lfru" (slots
             that keep what was demanded often of late), "lru" (slots that keep what was demanded last), "cpu-moe"
             (experts stay on the CPU) or "all" (everything resident).
-        compute: "auto" or "device": missing experts are fetched and computed on the device.
+        compute: "device": missing experts are fetched, and computed on the device; "hybrid": the CPU computes them from
+            where they lie, and those that are worth it are fetched meanwhile; "auto" is "device" for now.
         context_shift: when the context is full, discard half of it and go on, as llama.cpp's server does, instead of
             ending the text. max_tokens may then exceed the context; without it a text ends after n_ctx tokens.
         n_keep: tokens at the front that a shift never discards, -1 for the whole prompt.
@@ -106,6 +107,8 @@ class EdgeLlama(Target):
         )
         self._link = parse_rate(link) if link is not None else LAPTOP_LINK if deterministic else 0
         self._deterministic = deterministic
+        self._share = self._wanted.resident
+        self._fixed_bytes = self._slot_bytes = 0
         self._may_page_lock = "use_mmap" not in kwargs
         self.device = self._wanted.device
         self._hook: _native.Hook | None = None
@@ -118,12 +121,15 @@ class EdgeLlama(Target):
             self._open_context()
             self._look_ahead()
             if self._wanted.shared is not None:
-                self._wanted.shared.join(self)
-        except (ValueError, TemplateError) as error:  # the file's chat template is compiled while loading
+                self._wanted.shared.join(self._wanted, self)
+        except TemplateError as error:  # the file's chat template is compiled while loading
             self.close()
             raise EdgeError(
                 f"cannot load {model_path}: {error}", "the file itself is at fault: convert it again"
             ) from error
+        except ValueError as error:  # what llama_cpp.Llama says of its arguments, or of the file
+            self.close()
+            raise EdgeError(f"cannot load {model_path}: {error}", "verbose=True shows llama.cpp's reason") from error
         except BaseException:
             self.close()
             raise
@@ -140,10 +146,12 @@ class EdgeLlama(Target):
             raise EdgeError("slots do not serve LoRA adapters", "use policy all or cpu-moe", usage=True)
         if self._plan.policy == "slots" and context_params.embeddings:
             raise EdgeError("slots do not serve embeddings", "use policy all or cpu-moe", usage=True)
-        may_page_lock = self._plan.policy == "slots" and self._may_page_lock and self.device.is_gpu
+        slots, mode = self._plan.policy == "slots", model_params.load_mode
+        may_page_lock = slots and self._may_page_lock and mode == llama_cpp.LLAMA_LOAD_MODE_MMAP and self.device.is_gpu
         if may_page_lock and engine.fits_in_memory(self._experts.total_bytes):
             model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-        if self._plan.policy == "slots" and model_params.load_mode == llama_cpp.LLAMA_LOAD_MODE_NONE:
+        in_memory = (llama_cpp.LLAMA_LOAD_MODE_NONE, llama_cpp.LLAMA_LOAD_MODE_MLOCK)
+        if slots and model_params.load_mode in in_memory:
             engine.pin_experts(self._keep_alive)
         elif self._plan.policy == "all":
             model_params.tensor_buft_overrides = None
@@ -152,7 +160,9 @@ class EdgeLlama(Target):
         if self._plan.policy == "slots":
             # a laptop's block computes about half as long as one of its experts travels
             block_ns = int(5e8 * self._experts.groups[0].expert_bytes / self._link) if self._deterministic else 0
-            transfers = _native.Transfers(self._link, self._deterministic, block_ns)
+            transfers = _native.Transfers(
+                self._link, self._deterministic, block_ns, self._wanted.hybrid, self.context_params.n_threads
+            )
             self._hook = _native.Hook(
                 self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers
             )
@@ -174,8 +184,10 @@ class EdgeLlama(Target):
             foresight=foresight.choose(self._experts, experts) if has_foresight else None,
             hook=self._hook,
             n_vocab=self._n_vocab,
+            admits=self._wanted.hybrid,
         )
-        used, bound = self.memory_used(), self._wanted.budget_bytes
+        self._measure()
+        used, bound = self.memory_used(), self._plan.budget_bytes
         if bound is not None and used > bound:
             raise EdgeError(
                 f"{used} bytes are in use on {self.device.name}, over the budget of {bound}",
@@ -200,54 +212,13 @@ class EdgeLlama(Target):
         counters. Raises EdgeError from a callback of a step."""
         if "_stack" not in self.__dict__:  # the arguments were refused
             return
-        with self._turns.use(alone=True, hurry=self.cancel), self._cancellation.lock:
+        if self._wanted.shared is not None:
+            self._wanted.shared.drop(self._wanted)
+        with self._turns.use(alone=True, hurry=self._cancellation.set), self._cancellation.lock:
+            self._cancellation.also = None
             super().close()
         if self._wanted.shared is not None:
-            self._wanted.shared.leave(self)
-
-    # --- other bounds while loaded -----------------------------------------------------------------------
-
-    def resize(self, *, resident: float | str | None = None, vram_budget: int | str | None = None) -> Plan:
-        """Other bounds for the slots, from any thread: between two steps of what is being generated the slots are
-        allocated anew, and the experts of most worth loaded again. Returns the new plan.
-
-        Raises EdgeError, and changes nothing, when the bounds cannot be met or the model has no slots. When the new
-        slots cannot be allocated, EdgeError says so and the experts are computed on the CPU until a resize succeeds.
-        """
-        share = None if resident is None else parse_share(resident)
-        made = self._plan_slots(share, plan.budget(vram_budget, self.device))
-        self.apply(made)
-        return made
-
-    def experts_in_slots(self) -> Experts | None:
-        return self._experts if self._hook is not None else None
-
-    def fixed_bytes(self) -> int:
-        return self.memory_used() - (self._hook.slot_bytes() if self._hook is not None else 0)
-
-    def plan_for(self, budget_bytes: int) -> Plan:
-        return self._plan_slots(self._wanted.resident, budget_bytes)
-
-    def _plan_slots(self, resident: float | None, budget_bytes: int | None) -> Plan:
-        if self._hook is None:
-            raise EdgeError("this model has no slots to resize", "load it with resident or vram_budget", usage=True)
-        return plan.other_slots(
-            self._experts,
-            resident=resident,
-            budget_bytes=budget_bytes,
-            fixed_bytes=self.fixed_bytes(),
-            speculation=self._wanted.speculation,
-            k_loaded=self._hook.max_width - 1,
-        )
-
-    def apply(self, made: Plan) -> None:
-        """Puts a plan of plan_for into force."""
-        assert self._hook is not None
-        with self._turns.pause():
-            self._require_open()
-            self._plan = made
-            self._lookahead.limit(made.k_max)
-            self._hook.resize(made.slots)
+            self._wanted.shared.rebalance()
 
     # --- generating ------------------------------------------------------------------------------------
 
@@ -331,22 +302,14 @@ class EdgeLlama(Target):
         if self._turns.is_open:
             self._cancellation.set()
 
-    def _forget_cancellation(self) -> None:
-        """A cancellation that came when its request was over is not meant for the next one."""
-        if self._cancellation.clear() and self._hook is not None:
-            self._hook.end_step()
-
-    def memory_used(self) -> int:
-        """Bytes on the compute device: dense weights, KV caches, draft, compute buffers and slots."""
-        return _native.memory_used(self._ctx.ctx, self.device.is_gpu).total + self._lookahead.memory_used()
-
     def stats(self) -> Stats:
-        """What happened since the model was loaded. A snapshot: later events do not change it."""
+        """What happened since the model was loaded, from any thread. A snapshot: later events do not change it."""
         from edge_speq import __version__
 
         counters = ExpertCounters()  # a dense model
         if self._hook is not None:
-            counters = self._hook.counters()
+            with self._cancellation.lock:  # nothing native is freed meanwhile
+                counters = self._hook.counters()
         elif self._experts.n_expert:
             counters = ExpertCounters(total=self._experts.total, hits=None, misses=None, cpu_computed=None)
         return Stats(
@@ -354,7 +317,7 @@ class EdgeLlama(Target):
             speculation=copy.copy(self._lookahead.counts),
             experts=counters,
             plan=self._plan,
-            used_bytes=self.memory_used() if self._ctx.ctx is not None else 0,
+            used_bytes=self._fixed_bytes + self._slot_bytes if self._ctx.ctx is not None else 0,
             device=str(self.device),
             llama_cpp_commit=_native.llama_cpp_commit(),
             edge_speq_version=__version__,
@@ -362,5 +325,7 @@ class EdgeLlama(Target):
         )
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._wanted.shared is not None:
+            raise EdgeError("a model that shares a Budget cannot be pickled", "load it with a budget of its own")
         state: dict[str, Any] = super().__getstate__()
         return state | self._edge_arguments

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from edge_speq import _native, foresight
 from edge_speq.core import Speculation
 from edge_speq.drafts import Draft, Routing, Text
@@ -20,11 +22,13 @@ class Lookahead:
         foresight: Foresight | None,
         hook: _native.Hook | None,
         n_vocab: int,
+        admits: bool = False,
     ) -> None:
         self.counts = Speculation()
         self.name = foresight.name if foresight is not None else "none"
         self._draft, self._governor, self._foresight, self._hook = draft, governor, foresight, hook
         self._n_vocab = n_vocab
+        self._admits = admits  # experts that nobody fetches on demand
         self._routing: Routing | None = None  # the draft's, of the tokens drafted last
 
     def limit(self, k_max: int) -> None:
@@ -60,8 +64,12 @@ class Lookahead:
         if self._foresight is None or self._hook is None:
             return
         self._hook.scores[:] = self._foresight.worth()
-        orders = foresight.orders(self._foresight.expect(self._routing))
-        self._hook.prefetch(orders, _native.NO_BUDGET if self._foresight.worth_fetching() else 0)
+        expected = self._foresight.expect(self._routing)
+        orders = foresight.orders(expected if self._foresight.worth_fetching() or not self._admits else None)
+        if self._admits:
+            orders = np.concatenate([orders, foresight.admissions(self._hook.scores, self._hook.states())])
+        fetches = self._admits or self._foresight.worth_fetching()
+        self._hook.prefetch(orders, _native.NO_BUDGET if fetches else 0)
 
     def observe(self, n_tokens: int) -> None:
         """The target decoded n_tokens in one step."""

@@ -29,15 +29,17 @@ def plan(
     experts_mapped: bool = False,
     draft_bytes: int = 0,
     shared_memory: bool = False,
+    hybrid: bool = False,
 ) -> Plan:
     """The plan for one model.
 
     `resident` and `budget_bytes` both bound the slots, the smaller wins; `fixed_bytes` is what lies on the
     compute device besides slots (only needed with a budget), `draft_bytes` the draft's part of it; experts_mapped says
     that resident experts are mapped file pages, which no budget counts; shared_memory that nothing but the machine's
-    own memory bounds the slots, since the device has none. `speculation` None lets the planner choose the most draft
-    tokens that the slots allow, and drop a draft that leaves too few slots for one drafted token a step. Raises
-    EdgeError, naming the nearest possible request, when the slots would fall under the floor of one verify step.
+    own memory bounds the slots, since the device has none; hybrid that missing experts need no slots. `speculation`
+    None lets the planner choose the most draft tokens that the slots allow, and drop a draft that leaves too few slots
+    for one drafted token a step. Raises EdgeError, naming the nearest possible request, when the slots would fall under
+    the floor of one verify step.
     """
     k_wanted = 0 if not has_draft else K_DEFAULT if speculation is None else speculation
     overhead = _overhead(experts, k_wanted) if budget_bytes is not None else 0
@@ -47,11 +49,12 @@ def plan(
     if unslotted is not None:
         where, reason = unslotted
         on_device = experts.total_bytes if where == "all" and not experts_mapped else 0
-        _require_budget(f"policy {where}", fixed_bytes + overhead + on_device, budget_bytes)
+        less = "; policy auto needs less" if where == "all" and experts.n_blocks else ""
+        _require_budget(f"policy {where}", fixed_bytes + overhead + on_device, budget_bytes, less)
         return Plan(where, (), k_wanted, budget_bytes=budget_bytes, reason=reason)
 
     slot_budget = int(share * experts.total_bytes + 1e-6)
-    if speculation is None and k_wanted and _floor_bytes(experts, 1) > slot_budget:
+    if speculation is None and k_wanted and _floor_bytes(experts, 1, hybrid) > slot_budget:
         made = plan(
             experts,
             policy=policy,
@@ -61,15 +64,21 @@ def plan(
             speculation=0,
             has_draft=False,
             experts_mapped=experts_mapped,
+            hybrid=hybrid,
         )
         return dataclasses.replace(made, reason=f"{made.reason}: with a draft the slots would be too few")
     least = k_wanted if speculation is not None else min(1, k_wanted)
-    k = next((k for k in range(k_wanted, least - 1, -1) if _floor_bytes(experts, k) <= slot_budget), None)
+    k = next((k for k in range(k_wanted, least - 1, -1) if _floor_bytes(experts, k, hybrid) <= slot_budget), None)
     if k is None:
-        raise _under_floor(experts, least, slot_budget, budget_bytes, fixed_bytes + overhead)
-    slots = _share_out(experts, slot_budget, _floors(experts, k))
+        by_resident = resident is not None and resident <= _share_of_budget(
+            experts, budget_bytes, fixed_bytes + overhead
+        )
+        bound = None if by_resident else budget_bytes
+        raise _under_floor(experts, 0 if hybrid else least, slot_budget, bound, fixed_bytes + overhead)
+    slots = _share_out(experts, slot_budget, _floors(experts, 0 if hybrid else k))
     slot_bytes = sum(n * group.expert_bytes for n, group in zip(slots, experts.groups, strict=True))
     reason = f"{sum(slots)} of {experts.total} experts in slots, up to {k} draft tokens a step"
+    reason += ", the CPU computes what is missing" if hybrid else ""
     resident = slot_bytes / experts.total_bytes
     return Plan("slots", slots, k, slot_bytes, fixed_bytes + overhead, budget_bytes, resident, reason)
 
@@ -82,6 +91,7 @@ def other_slots(
     fixed_bytes: int,
     speculation: int | None,
     k_loaded: int,
+    hybrid: bool = False,
 ) -> Plan:
     """The plan for a model that is loaded with slots, under other bounds: at most `k_loaded` draft tokens, since its
     routing has room for no more; `fixed_bytes` is what it holds besides slots. Raises EdgeError as plan does."""
@@ -93,6 +103,7 @@ def other_slots(
         fixed_bytes=fixed_bytes,
         speculation=None if speculation is None else min(speculation, k_loaded),
         has_draft=k_loaded > 0,
+        hybrid=hybrid,
     )
     return dataclasses.replace(made, k_max=min(made.k_max, k_loaded))
 
@@ -128,12 +139,12 @@ def _overhead(experts: Experts, k: int) -> int:
     return 2 * 4 * experts.n_blocks * (k + 2) * experts.n_expert_used + PADDING
 
 
-def _require_budget(what: str, needed: int, budget_bytes: int | None) -> None:
+def _require_budget(what: str, needed: int, budget_bytes: int | None, less: str) -> None:
     if budget_bytes is not None and needed > budget_bytes:
         raise EdgeError(
             f"{what} needs {needed / 2**20:.1f} MiB on the compute device, over the budget of "
             f"{budget_bytes / 2**20:.1f} MiB",
-            f"the smallest possible budget here is {math.ceil(needed / 2**20)}MiB; policy auto needs less",
+            f"the smallest possible budget here is {math.ceil(needed / 2**20)}MiB{less}",
         )
 
 
@@ -148,8 +159,9 @@ def _floors(experts: Experts, k: int) -> list[int]:
     return [min(floor, group.n_experts) for group in experts.groups]  # a slot for every expert is always enough
 
 
-def _floor_bytes(experts: Experts, k: int) -> int:
-    return sum(n * group.expert_bytes for n, group in zip(_floors(experts, k), experts.groups, strict=True))
+def _floor_bytes(experts: Experts, k: int, hybrid: bool = False) -> int:
+    floors = _floors(experts, 0 if hybrid else k)  # what the CPU computes needs no slot
+    return sum(n * group.expert_bytes for n, group in zip(floors, experts.groups, strict=True))
 
 
 def _share_out(experts: Experts, slot_budget: int, floors: list[int]) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ class Request:
     draft_model: object | None = None  # a LlamaDraftModel in place of a draft file
     is_bounded: bool = True  # by the caller: not only by what the device has free
     shared: Budget | None = None  # whose bytes budget_bytes is
+    hybrid: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ def request(
     require_choice("compute", compute, COMPUTES)
     if policy in ("all", "cpu-moe") and resident is not None:
         raise EdgeError(f"resident does not apply to policy {policy}", "leave one of them out", usage=True)
+    if compute == "hybrid" and policy == "lru":
+        raise EdgeError("compute=hybrid fetches what is worth it: lru cannot tell", "use auto or lfru", usage=True)
     if draft is not None and draft_model is not None:
         raise EdgeError("draft and draft_model are both given", "leave one of them out", usage=True)
     if draft_model is not None and not callable(draft_model):
@@ -88,7 +91,17 @@ def request(
     if wanted_k == 0:
         draft_model = None
     return Request(
-        model_path, draft_path, device, policy, share, budget_bytes, wanted_k, draft_model, not unbounded, shared
+        model_path,
+        draft_path,
+        device,
+        policy,
+        share,
+        budget_bytes,
+        wanted_k,
+        draft_model,
+        not unbounded,
+        shared,
+        compute == "hybrid",
     )
 
 
@@ -117,12 +130,17 @@ def survey(wanted: Request, model_params: Any, draft_params: Any, context_params
 def decide(wanted: Request, found: Survey) -> Plan:
     """The plan; under a shared budget the other models have made room when this returns. Raises EdgeError, with the
     nearest possible request, where there is none."""
-    budget_bytes = wanted.budget_bytes
+    budget_bytes, policy = wanted.budget_bytes, wanted.policy
     if wanted.shared is not None:
-        budget_bytes = wanted.shared.admit(found.experts, found.fixed_bytes)
+        in_slots = policy in ("auto", "lfru", "lru")
+        experts = found.experts.total_bytes if in_slots else 0
+        whole = found.experts.total_bytes if policy == "all" and wanted.device.is_gpu else 0
+        budget_bytes = wanted.shared.admit(wanted, experts, found.fixed_bytes + whole)
+        if policy == "auto" and found.experts.n_blocks:
+            policy = "lfru"  # what takes slots can give them back
     return plan.plan(
         found.experts,
-        policy=wanted.policy,
+        policy=policy,
         resident=wanted.resident,
         budget_bytes=budget_bytes,
         fixed_bytes=found.fixed_bytes if wanted.budget_bytes is not None else 0,
@@ -131,4 +149,5 @@ def decide(wanted: Request, found: Survey) -> Plan:
         experts_mapped=not wanted.device.is_gpu,
         draft_bytes=found.draft.total if wanted.budget_bytes is not None else 0,
         shared_memory=not wanted.is_bounded and wanted.device.is_integrated,
+        hybrid=wanted.hybrid,
     )

@@ -53,6 +53,11 @@ class Target(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         else:
             raise EdgeError("this model cannot shift its context", "leave context_shift out", usage=True)
 
+    def _forget_cancellation(self) -> None:
+        """A cancellation that came when its request was over is not meant for the next one."""
+        if self._cancellation.clear() and self._hook is not None:
+            self._hook.end_step()
+
     def _require_open(self) -> None:
         if self._ctx.ctx is None:
             raise EdgeError("the model is closed")
@@ -166,6 +171,8 @@ class Target(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
     def eval(self, tokens: Sequence[int]) -> None:
         """Decodes tokens into the context, as llama_cpp.Llama.eval does."""
         with self._outside():
+            if not self._turns.is_open:
+                self._forget_cancellation()
             self.extend(list(tokens), [])
 
     def reset(self) -> None:
@@ -179,6 +186,7 @@ class Target(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
 
     def save_state(self) -> Any:
         with self._turns.use():
+            self._require_open()
             state = super().save_state()
             state.n_intact = self._n_intact
             return state

@@ -10,6 +10,7 @@ from edge_speq.core import EdgeError
 from edge_speq.speculate import Tokens
 
 BUSY = "this model is in use by another thread"
+PAUSE = 1.0  # seconds that others wait for a pause to end
 HINT = "one EdgeLlama serves one thread at a time: wait for it, or load another"
 
 
@@ -25,6 +26,7 @@ class Turns:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a thread may save the state from a callback of its own step
         self._depth = 0  # guarded by the lock
+        self._inside = 0  # the thread that holds the lock
         self._pauses = 0  # that are asked for or under way, guarded by the next
         self._counting = threading.Lock()
         self._request: object | None = None
@@ -35,21 +37,35 @@ class Turns:
         """Enters the native part. `alone` refuses to from a callback of a step; `hurry` is called when another thread
         is there, which is then waited for. Raises EdgeError."""
         if not self._lock.acquire(blocking=False):
-            if hurry is None and not self._pauses:
-                raise EdgeError(BUSY, HINT)
-            if hurry is not None:
-                hurry()
-            self._lock.acquire()
+            self._wait(hurry)
         try:
             if alone and self._depth:
                 raise EdgeError("a callback of this model asked for what would pull the ground from under it")
             self._depth += 1
+            self._inside = threading.get_ident()
             try:
                 yield
             finally:
                 self._depth -= 1
+                self._inside = self._inside if self._depth else 0
         finally:
             self._lock.release()
+
+    def _wait(self, hurry: Callable[[], None] | None) -> None:
+        """Takes the lock that another thread has: after hurry, or when a pause is what is under way."""
+        if hurry is not None:
+            hurry()
+            self._lock.acquire()
+            return
+        mine = self._request is not None and self._thread is threading.current_thread()
+        if mine and self._pauses:  # who generates waits for the pause, however long
+            self._lock.acquire()
+        elif not self._lock.acquire(timeout=PAUSE if self._pauses else 0.0):
+            raise EdgeError(BUSY, HINT)
+
+    def inside(self) -> bool:
+        """Whether this thread is in the native part: in a callback of a step."""
+        return self._inside == threading.get_ident()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -105,4 +121,5 @@ class Turns:
             return
         with self.use(hurry=lambda: None):
             stream.close()
-            self._request = None
+            if self.holds(request):
+                self._request = None

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from edge_speq import EdgeError, demo
-from edge_speq.cli import doctor, machine
+from edge_speq import EdgeError, demo, machine
+from edge_speq.cli import doctor
 
 NAMES = {"package", "llama.cpp", "device", "built for", "cpu", "memory", "memlock", "demo", "disk"}
 

@@ -133,6 +133,78 @@ def test_a_model_that_does_not_fit_is_refused_and_the_others_keep_their_slots(bu
         assert first.memory_used() == alone
 
 
+def test_two_models_that_load_at_once_stay_within_the_budget(bundled: tuple[Path, Path]) -> None:
+    budget = Budget("26MiB")
+    with contextlib.ExitStack() as stack:
+        models, failures = [], []
+
+        def load() -> None:
+            try:
+                models.append(stack.enter_context(open_model(bundled[0], budget)))
+            except EdgeError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=load) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert sum(model.memory_used() for model in models) <= budget.bytes
+        assert text(models[0]) == text(models[1])
+
+
+def test_a_resize_cannot_break_a_budget(bundled: tuple[Path, Path]) -> None:
+    budget = Budget("24MiB")
+    with open_model(bundled[0], budget) as first, open_model(bundled[0], budget) as second:
+        first.resize(resident=1.0)
+        first.resize(vram_budget="1GiB")
+        assert first.memory_used() + second.memory_used() <= budget.bytes
+    with contextlib.closing(EdgeLlama(str(bundled[0]), vram_budget="12MiB", n_ctx=256)) as model:
+        model.resize(resident=1.0)
+        assert model.memory_used() <= 12 << 20
+        with pytest.raises(EdgeError, match="needs a bound"):
+            model.resize()
+
+
+def test_a_model_that_is_collected_while_another_loads_leaves_its_bytes(bundled: tuple[Path, Path]) -> None:
+    budget = Budget("24MiB")
+    lost = EdgeLlama(str(bundled[0]), vram_budget=budget, n_ctx=256)
+    lost.itself = lost  # only the collector finds it
+    del lost
+    gc.collect()
+    with open_model(bundled[0], budget) as model:
+        assert model.memory_used() > budget.bytes * 0.8
+
+
+def test_closed_models_say_so_and_other_threads_may_ask_until_then(bundled: tuple[Path, Path]) -> None:
+    for _ in range(10):
+        model = EdgeLlama(str(bundled[0]), resident="1/2", n_ctx=64)
+        asked, failures = threading.Event(), []
+
+        def ask(model: EdgeLlama = model, asked: threading.Event = asked, failures: list[Any] = failures) -> None:
+            try:
+                for _ in range(200):
+                    model.stats()
+                    asked.set()
+                    model.resize(resident="1/4")
+            except EdgeError:
+                pass  # closed
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        asked.wait()
+        model.close()
+        thread.join()
+        assert not failures
+        for call in (model.save_state, model.memory_used, lambda model=model: model.resize(resident="1/4")):
+            with pytest.raises(EdgeError, match="closed"):
+                call()
+        assert model.stats().used_bytes == 0
+
+
 def test_a_budget_needs_a_size() -> None:
     for size in ("much", "-1"):
         with pytest.raises(EdgeError):

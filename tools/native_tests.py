@@ -28,7 +28,7 @@ SANITIZERS = {
 }
 # experts.cpp needs a patched llama.cpp to link, which the installed wheel is
 CORE = ("slots", "slot_store", "residency", "prefetch", "link", "faults", "experts")
-TESTS = {"test_slots": CORE, "test_residency": CORE, "test_hook": (*CORE, "hook", "vocab", "api")}
+TESTS = {"test_slots": CORE, "test_residency": CORE, "test_hook": (*CORE, "hook", "cpu_experts", "vocab", "api")}
 MODEL = NATIVE.parent / "models" / "tales-moe.gguf"
 
 

@@ -28,6 +28,7 @@ from llama_cpp import _internals as internals
 from edge_speq import _native, engine, plan
 
 WIDTHS = (1, 2, 4)
+SHARES = (("1/8", 0.125), ("1/4", 0.25), ("1/2", 0.5))
 PREFIX = 48  # tokens in the context before the first timed step
 WARM_UP = 5  # steps that build graphs and fill slots
 
@@ -48,7 +49,10 @@ class Placement:
                 engine.pin_experts(self._keep_alive)
         self._model = engine.load_model(path, params, "model")
         self.n_vocab = self._model.n_vocab()
+        self._transfers = _native.Transfers(hybrid=bool(load.get("hybrid")), n_threads=threads)
         self.hook = self._slots(share) if share is not None else None
+        if load.get("hybrid") and self.hook is not None:
+            self._fill(self.hook)
         contexts = llama_cpp.llama_context_default_params()
         contexts.n_ctx, contexts.n_threads, contexts.n_threads_batch = 2048, threads, threads
         self._context = internals.LlamaContext(model=self._model, params=contexts)
@@ -62,10 +66,17 @@ class Placement:
             resident=share,
             budget_bytes=None,
             fixed_bytes=0,
-            speculation=max(WIDTHS) - 1,
+            speculation=0 if self._transfers.hybrid else max(WIDTHS) - 1,
             has_draft=True,
         )
-        return _native.Hook(self._model.model, experts, max(WIDTHS), made.slots)
+        return _native.Hook(self._model.model, experts, max(WIDTHS), made.slots, self._transfers)
+
+    @staticmethod
+    def _fill(hook: _native.Hook) -> None:
+        """Experts at random into every slot: nothing is fetched later."""
+        absent = np.random.default_rng(4).permutation(np.argwhere(hook.states() == 0))[: hook.n_slots]
+        hook.prefetch(np.array([(block, expert, 1 << 20, 1.0) for block, expert in absent], dtype=_native.ORDER))
+        hook.drain()
 
     def step(self, tokens: list[int], past: int) -> float:
         started = time.perf_counter()
@@ -107,6 +118,7 @@ def placements(model: Path, threads: list[int]) -> list[Placement]:
         Placement("slots-1/4 pinned", model, max(threads), share=0.25, mmap=False),
     ]
     for n in threads:
+        made += [Placement(f"hybrid-{s} {n} threads", model, n, share=v, mmap=False, hybrid=True) for s, v in SHARES]
         made.append(Placement(f"cpu-moe mmap {n} threads", model, n, experts_on_cpu=True))
         made.append(Placement(f"cpu-moe none {n} threads", model, n, experts_on_cpu=True, mmap=False))
     return made

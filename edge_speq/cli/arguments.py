@@ -70,7 +70,7 @@ def with_demo_defaults(arguments: argparse.Namespace) -> None:
     arguments.draft = arguments.draft or str(demo.path(demo.DRAFT))
     if getattr(arguments, "seed", DEMO_SEED) is None:
         arguments.seed = DEMO_SEED
-    if arguments.resident is None and arguments.vram_budget is None and arguments.policy in ("auto", "lru"):
+    if arguments.resident is None and arguments.vram_budget is None and arguments.policy in ("auto", "lfru", "lru"):
         arguments.resident = DEMO_RESIDENT
 
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_speq import __version__, demo, gguf_model
-from edge_speq.cli import machine
+from edge_speq import __version__, demo, gguf_model, machine
 from edge_speq.core import EdgeError
 
 MIN_DISK = 1 << 30  # bytes

@@ -17,6 +17,10 @@ from edge_speq.core import Experts
 from edge_speq.foresight.counts import Counts
 from edge_speq.foresight.twin import Quality, Twin
 
+WORTH_ADMITTING = 0.3  # least worth of an expert that is fetched without being expected
+MOST_ADMITTED = 16  # a step
+HYSTERESIS = 0.25
+
 Scores = npt.NDArray[np.float32]
 Routing = npt.NDArray[np.int32]
 
@@ -47,6 +51,17 @@ def choose(target: Experts, draft: Experts | None) -> Foresight:
     return Twin(target) if is_twin else Counts(target)
 
 
+def admissions(worth: Scores, states: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """Orders for absent experts that have earned a slot: the most worth first, whenever the link is free. They evict
+    only what is worth clearly less, since a fetched expert has to be used some times to repay its transfer."""
+    block, expert = np.nonzero((states == 0) & (worth >= WORTH_ADMITTING))
+    most = np.argsort(-worth[block, expert], kind="stable")[:MOST_ADMITTED]
+    out = np.zeros(len(most), dtype=_native.ORDER)
+    out["block"], out["expert"], out["deadline"] = block[most], expert[most], len(worth)
+    out["priority"] = -HYSTERESIS
+    return out
+
+
 def orders(expected: Scores | None) -> npt.NDArray[Any]:
     """Orders (of _native.ORDER, [n]) for the experts that are expected at all: earliest block first, since its deadline
     comes first, then by falling chance."""
@@ -61,4 +76,4 @@ def orders(expected: Scores | None) -> npt.NDArray[Any]:
     return out
 
 
-__all__ = ["Counts", "Foresight", "Quality", "Twin", "choose", "orders"]
+__all__ = ["Counts", "Foresight", "Quality", "Twin", "admissions", "choose", "orders"]

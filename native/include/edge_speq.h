@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define EDGE_ABI_VERSION 2
+#define EDGE_ABI_VERSION 3
 
 #define EDGE_OK 0
 #define EDGE_ERR_ARGUMENT 1
@@ -116,6 +116,8 @@ typedef struct edge_hook_params {
     uint64_t        link_bytes_per_s; // slows transfers down to an emulated link; 0: the link as it is
     bool            deterministic;    // transfers take virtual time, so that counters repeat; needs the next and a link
     uint64_t        block_ns;         // virtual time that one block takes to compute
+    bool            hybrid;           // missing experts are computed on the CPU, not fetched
+    int32_t         n_threads;        // that compute them; 0: as many as ggml thinks
 } edge_hook_params;
 
 typedef struct edge_counters {  // since the hook was attached; design glossary has the meanings
@@ -123,6 +125,7 @@ typedef struct edge_counters {  // since the hook was attached; design glossary 
     uint64_t hits;
     uint64_t misses;
     uint64_t late;
+    uint64_t cpu_computed;
     uint64_t fetched;
     uint64_t prefetched;
     uint64_t prefetched_used;

@@ -205,7 +205,8 @@ int edge_hook_attach(llama_model * model, const edge_hook_params * params, edge_
         require(model != nullptr && params != nullptr && out != nullptr, "model, params or out is null");
         require(params->max_width > 0, "max_width must be positive");
         edge::ExpertTable table(model);
-        require_slots(table, params->slots, params->n_groups, params->max_width);
+        // what the CPU computes needs no slot, only other ids than the token's own
+        require_slots(table, params->slots, params->n_groups, params->hybrid ? 1 : params->max_width);
         require(!params->deterministic || params->link_bytes_per_s > 0, "deterministic mode needs the speed of its virtual link");
         *out = new edge_hook(model, std::move(table), *params);
     });

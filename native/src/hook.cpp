@@ -7,6 +7,7 @@
 #include "llama-ext.h"
 #include "llama-moe-hook.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -57,6 +58,9 @@ edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_ho
         throw edge::Error(EDGE_ERR_UNSUPPORTED, "the model has no routed experts that the hook knows");
     }
     ggml_backend_buffer_type_t buft = compute_buffer_type(model);
+    if (params.n_groups > 0 && params.hybrid) {
+        cpu_experts_ = std::make_unique<edge::CpuExperts>(model, table_, params.n_threads);
+    }
     if (params.n_groups > 0) {
         table_.require_host_weights();
         residency_ = std::make_unique<edge::Residency>(table_, std::vector<int32_t>(params.slots, params.slots + params.n_groups), buft,
@@ -102,6 +106,8 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
     // may be narrow because it has only the rows that logits are wanted for
     const bool fits = width <= served_width_ && block.ids->ne[0] == table_.n_expert_used;
     if (number == 0) {
+        graph_ = gf;
+        chains_.assign(table_.blocks.size(), {});
         graph_fits_ = fits;
         width_      = fits ? static_cast<int32_t>(width) : 0;
     } else if (width != width_) {
@@ -130,25 +136,24 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
 // Called before any node that follows has been sent to the backend; what is queued here runs before them. Returning
 // false ends the graph with status "aborted" (patch 0005); end_step() then throws what went wrong.
 bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexcept {
+    const bool is_output = missing_block_ >= 0 && node == chains_[static_cast<size_t>(missing_block_)].output;
     if (ask) {
-        return node->op == GGML_OP_CPY && std::strncmp(node->name, route_prefix, sizeof(route_prefix) - 1) == 0;
+        return is_output || (node->op == GGML_OP_CPY && std::strncmp(node->name, route_prefix, sizeof(route_prefix) - 1) == 0);
     }
     try {
         if (cancelled_) {
             throw edge::Error(EDGE_ERR_CANCELLED, "cancelled");
         }
+        if (is_output) {
+            compute_missing(backend);
+            return true;
+        }
         int number = -1;
         if (std::sscanf(node->name + sizeof(route_prefix) - 1, "%d", &number) != 1) {
             throw edge::Error(EDGE_ERR_INTERNAL, std::string("unexpected node name ") + node->name);
         }
-        const int32_t n = static_cast<int32_t>(ggml_nelements(node));
-        int32_t * ids   = routing_of(number);
-        int32_t * slots = slots_of(number);
         edge::fault_point(edge::Fault::routing);
-        ggml_backend_tensor_get_async(backend, node, ids, 0, ggml_nbytes(node));
-        ggml_backend_synchronize(backend); // the one wait of a block: everything before it has run, too
-        residency_->demand(number, ids, n, slots);
-        ggml_backend_tensor_set_async(backend, node, slots, 0, ggml_nbytes(node));
+        cpu_experts_ ? serve_hybrid(backend, node, number) : serve(backend, node, number);
         ++n_served_;
         return true;
     } catch (const edge::Error & e) {
@@ -158,7 +163,66 @@ bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexc
         status_ = EDGE_ERR_INTERNAL;
         error_  = e.what();
     }
+    missing_block_ = -1;
     return false;
+}
+
+void edge_hook::serve(ggml_backend_t backend, ggml_tensor * route, int32_t number) {
+    ggml_backend_tensor_get_async(backend, route, routing_of(number), 0, ggml_nbytes(route));
+    ggml_backend_synchronize(backend); // the one wait of a block: everything before it has run, too
+    residency_->demand(number, routing_of(number), static_cast<int32_t>(ggml_nelements(route)), slots_of(number));
+    ggml_backend_tensor_set_async(backend, route, slots_of(number), 0, ggml_nbytes(route));
+}
+
+// The device computes the resident experts and, for each missing one, an arbitrary slot, whose output the CPU's then
+// replaces before it is weighted.
+void edge_hook::serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_t number) {
+    const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(number)];
+    edge::ExpertChain & chain = chains_[static_cast<size_t>(number)];
+    if (!chain.output) {
+        chain = cpu_experts_->find(graph_, route, block, residency_->store());
+    }
+    const auto n = static_cast<int32_t>(ggml_nelements(route));
+    int32_t * ids   = routing_of(number);
+    int32_t * slots = slots_of(number);
+    input_.resize(static_cast<size_t>(ggml_nelements(chain.input)));
+    ggml_backend_tensor_get_async(backend, route, ids, 0, ggml_nbytes(route));
+    ggml_backend_tensor_get_async(backend, chain.input, input_.data(), 0, ggml_nbytes(chain.input));
+    ggml_backend_synchronize(backend);
+    residency_->demand_resident(number, ids, n, slots);
+    give_missing_a_slot(ids, slots, n);
+    missing_block_ = missing_.empty() ? -1 : number;
+    ggml_backend_tensor_set_async(backend, route, slots, 0, ggml_nbytes(route));
+}
+
+// Slots that the token does not use otherwise: kernels want the ids of one token to differ.
+void edge_hook::give_missing_a_slot(const int32_t * ids, int32_t * slots, int32_t n) {
+    const int32_t used = table_.n_expert_used;
+    missing_.clear();
+    for (int32_t i = 0; i < n; ++i) {
+        if (slots[i] != edge::SlotPool::none) {
+            continue;
+        }
+        int32_t * row = slots + i / used * used;
+        int32_t free = 0;
+        while (std::find(row, row + used, free) != row + used) {
+            ++free;
+        }
+        slots[i] = free;
+        missing_.push_back({ i / used, i % used, ids[i] });
+    }
+}
+
+void edge_hook::compute_missing(ggml_backend_t backend) {
+    const auto number = static_cast<size_t>(std::exchange(missing_block_, -1));
+    const edge::ExpertChain & chain = chains_[number];
+    const float * rows = cpu_experts_->compute(chain, table_.blocks[number], residency_->store(), input_.data(), missing_);
+    const auto n_embd = static_cast<size_t>(chain.output->ne[0]);
+    for (const edge::Pair & pair : missing_) {
+        const size_t offset = static_cast<size_t>(pair.token) * chain.output->nb[2] + static_cast<size_t>(pair.place) * chain.output->nb[1];
+        ggml_backend_tensor_set_async(backend, chain.output, rows, offset, n_embd * sizeof(float));
+        rows += n_embd;
+    }
 }
 
 void edge_hook::end_step() {
@@ -181,7 +245,7 @@ void edge_hook::end_step() {
 int32_t edge_hook::widest_served(const int32_t * slots) const {
     int32_t width = max_width_;
     for (size_t g = 0; g < table_.groups.size(); ++g) {
-        while (width > 0 && slots[g] < edge::slot_floor(table_, g, width)) {
+        while (width > 0 && slots[g] < edge::slot_floor(table_, g, cpu_experts_ ? 1 : width)) {
             --width;
         }
     }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cpu_experts.h"
 #include "edge_speq.h"
 #include "experts.h"
 #include "residency.h"
@@ -37,6 +38,10 @@ struct edge_hook {
 
 private:
     void set_on_model();
+    void serve(ggml_backend_t backend, ggml_tensor * route, int32_t number);
+    void serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_t number);
+    void compute_missing(ggml_backend_t backend);
+    void give_missing_a_slot(const int32_t * ids, int32_t * slots, int32_t n);
     int32_t widest_served(const int32_t * slots) const;
     int32_t * routing_of(int32_t block) { return host_routing_ + static_cast<size_t>(block) * block_ids_; }
     int32_t * slots_of(int32_t block) { return routing_of(block) + table_.blocks.size() * block_ids_; }
@@ -53,6 +58,12 @@ private:
     ggml_backend_buffer_ptr          host_; // page-locked where there is a GPU: expert ids, then slot ids, of all blocks
     int32_t *                        host_routing_ = nullptr;
     const int32_t *                  routing_ = nullptr;
+    std::unique_ptr<edge::CpuExperts> cpu_experts_;      // of hybrid execution
+    ggml_cgraph *                    graph_ = nullptr;   // the one that is ours
+    std::vector<edge::ExpertChain>   chains_;            // of its blocks, found when they are first needed
+    std::vector<edge::Pair>          missing_;           // pairs of the running block
+    int32_t                          missing_block_ = -1; // whose outputs the CPU has yet to write
+    std::vector<float>               input_;             // rows that enter it
     bool                             graph_fits_ = false; // the graph that is built, or was last, is narrow enough
     int32_t                          width_ = 0;          // its tokens, 0 unless every block has all of them
     size_t                           n_served_ = 0;      // blocks whose experts the running graph took from slots

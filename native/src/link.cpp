@@ -20,7 +20,8 @@ bool copies_asynchronously(ggml_backend_dev_t device) {
     }
     ggml_backend_dev_props props{};
     ggml_backend_dev_get_props(device, &props);
-    return ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU && props.caps.async && props.caps.events;
+    return ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU && props.caps.async && props.caps.events &&
+           ggml_backend_dev_host_buffer_type(device) != nullptr; // for the staging cells
 }
 
 } // namespace

@@ -96,14 +96,24 @@ bool Residency::send(const Order & order, InFlight & flight) {
 void Residency::work() {
     Lock lock(mutex_);
     std::optional<InFlight> before;
+    const auto land = [&] {
+        lock.unlock();
+        prefetch_link_.wait(before->ticket);
+        lock.lock();
+        finish(*before, true);
+        before.reset();
+    };
     while (true) {
-        ordered_.wait(lock, [&] { return stop_ || before || !orders_.empty(); });
+        ordered_.wait(lock, [&] { return stop_ || before || (!orders_.empty() && !demand_waits_); });
         std::optional<InFlight> now;
         bool sent = false;
-        if (!stop_ && !orders_.empty()) {
+        if (!stop_ && !orders_.empty() && !demand_waits_) {
             const Order order = orders_.back();
             orders_.pop_back();
             now = begin_prefetch(order);
+            if (now && before && !store_->page_locked(block_at(order.block))) {
+                land(); // staging takes longer than the link's gap
+            }
             if (now) {
                 lock.unlock();
                 sent = send(order, *now);
@@ -111,11 +121,7 @@ void Residency::work() {
             }
         }
         if (before) {
-            lock.unlock();
-            prefetch_link_.wait(before->ticket);
-            lock.lock();
-            finish(*before, true);
-            before.reset();
+            land();
         }
         if (now && sent) {
             before = now;

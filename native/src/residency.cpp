@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <string>
+#include <utility>
 
 namespace edge {
 
@@ -89,16 +90,20 @@ void Residency::hit(const ExpertBlock & block, int32_t slot) {
     slots.pin(slot);
 }
 
+void Residency::require_expert(int32_t expert) const {
+    if (expert < 0 || expert >= table_.n_expert) {
+        throw Error(EDGE_ERR_INTERNAL, "the router of block " + std::to_string(last_block_) + " chose expert " +
+                                           std::to_string(expert) + " of " + std::to_string(table_.n_expert));
+    }
+}
+
 // Residents first: pinned, they cannot become victims of this block's own misses.
 void Residency::find_missing(const ExpertBlock & block, const int32_t * ids, int32_t n) {
     wanted_.clear();
     missing_.clear();
     std::fill(slot_of_.begin(), slot_of_.end(), SlotPool::none);
     for (int32_t i = 0; i < n; ++i) {
-        if (ids[i] < 0 || ids[i] >= table_.n_expert) {
-            throw Error(EDGE_ERR_INTERNAL, "the router of block " + std::to_string(last_block_) + " chose expert " +
-                                               std::to_string(ids[i]) + " of " + std::to_string(table_.n_expert));
-        }
+        require_expert(ids[i]);
         if (std::find(wanted_.begin(), wanted_.end(), ids[i]) != wanted_.end()) {
             continue;
         }
@@ -118,9 +123,13 @@ int32_t Residency::take_for_demand(Lock & lock, const ExpertBlock & block, int32
     int32_t slot = slots.take(key, SlotPool::any_price);
     while (slot == SlotPool::none) { // only a load in flight can stand in the way: the floor counts it
         if (!settle_virtual_flight()) {
+            demand_waits_ = true;
             loaded_.wait(lock);
         }
         slot = slots.take(key, SlotPool::any_price);
+    }
+    if (std::exchange(demand_waits_, false)) {
+        ordered_.notify_one();
     }
     ++counters_.misses;
     ++counters_.fetched;
@@ -189,7 +198,12 @@ void Residency::settle_late(Lock & lock, const ExpertBlock & block) {
     missing_.clear();
     for (const int32_t expert : wanted_) {
         if (pool(block).find(block.first_key + expert) == SlotPool::none) {
-            missing_.push_back(expert);
+            missing_.push_back(expert); // was counted as a late miss, and will be again as a plain one
+            --counters_.misses;
+            --counters_.late;
+            --counters_.fetched;
+            --counters_.prefetched_used;
+            prefetched_used_bytes_ -= expert_bytes(block.group);
         }
     }
 }
@@ -218,6 +232,31 @@ void Residency::demand(int32_t number, const int32_t * ids, int32_t n, int32_t *
     }
     for (int32_t i = 0; i < n; ++i) {
         out[i] = slot_of_[static_cast<size_t>(ids[i])];
+    }
+}
+
+void Residency::demand_resident(int32_t number, const int32_t * ids, int32_t n, int32_t * out) {
+    const ExpertBlock & block = block_at(number);
+    SlotPool & slots = pool(block);
+    const Lock lock(mutex_);
+    begin_block(number);
+    wanted_.clear();
+    for (int32_t i = 0; i < n; ++i) {
+        require_expert(ids[i]);
+        const int32_t slot = slots.find(block.first_key + ids[i]);
+        const bool held = slot != SlotPool::none && !slots.loading(slot);
+        out[i] = held ? slot : SlotPool::none;
+        if (std::find(wanted_.begin(), wanted_.end(), ids[i]) != wanted_.end()) {
+            continue;
+        }
+        wanted_.push_back(ids[i]);
+        if (held) {
+            hit(block, slot);
+        } else {
+            ++counters_.misses;
+            ++counters_.cpu_computed;
+            counters_.late += slot != SlotPool::none ? 1 : 0;
+        }
     }
 }
 
@@ -266,6 +305,11 @@ void Residency::refill(int32_t group, const std::vector<int32_t> & keys) {
     }
 }
 
+uint64_t Residency::bytes() const {
+    const Lock lock(mutex_);
+    return store_ ? store_->bytes() : 0;
+}
+
 edge_counters Residency::counters() const {
     const Lock lock(mutex_);
     edge_counters out = counters_;
@@ -285,7 +329,7 @@ void Residency::states(uint8_t * out) const {
 
 void Residency::poison_free_slots() {
     const Lock lock(mutex_);
-    for (size_t g = 0; g < pools_.size(); ++g) {
+    for (size_t g = 0; store_ && g < pools_.size(); ++g) {
         for (int32_t slot = 0; slot < pools_[g].n_slots(); ++slot) {
             if (pools_[g].key_of(slot) == SlotPool::none) {
                 store_->fill(static_cast<int32_t>(g), slot, 0xFF); // NaN as f32, f16, bf16 and as a block's scale

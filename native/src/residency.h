@@ -36,6 +36,8 @@ public:
     // The experts ids[0..n) of this block are about to be read: makes each resident, pins it, and writes
     // its slot to slots[0..n). The device has finished every earlier block.
     void demand(int32_t block, const int32_t * ids, int32_t n, int32_t * slots);
+    // The same without loads: the slot of a missing expert is none.
+    void demand_resident(int32_t block, const int32_t * ids, int32_t n, int32_t * slots);
     void end_step();
 
     // Takes over scores() and replaces the outstanding orders, of which at most byte_budget bytes are begun.
@@ -51,7 +53,7 @@ public:
     edge_counters counters() const;
     void states(uint8_t * out) const;
     void poison_free_slots();
-    uint64_t bytes() const { return store_ ? store_->bytes() : 0; }
+    uint64_t bytes() const;
     const SlotStore & store() const { return *store_; }
 
 private:
@@ -76,6 +78,7 @@ private:
 
     void make_slots(const std::vector<int32_t> & slots);
     void begin_block(int32_t block);
+    void require_expert(int32_t expert) const;
     void find_missing(const ExpertBlock & block, const int32_t * ids, int32_t n);
     void hit(const ExpertBlock & block, int32_t slot);
     void load_missing(Lock & lock, const ExpertBlock & block);
@@ -109,6 +112,7 @@ private:
     uint64_t                    byte_budget_ = 0; // what is left of it
     int32_t                     flying_      = 0; // prefetches begun and not finished
     bool                        stop_        = false;
+    bool                        demand_waits_ = false; // for a slot: no prefetch may begin
     int32_t                     last_block_  = -1;
     edge_counters               counters_{};
     uint64_t                    prefetched_bytes_ = 0;

@@ -24,6 +24,7 @@ public:
     // Sends gate, up and down of one expert to a slot as one operation, whose last two matrices are marked when it
     // is tracked. Thread-safe for distinct slots and links.
     void send(Link & link, const ExpertBlock & block, int32_t expert, int32_t slot, bool tracked) const;
+    bool page_locked(const ExpertBlock & block) const { return Link::page_locked(device_, block.weights[role_down]); }
     void fill(int32_t group, int32_t slot, uint8_t byte) const;
 
 private:

@@ -42,7 +42,7 @@ int32_t SlotPool::victim(float price) const {
             best = i;
         }
     }
-    return best != none && worth(at(best)) < price ? best : none;
+    return best != none && (price == any_price || worth(at(best)) < price) ? best : none;
 }
 
 int32_t SlotPool::take(int32_t key, float price) {

@@ -95,8 +95,10 @@ std::vector<int32_t> slots_of(const llama_model * model, int32_t extra) {
     return std::vector<int32_t>(static_cast<size_t>(experts.n_groups), floor + extra);
 }
 
-edge_hook * attach(llama_model * model, const std::vector<int32_t> & slots) {
+edge_hook * attach(llama_model * model, const std::vector<int32_t> & slots, bool hybrid = false) {
     edge_hook_params params{};
+    params.hybrid    = hybrid;
+    params.n_threads = 1;
     params.max_width = max_width;
     params.n_groups  = static_cast<int32_t>(slots.size());
     params.slots     = slots.data();
@@ -125,6 +127,36 @@ void logits_are_those_without_a_hook(llama_model * model, const std::vector<floa
     edge_counters c{};
     OK(edge_hook_counters(hook, &c));
     CHECK(c.hits + c.misses > 0 && c.misses == c.fetched && c.failed == 0);
+    OK(edge_hook_detach(hook));
+}
+
+// Nothing is fetched on demand: what foresight has not brought, the CPU computes, to the last bit.
+void missing_experts_are_computed_where_they_lie(llama_model * model, const std::vector<float> & plain) {
+    edge_hook * hook = attach(model, slots_of(model, 0), true);
+    OK(edge_hook_poison_free_slots(hook));
+    {
+        Run run(model, hook);
+        CHECK(run.feed_text(model) == plain);
+        edge_counters c{};
+        OK(edge_hook_counters(hook, &c));
+        CHECK(c.hits == 0 && c.misses > 0 && c.cpu_computed == c.misses && c.fetched == 0);
+        std::vector<edge_order> orders;
+        for (int32_t expert = 0; expert < 20; ++expert) {
+            orders.push_back({ expert % 4, expert, 99, 1.0F });
+        }
+        int32_t n = 0;
+        OK(edge_hook_prefetch(hook, orders.data(), static_cast<int32_t>(orders.size()), UINT64_MAX, &n));
+        llama_memory_clear(llama_get_memory(run.ctx), true);
+        run.n_past = 0;
+        CHECK(run.feed_text(model) == plain); // while they come in
+        OK(edge_hook_counters(hook, &c));
+        CHECK(c.hits > 0 && c.fetched == 0);
+        OK(edge_test_fail(EDGE_FAULT_ROUTING, 2));
+        CHECK(run.decode({ 400 }) != 0 && edge_hook_end_step(hook) == EDGE_ERR_BACKEND);
+        llama_memory_clear(llama_get_memory(run.ctx), true);
+        run.n_past = 0;
+        CHECK(run.feed_text(model) == plain);
+    }
     OK(edge_hook_detach(hook));
 }
 
@@ -213,6 +245,7 @@ int main(int argc, char ** argv) {
     }
     CHECK(std::isfinite(plain[0]));
     logits_are_those_without_a_hook(model, plain);
+    missing_experts_are_computed_where_they_lie(model, plain);
     other_slot_counts_change_nothing(model, plain);
     a_failed_step_leaves_no_trace(model, plain);
     bad_arguments_are_statuses(model);

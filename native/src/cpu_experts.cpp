@@ -1,0 +1,194 @@
+#include "cpu_experts.h"
+
+#include "edge_speq.h"
+#include "error.h"
+#include "llama-ext.h"
+#include "llama-moe-hook.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+namespace edge {
+
+namespace {
+
+constexpr size_t max_nodes = 64;
+constexpr size_t alignment = 64;
+
+[[noreturn]] void unsupported(const ggml_tensor * node) {
+    throw Error(EDGE_ERR_UNSUPPORTED, std::string("hybrid execution cannot clone ") + ggml_op_desc(node) + " (" + node->name +
+                                          "): use compute=device");
+}
+
+// The scheduler feeds a backend copies of other backends' tensors: "CUDA0#blk.0.ffn_up_exps.bias#0".
+std::string original_name(const ggml_tensor * leaf) {
+    std::string name = leaf->name;
+    const size_t first = name.find('#');
+    const size_t last = name.rfind('#');
+    return first == std::string::npos || first == last ? name : name.substr(first + 1, last - first - 1);
+}
+
+void set_threads(ggml_backend_t backend, int32_t n_threads) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
+    auto * set = reinterpret_cast<ggml_backend_set_n_threads_t>(ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
+    if (set && n_threads > 0) {
+        set(backend, n_threads);
+    }
+}
+
+} // namespace
+
+CpuExperts::CpuExperts(const llama_model * model, const ExpertTable & table, int32_t n_threads)
+    : model_(model), table_(table), backend_(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr)),
+      nodes_(ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false)) {
+    if (!backend_) {
+        throw Error(EDGE_ERR_BACKEND, "no CPU backend to compute missing experts with");
+    }
+    set_threads(backend_.get(), n_threads);
+}
+
+// Clones the nodes between a chain's ends for other tokens.
+struct CpuExperts::Clone {
+    const llama_model * model;
+    const ExpertBlock & block;
+    const SlotStore &   store;
+    const ExpertChain & chain;
+    ggml_context *      ctx;
+    ggml_tensor *       input; // [n_embd, 1, n_pairs]
+    ggml_tensor *       ids;   // [1, n_pairs]
+    bool                reached_down = false;
+
+    ggml_tensor * of(const ggml_tensor * node, int depth = 0) {
+        if (node == chain.input) {
+            return input;
+        }
+        if (depth > 24) {
+            unsupported(node);
+        }
+        switch (node->op) {
+            case GGML_OP_MUL_MAT_ID: {
+                ggml_tensor * copy = ggml_mul_mat_id(ctx, weight(node->src[0]), of(node->src[1], depth + 1), ids);
+                std::memcpy(copy->op_params, node->op_params, sizeof(copy->op_params));
+                return copy;
+            }
+            case GGML_OP_ADD_ID:
+                return ggml_add_id(ctx, of(node->src[0], depth + 1), leaf(node->src[1]), ids);
+            case GGML_OP_VIEW: { // a half of the fused gate_up
+                ggml_tensor * of_what = of(node->src[0], depth + 1);
+                return ggml_view_3d(ctx, of_what, node->ne[0], 1, input->ne[2], of_what->nb[1], of_what->nb[2], node->view_offs);
+            }
+            case GGML_OP_GLU:
+            case GGML_OP_UNARY:
+            case GGML_OP_CLAMP:
+            case GGML_OP_SCALE:
+            case GGML_OP_SQR:
+            case GGML_OP_MUL:
+                return elementwise(node, depth);
+            default:
+                unsupported(node);
+        }
+    }
+
+    ggml_tensor * elementwise(const ggml_tensor * node, int depth) {
+        ggml_tensor * copy = ggml_new_tensor_3d(ctx, node->type, node->ne[0], 1, input->ne[2]);
+        copy->op = node->op;
+        std::memcpy(copy->op_params, node->op_params, sizeof(copy->op_params));
+        for (int i = 0; i < GGML_MAX_SRC && node->src[i]; ++i) {
+            copy->src[i] = of(node->src[i], depth + 1);
+        }
+        return copy;
+    }
+
+    // Host weights in place of the slots that the graph reads.
+    ggml_tensor * weight(const ggml_tensor * slots) {
+        for (const Role role : { role_up, role_gate, role_down, role_gate_up }) {
+            if (slots == store.tensor(block.group, role)) {
+                reached_down = reached_down || role == role_down;
+                return const_cast<ggml_tensor *>(block.weights[role]);
+            }
+        }
+        unsupported(slots);
+    }
+
+    ggml_tensor * leaf(const ggml_tensor * node) {
+        const ggml_tensor * found = llama_model_find_tensor(model, original_name(node).c_str());
+        if (!found || !found->buffer || !ggml_backend_buffer_is_host(found->buffer)) {
+            unsupported(node);
+        }
+        return const_cast<ggml_tensor *>(found);
+    }
+};
+
+ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, const ExpertBlock & block, const SlotStore & store) const {
+    const int n = ggml_graph_n_nodes(graph);
+    int i = 0;
+    while (i < n && ggml_graph_node(graph, i) != route) {
+        ++i;
+    }
+    ExpertChain chain;
+    for (; i < n && !chain.output; ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        if (!chain.input && node->op == GGML_OP_MUL_MAT_ID) { // up or gate_up: reads the block's input
+            chain.input = node->src[1];
+        }
+        if (node->op == GGML_OP_MUL && std::strncmp(node->name, "ffn_moe_weighted", 16) == 0) {
+            chain.output = node->src[0];
+        }
+    }
+    if (!chain.input || !chain.output || chain.input->type != GGML_TYPE_F32 || chain.input->ne[1] != 1 || !ggml_is_contiguous(chain.input) ||
+        !ggml_is_contiguous(chain.output)) {
+        throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use compute=device");
+    }
+    std::vector<uint8_t> memory(nodes_.size()); // a trial, so that what cannot be cloned is known before it is needed
+    const ggml_context_ptr ctx(ggml_init({ memory.size(), memory.data(), true }));
+    ggml_tensor * input = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, chain.input->ne[0], 1, 1);
+    ggml_tensor * ids = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 1);
+    Clone clone{ model_, block, store, chain, ctx.get(), input, ids };
+    clone.of(chain.output);
+    if (!clone.reached_down) {
+        throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use compute=device");
+    }
+    return chain;
+}
+
+const float * CpuExperts::compute(const ExpertChain & chain, const ExpertBlock & block, const SlotStore & store, const float * input,
+                                  const std::vector<Pair> & pairs) {
+    const int64_t n_pairs = static_cast<int64_t>(pairs.size());
+    const ggml_context_ptr ctx(ggml_init({ nodes_.size(), nodes_.data(), true }));
+    ggml_tensor * rows = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, chain.input->ne[0], 1, n_pairs);
+    ggml_tensor * ids = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, n_pairs);
+    Clone clone{ model_, block, store, chain, ctx.get(), rows, ids };
+    ggml_tensor * output = clone.of(chain.output);
+    ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), max_nodes, false);
+    ggml_build_forward_expand(graph, output);
+
+    std::vector<ggml_tensor *> owners{ rows, ids };
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        owners.push_back(ggml_graph_node(graph, i));
+    }
+    const auto padded = [](const ggml_tensor * t) { return t->view_src ? 0 : GGML_PAD(ggml_nbytes(t), alignment); };
+    size_t needed = alignment;
+    for (const ggml_tensor * t : owners) {
+        needed += padded(t);
+    }
+    if (data_.size() < needed) {
+        data_.resize(needed);
+    }
+    auto * at = reinterpret_cast<uint8_t *>(GGML_PAD(reinterpret_cast<uintptr_t>(data_.data()), alignment));
+    for (ggml_tensor * t : owners) {
+        t->data = t->view_src ? static_cast<uint8_t *>(t->view_src->data) + t->view_offs : at;
+        at += padded(t);
+    }
+    const auto n_embd = static_cast<size_t>(chain.input->ne[0]);
+    for (size_t i = 0; i < pairs.size(); ++i) {
+        std::memcpy(static_cast<float *>(rows->data) + i * n_embd, input + static_cast<size_t>(pairs[i].token) * n_embd, n_embd * sizeof(float));
+        static_cast<int32_t *>(ids->data)[i] = pairs[i].expert;
+    }
+    if (ggml_backend_graph_compute(backend_.get(), graph) != GGML_STATUS_SUCCESS) {
+        throw Error(EDGE_ERR_BACKEND, "computing missing experts on the CPU failed");
+    }
+    return static_cast<const float *>(output->data);
+}
+
+} // namespace edge

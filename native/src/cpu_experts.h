@@ -1,0 +1,51 @@
+#pragma once
+
+#include "experts.h"
+#include "slot_store.h"
+
+#include "ggml-cpp.h"
+
+#include <cstdint>
+#include <vector>
+
+struct llama_model;
+
+namespace edge {
+
+// One expert of one token, at a place among the token's n_expert_used.
+struct Pair {
+    int32_t token;
+    int32_t place;
+    int32_t expert;
+};
+
+// The feed-forward of one block in a graph, from the rows that enter it to the experts' outputs before they are weighted.
+struct ExpertChain {
+    ggml_tensor * input  = nullptr; // [n_embd, 1, n_tokens] F32
+    ggml_tensor * output = nullptr; // [n_embd, n_expert_used, n_tokens] F32
+};
+
+// Computes missing experts on the CPU, where their weights lie. What it computes is cloned from the graph's own nodes,
+// with pairs as tokens that use one expert each, so activations, clamps and biases are the architecture's.
+class CpuExperts {
+public:
+    CpuExperts(const llama_model * model, const ExpertTable & table, int32_t n_threads);
+
+    // The chain that follows a block's route node. Throws EDGE_ERR_UNSUPPORTED for an operation that cannot be cloned.
+    ExpertChain find(ggml_cgraph * graph, const ggml_tensor * route, const ExpertBlock & block, const SlotStore & store) const;
+
+    // The experts' outputs, [n_embd] of each pair in turn; valid until the next call. input: [n_embd] of each token.
+    const float * compute(const ExpertChain & chain, const ExpertBlock & block, const SlotStore & store, const float * input,
+                          const std::vector<Pair> & pairs);
+
+private:
+    struct Clone;
+
+    const llama_model *   model_;
+    const ExpertTable &   table_;
+    ggml_backend_ptr      backend_;
+    std::vector<uint8_t>  nodes_;   // memory of the cloned graph's nodes
+    std::vector<uint8_t>  data_;    // of their results
+};
+
+} // namespace edge

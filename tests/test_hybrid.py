@@ -1,0 +1,100 @@
+"""compute="hybrid": the CPU computes missing experts where they lie. On a CPU-only machine both halves use the same
+kernels, so logits are those of the stock graph to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_exactness as exactness
+import test_speculation as speculation
+
+from edge_speq import EdgeError, _native, foresight
+
+ARCHITECTURES = (
+    *("qwen3moe", "mixtral", "olmoe", "qwen2moe", "phimoe", "deepseek2", "gpt-oss", "granitemoe", "grovemoe"),
+)
+HYBRID = _native.Transfers(hybrid=True, n_threads=2)
+
+
+def fill(hook: _native.Hook, share: float) -> None:
+    """Experts at random into a share of the slots."""
+    absent = np.random.default_rng(1).permutation(np.argwhere(hook.states() == 0))[: int(share * hook.n_slots)]
+    hook.prefetch(np.array([(block, expert, 99, 1.0) for block, expert in absent], dtype=_native.ORDER))
+    hook.drain()
+
+
+def check(path: Path) -> None:
+    with exactness.loaded(path) as model:
+        stock = exactness.logits(model, None, exactness.WIDTHS)
+        experts = _native.model_experts(model.model)
+        floor = _native.slot_floor(experts, 1)
+        for slots in ([min(floor, g.n_experts) for g in experts.groups], [g.n_experts // 2 for g in experts.groups]):
+            hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, slots, HYBRID)
+            hook.poison_free_slots()
+            fill(hook, 0.7)
+            got = exactness.logits(model, hook, exactness.WIDTHS)
+            counters, served = hook.counters(), hook.routing().shape[1]
+            hook.detach()
+            np.testing.assert_array_equal(got, stock, err_msg=f"{slots} slots")
+            assert counters.cpu_computed == counters.misses > 0
+            assert counters.hits
+            assert not counters.fetched
+            assert served == exactness.WIDTHS[-1]
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_K_M"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_logits_are_those_of_the_stock_graph(tiny: Any, arch: str, kind: str) -> None:
+    check(tiny.moe(arch, kind))
+
+
+def test_logits_of_the_bundled_model(bundled: tuple[Path, Path]) -> None:
+    check(bundled[0])
+
+
+def test_text_is_that_of_compute_device_and_slots_may_be_few(bundled: tuple[Path, Path], twin: Path) -> None:
+    prompts = speculation.prompts()[:4]
+    with speculation.llm(bundled[0], resident="1/2", speculation=0) as model:
+        expected = speculation.texts(model, prompts)
+    for draft in (bundled[1], twin):
+        with speculation.llm(bundled[0], draft=draft, resident="1/16", speculation=4, compute="hybrid") as model:
+            assert speculation.texts(model, prompts) == expected
+            stats = model.stats()
+            assert stats.plan.k_max == 4
+            assert stats.experts.fetched == 0
+            assert stats.experts.cpu_computed == stats.experts.misses
+            assert stats.experts.hits  # what earned a slot was fetched meanwhile
+            assert stats.experts.prefetched
+
+
+def test_slots_shrink_while_the_cpu_computes(bundled: tuple[Path, Path]) -> None:
+    with speculation.llm(bundled[0], draft=bundled[1], resident="1/2", compute="hybrid") as model:
+        expected = speculation.texts(model, ["Once upon a time"])
+        assert model.resize(resident="1/16").k_max == 4
+        assert speculation.texts(model, ["Once upon a time"]) == expected
+
+
+def test_what_cannot_be_cloned_is_named(tiny: Any) -> None:
+    path = tiny.moe("qwen3moe", scales=True)
+    hybrid = speculation.llm(path, resident="1/2", compute="hybrid", n_ctx=64)
+    with hybrid as model, pytest.raises(EdgeError, match="compute=device"):
+        model.create_completion("ab", max_tokens=4)
+    with speculation.llm(path, resident="1/2", n_ctx=64) as model:
+        assert model.create_completion("ab", max_tokens=4)["usage"]["completion_tokens"]
+
+
+def test_lru_has_nothing_to_weigh(bundled: tuple[Path, Path]) -> None:
+    with pytest.raises(EdgeError, match="auto or lfru"), speculation.llm(bundled[0], policy="lru", compute="hybrid"):
+        pass
+
+
+def test_admissions_are_the_absent_experts_of_most_worth() -> None:
+    worth = np.zeros((2, 4), dtype=np.float32)
+    worth[0, 1], worth[1, 2], worth[1, 3], worth[0, 0] = 0.5, 0.9, 0.8, 0.1
+    states = np.zeros((2, 4), dtype=np.uint8)
+    states[1, 3] = 2
+    orders = foresight.admissions(worth, states)
+    assert [(int(o["block"]), int(o["expert"]), int(o["deadline"])) for o in orders] == [(1, 2, 2), (0, 1, 2)]
