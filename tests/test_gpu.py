@@ -12,6 +12,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import test_exactness as exactness
+import test_hybrid as hybrid
 import test_speculation as speculation
 
 from edge_speq import EdgeLlama, _native, engine
@@ -66,6 +67,29 @@ def test_slots_agree_with_everything_on_the_device(tiny, arch: str) -> None:
     nmse = float(((got - stock) ** 2).sum() / (stock**2).sum())
     print(f"{arch}: NMSE {nmse:.2e}, identical {np.array_equal(got, stock)}")
     assert nmse <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])
+@pytest.mark.parametrize("arch", ["qwen3moe", "mixtral", "gpt-oss"])
+def test_hybrid_is_no_worse_than_experts_on_the_cpu(tiny, arch: str, kind: str) -> None:
+    """Against everything on the device: llama.cpp's own --cpu-moe differs too, since its kernels quantize otherwise."""
+    path, widths = tiny.moe(arch, kind), [1, 4] * 6
+    stock = all_on_device(path, widths)
+    with exactness.loaded(path) as model:
+        experts = _native.model_experts(model.model)
+        on_cpu = exactness.logits(model, None, widths)
+        half = [max(1 + experts.n_expert_used, g.n_experts // 2) for g in experts.groups]
+        hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, half, hybrid.HYBRID)
+        hook.poison_free_slots()
+        hybrid.fill(hook, 1.0)
+        got = exactness.logits(model, hook, widths)
+        counters = hook.counters()
+        hook.detach()
+    assert counters.hits
+    assert counters.cpu_computed
+    nmse, bound = (float(((x - stock) ** 2).sum() / (stock**2).sum()) for x in (got, on_cpu))
+    print(f"{arch} {kind}: hybrid NMSE {nmse:.2e}, cpu-moe {bound:.2e}")
+    assert nmse <= max(2 * bound, 1e-6)
 
 
 def test_greedy_text_with_a_draft_differs_only_at_near_ties(bundled: tuple[Path, Path]) -> None:
