@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_speq import demo, interrupt
-from edge_speq import machine
-from edge_speq.cli import 
+from edge_speq import demo, interrupt, machine
 from edge_speq.core import (
     POLICIES,
     EdgeError,
