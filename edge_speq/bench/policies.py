@@ -14,7 +14,7 @@ from edge_speq.bench.prompts import Texts
 from edge_speq.bench.watched import Stock, Watched
 from edge_speq.core import Experts
 
-SLOTS = ("auto", "lfru", "lru")  # policies with slots, unless everything fits
+SLOTS = ("auto", "hybrid", "lfru", "lru")  # policies with slots, unless everything fits
 WARM_UP = 16  # tokens after each load: graphs are built and slots filled
 DEFAULT_RESIDENT = "1/4"
 CONTEXT_STEP = 256  # llama_context pads n_ctx to this many cells
@@ -172,7 +172,10 @@ class Fleet:
         bounds: dict[str, Any] = {"vram_budget": self.budget_bytes}
         if arm.speculation == self._anchor.speculation:
             bounds = {"resident": self._resident, "vram_budget": self._vram_budget}
-        return Watched(self._settings.model, policy=arm.policy, **bounds, **self._options(arm))
+        if arm.policy == "hybrid":  # auto, but the CPU computes what is missing
+            bounds["compute"] = "hybrid"
+        policy = "auto" if arm.policy == "hybrid" else arm.policy
+        return Watched(self._settings.model, policy=policy, **bounds, **self._options(arm))
 
     def _stock(self, arm: Arm) -> Watched:
         if arm not in self._mapped:

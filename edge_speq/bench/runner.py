@@ -109,7 +109,8 @@ class Bench:
 
     def _bounds(self) -> None:
         for result in self.results.values():
-            if result.samples and result.case.n_prompt == 0 and self.fleet.facts[result.arm].placement == "slots":
+            fetches = self.fleet.facts[result.arm].placement == "slots" and result.arm.policy != "hybrid"
+            if result.samples and result.case.n_prompt == 0 and fetches:
                 self._say(f"bound: {result.arm.name}, {result.case.name}")
                 self._bound(result)
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from edge_speq.bench.runner import Bench
 
 LLAMA_CPP_LOG = logging.getLogger("edge_speq.llama_cpp")
-DEFAULT_POLICIES = "auto,lru,cpu-moe,all"
+DEFAULT_POLICIES = "auto,hybrid,lru,cpu-moe,all"
+CHOICES = (*POLICIES, "hybrid")  # hybrid: auto with compute=hybrid
 FORMATS = ("md", "csv", "json", "jsonl", "sql")
 RANGES = "Lists (1,2) and ranges (0-512+128, 1-64*2) make a matrix"
 
@@ -58,7 +59,7 @@ def _add_tests(p: argparse.ArgumentParser) -> None:
 
 
 def _add_competitors(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--policy", metavar="LIST", default=DEFAULT_POLICIES, help=f"{', '.join(POLICIES)} (%(default)s)")
+    p.add_argument("--policy", metavar="LIST", default=DEFAULT_POLICIES, help=f"{', '.join(CHOICES)} (%(default)s)")
     p.add_argument("--speculation", metavar="LIST", default="auto", help="draft tokens per step (%(default)s)")
     p.add_argument("--resident", metavar="SHARE", help="share of the expert bytes in slots (1/4)")
     p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="everything on the device: 6GiB, auto")
@@ -130,7 +131,7 @@ def settings(options: argparse.Namespace) -> Settings:
         raise EdgeError(f"-r {options.repetitions} measures nothing", "give at least 1", usage=True)
     emulated = emulation(options.emulate)
     model, draft = _models(options)
-    policies = matrix.choices(options.policy, lambda name: require_choice("policy", name, POLICIES))
+    policies = matrix.choices(options.policy, lambda name: require_choice("policy", name, CHOICES))
     speculations = matrix.choices(options.speculation, parse_speculation) if draft else ["0"]
     return Settings(
         model=model,
