@@ -18,7 +18,8 @@ from edge_speq import _native, gguf_model, machine
 from edge_speq.cancellation import CANCELLED
 from edge_speq.core import EdgeError, Experts, MemoryUse
 
-EXPERT_TENSORS = rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX of llama.cpp's common/
+# LLM_FFN_EXPS_REGEX of llama.cpp's common/, but for the biases: on the CPU they would pull every add of theirs there
+EXPERT_TENSORS = rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps\.weight"
 ABORTED = 2  # of llama_decode: a callback ended the graph
 
 log = logging.getLogger("edge_speq")

@@ -50,7 +50,7 @@ CpuExperts::CpuExperts(const llama_model * model, const ExpertTable & table, int
 
 // Clones the nodes between a chain's ends for other tokens.
 struct CpuExperts::Clone {
-    const llama_model * model;
+    CpuExperts &        owner;
     const ExpertBlock & block;
     const SlotStore &   store;
     const ExpertChain & chain;
@@ -112,15 +112,30 @@ struct CpuExperts::Clone {
     }
 
     ggml_tensor * leaf(const ggml_tensor * node) {
-        const ggml_tensor * found = llama_model_find_tensor(model, original_name(node).c_str());
-        if (!found || !found->buffer || !ggml_backend_buffer_is_host(found->buffer)) {
+        const ggml_tensor * found = llama_model_find_tensor(owner.model_, original_name(node).c_str());
+        if (!found || !found->buffer) {
             unsupported(node);
         }
-        return const_cast<ggml_tensor *>(found);
+        return owner.on_host(found);
     }
 };
 
-ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, const ExpertBlock & block, const SlotStore & store) const {
+ggml_tensor * CpuExperts::on_host(const ggml_tensor * tensor) {
+    if (ggml_backend_buffer_is_host(tensor->buffer)) {
+        return const_cast<ggml_tensor *>(tensor);
+    }
+    Leaf & leaf = leaves_[tensor];
+    if (!leaf.tensor) {
+        leaf.ctx.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+        leaf.tensor = ggml_dup_tensor(leaf.ctx.get(), tensor);
+        leaf.data.resize(ggml_nbytes(tensor));
+        ggml_backend_tensor_get(tensor, leaf.data.data(), 0, leaf.data.size());
+        leaf.tensor->data = leaf.data.data();
+    }
+    return leaf.tensor;
+}
+
+ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, const ExpertBlock & block, const SlotStore & store) {
     const int n = ggml_graph_n_nodes(graph);
     int i = 0;
     while (i < n && ggml_graph_node(graph, i) != route) {
@@ -144,7 +159,7 @@ ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, con
     const ggml_context_ptr ctx(ggml_init({ memory.size(), memory.data(), true }));
     ggml_tensor * input = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, chain.input->ne[0], 1, 1);
     ggml_tensor * ids = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 1);
-    Clone clone{ model_, block, store, chain, ctx.get(), input, ids };
+    Clone clone{ *this, block, store, chain, ctx.get(), input, ids };
     clone.of(chain.output);
     if (!clone.reached_down) {
         throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use compute=device");
@@ -158,7 +173,7 @@ const float * CpuExperts::compute(const ExpertChain & chain, const ExpertBlock &
     const ggml_context_ptr ctx(ggml_init({ nodes_.size(), nodes_.data(), true }));
     ggml_tensor * rows = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, chain.input->ne[0], 1, n_pairs);
     ggml_tensor * ids = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, n_pairs);
-    Clone clone{ model_, block, store, chain, ctx.get(), rows, ids };
+    Clone clone{ *this, block, store, chain, ctx.get(), rows, ids };
     ggml_tensor * output = clone.of(chain.output);
     ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), max_nodes, false);
     ggml_build_forward_expand(graph, output);

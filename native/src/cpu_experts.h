@@ -6,6 +6,7 @@
 #include "ggml-cpp.h"
 
 #include <cstdint>
+#include <unordered_map>
 #include <vector>
 
 struct llama_model;
@@ -32,7 +33,7 @@ public:
     CpuExperts(const llama_model * model, const ExpertTable & table, int32_t n_threads);
 
     // The chain that follows a block's route node. Throws EDGE_ERR_UNSUPPORTED for an operation that cannot be cloned.
-    ExpertChain find(ggml_cgraph * graph, const ggml_tensor * route, const ExpertBlock & block, const SlotStore & store) const;
+    ExpertChain find(ggml_cgraph * graph, const ggml_tensor * route, const ExpertBlock & block, const SlotStore & store);
 
     // The experts' outputs, [n_embd] of each pair in turn; valid until the next call. input: [n_embd] of each token.
     const float * compute(const ExpertChain & chain, const ExpertBlock & block, const SlotStore & store, const float * input,
@@ -44,6 +45,15 @@ private:
     const llama_model *   model_;
     const ExpertTable &   table_;
     ggml_backend_ptr      backend_;
+    // Biases that lie on the device, copied once.
+    struct Leaf {
+        ggml_context_ptr     ctx;
+        std::vector<uint8_t> data;
+        ggml_tensor *        tensor = nullptr;
+    };
+    ggml_tensor * on_host(const ggml_tensor * tensor);
+
+    std::unordered_map<const ggml_tensor *, Leaf> leaves_;
     std::vector<uint8_t>  nodes_;   // memory of the cloned graph's nodes
     std::vector<uint8_t>  data_;    // of their results
 };
