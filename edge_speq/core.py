@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 POLICIES = ("auto", "lru", "lfru", "cpu-moe", "all")
+SLOT_POLICIES = ("auto", "lfru", "lru")  # those with slots, unless everything fits
 COMPUTES = ("auto", "device", "hybrid")
 
 _UNITS = {"": 1, "B": 1}

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from edge_speq._native import NO_BUDGET
 from edge_speq.core import ExpertCounters, Experts
 
 Key = tuple[int, int]  # (block, expert)
 ABSENT, LOADING, RESIDENT, PINNED = range(4)
-NO_BUDGET = 2**64 - 1
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from edge_speq.budget import Budget
 from edge_speq.core import (
     COMPUTES,
     POLICIES,
+    SLOT_POLICIES,
     EdgeError,
     Experts,
     MemoryUse,
@@ -132,8 +133,7 @@ def decide(wanted: Request, found: Survey) -> Plan:
     nearest possible request, where there is none."""
     budget_bytes, policy = wanted.budget_bytes, wanted.policy
     if wanted.shared is not None:
-        in_slots = policy in ("auto", "lfru", "lru")
-        experts = found.experts.total_bytes if in_slots else 0
+        experts = found.experts.total_bytes if policy in SLOT_POLICIES else 0
         whole = found.experts.total_bytes if policy == "all" and wanted.device.is_gpu else 0
         budget_bytes = wanted.shared.admit(wanted, experts, found.fixed_bytes + whole)
         if policy == "auto" and found.experts.n_blocks:

@@ -12,9 +12,9 @@ from edge_speq import _native, engine, gguf_model, plan
 from edge_speq.bench.matrix import Case
 from edge_speq.bench.prompts import Texts
 from edge_speq.bench.watched import Stock, Watched
-from edge_speq.core import Experts
+from edge_speq.core import SLOT_POLICIES, Experts
 
-SLOTS = ("auto", "hybrid", "lfru", "lru")  # policies with slots, unless everything fits
+SLOTS = (*SLOT_POLICIES, "hybrid")
 WARM_UP = 16  # tokens after each load: graphs are built and slots filled
 DEFAULT_RESIDENT = "1/4"
 CONTEXT_STEP = 256  # llama_context pads n_ctx to this many cells

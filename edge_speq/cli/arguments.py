@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_speq import demo
 from edge_speq.cli import progress
-from edge_speq.core import COMPUTES, POLICIES
+from edge_speq.core import COMPUTES, POLICIES, SLOT_POLICIES
 
 if TYPE_CHECKING:
     from edge_speq.llama import EdgeLlama
@@ -70,7 +70,7 @@ def with_demo_defaults(arguments: argparse.Namespace) -> None:
     arguments.draft = arguments.draft or str(demo.path(demo.DRAFT))
     if getattr(arguments, "seed", DEMO_SEED) is None:
         arguments.seed = DEMO_SEED
-    if arguments.resident is None and arguments.vram_budget is None and arguments.policy in ("auto", "lfru", "lru"):
+    if arguments.resident is None and arguments.vram_budget is None and arguments.policy in SLOT_POLICIES:
         arguments.resident = DEMO_RESIDENT
 
 
