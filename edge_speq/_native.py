@@ -21,7 +21,7 @@ import numpy.typing as npt
 from edge_speq.core import EdgeError, ExpertCounters, ExpertGroup, Experts, MemoryUse
 from edge_speq.log import route_llama_cpp_log
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 INSTALL_HINT = "install the patched build that comes with edge_speq: pip install ./native ."
 
 log = logging.getLogger("edge_speq")
@@ -222,8 +222,20 @@ class Transfers:
     link_bytes_per_s: int = 0
     deterministic: bool = False
     block_ns: int = 0
-    hybrid: bool = False  # missing experts are computed on the CPU by n_threads
+    compute: str = "device"  # or "hybrid", or "auto", whichever has been faster of late; the CPU's part by n_threads
     n_threads: int = 0
+
+
+_COMPUTES = {"device": 0, "hybrid": 1, "auto": 2}  # EDGE_COMPUTE_...
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What hybrid execution has learned of this machine."""
+
+    cpu_bytes_per_s: float  # expert weights that the CPU computes with, by itself
+    link_bytes_per_s: float
+    contention: float  # the CPU's time grows by this part of the time that both are busy
 
 
 class Hook:
@@ -251,7 +263,7 @@ class Hook:
         params = ffi.new("edge_hook_params *", {"max_width": max_width, "n_groups": len(slots), "slots": counts})
         params.link_bytes_per_s, params.block_ns = transfers.link_bytes_per_s, transfers.block_ns
         params.deterministic = transfers.deterministic
-        params.hybrid, params.n_threads = transfers.hybrid, transfers.n_threads
+        params.compute, params.n_threads = _COMPUTES[transfers.compute], transfers.n_threads
         handle = ffi.new("edge_hook **")
         _check(lib.edge_hook_attach(_llama(model, "llama_model"), params, handle))
         self._handle: Any = handle[0]
@@ -329,8 +341,15 @@ class Hook:
             bytes_fetched=c.bytes_fetched,
             bytes_wasted=c.bytes_wasted,
             stall_ms=c.stall_ns / 1e6,
+            cpu_ms=c.cpu_ns / 1e6,
             failed=c.failed,
         )
+
+    def costs(self) -> Costs:
+        ffi, lib = _load()
+        c = ffi.new("edge_costs *")
+        _check(lib.edge_hook_costs(self._handle, c))
+        return Costs(c.cpu_bytes_per_s, c.link_bytes_per_s, c.contention)
 
     def states(self) -> npt.NDArray[np.uint8]:
         """[n_blocks, n_expert] of 0 absent, 1 loading, 2 resident, 3 pinned."""

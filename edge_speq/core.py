@@ -171,6 +171,7 @@ class ExpertCounters:
     bytes_fetched: int = 0
     bytes_wasted: int = 0
     stall_ms: float = 0.0
+    cpu_ms: float = 0.0  # that the CPU computed missing experts
     failed: int = 0  # transfers that failed: prefetches dropped, demands that ended a step
 
     @property

@@ -29,6 +29,8 @@ LAPTOP_LINK = 12_500_000_000  # bytes per second: PCIe 4 x8
 
 log = logging.getLogger("edge_speq")
 
+IN_MEMORY = (llama_cpp.LLAMA_LOAD_MODE_NONE, llama_cpp.LLAMA_LOAD_MODE_MLOCK)  # read, not mapped
+
 
 class EdgeLlama(Bounded):
     """A llama_cpp.Llama with a bounded set of experts on the compute device.
@@ -46,8 +48,9 @@ class EdgeLlama(Bounded):
         policy: "auto" (slots with foresight, or no slots where everything fits or nothing bounds them), "lfru" (slots
             that keep what was demanded often of late), "lru" (slots that keep what was demanded last), "cpu-moe"
             (experts stay on the CPU) or "all" (everything resident).
-        compute: "device": missing experts are fetched, and computed on the device; "hybrid": the CPU computes them from
-            where they lie, and those that are worth it are fetched meanwhile; "auto" is "device" for now.
+        compute: "device": missing experts are fetched, and computed on the device; "hybrid": some are fetched while the
+            CPU computes the others from where they lie, so that both are done as early as possible; "auto": on a GPU
+            whichever has been faster of late.
         context_shift: when the context is full, discard half of it and go on, as llama.cpp's server does, instead of
             ending the text. max_tokens may then exceed the context; without it a text ends after n_ctx tokens.
         n_keep: tokens at the front that a shift never discards, -1 for the whole prompt.
@@ -150,8 +153,7 @@ class EdgeLlama(Bounded):
         may_page_lock = slots and self._may_page_lock and mode == llama_cpp.LLAMA_LOAD_MODE_MMAP and self.device.is_gpu
         if may_page_lock and engine.fits_in_memory(self._experts.total_bytes):
             model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-        in_memory = (llama_cpp.LLAMA_LOAD_MODE_NONE, llama_cpp.LLAMA_LOAD_MODE_MLOCK)
-        if slots and model_params.load_mode in in_memory:
+        if slots and model_params.load_mode in IN_MEMORY:
             engine.pin_experts(self._keep_alive)
         elif self._plan.policy == "all":
             model_params.tensor_buft_overrides = None
@@ -161,7 +163,7 @@ class EdgeLlama(Bounded):
             # a laptop's block computes about half as long as one of its experts travels
             block_ns = int(5e8 * self._experts.groups[0].expert_bytes / self._link) if self._deterministic else 0
             transfers = _native.Transfers(
-                self._link, self._deterministic, block_ns, self._wanted.hybrid, self.context_params.n_threads
+                self._link, self._deterministic, block_ns, self._compute, self.context_params.n_threads
             )
             self._hook = _native.Hook(
                 self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers
@@ -169,6 +171,20 @@ class EdgeLlama(Bounded):
             # closed after the context that uses it and before the model that it hangs on
             self._stack.callback(self._hook.detach)
             self._cancellation.also = self._hook.cancel
+
+    @property
+    def _fetches_on_demand(self) -> bool:
+        """Whether hybrid execution brings missing experts into slots by itself: copies must run beside the CPU."""
+        return self.device.is_gpu and self.model_params.load_mode in IN_MEMORY and not self._deterministic
+
+    @property
+    def _compute(self) -> str:
+        """Where missing experts are computed. Auto is "device" without a GPU, where a fetch is a copy, in deterministic
+        mode, since hybrid placement follows the clock, and for lru, a baseline that fetches."""
+        wanted = self._wanted
+        if wanted.compute == "auto" and (not self.device.is_gpu or self._deterministic or wanted.policy == "lru"):
+            return "device"
+        return wanted.compute
 
     def _look_ahead(self) -> None:
         k_max = self._plan.k_max
@@ -184,7 +200,7 @@ class EdgeLlama(Bounded):
             foresight=foresight.choose(self._experts, experts) if has_foresight else None,
             hook=self._hook,
             n_vocab=self._n_vocab,
-            admits=self._wanted.hybrid,
+            admits=self._compute != "device" and not self._fetches_on_demand,
         )
         self._measure()
         used, bound = self.memory_used(), self._plan.budget_bytes

@@ -39,7 +39,12 @@ class Request:
     draft_model: object | None = None  # a LlamaDraftModel in place of a draft file
     is_bounded: bool = True  # by the caller: not only by what the device has free
     shared: Budget | None = None  # whose bytes budget_bytes is
-    hybrid: bool = False
+    compute: str = "auto"
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether missing experts need no slot, since the CPU can always compute them."""
+        return self.compute == "hybrid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,7 @@ def request(
         draft_model,
         not unbounded,
         shared,
-        compute == "hybrid",
+        compute,
     )
 
 

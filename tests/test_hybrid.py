@@ -16,7 +16,7 @@ from edge_speq import EdgeError, _native, foresight
 ARCHITECTURES = (
     *("qwen3moe", "mixtral", "olmoe", "qwen2moe", "phimoe", "deepseek2", "gpt-oss", "granitemoe", "grovemoe"),
 )
-HYBRID = _native.Transfers(hybrid=True, n_threads=2)
+HYBRID = _native.Transfers(compute="hybrid", n_threads=2)
 
 
 def fill(hook: _native.Hook, share: float) -> None:

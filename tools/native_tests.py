@@ -27,8 +27,13 @@ SANITIZERS = {
     "thread": [],
 }
 # experts.cpp needs a patched llama.cpp to link, which the installed wheel is
-CORE = ("slots", "slot_store", "residency", "prefetch", "link", "faults", "experts")
-TESTS = {"test_slots": CORE, "test_residency": CORE, "test_hook": (*CORE, "hook", "cpu_experts", "vocab", "api")}
+CORE = ("slots", "slot_store", "residency", "split_demand", "prefetch", "balancer", "link", "faults", "experts")
+TESTS = {
+    "test_slots": ("slots",),
+    "test_balancer": ("balancer",),
+    "test_residency": CORE,
+    "test_hook": (*CORE, "hook", "cpu_experts", "vocab", "api"),
+}
 MODEL = NATIVE.parent / "models" / "tales-moe.gguf"
 
 

@@ -49,7 +49,7 @@ class Placement:
                 engine.pin_experts(self._keep_alive)
         self._model = engine.load_model(path, params, "model")
         self.n_vocab = self._model.n_vocab()
-        self._transfers = _native.Transfers(hybrid=bool(load.get("hybrid")), n_threads=threads)
+        self._transfers = _native.Transfers(compute="hybrid" if load.get("hybrid") else "device", n_threads=threads)
         self.hook = self._slots(share) if share is not None else None
         if load.get("hybrid") and self.hook is not None:
             self._fill(self.hook)
@@ -66,7 +66,7 @@ class Placement:
             resident=share,
             budget_bytes=None,
             fixed_bytes=0,
-            speculation=0 if self._transfers.hybrid else max(WIDTHS) - 1,
+            speculation=0 if self._transfers.compute == "hybrid" else max(WIDTHS) - 1,
             has_draft=True,
         )
         return _native.Hook(self._model.model, experts, max(WIDTHS), made.slots, self._transfers)

@@ -2,7 +2,7 @@
 
 For the steps of a slots run, as they were recorded,
 
-    bound_seconds = max(clairvoyant_bytes / link, compute_seconds)
+    bound_seconds = max(clairvoyant_bytes / (link + cpu), compute_seconds)
     bound_ts = tokens / bound_seconds            bound_fraction = avg_ts / bound_ts
 
 clairvoyant_bytes: what Belady's rule (1966: evict what is needed again last) fetches with the same slots, when all
@@ -10,16 +10,17 @@ clairvoyant_bytes: what Belady's rule (1966: evict what is needed again last) fe
     the best experts already when the timed part begins, so as many fetches as there are slots are free. No cache of
     this size fetches less, with or without prefetches.
 link: bytes per second, measured (orders of absent experts until the link is idle, the best of three), or emulated.
+cpu: with hybrid execution, the bytes of expert weights per second that the CPU computes with while nothing else runs,
+    as the hook has learned it; 0 without. What the cache would fetch is then served from both sides at once.
 compute_seconds: what the same steps, token by token and width by width, take with everything resident, plus what the
     draft took. "all": the steps replayed on policy all, llama.cpp's own kernels with repacked weights, the faster of
     two replays. "stalls": without policy all in the run, the steps' own time less that in which they waited.
 
-The bound says nothing of better drafts, of computing missing experts on the CPU, or of faster kernels.
+The bound says nothing of better drafts or of faster kernels.
 """
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Sequence
 
@@ -30,68 +31,35 @@ from edge_speq import _native
 from edge_speq.bench.measure import Passage, Sample
 from edge_speq.bench.watched import Watched
 from edge_speq.core import Experts
+from edge_speq.residency import Belady
 
 REPLAYS, TRIALS = 2, 3
 N_ORDERS = 64
-NEVER = 1 << 62
 
 Routing = npt.NDArray[np.int32]
-Event = tuple[int, tuple[int, ...]]  # block, distinct experts
 
 
 def clairvoyant_bytes(experts: Experts, slots: Sequence[int], steps: Sequence[Routing], *, warm: bool = True) -> int:
     """Bytes that a clairvoyant cache fetches for steps of [n_blocks, n_tokens, n_expert_used]; warm: it may begin with
-    the best contents. Counts as residency.Belady, with a heap, so that models of thousands of slots take seconds."""
-    events = [(block, tuple(np.unique(ids).tolist())) for step in steps for block, ids in enumerate(step)]
-    total = 0
-    for group, n_slots in zip(experts.groups, slots, strict=True):
-        mine = [event for event in events if event[0] in group.blocks]
-        misses = _misses(mine, n_slots)
-        demanded = len({(block, expert) for block, ids in mine for expert in ids})
-        total += (misses - min(n_slots, demanded) * warm) * group.expert_bytes
-    return total
+    the best contents."""
+    best = Belady(experts, slots, steps, link_bytes_per_s=1, block_ns=0)
+    best.replay()
+    demanded = np.zeros((experts.n_blocks, experts.n_expert), dtype=bool)
+    for step in steps:
+        demanded[np.arange(experts.n_blocks)[:, None, None], step] = True
+    free = sum(
+        min(n_slots, int(np.count_nonzero(demanded[list(group.blocks)]))) * group.expert_bytes
+        for group, n_slots in zip(experts.groups, slots, strict=True)
+    )
+    return best.bytes_fetched - free * warm
 
 
-def _misses(events: list[Event], n_slots: int) -> int:
-    following = _following(events)
-    held: dict[tuple[int, int], int] = {}  # when each is needed again
-    furthest: list[tuple[int, tuple[int, int]]] = []
-    misses = 0
-    for (block, ids), later in zip(events, following, strict=True):
-        keys = [(block, expert) for expert in ids]
-        pinned = {key for key in keys if key in held}
-        for key in [*pinned, *(key for key in keys if key not in pinned)]:
-            if key not in held:
-                misses += 1
-                if len(held) >= n_slots:
-                    _evict(held, furthest, set(keys))
-            held[key] = later[key[1]]
-            heapq.heappush(furthest, (-held[key], key))
-    return misses
-
-
-def _evict(held: dict[tuple[int, int], int], furthest: list[tuple[int, tuple[int, int]]], pinned: set[object]) -> None:
-    kept = []
-    while True:
-        entry = heapq.heappop(furthest)
-        if held.get(entry[1]) != -entry[0]:
-            continue  # of an earlier use
-        if entry[1] not in pinned:
-            break
-        kept.append(entry)
-    del held[entry[1]]
-    for other in kept:
-        heapq.heappush(furthest, other)
-
-
-def _following(events: list[Event]) -> list[dict[int, int]]:
-    """For each event and expert, the index of the next event that demands it."""
-    upcoming: dict[tuple[int, int], int] = {}
-    found: list[dict[int, int]] = []
-    for time_, (block, ids) in reversed(list(enumerate(events))):
-        found.append({expert: upcoming.get((block, expert), NEVER) for expert in ids})
-        upcoming.update(((block, expert), time_) for expert in ids)
-    return found[::-1]
+def cpu_rate(model: Watched) -> float | None:
+    """Bytes per second that the CPU computes missing experts with; None where it computes none."""
+    hook = model._hook
+    if hook is None or not model.stats().experts.cpu_computed:
+        return None
+    return hook.costs().cpu_bytes_per_s
 
 
 def link_rate(model: Watched) -> float | None:

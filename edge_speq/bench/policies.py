@@ -14,7 +14,8 @@ from edge_speq.bench.prompts import Texts
 from edge_speq.bench.watched import Stock, Watched
 from edge_speq.core import SLOT_POLICIES, Experts
 
-SLOTS = (*SLOT_POLICIES, "hybrid")
+COMPUTES = ("device", "hybrid")
+SLOTS = (*SLOT_POLICIES, *COMPUTES)
 WARM_UP = 16  # tokens after each load: graphs are built and slots filled
 DEFAULT_RESIDENT = "1/4"
 CONTEXT_STEP = 256  # llama_context pads n_ctx to this many cells
@@ -172,9 +173,9 @@ class Fleet:
         bounds: dict[str, Any] = {"vram_budget": self.budget_bytes}
         if arm.speculation == self._anchor.speculation:
             bounds = {"resident": self._resident, "vram_budget": self._vram_budget}
-        if arm.policy == "hybrid":  # auto, but the CPU computes what is missing
-            bounds["compute"] = "hybrid"
-        policy = "auto" if arm.policy == "hybrid" else arm.policy
+        policy = arm.policy
+        if policy in COMPUTES:  # auto, but for where missing experts are computed
+            bounds["compute"], policy = policy, "auto"
         return Watched(self._settings.model, policy=policy, **bounds, **self._options(arm))
 
     def _stock(self, arm: Arm) -> Watched:

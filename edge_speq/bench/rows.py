@@ -144,6 +144,7 @@ def _edge_keys(result: Result, facts: Facts, settings: Settings, budget: int) ->
         "ts_by_class": _by_class(result),
         "n_texts": len(result.samples[0].passages),
         "link_bytes_per_s": result.link_bytes_per_s,
+        "cpu_bytes_per_s": result.cpu_bytes_per_s,
         "bound_ts": result.bound_ts,
         "bound_compute": result.bound_compute,
         "bound_fraction": statistics.mean(s.speed for s in result.samples) / result.bound_ts
@@ -176,6 +177,8 @@ def _events(result: Result) -> Row:
         "bytes_fetched": total("bytes_fetched") if served else None,
         "bytes_wasted": total("bytes_wasted") if served else None,
         "stall_ms": total("stall_ms") if served else None,
+        "cpu_computed": total("cpu_computed") if served else None,
+        "cpu_ms": total("cpu_ms") if served else None,
         "drafted": drafted,
         "accepted": accepted,
         "acceptance": accepted / drafted if drafted else None,

@@ -27,6 +27,7 @@ class Result:
     verdict: Verdict = field(default_factory=Verdict)
     test_time: str = ""  # RFC 3339, of the first repetition
     bound_ts: float | None = None
+    cpu_bytes_per_s: int | None = None  # of hybrid execution: expert weights that the CPU computes with, by itself
     bound_compute: str | None = None
     link_bytes_per_s: int | None = None
 
@@ -109,14 +110,15 @@ class Bench:
 
     def _bounds(self) -> None:
         for result in self.results.values():
-            fetches = self.fleet.facts[result.arm].placement == "slots" and result.arm.policy != "hybrid"
-            if result.samples and result.case.n_prompt == 0 and fetches:
+            has_slots = self.fleet.facts[result.arm].placement == "slots"
+            if result.samples and result.case.n_prompt == 0 and has_slots:
                 self._say(f"bound: {result.arm.name}, {result.case.name}")
                 self._bound(result)
 
     def _bound(self, result: Result) -> None:
         facts, cache = self.fleet.facts[result.arm], dict[object, tuple[float, float]]()
-        rate = self._link(result.arm)
+        link, cpu = self._link(result.arm), bound.cpu_rate(self.fleet.open(result.arm))
+        rate = link + (cpu or 0.0) if link is not None else None
         ceiling = self._ceiling(result.arm)
         speeds = []
         for sample in result.samples:
@@ -131,7 +133,8 @@ class Bench:
             on_link, computing = cache[key]
             speeds.append(sample.n_tokens / max(on_link, computing + sample.draft_seconds))
         result.bound_ts, result.bound_compute = statistics.mean(speeds), "stalls" if ceiling is None else "all"
-        result.link_bytes_per_s = None if rate is None else round(rate)
+        result.link_bytes_per_s = None if link is None else round(link)
+        result.cpu_bytes_per_s = None if cpu is None else round(cpu)
 
     def _link(self, arm: Arm) -> float | None:
         if self.settings.link is not None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from edge_speq.bench.runner import Bench
 
 LLAMA_CPP_LOG = logging.getLogger("edge_speq.llama_cpp")
-DEFAULT_POLICIES = "auto,hybrid,lru,cpu-moe,all"
-CHOICES = (*POLICIES, "hybrid")  # hybrid: auto with compute=hybrid
+DEFAULT_POLICIES = "auto,device,lru,cpu-moe,all"
+CHOICES = (*POLICIES, "device", "hybrid")  # auto with that compute
 FORMATS = ("md", "csv", "json", "jsonl", "sql")
 RANGES = "Lists (1,2) and ranges (0-512+128, 1-64*2) make a matrix"
 

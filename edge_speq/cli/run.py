@@ -76,6 +76,7 @@ def report(stats: Stats) -> str:
         rate = f"{100 * e.hit_rate:.1f} %" if e.hit_rate is not None else "no demands"
         lines += [
             f"experts    {e.hits} hits, {e.misses} misses ({rate} hits; {e.late} late), stalled {e.stall_ms:.0f} ms",
+            *([f"cpu        {e.cpu_computed} misses computed in {e.cpu_ms:.0f} ms"] if e.cpu_computed else []),
             f"transfers  {_mib(e.bytes_fetched)} fetched: {e.fetched} on demand, {e.prefetched} prefetched "
             f"({stats.foresight}) of which {e.prefetched_used} used; {_mib(e.bytes_wasted)} wasted",
         ]

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define EDGE_ABI_VERSION 3
+#define EDGE_ABI_VERSION 4
 
 #define EDGE_OK 0
 #define EDGE_ERR_ARGUMENT 1
@@ -109,6 +109,10 @@ EDGE_API int edge_memory_used(const struct llama_context * ctx, bool on_gpu, edg
 
 typedef struct edge_hook edge_hook;
 
+#define EDGE_COMPUTE_DEVICE 0 // in slots, after a fetch
+#define EDGE_COMPUTE_HYBRID 1 // on the CPU where they lie, or fetched, whatever is done sooner together
+#define EDGE_COMPUTE_AUTO 2   // hybrid where that has been faster of late
+
 typedef struct edge_hook_params {
     int32_t         max_width;  // tokens of the widest graph that slots serve and routing is kept for
     int32_t         n_groups;   // length of slots; 0: keep routing only, experts stay where they are
@@ -116,8 +120,8 @@ typedef struct edge_hook_params {
     uint64_t        link_bytes_per_s; // slows transfers down to an emulated link; 0: the link as it is
     bool            deterministic;    // transfers take virtual time, so that counters repeat; needs the next and a link
     uint64_t        block_ns;         // virtual time that one block takes to compute
-    bool            hybrid;           // missing experts are computed on the CPU, not fetched
-    int32_t         n_threads;        // that compute them; 0: as many as ggml thinks
+    int32_t         compute;          // where missing experts are computed: EDGE_COMPUTE_...
+    int32_t         n_threads;        // of the CPU for that; 0: as many as ggml thinks
 } edge_hook_params;
 
 typedef struct edge_counters {  // since the hook was attached; design glossary has the meanings
@@ -132,6 +136,7 @@ typedef struct edge_counters {  // since the hook was attached; design glossary 
     uint64_t bytes_fetched;
     uint64_t bytes_wasted;
     uint64_t stall_ns;          // virtual in deterministic mode
+    uint64_t cpu_ns;            // that the CPU computed missing experts
     uint64_t failed;            // transfers that failed: prefetches dropped, demands that ended a graph
 } edge_counters;
 
@@ -183,6 +188,14 @@ EDGE_API int edge_hook_drain(edge_hook * hook); // waits until no order is outst
 EDGE_API int edge_hook_resize(edge_hook * hook, const int32_t * slots, int32_t n_groups);
 
 EDGE_API int edge_hook_counters(edge_hook * hook, edge_counters * out);
+// What hybrid execution has learned of this machine; all 0 without it.
+typedef struct edge_costs {
+    double cpu_bytes_per_s;     // expert weights that the CPU computes with, by itself
+    double link_bytes_per_s;
+    double contention;          // the CPU's time grows by this part of the time that both are busy
+} edge_costs;
+
+EDGE_API int edge_hook_costs(edge_hook * hook, edge_costs * out);
 EDGE_API int edge_hook_states(edge_hook * hook, uint8_t * out); // [n_blocks, n_expert] of EDGE_ABSENT..EDGE_PINNED
 EDGE_API int edge_hook_bytes(edge_hook * hook, uint64_t * out);      // held on the compute device
 EDGE_API int edge_hook_slot_bytes(edge_hook * hook, uint64_t * out); // of which slots

@@ -206,7 +206,7 @@ int edge_hook_attach(llama_model * model, const edge_hook_params * params, edge_
         require(params->max_width > 0, "max_width must be positive");
         edge::ExpertTable table(model);
         // what the CPU computes needs no slot, only other ids than the token's own
-        require_slots(table, params->slots, params->n_groups, params->hybrid ? 1 : params->max_width);
+        require_slots(table, params->slots, params->n_groups, params->compute == EDGE_COMPUTE_HYBRID ? 1 : params->max_width);
         require(!params->deterministic || params->link_bytes_per_s > 0, "deterministic mode needs the speed of its virtual link");
         *out = new edge_hook(model, std::move(table), *params);
     });
@@ -275,6 +275,13 @@ int edge_hook_counters(edge_hook * hook, edge_counters * out) {
     return guarded([&] {
         require(out != nullptr, "out is null");
         *out = residency_of(hook).counters();
+    });
+}
+
+int edge_hook_costs(edge_hook * hook, edge_costs * out) {
+    return guarded([&] {
+        require(out != nullptr, "out is null");
+        *out = residency_of(hook).costs();
     });
 }
 

@@ -39,9 +39,10 @@ void set_threads(ggml_backend_t backend, int32_t n_threads) {
 
 } // namespace
 
-CpuExperts::CpuExperts(const llama_model * model, const ExpertTable & table, int32_t n_threads)
-    : model_(model), table_(table), backend_(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr)),
-      nodes_(ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false)) {
+CpuExperts::CpuExperts(const llama_model * model, int32_t n_threads)
+    : model_(model), backend_(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr)),
+      nodes_(ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false)),
+      ctx_(ggml_init({ nodes_.size(), nodes_.data(), true })) {
     if (!backend_) {
         throw Error(EDGE_ERR_BACKEND, "no CPU backend to compute missing experts with");
     }
@@ -167,34 +168,18 @@ ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, con
     return chain;
 }
 
-const float * CpuExperts::compute(const ExpertChain & chain, const ExpertBlock & block, const SlotStore & store, const float * input,
-                                  const std::vector<Pair> & pairs) {
+void CpuExperts::compute(const ExpertChain & chain, const ExpertBlock & block, const SlotStore & store, const float * input,
+                         const std::vector<Pair> & pairs, float * out) {
     const int64_t n_pairs = static_cast<int64_t>(pairs.size());
-    const ggml_context_ptr ctx(ggml_init({ nodes_.size(), nodes_.data(), true }));
-    ggml_tensor * rows = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, chain.input->ne[0], 1, n_pairs);
-    ggml_tensor * ids = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, n_pairs);
-    Clone clone{ *this, block, store, chain, ctx.get(), rows, ids };
+    ggml_reset(ctx_.get());
+    ggml_tensor * rows = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_F32, chain.input->ne[0], 1, n_pairs);
+    ggml_tensor * ids = ggml_new_tensor_2d(ctx_.get(), GGML_TYPE_I32, 1, n_pairs);
+    Clone clone{ *this, block, store, chain, ctx_.get(), rows, ids };
     ggml_tensor * output = clone.of(chain.output);
-    ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), max_nodes, false);
+    ggml_cgraph * graph = ggml_new_graph_custom(ctx_.get(), max_nodes, false);
     ggml_build_forward_expand(graph, output);
+    place(graph, rows, ids, output, out);
 
-    std::vector<ggml_tensor *> owners{ rows, ids };
-    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        owners.push_back(ggml_graph_node(graph, i));
-    }
-    const auto padded = [](const ggml_tensor * t) { return t->view_src ? 0 : GGML_PAD(ggml_nbytes(t), alignment); };
-    size_t needed = alignment;
-    for (const ggml_tensor * t : owners) {
-        needed += padded(t);
-    }
-    if (data_.size() < needed) {
-        data_.resize(needed);
-    }
-    auto * at = reinterpret_cast<uint8_t *>(GGML_PAD(reinterpret_cast<uintptr_t>(data_.data()), alignment));
-    for (ggml_tensor * t : owners) {
-        t->data = t->view_src ? static_cast<uint8_t *>(t->view_src->data) + t->view_offs : at;
-        at += padded(t);
-    }
     const auto n_embd = static_cast<size_t>(chain.input->ne[0]);
     for (size_t i = 0; i < pairs.size(); ++i) {
         std::memcpy(static_cast<float *>(rows->data) + i * n_embd, input + static_cast<size_t>(pairs[i].token) * n_embd, n_embd * sizeof(float));
@@ -203,7 +188,30 @@ const float * CpuExperts::compute(const ExpertChain & chain, const ExpertBlock &
     if (ggml_backend_graph_compute(backend_.get(), graph) != GGML_STATUS_SUCCESS) {
         throw Error(EDGE_ERR_BACKEND, "computing missing experts on the CPU failed");
     }
-    return static_cast<const float *>(output->data);
+}
+
+// Gives every tensor of the graph its memory: the output's is out, the others' ours.
+void CpuExperts::place(ggml_cgraph * graph, ggml_tensor * rows, ggml_tensor * ids, ggml_tensor * output, float * out) {
+    const auto padded = [](const ggml_tensor * t) { return t->view_src ? 0 : GGML_PAD(ggml_nbytes(t), alignment); };
+    const int n = ggml_graph_n_nodes(graph);
+    size_t needed = alignment + padded(rows) + padded(ids);
+    for (int i = 0; i < n; ++i) {
+        needed += padded(ggml_graph_node(graph, i));
+    }
+    if (data_.size() < needed) {
+        data_.resize(needed);
+    }
+    auto * at = reinterpret_cast<uint8_t *>(GGML_PAD(reinterpret_cast<uintptr_t>(data_.data()), alignment));
+    const auto give = [&](ggml_tensor * t) {
+        t->data = t->view_src ? static_cast<uint8_t *>(t->view_src->data) + t->view_offs : at;
+        at += padded(t);
+    };
+    give(rows);
+    give(ids);
+    for (int i = 0; i < n; ++i) {
+        give(ggml_graph_node(graph, i));
+    }
+    output->data = out;
 }
 
 } // namespace edge

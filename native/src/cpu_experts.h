@@ -30,20 +30,19 @@ struct ExpertChain {
 // with pairs as tokens that use one expert each, so activations, clamps and biases are the architecture's.
 class CpuExperts {
 public:
-    CpuExperts(const llama_model * model, const ExpertTable & table, int32_t n_threads);
+    CpuExperts(const llama_model * model, int32_t n_threads);
 
     // The chain that follows a block's route node. Throws EDGE_ERR_UNSUPPORTED for an operation that cannot be cloned.
     ExpertChain find(ggml_cgraph * graph, const ggml_tensor * route, const ExpertBlock & block, const SlotStore & store);
 
-    // The experts' outputs, [n_embd] of each pair in turn; valid until the next call. input: [n_embd] of each token.
-    const float * compute(const ExpertChain & chain, const ExpertBlock & block, const SlotStore & store, const float * input,
-                          const std::vector<Pair> & pairs);
+    // Writes the experts' outputs, [n_embd] of each pair in turn, to out. input: [n_embd] of each token.
+    void compute(const ExpertChain & chain, const ExpertBlock & block, const SlotStore & store, const float * input,
+                 const std::vector<Pair> & pairs, float * out);
 
 private:
     struct Clone;
 
     const llama_model *   model_;
-    const ExpertTable &   table_;
     ggml_backend_ptr      backend_;
     // Biases that lie on the device, copied once.
     struct Leaf {
@@ -52,10 +51,12 @@ private:
         ggml_tensor *        tensor = nullptr;
     };
     ggml_tensor * on_host(const ggml_tensor * tensor);
+    void place(ggml_cgraph * graph, ggml_tensor * rows, ggml_tensor * ids, ggml_tensor * output, float * out);
 
     std::unordered_map<const ggml_tensor *, Leaf> leaves_;
     std::vector<uint8_t>  nodes_;   // memory of the cloned graph's nodes
-    std::vector<uint8_t>  data_;    // of their results
+    ggml_context_ptr      ctx_;     // which they are made in, anew for each computation
+    std::vector<uint8_t>  data_;    // of their results; grows to what is needed
 };
 
 } // namespace edge

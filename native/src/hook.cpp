@@ -8,6 +8,7 @@
 #include "llama-moe-hook.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -41,6 +42,10 @@ ggml_backend_buffer_t allocate(ggml_backend_buffer_type_t buft, size_t bytes) {
     return buffer;
 }
 
+bool is_route(const ggml_tensor * node) {
+    return node->op == GGML_OP_CPY && std::strncmp(node->name, route_prefix, sizeof(route_prefix) - 1) == 0;
+}
+
 bool eval_hook(ggml_backend_t backend, ggml_tensor * node, bool ask, void * hook) {
     return static_cast<edge_hook *>(hook)->eval(backend, node, ask);
 }
@@ -58,8 +63,9 @@ edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_ho
         throw edge::Error(EDGE_ERR_UNSUPPORTED, "the model has no routed experts that the hook knows");
     }
     ggml_backend_buffer_type_t buft = compute_buffer_type(model);
-    if (params.n_groups > 0 && params.hybrid) {
-        cpu_experts_ = std::make_unique<edge::CpuExperts>(model, table_, params.n_threads);
+    if (params.n_groups > 0 && params.compute != EDGE_COMPUTE_DEVICE) {
+        compute_     = params.compute;
+        cpu_experts_ = std::make_unique<edge::CpuExperts>(model, params.n_threads);
     }
     if (params.n_groups > 0) {
         table_.require_host_weights();
@@ -79,12 +85,22 @@ edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_ho
         throw edge::Error(EDGE_ERR_MEMORY, "cannot allocate the routing buffer on the compute device");
     }
     ggml_backend_buffer_clear(buffer_.get(), 0);
-    host_.reset(allocate(host_buffer_type(buft), 2 * ggml_nbytes(leaf_)));
-    host_routing_ = static_cast<int32_t *>(ggml_backend_buffer_get_base(host_.get()));
+    allocate_host(host_buffer_type(buft));
 
     const bool read_in_place = !residency_ && ggml_backend_buffer_is_host(buffer_.get());
     routing_ = read_in_place ? static_cast<const int32_t *>(leaf_->data) : host_routing_;
     set_on_model();
+}
+
+void edge_hook::allocate_host(ggml_backend_buffer_type_t buft) {
+    const size_t ids = ggml_nbytes(leaf_); // of all blocks: experts, then slots
+    const auto n_embd = static_cast<size_t>(table_.blocks.front().weights[edge::role_down]->ne[1]);
+    const size_t rows = cpu_experts_ ? static_cast<size_t>(max_width_) + block_ids_ : 0; // a block's input, its experts' outputs
+    host_.reset(allocate(buft, 2 * ids + rows * n_embd * sizeof(float)));
+    host_routing_  = static_cast<int32_t *>(ggml_backend_buffer_get_base(host_.get()));
+    host_input_    = reinterpret_cast<float *>(host_routing_ + 2 * ggml_nelements(leaf_));
+    host_computed_ = host_input_ + static_cast<size_t>(max_width_) * n_embd;
+    missing_.reserve(block_ids_);
 }
 
 // With a new epoch, so no graph goes on that was built before.
@@ -136,16 +152,16 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
 // Called before any node that follows has been sent to the backend; what is queued here runs before them. Returning
 // false ends the graph with status "aborted" (patch 0005); end_step() then throws what went wrong.
 bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexcept {
-    const bool is_output = missing_block_ >= 0 && node == chains_[static_cast<size_t>(missing_block_)].output;
+    const bool is_output = split_block_ >= 0 && node == chains_[static_cast<size_t>(split_block_)].output;
     if (ask) {
-        return is_output || (node->op == GGML_OP_CPY && std::strncmp(node->name, route_prefix, sizeof(route_prefix) - 1) == 0);
+        return is_output || is_route(node);
     }
     try {
         if (cancelled_) {
             throw edge::Error(EDGE_ERR_CANCELLED, "cancelled");
         }
         if (is_output) {
-            compute_missing(backend);
+            send_computed(backend);
             return true;
         }
         int number = -1;
@@ -153,7 +169,10 @@ bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexc
             throw edge::Error(EDGE_ERR_INTERNAL, std::string("unexpected node name ") + node->name);
         }
         edge::fault_point(edge::Fault::routing);
-        cpu_experts_ ? serve_hybrid(backend, node, number) : serve(backend, node, number);
+        if (number == 0) {
+            splits_ = splits_this_step();
+        }
+        splits_ && find_chain(node, number) ? serve_hybrid(backend, node, number) : serve(backend, node, number);
         ++n_served_;
         return true;
     } catch (const edge::Error & e) {
@@ -163,7 +182,7 @@ bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexc
         status_ = EDGE_ERR_INTERNAL;
         error_  = e.what();
     }
-    missing_block_ = -1;
+    split_block_ = -1;
     return false;
 }
 
@@ -174,24 +193,51 @@ void edge_hook::serve(ggml_backend_t backend, ggml_tensor * route, int32_t numbe
     ggml_backend_tensor_set_async(backend, route, slots_of(number), 0, ggml_nbytes(route));
 }
 
-// The device computes the resident experts and, for each missing one, an arbitrary slot, whose output the CPU's then
-// replaces before it is weighted.
-void edge_hook::serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_t number) {
-    const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(number)];
+// A graph that is split waits for one more callback a block, some 10 us. Where fetches are so cheap that it does not pay,
+// it is tried again now and then, as what is missing changes.
+bool edge_hook::splits_this_step() {
+    constexpr uint64_t tried_at_first = 16, tried_again = 256; // steps
+    constexpr double callback_ns = 10e3;
+    const uint64_t step = n_steps_++;
+    return compute_ == EDGE_COMPUTE_HYBRID ||
+           (compute_ == EDGE_COMPUTE_AUTO && (step < tried_at_first || step % tried_again == 0 || residency_->balancer().gain_ns() > callback_ns));
+}
+
+bool edge_hook::find_chain(const ggml_tensor * route, int32_t number) {
     edge::ExpertChain & chain = chains_[static_cast<size_t>(number)];
-    if (!chain.output) {
-        chain = cpu_experts_->find(graph_, route, block, residency_->store());
+    try {
+        if (!chain.output) {
+            chain = cpu_experts_->find(graph_, route, table_.blocks[static_cast<size_t>(number)], residency_->store());
+        }
+        return true;
+    } catch (const edge::Error &) {
+        if (compute_ == EDGE_COMPUTE_HYBRID) {
+            throw;
+        }
+        compute_ = EDGE_COMPUTE_DEVICE;
+        splits_  = false;
+        return false;
     }
+}
+
+// The device computes the resident and the fetched experts and, for each other one, an arbitrary slot, whose output the
+// CPU's then replaces before it is weighted.
+void edge_hook::serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_t number) {
+    const edge::ExpertChain & chain = chains_[static_cast<size_t>(number)];
     const auto n = static_cast<int32_t>(ggml_nelements(route));
     int32_t * ids   = routing_of(number);
     int32_t * slots = slots_of(number);
-    input_.resize(static_cast<size_t>(ggml_nelements(chain.input)));
     ggml_backend_tensor_get_async(backend, route, ids, 0, ggml_nbytes(route));
-    ggml_backend_tensor_get_async(backend, chain.input, input_.data(), 0, ggml_nbytes(chain.input));
-    ggml_backend_synchronize(backend);
-    residency_->demand_resident(number, ids, n, slots);
+    ggml_backend_tensor_get_async(backend, chain.input, host_input_, 0, ggml_nbytes(chain.input));
+    ggml_backend_synchronize(backend); // the one wait of a block: everything before it has run, too
+    residency_->demand_some(number, ids, n, slots);
     give_missing_a_slot(ids, slots, n);
-    missing_block_ = missing_.empty() ? -1 : number;
+    split_block_ = number; // also when nothing is missing: a graph that is cut elsewhere at every step is launched node by node
+    computed_    = false;
+    if (residency_->fetching() && !residency_->hold_for_fetches(backend)) { // a slow link that is emulated: we hold the device
+        compute_missing();
+        residency_->await_fetches();
+    }
     ggml_backend_tensor_set_async(backend, route, slots, 0, ggml_nbytes(route));
 }
 
@@ -213,15 +259,35 @@ void edge_hook::give_missing_a_slot(const int32_t * ids, int32_t * slots, int32_
     }
 }
 
-void edge_hook::compute_missing(ggml_backend_t backend) {
-    const auto number = static_cast<size_t>(std::exchange(missing_block_, -1));
-    const edge::ExpertChain & chain = chains_[number];
-    const float * rows = cpu_experts_->compute(chain, table_.blocks[number], residency_->store(), input_.data(), missing_);
-    const auto n_embd = static_cast<size_t>(chain.output->ne[0]);
-    for (const edge::Pair & pair : missing_) {
-        const size_t offset = static_cast<size_t>(pair.token) * chain.output->nb[2] + static_cast<size_t>(pair.place) * chain.output->nb[1];
-        ggml_backend_tensor_set_async(backend, chain.output, rows, offset, n_embd * sizeof(float));
-        rows += n_embd;
+void edge_hook::compute_missing() {
+    if (std::exchange(computed_, true) || missing_.empty()) {
+        return;
+    }
+    const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(split_block_)];
+    const auto began = std::chrono::steady_clock::now();
+    cpu_experts_->compute(chains_[static_cast<size_t>(split_block_)], block, residency_->store(), host_input_, missing_, host_computed_);
+    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - began).count();
+    size_t n_experts = 0;
+    for (size_t i = 0; i < missing_.size(); ++i) {
+        const auto same = [&](const edge::Pair & pair) { return pair.expert == missing_[i].expert; };
+        n_experts += std::any_of(missing_.begin(), missing_.begin() + static_cast<std::ptrdiff_t>(i), same) ? 0 : 1;
+    }
+    residency_->computed(split_block_, n_experts, missing_.size(), static_cast<double>(ns));
+}
+
+// The device runs the block's experts meanwhile. Rows that follow one another travel as one.
+void edge_hook::send_computed(ggml_backend_t backend) {
+    compute_missing();
+    residency_->await_fetches();
+    ggml_tensor * output = chains_[static_cast<size_t>(std::exchange(split_block_, -1))].output;
+    const size_t row = output->nb[1];
+    for (size_t i = 0, n = 0; i < missing_.size(); i += n) {
+        const auto at = [&](size_t j) { return missing_[j].token * table_.n_expert_used + missing_[j].place; };
+        n = 1;
+        while (i + n < missing_.size() && at(i + n) == at(i) + static_cast<int32_t>(n)) {
+            ++n;
+        }
+        ggml_backend_tensor_set_async(backend, output, reinterpret_cast<char *>(host_computed_) + i * row, static_cast<size_t>(at(i)) * row, n * row);
     }
 }
 
@@ -245,7 +311,7 @@ void edge_hook::end_step() {
 int32_t edge_hook::widest_served(const int32_t * slots) const {
     int32_t width = max_width_;
     for (size_t g = 0; g < table_.groups.size(); ++g) {
-        while (width > 0 && slots[g] < edge::slot_floor(table_, g, cpu_experts_ ? 1 : width)) {
+        while (width > 0 && slots[g] < edge::slot_floor(table_, g, compute_ == EDGE_COMPUTE_HYBRID ? 1 : width)) {
             --width;
         }
     }

@@ -39,9 +39,13 @@ struct edge_hook {
 private:
     void set_on_model();
     void serve(ggml_backend_t backend, ggml_tensor * route, int32_t number);
+    bool splits_this_step();
+    bool find_chain(const ggml_tensor * route, int32_t number);
     void serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_t number);
-    void compute_missing(ggml_backend_t backend);
+    void compute_missing();
+    void send_computed(ggml_backend_t backend);
     void give_missing_a_slot(const int32_t * ids, int32_t * slots, int32_t n);
+    void allocate_host(ggml_backend_buffer_type_t buft);
     int32_t widest_served(const int32_t * slots) const;
     int32_t * routing_of(int32_t block) { return host_routing_ + static_cast<size_t>(block) * block_ids_; }
     int32_t * slots_of(int32_t block) { return routing_of(block) + table_.blocks.size() * block_ids_; }
@@ -58,12 +62,17 @@ private:
     ggml_backend_buffer_ptr          host_; // page-locked where there is a GPU: expert ids, then slot ids, of all blocks
     int32_t *                        host_routing_ = nullptr;
     const int32_t *                  routing_ = nullptr;
+    float *                          host_input_ = nullptr;    // rows that enter the running block
+    float *                          host_computed_ = nullptr; // what the CPU computed of it, a row for each of missing_
     std::unique_ptr<edge::CpuExperts> cpu_experts_;      // of hybrid execution
     ggml_cgraph *                    graph_ = nullptr;   // the one that is ours
     std::vector<edge::ExpertChain>   chains_;            // of its blocks, found when they are first needed
-    std::vector<edge::Pair>          missing_;           // pairs of the running block
-    int32_t                          missing_block_ = -1; // whose outputs the CPU has yet to write
-    std::vector<float>               input_;             // rows that enter it
+    std::vector<edge::Pair>          missing_;           // pairs of the running block that the CPU computes
+    int32_t                          split_block_ = -1;  // whose outputs the graph has not reached yet
+    bool                             computed_ = false;  // missing_ has been
+    int32_t                          compute_ = EDGE_COMPUTE_DEVICE;
+    bool                             splits_ = false;    // the running graph between its experts and their sum
+    uint64_t                         n_steps_ = 0;
     bool                             graph_fits_ = false; // the graph that is built, or was last, is narrow enough
     int32_t                          width_ = 0;          // its tokens, 0 unless every block has all of them
     size_t                           n_served_ = 0;      // blocks whose experts the running graph took from slots

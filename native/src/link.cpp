@@ -57,7 +57,8 @@ Link::Link(ggml_backend_dev_t device, Throttle & throttle, size_t in_flight) : d
     for (Cell & cell : cells_) {
         cell.event.reset(ggml_backend_event_new(device));
     }
-    if (!backend_ || !cells_.front().event) {
+    gate_.reset(ggml_backend_event_new(device));
+    if (!backend_ || !gate_ || !cells_.front().event) {
         throw Error(EDGE_ERR_BACKEND, std::string("cannot open a transfer stream on ") + ggml_backend_dev_name(device));
     }
 }
@@ -77,6 +78,15 @@ void * Link::staging(Cell & cell) {
         throw Error(EDGE_ERR_MEMORY, "cannot allocate page-locked memory for transfers");
     }
     return ggml_backend_buffer_get_base(cell.memory.get());
+}
+
+bool Link::holds(ggml_backend_t backend) {
+    if (!backend_ || throttle_.on()) {
+        return false;
+    }
+    ggml_backend_event_record(gate_.get(), backend_.get());
+    ggml_backend_event_wait(backend, gate_.get());
+    return true;
 }
 
 Link::Cell & Link::next_cell() {

@@ -47,6 +47,11 @@ public:
     void wait(Ticket ticket); // everything up to it has arrived
     void wait();              // everything has, marked or not
 
+    bool asynchronous() const { return backend_ != nullptr; } // page-locked bytes travel while the caller goes on
+    // What the backend is given from now on runs after everything sent so far has arrived. False: wait() for it instead,
+    // since copies are synchronous or the slower link that is emulated is nothing that a device could wait for.
+    bool holds(ggml_backend_t backend);
+
     // Whether the tensor's bytes are page-locked for this device.
     static bool page_locked(ggml_backend_dev_t device, const ggml_tensor * tensor);
 
@@ -66,6 +71,7 @@ private:
 
     ggml_backend_dev_t device_;
     ggml_backend_ptr   backend_; // null: copies are synchronous
+    ggml_backend_event_ptr gate_; // for holds()
     Throttle &         throttle_;
     std::vector<Cell>  cells_;
     Ticket             sent_ = 0;

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <string>
 #include <utility>
 
@@ -21,6 +20,8 @@ Residency::Residency(const ExpertTable & table, const std::vector<int32_t> & slo
     : table_(table), buft_(buft), throttle_(params.deterministic ? 0 : params.link_bytes_per_s),
       demand_link_(ggml_backend_buft_get_device(buft), throttle_, demand_in_flight),
       prefetch_link_(ggml_backend_buft_get_device(buft), throttle_, prefetch_marks),
+      balancer_(params.link_bytes_per_s, params.splits_always || (demand_link_.asynchronous() && !params.deterministic)),
+      splits_always_(params.splits_always),
       shared_scores_(table.blocks.size() * static_cast<size_t>(table.n_expert), 0.0F),
       slot_of_(static_cast<size_t>(table.n_expert), SlotPool::none) {
     wanted_.reserve(slot_of_.size());
@@ -131,12 +132,16 @@ int32_t Residency::take_for_demand(Lock & lock, const ExpertBlock & block, int32
     if (std::exchange(demand_waits_, false)) {
         ordered_.notify_one();
     }
+    count_fetch(block, slot);
+    return slot;
+}
+
+void Residency::count_fetch(const ExpertBlock & block, int32_t slot) {
     ++counters_.misses;
     ++counters_.fetched;
     counters_.bytes_fetched += expert_bytes(block.group);
-    slots.use(slot);
-    slots.pin(slot);
-    return slot;
+    pool(block).use(slot);
+    pool(block).pin(slot);
 }
 
 // Sends every missing expert of the block, then waits once for all of them.
@@ -235,32 +240,8 @@ void Residency::demand(int32_t number, const int32_t * ids, int32_t n, int32_t *
     }
 }
 
-void Residency::demand_resident(int32_t number, const int32_t * ids, int32_t n, int32_t * out) {
-    const ExpertBlock & block = block_at(number);
-    SlotPool & slots = pool(block);
-    const Lock lock(mutex_);
-    begin_block(number);
-    wanted_.clear();
-    for (int32_t i = 0; i < n; ++i) {
-        require_expert(ids[i]);
-        const int32_t slot = slots.find(block.first_key + ids[i]);
-        const bool held = slot != SlotPool::none && !slots.loading(slot);
-        out[i] = held ? slot : SlotPool::none;
-        if (std::find(wanted_.begin(), wanted_.end(), ids[i]) != wanted_.end()) {
-            continue;
-        }
-        wanted_.push_back(ids[i]);
-        if (held) {
-            hit(block, slot);
-        } else {
-            ++counters_.misses;
-            ++counters_.cpu_computed;
-            counters_.late += slot != SlotPool::none ? 1 : 0;
-        }
-    }
-}
-
 void Residency::end_step() {
+    land_fetches();
     const Lock lock(mutex_);
     for (SlotPool & pool : pools_) {
         pool.unpin_all();

@@ -1,11 +1,13 @@
 #pragma once
 
+#include "balancer.h"
 #include "edge_speq.h"
 #include "link.h"
 #include "slot_store.h"
 #include "slots.h"
 #include "virtual_clock.h"
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -20,6 +22,7 @@ struct TransferParams {
     uint64_t link_bytes_per_s = 0;     // 0: the link as it is
     bool     deterministic    = false; // no worker: transfers take virtual time, on the decoding thread
     uint64_t block_ns         = 0;     // virtual time that a block computes
+    bool     splits_always    = false; // demand_some fetches even where copies run beside nothing: for tests
 };
 
 // Keeps a bounded set of experts on the compute device: demand loads on the decoding thread, prefetches on a worker
@@ -36,8 +39,15 @@ public:
     // The experts ids[0..n) of this block are about to be read: makes each resident, pins it, and writes
     // its slot to slots[0..n). The device has finished every earlier block.
     void demand(int32_t block, const int32_t * ids, int32_t n, int32_t * slots);
-    // The same without loads: the slot of a missing expert is none.
-    void demand_resident(int32_t block, const int32_t * ids, int32_t n, int32_t * slots);
+    // The same for a block whose missing experts may be computed on the CPU: the slot of those is none. Those that the
+    // balancer would rather fetch are under way on return: await_fetches(), or hold_for_fetches() the backend.
+    void demand_some(int32_t block, const int32_t * ids, int32_t n, int32_t * slots);
+    bool fetching() const { return !fetches_.slots.empty(); }
+    bool hold_for_fetches(ggml_backend_t backend) { return demand_link_.holds(backend); }
+    void await_fetches();
+    // The CPU's part of that block took so long.
+    void computed(int32_t block, size_t n_experts, size_t n_pairs, double ns);
+    const Balancer & balancer() const { return balancer_; }
     void end_step();
 
     // Takes over scores() and replaces the outstanding orders, of which at most byte_budget bytes are begun.
@@ -51,6 +61,7 @@ public:
 
     float * scores() { return shared_scores_.data(); } // [n_blocks, n_expert], written by the caller between steps
     edge_counters counters() const;
+    edge_costs costs() const { return { balancer_.cpu_bytes_per_s(), balancer_.link_bytes_per_s(), balancer_.contention() }; }
     void states(uint8_t * out) const;
     void poison_free_slots();
     uint64_t bytes() const;
@@ -84,6 +95,11 @@ private:
     void load_missing(Lock & lock, const ExpertBlock & block);
     void settle_late(Lock & lock, const ExpertBlock & block);
     int32_t take_for_demand(Lock & lock, const ExpertBlock & block, int32_t key);
+    void count_fetch(const ExpertBlock & block, int32_t slot);
+    int32_t find_absent(const ExpertBlock & block, const int32_t * ids, int32_t n);
+    size_t take_for_fetches(const ExpertBlock & block);
+    void send_some(const ExpertBlock & block, size_t n_fetched);
+    void land_fetches();
     void refill(int32_t group, const std::vector<int32_t> & keys);
 
     void commit_scores();
@@ -99,6 +115,8 @@ private:
     Throttle                   throttle_;
     Link                       demand_link_;
     Link                       prefetch_link_;
+    Balancer                   balancer_; // the decoding thread's
+    bool                       splits_always_;
     std::unique_ptr<SlotStore> store_;
     std::vector<float>         shared_scores_;
 
@@ -122,6 +140,15 @@ private:
     std::vector<int32_t> wanted_;   // its distinct experts
     std::vector<int32_t> missing_;
     std::vector<int32_t> loading_;  // those that the demand link brings
+    std::vector<Miss>    misses_;   // of demand_some: those under way first
+
+    // Fetches of demand_some that nobody has waited for yet.
+    struct Fetches {
+        int32_t group = 0;
+        std::vector<int32_t> slots;
+        std::chrono::steady_clock::time_point sent;
+    };
+    Fetches fetches_;
 
     std::thread worker_;
 };

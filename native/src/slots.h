@@ -42,6 +42,7 @@ public:
     void expect(int32_t slot, float expectation); // until used or until forget_expected()
     void forget_expected() { ++window_; }
     void score(int32_t key, float value) { scores_[index(key)] = value; }
+    float score_of(int32_t key) const { return scores_[index(key)]; }
 
     bool prefetched_unused(int32_t slot) const { return at(slot).unused_prefetch; }
     std::vector<int32_t> most_worth(int32_t n) const; // keys of at most n resident experts, the least dear last

@@ -97,7 +97,7 @@ std::vector<int32_t> slots_of(const llama_model * model, int32_t extra) {
 
 edge_hook * attach(llama_model * model, const std::vector<int32_t> & slots, bool hybrid = false) {
     edge_hook_params params{};
-    params.hybrid    = hybrid;
+    params.compute   = hybrid ? EDGE_COMPUTE_HYBRID : EDGE_COMPUTE_DEVICE;
     params.n_threads = 1;
     params.max_width = max_width;
     params.n_groups  = static_cast<int32_t>(slots.size());

@@ -252,6 +252,79 @@ void resizing_keeps_what_is_worth_most(const Model & model) {
     demand(residency, 0, { 1, 5, 6, 7, 8, 9, 10, 11 });
 }
 
+// demand_some: what has a slot holds its expert, the rest is the CPU's, and every miss is counted once.
+void some_are_fetched(const Model & model, int32_t n_slots) {
+    edge::TransferParams params;
+    params.splits_always = true;
+    edge::Residency residency(model.table, { n_slots }, ggml_backend_cpu_buffer_type(), params);
+    std::atomic<bool> done{ false };
+    std::thread foresight([&] {
+        std::mt19937 random(1);
+        while (!done) {
+            prefetch(residency, { { static_cast<int32_t>(random() % n_blocks), static_cast<int32_t>(random() % n_expert) } });
+            residency.counters();
+        }
+    });
+    std::mt19937 random(2);
+    uint64_t demands = 0, left = 0;
+    for (int step = 0; step < 400; ++step) {
+        for (int32_t block = 0; block < n_blocks; ++block) {
+            std::vector<int32_t> ids(6);
+            std::vector<int32_t> slots(ids.size());
+            for (int32_t & id : ids) {
+                id = static_cast<int32_t>(random() % n_expert);
+            }
+            residency.demand_some(block, ids.data(), static_cast<int32_t>(ids.size()), slots.data());
+            if (random() % 2 == 0) {
+                residency.await_fetches(); // or the next block finds them there
+            }
+            std::vector<int32_t> seen;
+            for (size_t i = 0; i < ids.size(); ++i) {
+                if (slots[i] != edge::SlotPool::none) {
+                    check_slot(residency, block, ids[i], slots[i]);
+                }
+                if (std::find(seen.begin(), seen.end(), ids[i]) == seen.end()) {
+                    seen.push_back(ids[i]);
+                    left += slots[i] == edge::SlotPool::none ? 1 : 0;
+                }
+            }
+            demands += seen.size();
+        }
+        residency.end_step();
+    }
+    done = true;
+    foresight.join();
+    residency.drain();
+    const edge_counters c = residency.counters();
+    CHECK(c.hits + c.misses == demands && c.cpu_computed == left && c.misses == c.cpu_computed + c.fetched);
+    CHECK(c.fetched > 0 && c.cpu_computed > 0 && c.late <= c.cpu_computed);
+    CHECK(c.bytes_fetched == (c.fetched + c.prefetched) * model.table.groups[0].expert_bytes);
+}
+
+// A copy of demand_some fails: nothing is believed that has not arrived.
+void failed_fetches_are_survived(const Model & model) {
+    edge::TransferParams params;
+    params.splits_always = true;
+    edge::Residency residency(model.table, { 9 }, ggml_backend_cpu_buffer_type(), params);
+    const int32_t ids[] = { 1, 2, 3 };
+    int32_t slots[3];
+    int failed = 0;
+    for (int32_t i = 0; i < 40; ++i) {
+        edge::arm_fault(edge::Fault::copy, 5);
+        try {
+            residency.demand_some(i % n_blocks, ids, 3, slots);
+        } catch (const edge::Error & error) {
+            CHECK(error.status == EDGE_ERR_BACKEND);
+            CHECK(state(residency, i % n_blocks, 2) == edge::SlotState::absent);
+            ++failed;
+        }
+        edge::arm_fault(edge::Fault::copy, 0);
+        residency.end_step();
+    }
+    CHECK(failed > 0 && residency.counters().failed == static_cast<uint64_t>(failed));
+    demand(residency, 0, { 1, 2, 3, 4 });
+}
+
 // The nth copy fails: the demand says so, nothing is believed that has not arrived, and the next step works.
 void failed_copies_are_survived(const Model & model) {
     edge::Residency residency(model.table, { 9 }, ggml_backend_cpu_buffer_type(), {});
@@ -319,6 +392,9 @@ int main() {
     resizing_keeps_what_is_worth_most(model);
     failed_copies_are_survived(model);
     failed_allocations_are_survived(model);
+    failed_fetches_are_survived(model);
+    some_are_fetched(model, 9);
+    some_are_fetched(model, 2 * n_expert);
     counters_follow_the_glossary(model);
     a_router_out_of_range_is_an_error(model);
     demands_hold_against_prefetches(model, 9); // the floor: 8 of a graph and one to load into

@@ -1,0 +1,67 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace edge {
+
+// A missing expert of the block that runs.
+struct Miss {
+    int32_t expert;
+    int32_t pairs; // tokens that are routed to it
+    float   worth; // what a slot for it is worth
+};
+
+// Which of a block's missing experts are fetched, and which the CPU computes meanwhile: so that the later of the two is
+// done as early as possible, max(T_cpu, T_link), the objective of MoE-SpAc's workload balancer (arXiv 2603.09983). All
+// experts of a block have the same bytes, so for any number of fetches the best to fetch are those that cost the CPU
+// most; trying every number solves the integer program exactly. Among equals the most worth is fetched.
+//
+// Costs are learned while it runs. Every so many blocks some are computed only and some fetched only, so that neither rate
+// is forgotten while it is not in use; in between both follow what is measured. CPU and link share the memory, so the CPU's
+// time grows by a part, also learned, of the time that both run.
+class Balancer {
+public:
+    // The link's rate if it is known. Without overlap, where copies are synchronous, nothing is fetched.
+    Balancer(uint64_t link_bytes_per_s, bool overlaps);
+
+    // Moves those to fetch to the front and says how many they are.
+    size_t split(std::vector<Miss> & missing, uint64_t expert_bytes);
+
+    // What took ns: the CPU's part of a block, while bytes travelled for link_ns; and fetches, which may have taken less
+    // when that is not exact.
+    void computed(size_t n_experts, size_t n_pairs, uint64_t expert_bytes, double ns, double link_ns);
+    void fetched(size_t n_experts, uint64_t expert_bytes, double ns, bool is_exact);
+
+    // Nanoseconds until the last of them is there. pairs: of the n_computed experts.
+    double cpu_ns(size_t n_computed, size_t pairs, uint64_t expert_bytes) const;
+    double link_ns(size_t n_fetched, uint64_t expert_bytes) const;
+    double block_ns(double cpu, double link) const; // both at once
+
+    // Nanoseconds a block that splitting saves against fetching everything, of late.
+    double gain_ns() const { return gain_; }
+    double cpu_bytes_per_s() const { return 1e9 / cpu_byte_.value; }
+    double link_bytes_per_s() const { return 1e9 / link_byte_.value; }
+    double contention() const { return contention_.value; }
+
+private:
+    // A cost that follows its measurements, the first ones fast, and falls faster than it rises: threads that had to be
+    // woken and pages read for the first time are not what the next block will cost.
+    struct Cost {
+        double value;
+        int    measured = 0;
+        void follow(double measurement);
+    };
+
+    bool     overlaps_;
+    bool     link_is_known_;
+    uint32_t blocks_     = 0;          // split so far
+    Cost     cpu_byte_{ 1.0 / 15 };    // ns: the weights of one expert are read once
+    Cost     pair_byte_{ 0.5 / 15 };   // ns: each further token of an expert
+    Cost     link_byte_;               // ns
+    Cost     contention_{ 0 };         // the CPU's time grows by this part of the time that it shares with the link
+    double   gain_       = 0;
+};
+
+} // namespace edge

@@ -1,0 +1,148 @@
+// The half of Residency that serves hybrid execution: what is missing is fetched or left to the CPU, by cost.
+#include "residency.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace edge {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr std::chrono::microseconds noticeable(25); // of waiting: what has long arrived takes up to 10 to find out
+
+double nanoseconds(Clock::duration span) {
+    return static_cast<double>(std::chrono::duration_cast<std::chrono::nanoseconds>(span).count());
+}
+
+} // namespace
+
+// Fills in misses_ and says how many more there are, which a prefetch is bringing: nobody waits for those.
+int32_t Residency::find_absent(const ExpertBlock & block, const int32_t * ids, int32_t n) {
+    SlotPool & slots = pool(block);
+    int32_t late = 0;
+    wanted_.clear();
+    misses_.clear();
+    for (int32_t i = 0; i < n; ++i) {
+        require_expert(ids[i]);
+        if (std::find(wanted_.begin(), wanted_.end(), ids[i]) != wanted_.end()) {
+            const auto same = [&](const Miss & miss) { return miss.expert == ids[i]; };
+            const auto miss = std::find_if(misses_.begin(), misses_.end(), same);
+            if (miss != misses_.end()) {
+                ++miss->pairs;
+            }
+            continue;
+        }
+        wanted_.push_back(ids[i]);
+        const int32_t key = block.first_key + ids[i];
+        const int32_t slot = slots.find(key);
+        const bool loading = slot != SlotPool::none && slots.loading(slot);
+        slot_of_[static_cast<size_t>(ids[i])] = loading ? SlotPool::none : slot;
+        if (loading) {
+            ++late;
+        } else if (slot != SlotPool::none) {
+            hit(block, slot);
+        } else {
+            misses_.push_back({ ids[i], 1, slots.score_of(key) });
+        }
+    }
+    return late;
+}
+
+// Gives those that are to be fetched a slot each and says how many there are: the first of misses_.
+size_t Residency::take_for_fetches(const ExpertBlock & block) {
+    const size_t n = splits_always_ || store_->page_locked(block) ? balancer_.split(misses_, expert_bytes(block.group)) : 0;
+    for (size_t i = 0; i < n; ++i) {
+        const int32_t slot = pool(block).take(block.first_key + misses_[i].expert, SlotPool::any_price);
+        if (slot == SlotPool::none) { // all are pinned or loading: the rest is the CPU's
+            return i;
+        }
+        slot_of_[static_cast<size_t>(misses_[i].expert)] = slot;
+        count_fetch(block, slot);
+    }
+    return n;
+}
+
+void Residency::demand_some(int32_t number, const int32_t * ids, int32_t n, int32_t * out) {
+    const ExpertBlock & block = block_at(number);
+    land_fetches(); // the device is past them
+    size_t n_fetched = 0;
+    {
+        const Lock lock(mutex_);
+        begin_block(number);
+        const auto late = static_cast<uint64_t>(find_absent(block, ids, n));
+        n_fetched = take_for_fetches(block);
+        const uint64_t left = late + misses_.size() - n_fetched;
+        counters_.late += late;
+        counters_.misses += left;
+        counters_.cpu_computed += left;
+    }
+    send_some(block, n_fetched);
+    for (int32_t i = 0; i < n; ++i) {
+        out[i] = slot_of_[static_cast<size_t>(ids[i])];
+    }
+}
+
+void Residency::send_some(const ExpertBlock & block, size_t n_fetched) {
+    fetches_.group = block.group;
+    fetches_.sent  = Clock::now();
+    try {
+        for (size_t i = 0; i < n_fetched; ++i) {
+            const int32_t slot = slot_of_[static_cast<size_t>(misses_[i].expert)];
+            fetches_.slots.push_back(slot);
+            store_->send(demand_link_, block, misses_[i].expert, slot, false);
+        }
+    } catch (...) {
+        demand_link_.wait();
+        const Lock lock(mutex_);
+        for (size_t i = 0; i < n_fetched; ++i) {
+            pool(block).drop(slot_of_[static_cast<size_t>(misses_[i].expert)]);
+        }
+        ++counters_.failed;
+        fetches_.slots.clear();
+        throw;
+    }
+}
+
+void Residency::await_fetches() {
+    if (fetches_.slots.empty()) {
+        return;
+    }
+    const auto began = Clock::now();
+    demand_link_.wait();
+    const auto ended = Clock::now();
+    // nothing to compute: the time is the link's, whatever of it was waited for
+    const bool is_exact = fetches_.slots.size() == misses_.size() || ended - began > noticeable;
+    balancer_.fetched(fetches_.slots.size(), expert_bytes(fetches_.group), nanoseconds(ended - fetches_.sent), is_exact);
+    {
+        const Lock lock(mutex_);
+        counters_.stall_ns += static_cast<uint64_t>(nanoseconds(ended - began));
+    }
+    land_fetches();
+}
+
+// Their slots can be had by others once the block's pins are gone.
+void Residency::land_fetches() {
+    if (fetches_.slots.empty()) {
+        return;
+    }
+    demand_link_.wait();
+    const Lock lock(mutex_);
+    for (const int32_t slot : fetches_.slots) {
+        pools_[static_cast<size_t>(fetches_.group)].loaded(slot);
+    }
+    fetches_.slots.clear();
+    loaded_.notify_all();
+}
+
+void Residency::computed(int32_t block, size_t n_experts, size_t n_pairs, double ns) {
+    const uint64_t bytes = expert_bytes(block_at(block).group);
+    {
+        const Lock lock(mutex_);
+        counters_.cpu_ns += static_cast<uint64_t>(ns);
+    }
+    balancer_.computed(n_experts, n_pairs, bytes, ns, balancer_.link_ns(fetches_.slots.size(), bytes));
+}
+
+} // namespace edge

@@ -1,0 +1,161 @@
+// The split of missing experts against brute force over all subsets, and the costs that it learns from a machine that is
+// made up here.
+#include "balancer.h"
+#include "check.h"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+namespace {
+
+constexpr uint64_t expert_bytes = 3 << 20;
+
+// A machine whose every cost is known.
+struct Machine {
+    double cpu_byte, pair_byte, link_byte, contention;
+
+    double cpu_ns(size_t experts, size_t pairs) const {
+        const auto bytes = static_cast<double>(expert_bytes);
+        return experts == 0 ? 0 : 15e3 + bytes * (static_cast<double>(experts) * cpu_byte + static_cast<double>(pairs - experts) * pair_byte);
+    }
+    double link_ns(size_t experts) const {
+        return experts == 0 ? 0 : 8e3 + static_cast<double>(experts) * static_cast<double>(expert_bytes) * link_byte;
+    }
+    double cpu_shared_ns(size_t experts, size_t pairs, size_t fetched) const {
+        const double alone = cpu_ns(experts, pairs);
+        return alone + contention * std::min(alone, link_ns(fetched));
+    }
+    double block_ns(size_t experts, size_t pairs, size_t fetched) const {
+        return std::max(cpu_shared_ns(experts, pairs, fetched), link_ns(fetched));
+    }
+};
+
+std::vector<edge::Miss> random_misses(std::mt19937 & random, int most) {
+    std::vector<edge::Miss> misses(1 + random() % static_cast<unsigned>(most));
+    for (size_t i = 0; i < misses.size(); ++i) {
+        misses[i] = { static_cast<int32_t>(i), 1 + static_cast<int32_t>(random() % 5), static_cast<float>(random() % 100) / 100 };
+    }
+    return misses;
+}
+
+size_t pairs_of(const std::vector<edge::Miss> & misses, size_t from) {
+    size_t pairs = 0;
+    for (size_t i = from; i < misses.size(); ++i) {
+        pairs += static_cast<size_t>(misses[i].pairs);
+    }
+    return pairs;
+}
+
+double best_of_all_subsets(const Machine & machine, const std::vector<edge::Miss> & misses) {
+    double least = HUGE_VAL;
+    for (unsigned subset = 0; subset < (1U << misses.size()); ++subset) {
+        size_t fetched = 0, pairs = 0;
+        for (size_t i = 0; i < misses.size(); ++i) {
+            const bool fetch = ((subset >> i) & 1U) != 0;
+            fetched += fetch ? 1 : 0;
+            pairs += fetch ? 0 : static_cast<size_t>(misses[i].pairs);
+        }
+        least = std::min(least, machine.block_ns(misses.size() - fetched, pairs, fetched));
+    }
+    return least;
+}
+
+// Lets the balancer run on the machine; the ratio of what its splits take to the best there is, over the last blocks.
+double run(const Machine & machine, edge::Balancer & balancer, int blocks, int counted) {
+    std::mt19937 random(7);
+    std::normal_distribution<double> noise(1.0, 0.03);
+    double taken = 0, best = 0;
+    for (int block = 0; block < blocks; ++block) {
+        std::vector<edge::Miss> misses = random_misses(random, 8);
+        const size_t fetched = balancer.split(misses, expert_bytes);
+        const size_t computed = misses.size() - fetched, pairs = pairs_of(misses, fetched);
+        const double cpu = machine.cpu_shared_ns(computed, pairs, fetched) * std::max(0.8, noise(random));
+        const double link = machine.link_ns(fetched) * std::max(0.8, noise(random));
+        if (computed > 0) {
+            balancer.computed(computed, pairs, expert_bytes, cpu, balancer.link_ns(fetched, expert_bytes));
+        }
+        if (fetched > 0) {
+            balancer.fetched(fetched, expert_bytes, std::max(cpu, link), link > cpu);
+        }
+        if (block >= blocks - counted) {
+            taken += machine.block_ns(computed, pairs, fetched);
+            best += best_of_all_subsets(machine, misses);
+        }
+    }
+    return taken / best;
+}
+
+const Machine machines[] = {
+    { 1.0 / 15, 0.5 / 15, 1.0 / 12.5, 0.2 },   // a laptop: six cores, PCIe 4 x8
+    { 1.0 / 38, 0.3 / 38, 1.0 / 45, 0.5 },     // a server
+    { 1.0 / 5, 1.0 / 5, 1.0 / 25, 0.0 },       // a slow CPU: all is fetched
+    { 1.0 / 60, 0.1 / 60, 1.0 / 4, 1.0 },      // a slow link: next to nothing is
+};
+
+void splits_are_exact_for_the_costs_it_knows() {
+    std::mt19937 random(3);
+    for (int i = 0; i < 3000; ++i) {
+        edge::Balancer balancer(12'500'000'000, true);
+        std::vector<edge::Miss> warm = random_misses(random, 3);
+        for (int block = 0; block < 16; ++block) { // those that it learns from
+            balancer.split(warm, expert_bytes);
+        }
+        std::vector<edge::Miss> misses = random_misses(random, 9);
+        const size_t fetched = balancer.split(misses, expert_bytes);
+        const Machine known{ 1 / (balancer.cpu_bytes_per_s() / 1e9), 0.5 / 15, 1 / (balancer.link_bytes_per_s() / 1e9), balancer.contention() };
+        const double taken = known.block_ns(misses.size() - fetched, pairs_of(misses, fetched), fetched);
+        CHECK(taken <= best_of_all_subsets(known, misses) * (1 + 1e-9));
+    }
+}
+
+void learned_costs_come_within_a_twentieth_of_the_best() {
+    for (const Machine & machine : machines) {
+        edge::Balancer balancer(0, true);
+        const double ratio = run(machine, balancer, 4000, 1500); // no block of these is one that it learns from
+        CHECK(ratio < 1.05);
+    }
+}
+
+void a_machine_that_changes_is_learned_again() {
+    edge::Balancer balancer(0, true);
+    run(machines[0], balancer, 2000, 1000);
+    CHECK(run({ 2.0 / 15, 1.0 / 15, 2.0 / 12.5, 0.2 }, balancer, 2000, 500) < 1.1); // throttled for its heat
+}
+
+void among_equals_the_most_worth_is_fetched() {
+    edge::Balancer balancer(12'500'000'000, true);
+    std::vector<edge::Miss> misses;
+    for (int block = 0; block <= 16; ++block) {
+        misses = { { 4, 1, 0.1F }, { 9, 1, 0.9F }, { 2, 1, 0.5F }, { 7, 1, 0.3F } };
+        const size_t fetched = balancer.split(misses, expert_bytes);
+        if (block < 12) {
+            CHECK(fetched == 0);
+        } else if (block < 16) {
+            CHECK(fetched == 4);
+        } else {
+            CHECK(fetched == 2);
+        }
+    }
+    CHECK(misses[0].expert == 9 && misses[1].expert == 2);
+}
+
+void without_overlap_nothing_is_fetched() {
+    edge::Balancer balancer(0, false);
+    std::vector<edge::Miss> misses{ { 0, 3, 1.0F }, { 1, 1, 0.0F } };
+    for (int block = 0; block < 40; ++block) {
+        CHECK(balancer.split(misses, expert_bytes) == 0);
+    }
+}
+
+} // namespace
+
+int main() {
+    splits_are_exact_for_the_costs_it_knows();
+    learned_costs_come_within_a_twentieth_of_the_best();
+    a_machine_that_changes_is_learned_again();
+    among_equals_the_most_worth_is_fetched();
+    without_overlap_nothing_is_fetched();
+    std::puts("balancer: ok");
+}
