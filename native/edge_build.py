@@ -16,6 +16,8 @@ from _build.toolchain import Settings, toolchain
 from _build.upstream import Upstream
 
 NATIVE = Path(__file__).resolve().parent
+# llama.cpp's Hugging Face converter with all that it reads: data for `edge-speq convert hf`, which runs it by path
+CONVERTER = ("convert_hf_to_gguf.py", "conversion", "gguf-py/gguf", "models/templates", "LICENSE")
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
@@ -48,11 +50,21 @@ def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata
 
 
 def overlay(tree: Path) -> None:
-    """Puts our build files and sources over an unpacked, patched sdist."""
+    """Puts our build files and sources over an unpacked, patched sdist, and its converter into the package."""
     for name in ("CMakeLists.txt", "pyproject.toml"):
         shutil.copyfile(NATIVE / name, tree / name)
     for name in ("src", "include"):
         shutil.copytree(NATIVE / name, tree / "edge" / name)
+    for name in CONVERTER:
+        copy(tree / "vendor" / "llama.cpp" / name, tree / "llama_cpp" / "_convert" / name)
+
+
+def copy(source_path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source_path.is_dir():
+        shutil.copytree(source_path, target)
+    else:
+        shutil.copyfile(source_path, target)
 
 
 def compile_wheel(tree: Path, wheel_directory: Path, upstream: Upstream, config_settings: Settings) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -16,6 +15,7 @@ import pytest
 import tiny_models
 
 from edge_speq import _native, demo
+from edge_speq.convert import draft
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -93,9 +93,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModels]:
 
 @pytest.fixture(scope="session")
 def twin(bundled: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled target at 2 bits."""
-    path = tmp_path_factory.mktemp("twin") / "twin.gguf"
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K, True, 2
-    assert llama_cpp.llama_model_quantize(bytes(bundled[0]), bytes(path), ctypes.byref(params)) == 0
-    return path
+    """The bundled target with its experts at 2 bits."""
+    return draft.twin(bundled[0], tmp_path_factory.mktemp("twin") / "twin.gguf")

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from edge_speq import EdgeLlama, _native, demo, residency
+from edge_speq.convert import quantize
 
 PROMPTS = Path(__file__).resolve().parent.parent / "tests" / "data" / "prompts"
 CLASSES = ("chat", "code", "prose", "textbook")
@@ -34,13 +33,6 @@ def prompts() -> list[str]:
     """The first held-out prompts of each class, the classes interleaved."""
     texts = [(PROMPTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:N_PROMPTS] for name in CLASSES]
     return [json.loads(line)["prompt"] for lines in zip(*texts, strict=True) for line in lines]
-
-
-def make_twin(target: str, twin: str) -> None:
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K, True, 2
-    if llama_cpp.llama_model_quantize(target.encode(), twin.encode(), ctypes.byref(params)):
-        raise SystemExit("cannot quantize the bundled model")
 
 
 class Recorded(EdgeLlama):
@@ -111,7 +103,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         target, twin = str(demo.path(demo.MODEL)), str(Path(folder) / "twin.gguf")
-        make_twin(target, twin)
+        quantize.quantize(target, twin, quantize.recipe("q2_k"))  # all of it: what the stored figures are of
         for share, k in CASES:
             texts = None
             for name, policy in POLICIES.items():

@@ -1,8 +1,8 @@
 """Regenerate models/tales-moe.gguf and models/tales-draft.gguf from their Hugging Face checkpoints.
 
-    pip install torch transformers sentencepiece gguf        # what llama.cpp's converter imports
-    python tools/make_models.py --target HF_DIR --draft HF_DIR --sdist UNPACKED_LLAMA_CPP_PYTHON \
-        --calibration TEXT [TEXT ...] [--measure TEXT ...] --out models
+    pip install ./native '.[convert]'
+    python tools/make_models.py --target HF_DIR --draft HF_DIR --calibration TEXT [TEXT ...] [--measure TEXT ...] \
+        --out models
 
 Convert to F16 with llama.cpp's own converter, collect an importance matrix on the second half of the calibration texts,
 quantize by TARGET and DRAFT below. --measure prints the loss on the first half of each text, unseen by calibration.
@@ -13,9 +13,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
-import importlib
-import runpy
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +20,8 @@ from pathlib import Path
 
 import llama_cpp as lib
 import numpy as np
+
+from edge_speq.convert import graph, hf
 
 CONTEXT = 512  # tokens of one calibration or measuring window
 IM_END = 2  # the token that ends a chat turn; <|endoftext|> is 0
@@ -56,48 +55,10 @@ DRAFT = Recipe(
 )
 
 
-def convert(sdist: Path, checkpoint: Path, out: Path, name: str) -> Path:
-    """Write `checkpoint` as an F16 GGUF with the converter bundled in the llama-cpp-python sdist."""
-    root = sdist / "vendor" / "llama.cpp"
-    sys.path[:0] = [str(root), str(root / "gguf-py")]
-    # The converter knows pre-tokenizers by a hash of the vocabulary's output; ours is new, its rule is GPT-2's.
-    text_model = importlib.import_module("conversion.base").TextModel
-    text_model.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-    saved = sys.argv
-    sys.argv = ["convert", str(checkpoint), "--outfile", str(out), "--outtype", "f16", "--model-name", name]
-    try:
-        runpy.run_path(str(root / "convert_hf_to_gguf.py"), run_name="__main__")
-    finally:
-        sys.argv = saved
+def convert(checkpoint: Path, out: Path, name: str) -> Path:
+    """Write `checkpoint` as an F16 GGUF with llama.cpp's converter."""
+    hf.convert(checkpoint, out, None, "f16", name=name)
     return out
-
-
-class Tensor(ctypes.Structure):
-    """struct ggml_tensor of the pinned ggml.h, as far as the evaluation callback reads it."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-    )
-
-    def array(self, dtype: type) -> np.ndarray:
-        """A strided view [ne2, ne1, ne0] of CPU data of 4-byte elements."""
-        size = sum((self.ne[i] - 1) * self.nb[i] for i in range(3)) + 4
-        raw = np.ctypeslib.as_array(ctypes.cast(self.data, ctypes.POINTER(ctypes.c_uint8)), (size,))
-        view: np.ndarray = np.ndarray(
-            (self.ne[2], self.ne[1], self.ne[0]), dtype, raw, 0, (self.nb[2], self.nb[1], self.nb[0])
-        )
-        return view
 
 
 class Importance:
@@ -109,10 +70,10 @@ class Importance:
         self.callback = lib.ggml_backend_sched_eval_callback(self._observe)
 
     def _observe(self, address: int, ask: bool, _user: int | None) -> bool:
-        node = Tensor.from_address(address)
+        node = graph.Tensor.from_address(address)
         if not node.src[0] or not node.src[1]:
             return not ask
-        weight, x = Tensor.from_address(node.src[0]), Tensor.from_address(node.src[1])
+        weight, x = graph.Tensor.from_address(node.src[0]), graph.Tensor.from_address(node.src[1])
         name = weight.name.decode()
         if not name.endswith(".weight") or x.type != 0 or weight.ne[0] != x.ne[0]:  # F32 activations into a weight
             return not ask
@@ -123,7 +84,7 @@ class Importance:
         sums = self.sums.setdefault(name, np.zeros((n, weight.ne[0])))
         counts = self.counts.setdefault(name, np.zeros(n))
         if node.src[2]:  # MUL_MAT_ID: ids [token, k], rows [token, 1 or k, ne0]
-            ids = Tensor.from_address(node.src[2]).array(np.int32)[0]
+            ids = graph.Tensor.from_address(node.src[2]).array(np.int32)[0]
             squares = np.broadcast_to(np.square(rows), (*ids.shape, weight.ne[0])).reshape(ids.size, -1)
             chosen = np.eye(n, dtype=np.float32)[ids.ravel()]
             sums += chosen.T @ squares
@@ -253,7 +214,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True, help="Hugging Face folder of tales-moe")
     parser.add_argument("--draft", type=Path, required=True, help="Hugging Face folder of tales-draft")
-    parser.add_argument("--sdist", type=Path, required=True, help="unpacked llama-cpp-python sdist, for its converter")
     parser.add_argument("--calibration", type=Path, nargs="+", required=True, help="texts (second halves)")
     parser.add_argument("--measure", type=Path, nargs="*", default=[], help="texts (first halves)")
     parser.add_argument("--out", type=Path, default=Path("models"))
@@ -262,7 +222,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
         for recipe, checkpoint in ((TARGET, args.target), (DRAFT, args.draft)):
-            f16 = convert(args.sdist, checkpoint, work / f"{recipe.name}.f16.gguf", recipe.name)
+            f16 = convert(checkpoint, work / f"{recipe.name}.f16.gguf", recipe.name)
             out = quantize(f16, args.out / f"{recipe.name}.gguf", recipe, calibrate(f16, args.calibration))
             print(out, out.stat().st_size, hashlib.sha256(out.read_bytes()).hexdigest())
             for text in args.measure:

@@ -27,6 +27,11 @@ FILES = {
     "CMakeLists.txt": "upstream's\n",
     "llama_cpp/__init__.py": f'__version__ = "{VERSION}"\n',
     "vendor/llama.cpp/CMakeLists.txt": "",
+    "vendor/llama.cpp/LICENSE": "MIT\n",
+    "vendor/llama.cpp/convert_hf_to_gguf.py": "import conversion\n",
+    "vendor/llama.cpp/conversion/base.py": "base\n",
+    "vendor/llama.cpp/gguf-py/gguf/vocab.py": "vocab\n",
+    "vendor/llama.cpp/models/templates/chat.jinja": "{{ chat }}\n",
     GRAPH: "one\ntwo\nthree\n",
 }
 PATCH = f"Reason: two is too few.\n\n--- a/{GRAPH}\n+++ b/{GRAPH}\n@@ -1,3 +1,3 @@\n one\n-two\n+many\n three\n"
@@ -344,6 +349,9 @@ def test_build_patches_and_overlays_then_serves_the_cache(
     files = build(tmp_path / "out", monkeypatch)
     assert files[GRAPH] == "one\nmany\nthree\n"
     assert files["CMakeLists.txt"] == files["pyproject.toml"] == "ours\n"
+    for name in ("conversion/base.py", "gguf-py/gguf/vocab.py", "models/templates/chat.jinja", "LICENSE"):
+        assert files[f"llama_cpp/_convert/{name}"] == FILES[f"vendor/llama.cpp/{name}"]
+    assert files["llama_cpp/_convert/convert_hf_to_gguf.py"] == FILES["vendor/llama.cpp/convert_hf_to_gguf.py"]
     assert files["edge/src/slots.cpp"] == "int slots;\n" and files["edge/include/edge_speq.h"] == "int edge;\n"
     assert file_sha256(sdist) == before
 

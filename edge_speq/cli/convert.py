@@ -1,0 +1,37 @@
+"""edge-speq convert: GGUF files made from checkpoints and from each other. One file a verb in convert_verbs/."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from edge_speq import interrupt
+from edge_speq.cli.convert_verbs import draft, hf, imatrix, inspect, pack, quantize, split, verify
+
+VERBS: tuple[Any, ...] = (hf, quantize, imatrix, draft, split, pack, verify, inspect)
+
+
+def add_parser(commands: Any) -> None:
+    p: argparse.ArgumentParser = commands.add_parser(
+        "convert",
+        help="make GGUF files",
+        description="Makes GGUF files. What is written is whole or absent; nothing is replaced without --force.",
+    )
+    verbs = p.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb in VERBS:
+        verb.add_parser(verbs)
+    for chosen in verbs.choices.values():
+        chosen.set_defaults(command=convert)
+
+
+def convert(options: argparse.Namespace) -> int:
+    # Leaving at once is right here too, but not without removing what is half written.
+    with interrupt.handler(_leave, _leave):
+        return int(options.verb(options))
+
+
+def _leave(*_: object) -> None:
+    from edge_speq.convert import atomic
+
+    atomic.discard_all()
+    interrupt._leave()

@@ -1,0 +1,107 @@
+"""edge-speq convert draft: the target with its experts at low bits, as a draft that routes as the target does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from edge_speq.cli.convert_verbs import common
+
+
+def add_parser(verbs: Any) -> None:
+    p: argparse.ArgumentParser = verbs.add_parser(
+        "draft",
+        help="a low-bit twin of a MoE, as its draft",
+        description="Writes a copy of a MoE whose routed experts have few bits and whose other tensors are kept byte "
+        "for byte: as a draft it proposes what the target would say and foresees which experts the target needs.",
+    )
+    p.add_argument("target", metavar="TARGET", help="a GGUF file of a MoE")
+    p.add_argument("--type", metavar="TYPE", required=True, help="of the experts: iq2_xs, q2_k, q3_k, ...")
+    p.add_argument("--experts-only", action="store_true", help="write only the experts, for use with TARGET's own rest")
+    p.add_argument("--imatrix", metavar="FILE", help="an importance matrix; made on the text where the type needs one")
+    p.add_argument("--no-measure", action="store_true", help="do not compare the twin with the target")
+    common.add_text(p)
+    common.add_writing(p)
+    p.set_defaults(verb=draft)
+
+
+def draft(options: argparse.Namespace) -> int:
+    from edge_speq.convert import atomic, imatrix, reader
+    from edge_speq.convert import draft as drafts
+
+    atomic.check(options.out, options.force, sources=[options.target])
+    # an importance matrix is made on the second half of the text, so that the first half is new to the twin
+    text = reader.read_text(options.text)
+    half = len(text) // 2
+    name = Path(options.imatrix or options.text or "edge_speq prompts").name
+    importance = imatrix.read(options.imatrix) if options.imatrix else None
+    if importance is None:
+        with common.progress(options, "calibrating", unit="tokens") as progress:
+            most = reader.LEAST if options.dry_run else drafts.CALIBRATION
+            importance = drafts.importance_for(
+                options.target, options.type, text[half:], dataset=name, most=most, progress=progress
+            )
+    recipe = drafts.recipe(options.target, options.type, importance, name)
+    made = _dry_run(options, recipe) if options.dry_run else _make(options, recipe, text[:half])
+    print(json.dumps(made) if options.json else report(made))
+    return 0
+
+
+def _dry_run(options: argparse.Namespace, recipe: Any) -> dict[str, Any]:
+    from edge_speq.convert import atomic, quantize
+    from edge_speq.convert import draft as drafts
+
+    n_bytes = quantize.plan(options.target, recipe).n_bytes
+    if options.experts_only:
+        n_bytes = drafts.experts_size(options.target, recipe)
+    atomic.check(options.out, options.force, sources=[options.target], expected_bytes=n_bytes)
+    return _summary(options, n_bytes, None)
+
+
+def _make(options: argparse.Namespace, recipe: Any, text: str) -> dict[str, Any]:
+    from edge_speq.convert import agreement
+    from edge_speq.convert import draft as drafts
+
+    found: list[dict[str, Any]] = []
+
+    def compare(twin: Path) -> None:
+        with common.progress(options, "comparing", unit="tokens") as progress:
+            agreed = agreement.measure(options.target, twin, text, most=options.tokens, progress=progress)
+        found.append(agreed.to_dict())
+
+    with common.progress(options, "quantizing") as progress:
+        n_bytes = drafts.make(
+            options.target,
+            options.out,
+            recipe,
+            experts_only=options.experts_only,
+            force=options.force,
+            progress=progress,
+            examine=None if options.no_measure else compare,
+        )
+    return _summary(options, n_bytes, found[0] if found else None)
+
+
+def _summary(options: argparse.Namespace, n_bytes: int, agreement: dict[str, Any] | None) -> dict[str, Any]:
+    from edge_speq import gguf_file
+
+    return {
+        "target": options.target,
+        "out": options.out,
+        "dry_run": options.dry_run,
+        "type": options.type.lower(),
+        "experts_only": options.experts_only,
+        "n_bytes": n_bytes,
+        "target_bytes": gguf_file.read(options.target).size,
+        "agreement": agreement,
+    }
+
+
+def report(summary: dict[str, Any]) -> str:
+    share = summary["n_bytes"] / summary["target_bytes"]
+    what = "the experts alone" if summary["experts_only"] else "experts"
+    line = f"{common.written(summary)}: {what} at {summary['type']}, {share:.0%} of the target's bytes"
+    found = summary["agreement"]
+    return line if found is None else f"{line}\n{common.agreement(found)}"

@@ -1,0 +1,134 @@
+"""edge-speq serve: a model over HTTP, with OpenAI's interface and a page that shows its experts."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_speq import interrupt
+from edge_speq.cli import arguments
+from edge_speq.core import EdgeError
+
+if TYPE_CHECKING:
+    from edge_speq.server.model import Progress, Served
+    from edge_speq.server.serving import Server
+    from edge_speq.server.settings import Settings
+
+HOST, PORT, QUEUE = "127.0.0.1", 8080, 32
+KEY_VARIABLE = "EDGE_SPEQ_API_KEY"
+
+
+def add_parser(commands: Any) -> None:
+    p: argparse.ArgumentParser = commands.add_parser(
+        "serve",
+        help="answer over HTTP",
+        description="An HTTP server with OpenAI's interface, and a page at / that shows which experts are resident. "
+        "Without a MODEL: the bundled one.",
+    )
+    arguments.add_model(p)
+    arguments.add_transfers(p)
+    p.add_argument("--host", metavar="H", default=HOST, help="address to listen on (%(default)s)")
+    p.add_argument("--port", metavar="P", type=int, default=PORT, help="0 for any free one (%(default)s)")
+    p.add_argument("--api-key", metavar="KEY", help=f"that clients must send; {KEY_VARIABLE} hides it from ps")
+    p.add_argument("--api-key-file", metavar="FILE", help="a file that holds it")
+    p.add_argument("--alias", metavar="NAME", help="the model's name for clients (the file's)")
+    p.add_argument("--chat-format", metavar="F", help="one of llama_cpp's, such as chatml-function-calling")
+    p.add_argument("--queue", metavar="N", type=int, default=QUEUE, help="requests that may wait (%(default)s)")
+    arguments.add_output(p, json="print one line of JSON when the model is loaded: url and model")
+    p.set_defaults(command=serve)
+
+
+def serve(options: argparse.Namespace) -> int:
+    arguments.with_demo_defaults(options)
+    settings = _settings(options)
+    try:
+        from edge_speq.server import listener as listeners
+        from edge_speq.server.serving import Server
+    except ModuleNotFoundError as error:
+        raise EdgeError(f"the server needs {error.name}", "pip install 'edge-speq[serve]'") from error
+    with contextlib.closing(listeners.listen(settings)) as listener:
+        url = listeners.url(listener, settings.host)
+        _say(f"listening on {url}, loading {settings.name}")
+        server = Server(lambda progress: _open(options, progress), settings, lambda: _ready(options, settings, url))
+        # llama.cpp calls a graph that was cancelled an error
+        logging.getLogger("edge_speq.llama_cpp").addFilter(lambda _: options.verbose or not server.worker.is_cancelling)
+        with _signals(server) as received:
+            server.run(listener)
+    return interrupt.EXIT_CODE if received == [signal.SIGINT] else 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    from edge_speq.server.settings import Settings
+
+    name = options.alias or Path(options.model).stem
+    key = _api_key(options)
+    return Settings(name, options.host, options.port, key, n_waiting=options.queue)
+
+
+def _api_key(options: argparse.Namespace) -> str | None:
+    if options.api_key_file is None:
+        return options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE)
+    if options.api_key is not None:
+        raise EdgeError("--api-key and --api-key-file exclude each other", "give one of them", usage=True)
+    try:
+        return Path(options.api_key_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EdgeError(f"cannot read {options.api_key_file}: {error}", "it must be a text file", usage=True) from error
+
+
+def _open(options: argparse.Namespace, progress: Progress) -> Served:
+    """In the model's thread."""
+    from edge_speq.server.model import Served
+
+    given = arguments.edge_options(options) | arguments.llama_options(options)
+    given |= {"link": options.link, "deterministic": options.deterministic}
+    if options.chat_format is not None:
+        given["chat_format"] = _known_format(options.chat_format)
+    return Served(options.model, progress, **given)
+
+
+def _known_format(name: str) -> str:
+    from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
+
+    known = sorted(LlamaChatCompletionHandlerRegistry()._chat_handlers)
+    if name not in known:
+        raise EdgeError(f"chat format {name!r} is not known", f"choose one of {', '.join(known)}", usage=True)
+    return name
+
+
+def _ready(options: argparse.Namespace, settings: Settings, url: str) -> None:
+    if options.json:
+        print(json.dumps({"url": url, "model": settings.name}), flush=True)
+    else:
+        _say(f"ready: {url} (Ctrl-C ends the server)")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _signals(server: Server) -> Iterator[list[int]]:
+    """While the block runs, Ctrl-C and SIGTERM stop the server, the second one at once. Yields the first one."""
+    received: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        if received:
+            os._exit(interrupt.EXIT_CODE if number == signal.SIGINT else 0)
+        received.append(number)
+        server.stop()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with interrupt.handler(stop):
+            yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,64 @@
+"""edge-speq simulate: recorded routing replayed under policies, with a clock and a link."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from edge_speq.core import EdgeError, parse_rate, parse_share
+
+DEFAULT_POLICIES = "lru,lfru,auto"
+FORMATS = ("md", "csv", "json")
+
+
+def add_parser(commands: Any) -> None:
+    p: argparse.ArgumentParser = commands.add_parser(
+        "simulate",
+        help="replay a trace under policies",
+        description="Replays traces of edge-speq trace under policies, with a virtual clock and link. Needs no model.",
+    )
+    p.add_argument("traces", nargs="+", metavar="TRACE", help="files of edge-speq trace")
+    p.add_argument("--policy", metavar="P,...", default=DEFAULT_POLICIES, help="presets, or all (%(default)s)")
+    p.add_argument("--resident", metavar="SHARE,...", default="1/8,1/4,1/2", help="shares in slots (%(default)s)")
+    p.add_argument("--link", metavar="RATE", default="12.5GB/s", help="speed of transfers (%(default)s)")
+    p.add_argument("--block-ms", metavar="MS", type=float, help="that a block computes (half an expert's transfer)")
+    p.add_argument("--draft-ms", metavar="MS", type=float, help="of a drafted token (a step's computing)")
+    p.add_argument("--cpu-ms", metavar="MS", type=float, help="of an expert on the CPU (read at 60 GB/s)")
+    p.add_argument("--govern", action="store_true", help="policies choose draft lengths, and drafting takes its time")
+    p.add_argument("--by-class", action="store_true", help="rows for each class of prompts too")
+    p.add_argument("-o", "--output", choices=FORMATS, default="md", help="format on stdout (%(default)s)")
+    p.add_argument("--json", action="store_const", const="json", dest="output", help="the same as -o json")
+    p.add_argument("--csv", action="store_const", const="csv", dest="output", help="the same as -o csv")
+    p.add_argument("--plot", metavar="FILE", type=Path, help="a picture too: .png, .pdf, .svg")
+    p.add_argument("-v", "--verbose", action="store_true", help="show the log")
+    p.set_defaults(command=simulate)
+
+
+def simulate(options: argparse.Namespace) -> int:
+    from edge_speq import presets, trace
+    from edge_speq.simulate import report
+
+    for name in ("block_ms", "draft_ms", "cpu_ms"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < 1e9:
+            raise EdgeError(f"--{name.replace('_', '-')} {value} is not a time", "give milliseconds", usage=True)
+    wanted = report.Wanted(
+        policies=presets.names(options.policy),
+        shares=[parse_share(share.strip()) for share in options.resident.split(",")],
+        link_bytes_per_s=parse_rate(options.link),
+        block_ms=options.block_ms,
+        draft_ms=options.draft_ms,
+        cpu_ms=options.cpu_ms,
+        governed=options.govern,
+        by_class=options.by_class,
+    )
+    traces = [trace.read(path) for path in options.traces]
+    rows = report.simulate(traces, wanted, lambda text: print(f"simulate: {text}", file=sys.stderr))
+    if options.plot is not None:
+        from edge_speq.simulate import plot
+
+        plot.plot(rows, options.plot)
+    print(report.FORMATS[options.output](rows))
+    return 0
