@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import logging
@@ -20,6 +21,7 @@ from edge_speq.cancellation import Cancellation
 from edge_speq.core import EdgeError, ExpertCounters, Stats, Timing, parse_rate
 from edge_speq.drafts import Draft, DraftModel, ObjectDraft
 from edge_speq.governor import Governor
+from edge_speq.grammar import require_grammar
 from edge_speq.lookahead import Lookahead
 from edge_speq.request import Request
 from edge_speq.speculate import Tokens
@@ -290,14 +292,18 @@ class EdgeLlama(Bounded):
         if self._shifts and len(tokens) > self._size:  # what _create_completion says when nothing shifts
             raise ValueError(f"Requested tokens ({len(tokens)}) exceed context window of {self._size}")
         self._mirostat_mu = ctypes.c_float(2.0 * sampling["mirostat_tau"])
-        self._sampler = self._init_sampler(**sampling)
-        request.begin(self._lookahead, self._sampler, stopping_criteria)
-        self._timing.n_prompt += len(tokens)
-        pending = self._reuse_prefix(tokens) if reset else tokens
-        if not pending and self._requires_eval:
-            raise EdgeError("there is nothing to continue: the prompt is empty", "give at least one token", usage=True)
-        self._n_kept = self.n_tokens + len(pending) if self._n_keep < 0 else self._n_keep
-        yield from speculate.timed(speculate.generate(request, pending), self._timing, started)
+        if sampling["grammar"] is not None:
+            require_grammar(sampling["grammar"]._grammar, self._model.vocab)
+        # closed at once: it refers to itself, and its native memory would wait for the garbage collector
+        with contextlib.closing(self._init_sampler(**sampling)) as sampler:
+            request.begin(self._lookahead, sampler, stopping_criteria)
+            self._timing.n_prompt += len(tokens)
+            pending = self._reuse_prefix(tokens) if reset else tokens
+            if not pending and self._requires_eval:
+                reason = "there is nothing to continue: the prompt is empty"
+                raise EdgeError(reason, "give at least one token", usage=True)
+            self._n_kept = self.n_tokens + len(pending) if self._n_keep < 0 else self._n_keep
+            yield from speculate.timed(speculate.generate(request, pending), self._timing, started)
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
         if self._shifts:

@@ -270,3 +270,11 @@ def test_a_duplicate_bos_is_warned_about_once(models: dict[str, EdgeLlama]) -> N
         warnings.simplefilter("always")
         model([model.token_bos()] * 2 + model.tokenize(PROMPT.encode()), max_tokens=2)
     assert [w.category for w in caught] == [RuntimeWarning]
+
+
+@pytest.mark.parametrize("wrong", ['root ::= "a', "root ::= [", "start ::= x"])
+def test_a_grammar_that_llama_cpp_refuses_is_an_error(bundled: tuple[Path, Path], wrong: str) -> None:
+    with contextlib.closing(EdgeLlama(str(bundled[0]), n_ctx=128)) as model:
+        with pytest.raises(EdgeError, match="refuses the grammar"):
+            model.create_completion("a", max_tokens=2, grammar=llama_cpp.LlamaGrammar(_grammar=wrong))
+        assert model.create_completion("a", max_tokens=2)["usage"]["completion_tokens"] == 2  # type: ignore[index]

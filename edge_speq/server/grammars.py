@@ -1,0 +1,61 @@
+"""JSON schemas of strangers, checked before llama_cpp's converter writes their repetitions out. The grammar that it
+makes is checked by edge_speq/grammar."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+from edge_speq.core import EdgeError
+
+MAX_REPETITIONS = 1000  # that a schema may ask for; llama.cpp refuses more than 2,000 of one kind
+MAX_PATTERN = 1000  # characters of a regular expression
+MAX_CHOICES = 10  # in it: llama.cpp follows every way to read a token, 2^n where they overlap, and cannot be cancelled
+MAX_REPEATED_GROUPS = 3
+COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
+
+
+def require_schema(schema: dict[str, Any]) -> None:
+    """Raises EdgeError for a schema that llama_cpp cannot turn into a grammar; its handlers would silently let any
+    JSON through."""
+    try:
+        _require_small(schema)
+        json_schema_to_gbnf(json.dumps(schema))
+    except EdgeError:
+        raise
+    except Exception as error:  # assertions and KeyErrors, mostly
+        raise EdgeError(f"the JSON schema is not one that llama.cpp can follow: {error!r:.200}") from error
+
+
+def _require_small(node: Any) -> None:
+    if isinstance(node, list):
+        for value in node:
+            _require_small(value)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key in COUNTS and isinstance(value, (int, float)) and not 0 <= value <= MAX_REPETITIONS:
+                raise EdgeError(f"{key} of the JSON schema is not between 0 and {MAX_REPETITIONS}")
+            if key == "pattern" and isinstance(value, str):
+                _require_small_pattern(value)
+            _require_small(value)
+
+
+def _require_small_pattern(pattern: str) -> None:
+    counts = [max(1, int(n[:9])) for n in re.findall(r"[{,]\s*(\d+)", pattern)]
+    written_out = math.prod(counts) if "){" in pattern else sum(counts)  # those of a group multiply
+    if len(pattern) > MAX_PATTERN or written_out > MAX_REPETITIONS:
+        raise EdgeError(
+            "a pattern of the JSON schema is too large",
+            f"at most {MAX_PATTERN} characters and {MAX_REPETITIONS} repetitions",
+        )
+    bare = re.sub(r"\\.|\[[^\]]*\]|\{\d+\}", "", pattern)
+    n_choices = len(re.findall(r"[*+?{]", bare)) + (bare.count("|") if bare.count("(") > 1 else 0)
+    if n_choices > MAX_CHOICES or len(re.findall(r"\)[*+?{]", bare)) > MAX_REPEATED_GROUPS:
+        raise EdgeError(
+            "a pattern of the JSON schema leaves too much open",
+            f"at most {MAX_CHOICES} quantifiers and alternatives, {MAX_REPEATED_GROUPS} of groups",
+        )

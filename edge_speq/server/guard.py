@@ -1,0 +1,106 @@
+"""What stands before every request: who may ask, and how much may be sent.
+
+An ASGI middleware, so that nothing of a body is read for a client without the key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import re
+from typing import Any
+
+from edge_speq.server.errors import ApiError
+from edge_speq.server.settings import Settings
+
+PUBLIC = ("/", "/health", "/v1/health")
+PUBLIC_FOLDER = "/page/"
+HEADERS = [(b"x-content-type-options", b"nosniff")]
+
+
+class Guard:
+    def __init__(self, app: Any, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        headers = {name: value for name, value in scope["headers"]}  # noqa: C416  # the last one of each name
+        try:
+            self._check_host(headers.get(b"host", b""))
+            self._check_key(scope["path"], headers.get(b"authorization", b""))
+            self._check_length(headers.get(b"content-length", b"0"))
+        except ApiError as error:
+            await _refuse(error, send)
+            return
+        await self._app(scope, _Body(receive, self._settings), send)
+
+    def _check_host(self, host: bytes) -> None:
+        """Without a key only pages of this machine may ask: a name that a stranger's DNS points here is refused."""
+        if self._settings.api_key is not None:
+            return
+        name = re.sub(r":\d*$", "", host.decode("latin-1")).strip("[]").lower()
+        if name not in ("", "localhost", self._settings.host.lower()) and not _is_loopback(name):
+            raise ApiError(403, f"{name[:100]!r} is no name of this machine: other names need an API key", closes=True)
+
+    def _check_key(self, path: str, given: bytes) -> None:
+        key = self._settings.api_key
+        if key is None or path in PUBLIC or path.startswith(PUBLIC_FOLDER):
+            return
+        scheme, _, token = given.strip().partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), key.encode()):
+            message = "the API key is wrong" if token else "an API key is needed: Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key", closes=True)
+
+    def _check_length(self, length: bytes) -> None:
+        if not length.isdigit():
+            raise ApiError(400, "Content-Length is not a number", closes=True)
+        if len(length) > 18 or int(length) > self._settings.max_body:
+            raise _too_large(self._settings)
+
+
+class _Body:
+    """The request's body, as long as it is small and comes soon enough."""
+
+    def __init__(self, receive: Any, settings: Settings) -> None:
+        self._receive, self._settings = receive, settings
+        self._n_bytes = 0
+        self._deadline: float | None = asyncio.get_running_loop().time() + settings.body_seconds
+
+    async def __call__(self) -> Any:
+        if self._deadline is None:  # what is left to come is the client's going away
+            return await self._receive()
+        try:
+            left = self._deadline - asyncio.get_running_loop().time()
+            message = await asyncio.wait_for(self._receive(), max(0.0, left))
+        except asyncio.TimeoutError:
+            raise ApiError(408, "the body took too long", closes=True) from None
+        self._n_bytes += len(message.get("body", b""))
+        if self._n_bytes > self._settings.max_body:
+            raise _too_large(self._settings)
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the client went away", closes=True)
+        if not message.get("more_body", False):
+            self._deadline = None
+        return message
+
+
+def _too_large(settings: Settings) -> ApiError:
+    return ApiError(413, f"the body has more than {settings.max_body} bytes", closes=True)
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name.endswith(".localhost")
+
+
+async def _refuse(error: ApiError, send: Any) -> None:
+    body = json.dumps(error.body()).encode()
+    headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
