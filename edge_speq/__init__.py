@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from edge_speq.budget import Budget
     from edge_speq.core import EdgeError, Plan, Stats
     from edge_speq.llama import EdgeLlama
+    from edge_speq.session import Session
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "EdgeError", "EdgeLlama", "Plan", "Stats", "__version__"]
+__all__ = ["Budget", "EdgeError", "EdgeLlama", "Plan", "Session", "Stats", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from edge_speq.budget import Budget
 
         return Budget
+    if name == "Session":
+        from edge_speq.session import Session
+
+        return Session
     if name in __all__:
         from edge_speq import core
 

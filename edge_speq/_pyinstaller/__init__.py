@@ -1,0 +1,10 @@
+"""What PyInstaller needs to freeze an application with edge_speq. It finds this folder through the entry point
+`pyinstaller40: hook-dirs` (PyInstaller's manual, "Providing PyInstaller Hooks with your Package")."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def hook_folders() -> list[str]:
+    return [str(Path(__file__).parent)]
