@@ -1,24 +1,30 @@
 """Which experts lie in slots, in Python: the rules of native/src/residency.cpp in deterministic mode, without bytes.
 
 The same routing, scores and orders give the same counters and states as the native hook with virtual time (a stateful
-test holds the two together), so policies can be replayed over recorded routing, and policies that only exist in replay
-(`belady`) can be compared with those that run.
+test holds the two together), so policies can be replayed over recorded routing, and what only exists in replay
+(`Belady`) can be compared with what runs.
+
+Victims come from a heap for each pool that holds every resident expert that is not pinned, as (worth, last use, key)
+with a key of block * n_expert + expert; entries that a later use or score has overtaken are dropped when they surface.
 """
 
 from __future__ import annotations
 
-import bisect
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq._native import NO_BUDGET
+from edge_speq._native import NO_BUDGET, ORDER
 from edge_speq.core import ExpertCounters, Experts
 
-Key = tuple[int, int]  # (block, expert)
+Key = int
+Scores = npt.NDArray[np.float32]
+Routing = npt.NDArray[np.int32]
 ABSENT, LOADING, RESIDENT, PINNED = range(4)
 
 
@@ -30,37 +36,6 @@ class Order:
     expert: int
     deadline: int
     priority: float
-    ordered_at: int = 0
-
-
-@dataclass(slots=True)
-class _Slot:
-    last_use: int
-    expectation: float = 0.0
-    window: int = 0
-    loading: bool = False
-    pinned: bool = False
-    unused_prefetch: bool = False
-
-
-@dataclass(slots=True)
-class _Flight:
-    key: Key
-    arrives_at: int
-
-
-@dataclass(slots=True)
-class _Clock:
-    """Nanoseconds; docs of VirtualClock in native/src."""
-
-    bytes_per_s: int
-    block_ns: int
-    now: int = 0
-    link_free: int = 0
-
-    def transfer(self, ordered_at: int, n_bytes: int) -> int:
-        self.link_free = max(self.link_free, ordered_at) + int(1e9 * n_bytes / self.bytes_per_s)
-        return self.link_free
 
 
 @dataclass(slots=True)
@@ -69,56 +44,70 @@ class _Pool:
 
     n_slots: int
     expert_bytes: int
-    held: dict[Key, _Slot] = field(default_factory=dict)
-    clock: int = 0
+    transfer_ns: int
+    keys: npt.NDArray[np.intp]  # of the group's experts
+    n_held: int = 0
+    clock: int = 0  # counts uses
+    heap: list[tuple[float, int, Key]] = field(default_factory=list)
 
 
 class Residency:
     """Slots for each expert group, their counters, and a virtual link.
 
-    `scores`, [n_blocks, n_expert], is what each expert is worth in the long run; prefetch() takes it over.
+    `scores`, [n_blocks, n_expert], is what each expert is worth in the long run; prefetch() takes it over. Hybrid:
+    missing experts are computed on the CPU and not fetched.
     """
 
-    def __init__(self, experts: Experts, slots: Sequence[int], *, link_bytes_per_s: int, block_ns: int) -> None:
-        self._experts = experts
-        self._group_of = {block: g for g, group in enumerate(experts.groups) for block in group.blocks}
-        self._pools = [_Pool(n, group.expert_bytes) for n, group in zip(slots, experts.groups, strict=True)]
-        self._clock = _Clock(link_bytes_per_s, block_ns)
-        self.scores: npt.NDArray[np.float32] = np.zeros((experts.n_blocks, experts.n_expert), dtype=np.float32)
-        self._worth = self.scores.copy()
-        self._orders: list[Order] = []
-        self._flight: _Flight | None = None
-        self._window = 1
-        self._budget = 0
-        self._last_block = -1
-        self._n = dict.fromkeys(("hits", "misses", "late", "fetched", "prefetched", "prefetched_used"), 0)
-        self._bytes = dict.fromkeys(("fetched", "prefetched", "used"), 0)
-        self.steps = 0
-        self.stall_ns = 0
+    def __init__(
+        self, experts: Experts, slots: Sequence[int], *, link_bytes_per_s: int, block_ns: int, hybrid: bool = False
+    ) -> None:
+        self._experts, self._rate, self._block_ns, self._hybrid = experts, link_bytes_per_s, block_ns, hybrid
+        self._pools = [self._make_pool(n, g) for g, n in enumerate(slots)]
+        by_block = {b: p for p, group in zip(self._pools, experts.groups, strict=True) for b in group.blocks}
+        self._pool_of = [by_block[block] for block in range(experts.n_blocks)]
+        self.scores: Scores = np.zeros((experts.n_blocks, experts.n_expert), dtype=np.float32)
+        self._state = bytearray(experts.total)
+        self._unused = bytearray(experts.total)  # prefetched and not used since
+        self._last = [0] * experts.total
+        self._pinned: list[Key] = []
+        self._worth: list[float] = [0.0] * experts.total
+        self._expected: dict[Key, float] = {}  # worth of what the coming step is expected to use
+        self._orders: list[tuple[Key, int, float]] = []  # the most urgent last: key, deadline, worth
+        self._ordered_at = self._budget = 0
+        self._flight: tuple[Key, int] | None = None  # and when it arrives
+        self._reached = self._last_block = -1  # since the orders came; in this step
+        self.now = self._link_free = 0  # nanoseconds
+        self.steps = self.stall_ns = self.prefetched_used = 0
+        self.hits = self.misses = self.late = self.fetched = self.cpu_computed = self.prefetched = 0
+        self.bytes_fetched = self._bytes_prefetched = self._bytes_used = 0
+
+    def _make_pool(self, n_slots: int, group: int) -> _Pool:
+        found = self._experts.groups[group]
+        each = np.arange(self._experts.n_expert)
+        keys = np.array(found.blocks, dtype=np.intp)[:, None] * self._experts.n_expert + each
+        return _Pool(n_slots, found.expert_bytes, int(1e9 * found.expert_bytes / self._rate), keys.ravel())
 
     # --- what a step does ------------------------------------------------------------------------------
 
-    def step(self, routing: npt.NDArray[np.int32]) -> None:
+    def step(self, routing: Routing) -> None:
         """One verify step: routing [n_blocks, n_tokens, n_expert_used], block after block."""
-        for block, ids in enumerate(routing):
-            self.demand(block, ids.ravel())
+        for block, ids in enumerate(routing.reshape(len(routing), -1).tolist()):
+            self.demand(block, ids)
         self.end_step()
 
     def demand(self, block: int, ids: Iterable[int]) -> None:
         """The block's matmuls need these experts now, repeats allowed."""
-        pool = self._pool(block)
+        pool, first = self._pool_of[block], block * self._experts.n_expert
         self._begin_block(block)
-        started = self._clock.now
-        wanted = [(block, expert) for expert in dict.fromkeys(int(i) for i in ids)]
-        missing = [key for key in wanted if not self._hit(pool, key)]
+        started = self.now
+        missing, late = self._find(pool, [first + expert for expert in dict.fromkeys(ids)])
+        if self._hybrid:
+            return
         for key in missing:
-            if not self._hit(pool, key):
-                self._fetch(pool, key)
-        for key in missing:
-            pool.held[key].loading = False
-        if any(pool.held[key].loading for key in wanted):
+            self._fetch(pool, key)
+        if late:
             self._settle_flight()
-        self.stall_ns += self._clock.now - started
+        self.stall_ns += self.now - started
         self._run_orders()
 
     def end_step(self) -> None:
@@ -130,63 +119,102 @@ class Residency:
         if block <= self._last_block or self._last_block < 0:
             self.steps += 1
         self._last_block = block
-        self._clock.now += self._clock.block_ns
+        self.now += self._block_ns
         self._run_orders()
-        self._orders = [order for order in self._orders if order.deadline > block]
+        self._reached = max(self._reached, block)
 
     def _unpin(self) -> None:
-        for pool in self._pools:
-            for slot in pool.held.values():
-                slot.pinned = False
+        """The block has run: its slots may be reused."""
+        if self._pinned:
+            pool, pinned, self._pinned = self._pool_of[self._pinned[0] // self._experts.n_expert], self._pinned, []
+            for key in pinned:
+                self._offer(pool, key)
 
-    def _hit(self, pool: _Pool, key: Key) -> bool:
-        slot = pool.held.get(key)
-        if slot is None:
-            return False
-        if slot.loading:
-            for name in ("misses", "late", "fetched"):
-                self._n[name] += 1
-        else:
-            self._n["hits"] += 1
-        if slot.unused_prefetch:
-            self._n["prefetched_used"] += 1
-            self._bytes["used"] += pool.expert_bytes
-        self._use(pool, slot)
-        return True
+    def _offer(self, pool: _Pool, key: Key) -> None:
+        worth = self._expected.get(key)
+        heapq.heappush(pool.heap, (self._worth[key] if worth is None else worth, self._last[key], key))
 
-    def _use(self, pool: _Pool, slot: _Slot) -> None:
-        pool.clock += 1
-        slot.last_use, slot.window, slot.unused_prefetch, slot.pinned = pool.clock, 0, False, True
+    def _find(self, pool: _Pool, wanted: list[Key]) -> tuple[list[Key], bool]:
+        """Pins those that are there; which ones are not, and whether one of them is under way."""
+        state, missing, late, clock = self._state, [], False, pool.clock
+        for key in wanted:
+            found = state[key]
+            if found == ABSENT or (self._hybrid and found == LOADING):
+                missing.append(key)
+                self.misses += self._hybrid
+                self.late += found == LOADING
+                self.cpu_computed += self._hybrid
+                continue
+            if found == LOADING:
+                late = True
+                self.misses += 1
+                self.late += 1
+                self.fetched += 1
+            else:
+                self.hits += 1
+            if self._unused[key]:
+                self._unused[key] = 0
+                self.prefetched_used += 1
+                self._bytes_used += pool.expert_bytes
+            clock += 1
+            self._use(key, clock)
+        pool.clock = clock
+        return missing, late
+
+    def _use(self, key: Key, clock: int) -> None:
+        self._last[key] = clock
+        self._expected.pop(key, None)
+        self._pinned.append(key)
 
     def _fetch(self, pool: _Pool, key: Key) -> None:
-        slot = self._take(pool, key, math.inf)
-        while slot is None:  # the floor leaves one slot to the prefetch under way
+        while not self._take(pool, key, math.inf):  # the floor leaves one slot to the prefetch under way
             if not self._settle_flight():
                 raise AssertionError("a group has fewer slots than one step needs")
-            slot = self._take(pool, key, math.inf)
-        self._n["misses"] += 1
-        self._n["fetched"] += 1
-        self._bytes["fetched"] += pool.expert_bytes
-        self._use(pool, slot)
-        self._clock.now = max(self._clock.now, self._clock.transfer(self._clock.now, pool.expert_bytes))
+        self.misses += 1
+        self.fetched += 1
+        self.bytes_fetched += pool.expert_bytes
+        self._state[key] = RESIDENT
+        self._use(key, pool.clock)
+        self.now = max(self.now, self._transfer(self.now, pool))
+
+    def _transfer(self, ordered_at: int, pool: _Pool) -> int:
+        self._link_free = max(self._link_free, ordered_at) + pool.transfer_ns
+        return self._link_free
 
     # --- what foresight does ---------------------------------------------------------------------------
 
-    def prefetch(self, orders: Sequence[Order], byte_budget: int = NO_BUDGET) -> int:
-        """Takes over the scores and replaces the outstanding orders; how many were not yet in a slot."""
-        self._take_over_scores()
-        self._window += 1
-        self._orders = []
-        for order in orders:
-            slot = self._pool(order.block).held.get((order.block, order.expert))
-            if slot is not None:
-                slot.expectation, slot.window = order.priority, self._window
-            else:
-                self._orders.append(Order(order.block, order.expert, order.deadline, order.priority, self._clock.now))
-        n_ordered = len(self._orders)
-        self._budget = byte_budget
+    def prefetch(self, orders: Sequence[Order] | npt.NDArray[Any], byte_budget: int = NO_BUDGET) -> int:
+        """Takes over the scores and replaces the outstanding orders, given as Order or as an array of _native.ORDER,
+        most urgent first; how many were not yet in a slot."""
+        scores = self._take_over_scores()
+        self._expected = {}
+        absent = self._expect(scores, orders if isinstance(orders, np.ndarray) else _as_array(orders))
+        self._rebuild()
+        self._orders = absent[::-1]
+        self._ordered_at, self._budget, self._reached = self.now, byte_budget, -1
         self._run_orders()
-        return n_ordered
+        return len(absent)
+
+    def _expect(self, scores: Scores, rows: npt.NDArray[Any]) -> list[tuple[Key, int, float]]:
+        """Notes what orders expect of experts in slots; the others."""
+        if not len(rows):
+            return []
+        keys = rows["block"].astype(np.intp) * self._experts.n_expert + rows["expert"]
+        totals = scores[keys] + _finite(rows["priority"])
+        held = np.frombuffer(self._state, dtype=np.uint8)[keys] != ABSENT
+        absent = []
+        columns = keys.tolist(), rows["deadline"].tolist(), totals.tolist(), held.tolist()
+        for key, deadline, total, is_held in zip(*columns, strict=True):
+            if is_held:
+                self._expected[key] = total
+            else:
+                absent.append((key, deadline, total))
+        return absent
+
+    def wait(self, n: int) -> None:
+        """Nanoseconds in which the target does not run, a draft perhaps."""
+        self.now += n
+        self._run_orders()
 
     def drain(self) -> None:
         """Lets virtual time pass until no order is outstanding."""
@@ -200,92 +228,138 @@ class Residency:
         self._settle_flight()
         kept = [self._most_worth(pool, n) for pool, n in zip(self._pools, slots, strict=True)]
         self._take_over_scores()
+        self._expected = {}
         for pool, n, keys in zip(self._pools, slots, kept, strict=True):
-            pool.n_slots, pool.clock = n, len(keys)
-            pool.held = {key: _Slot(age) for age, key in enumerate(reversed(keys), start=1)}
-            self._bytes["fetched"] += len(keys) * pool.expert_bytes
+            for key in pool.keys.tolist():
+                self._state[key] = self._unused[key] = 0
+            pool.n_slots, pool.clock, pool.n_held = n, len(keys), len(keys)
+            for age, key in enumerate(reversed(keys), start=1):
+                self._state[key], self._last[key] = RESIDENT, age
+            self.bytes_fetched += len(keys) * pool.expert_bytes
+        self._rebuild()
 
     def _most_worth(self, pool: _Pool, n: int) -> list[Key]:
-        return sorted(pool.held, key=lambda key: (self.worth(key), pool.held[key].last_use), reverse=True)[:n]
+        held = [key for key in pool.keys.tolist() if self._state[key]]
+        return sorted(held, key=lambda key: (self.worth(key), self._last[key]), reverse=True)[:n]
 
-    def _take_over_scores(self) -> None:
-        self._worth = np.where(np.isfinite(self.scores), self.scores, np.float32(0))
+    def _take_over_scores(self) -> Scores:
+        scores: Scores = _finite(self.scores).reshape(-1)
+        self._worth = scores.tolist()
+        return scores
+
+    def _rebuild(self) -> None:
+        state = np.frombuffer(self._state, dtype=np.uint8)
+        pinned = set(self._pinned)
+        for pool in self._pools:
+            keys = pool.keys[state[pool.keys] == RESIDENT].tolist()
+            pool.heap = [(self._worth[key], self._last[key], key) for key in keys if key not in pinned]
+            if self._expected:
+                pool.heap = [(self._expected.get(key, worth), last, key) for worth, last, key in pool.heap]
+            heapq.heapify(pool.heap)
 
     def _run_orders(self) -> None:
         while True:
-            if self._flight is not None and self._flight.arrives_at <= self._clock.now:
+            if self._flight is not None and self._flight[1] <= self.now:
                 self._land()
             if self._flight is not None or not self._orders:
                 return
-            self._begin(self._orders.pop(0))
+            key, deadline, worth = self._orders.pop()
+            if deadline > self._reached:
+                self._begin(key, worth)
 
-    def _begin(self, order: Order) -> None:
-        key, pool = (order.block, order.expert), self._pool(order.block)
-        if key in pool.held or pool.expert_bytes > self._budget:
+    def _begin(self, key: Key, worth: float) -> None:
+        pool = self._pool_of[key // self._experts.n_expert]
+        if self._state[key] or pool.expert_bytes > self._budget or not self._take(pool, key, worth):
             return
-        priority = np.float32(order.priority)
-        slot = self._take(pool, key, float(self._worth[key] + priority))
-        if slot is None:
-            return
-        slot.unused_prefetch, slot.expectation, slot.window = True, order.priority, self._window
+        self._unused[key] = 1
+        self._expected[key] = worth
         self._budget -= pool.expert_bytes
-        self._n["prefetched"] += 1
-        self._bytes["fetched"] += pool.expert_bytes
-        self._bytes["prefetched"] += pool.expert_bytes
-        self._flight = _Flight(key, self._clock.transfer(order.ordered_at, pool.expert_bytes))
+        self.prefetched += 1
+        self.bytes_fetched += pool.expert_bytes
+        self._bytes_prefetched += pool.expert_bytes
+        self._flight = key, self._transfer(self._ordered_at, pool)
 
     def _settle_flight(self) -> bool:
         if self._flight is None:
             return False
-        self._clock.now = max(self._clock.now, self._flight.arrives_at)
+        self.now = max(self.now, self._flight[1])
         self._land()
         return True
 
     def _land(self) -> None:
         assert self._flight is not None
-        self._pool(self._flight.key[0]).held[self._flight.key].loading = False
-        self._flight = None
+        key = self._flight[0]
+        self._state[key], self._flight = RESIDENT, None
+        if key not in self._pinned:
+            self._offer(self._pool_of[key // self._experts.n_expert], key)
 
     # --- slots -----------------------------------------------------------------------------------------
 
-    def _pool(self, block: int) -> _Pool:
-        return self._pools[self._group_of[block]]
-
     def worth(self, key: Key) -> float:
         """Score plus what the coming step is expected to use, as the native pool adds them."""
-        slot = self._pool(key[0]).held[key]
-        expected = np.float32(slot.expectation if slot.window == self._window else 0.0)
-        return float(self._worth[key] + expected)
+        return self._expected.get(key, self._worth[key])
 
-    def _take(self, pool: _Pool, key: Key, price: float) -> _Slot | None:
-        if len(pool.held) >= pool.n_slots:
-            free = [(self.worth(k), s.last_use, k) for k, s in pool.held.items() if not s.loading and not s.pinned]
-            if not free or min(free)[0] >= price:
-                return None
-            del pool.held[min(free)[2]]
+    def _take(self, pool: _Pool, key: Key, price: float) -> bool:
+        """A slot for the key, loading: a free one or that of the least worth, which must be under the price."""
+        if pool.n_held < pool.n_slots:
+            pool.n_held += 1
+        elif not self._evict(pool, price):
+            return False
         pool.clock += 1
-        slot = pool.held[key] = _Slot(pool.clock, loading=True)
-        return slot
+        self._last[key], self._state[key] = pool.clock, LOADING
+        return True
 
-    # --- what one may ask ------------------------------------------------------------------------------
+    def _evict(self, pool: _Pool, price: float) -> bool:
+        heap, state, last = pool.heap, self._state, self._last
+        while heap:
+            worth, used, key = heap[0]
+            if state[key] != RESIDENT or used != last[key] or worth != self.worth(key):
+                heapq.heappop(heap)
+                continue
+            if worth >= price:
+                return False
+            heapq.heappop(heap)
+            state[key] = self._unused[key] = ABSENT
+            self._expected.pop(key, None)
+            return True
+        return False
+
+    @property
+    def n_held(self) -> int:
+        return sum(pool.n_held for pool in self._pools)
 
     def states(self) -> npt.NDArray[np.uint8]:
         """[n_blocks, n_expert] of ABSENT, LOADING, RESIDENT, PINNED."""
-        out = np.zeros(self.scores.shape, dtype=np.uint8)
-        for pool in self._pools:
-            for key, slot in pool.held.items():
-                out[key] = LOADING if slot.loading else PINNED if slot.pinned else RESIDENT
-        return out
+        out = np.frombuffer(bytes(self._state), dtype=np.uint8).copy()
+        pinned = np.array(self._pinned, dtype=np.intp)
+        out[pinned[out[pinned] == RESIDENT]] = PINNED
+        states: npt.NDArray[np.uint8] = out.reshape(self.scores.shape)
+        return states
 
     def counters(self) -> ExpertCounters:
         return ExpertCounters(
             total=self._experts.total,
             slots=sum(pool.n_slots for pool in self._pools),
-            **self._n,
-            bytes_fetched=self._bytes["fetched"],
-            bytes_wasted=self._bytes["prefetched"] - self._bytes["used"],
+            hits=self.hits,
+            misses=self.misses,
+            late=self.late,
+            cpu_computed=self.cpu_computed,
+            fetched=self.fetched,
+            prefetched=self.prefetched,
+            prefetched_used=self.prefetched_used,
+            bytes_fetched=self.bytes_fetched,
+            bytes_wasted=self._bytes_prefetched - self._bytes_used,
             stall_ms=self.stall_ns / 1e6,
         )
+
+
+def _finite(scores: Scores) -> Scores:
+    finite: Scores = np.where(np.isfinite(scores), scores, np.float32(0))
+    return finite
+
+
+def _as_array(orders: Sequence[Order]) -> npt.NDArray[Any]:
+    return np.array([(o.block, o.expert, o.deadline, o.priority) for o in orders], dtype=ORDER)
 
 
 class Belady(Residency):
@@ -293,14 +367,11 @@ class Belady(Residency):
     every step beforehand, [n_blocks, n_tokens, n_expert_used] each."""
 
     def __init__(
-        self, experts: Experts, slots: Sequence[int], steps: Sequence[npt.NDArray[np.int32]], **link: int
+        self, experts: Experts, slots: Sequence[int], steps: Sequence[Routing], *, link_bytes_per_s: int, block_ns: int
     ) -> None:
-        super().__init__(experts, slots, **link)
+        super().__init__(experts, slots, link_bytes_per_s=link_bytes_per_s, block_ns=block_ns)
         self._steps, self._time = steps, 0
-        self._uses: dict[Key, list[int]] = {}
-        for time, (block, ids) in enumerate((block, ids) for step in steps for block, ids in enumerate(step)):
-            for expert in np.unique(ids):
-                self._uses.setdefault((block, int(expert)), []).append(time)
+        self._next = _next_uses(experts.n_expert, steps)
 
     def replay(self) -> ExpertCounters:
         for step in self._steps:
@@ -308,10 +379,22 @@ class Belady(Residency):
         return self.counters()
 
     def demand(self, block: int, ids: Iterable[int]) -> None:
+        for key, later in self._next[self._time].items():
+            self._worth[key] = -later
         self._time += 1
         super().demand(block, ids)
 
-    def worth(self, key: Key) -> float:
-        uses = self._uses.get(key, [])
-        later = bisect.bisect_left(uses, self._time)
-        return -float(uses[later]) if later < len(uses) else -math.inf
+
+def _next_uses(n_expert: int, steps: Sequence[Routing]) -> list[dict[Key, float]]:
+    """For each block of each step, the keys that it demands and when each is demanded again."""
+    found: list[dict[Key, float]] = []
+    upcoming: dict[Key, float] = {}
+    time = sum(len(step) for step in steps)
+    for step in reversed(steps):
+        rows = step.reshape(len(step), -1).tolist()
+        for block in range(len(rows) - 1, -1, -1):
+            time -= 1
+            keys = [block * n_expert + expert for expert in dict.fromkeys(rows[block])]
+            found.append({key: upcoming.get(key, math.inf) for key in keys})
+            upcoming.update(dict.fromkeys(keys, float(time)))
+    return found[::-1]

@@ -42,8 +42,7 @@ Routing = npt.NDArray[np.int32]
 def clairvoyant_bytes(experts: Experts, slots: Sequence[int], steps: Sequence[Routing], *, warm: bool = True) -> int:
     """Bytes that a clairvoyant cache fetches for steps of [n_blocks, n_tokens, n_expert_used]; warm: it may begin with
     the best contents."""
-    best = Belady(experts, slots, steps, link_bytes_per_s=1, block_ns=0)
-    best.replay()
+    best = Belady(experts, slots, steps, link_bytes_per_s=1, block_ns=0).replay()
     demanded = np.zeros((experts.n_blocks, experts.n_expert), dtype=bool)
     for step in steps:
         demanded[np.arange(experts.n_blocks)[:, None, None], step] = True

@@ -1,0 +1,62 @@
+"""Presets: the published systems and ours as policy objects that a replay runs side by side.
+
+policy     what a policy is; LRU, and foresight as the engine uses it       waits   our proposal for `auto`
+published  MoE-SpeQ, SP-MoE, SpecMoEOff, MoE-SpAc, MoE-Prism, MoE-Spec, Cascade    governors   draft lengths
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from edge_speq import foresight
+from edge_speq.core import require_choice
+from edge_speq.presets.policy import CpuMoe, Foreseeing, Policy, Setting, Slots
+from edge_speq.presets.published import CascadePolicy, MoePrism, MoeSpac, MoeSpec, MoeSpeq, SpecMoeOff, SpMoe
+from edge_speq.presets.waits import Waits
+
+
+def _auto(setting: Setting) -> Policy:
+    experts = setting.experts
+    return Foreseeing(setting, "auto", foresight.choose(experts, experts if setting.has_twin else None))
+
+
+def _lfru(setting: Setting) -> Policy:
+    return Foreseeing(setting, "lfru", foresight.choose(setting.experts, None))
+
+
+def _waits_keep(setting: Setting) -> Policy:
+    return Waits(setting, fetches=False)
+
+
+PRESETS: dict[str, Callable[[Setting], Policy]] = {
+    "lru": Policy,
+    "lfru": _lfru,
+    "auto": _auto,
+    "waits": Waits,
+    "waits-keep": _waits_keep,
+    "moe-speq": MoeSpeq,
+    "sp-moe": SpMoe,
+    "specmoeoff": SpecMoeOff,
+    "moe-spac": MoeSpac,
+    "moe-prism": MoePrism,
+    "moe-spec": MoeSpec,
+    "cascade": CascadePolicy,
+    "cpu-moe": CpuMoe,
+}
+
+
+def make(name: str, setting: Setting) -> Policy:
+    """The policy of that name. Raises EdgeError for another name."""
+    require_choice("policy", name, tuple(PRESETS))
+    return PRESETS[name](setting)
+
+
+def names(text: str) -> Sequence[str]:
+    """The presets of a list like "lru,auto", all of them for "all". Raises EdgeError for a name that is none."""
+    found = list(PRESETS) if text == "all" else [name.strip() for name in text.split(",")]
+    for name in found:
+        require_choice("policy", name, tuple(PRESETS))
+    return list(dict.fromkeys(found))
+
+
+__all__ = ["PRESETS", "Policy", "Setting", "Slots", "make", "names"]

@@ -1,0 +1,42 @@
+"""What no cache of this size can beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_speq.core import ExpertCounters
+from edge_speq.presets import Setting
+from edge_speq.residency import Belady
+from edge_speq.simulate.costs import Costs
+from edge_speq.trace import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    belady: ExpertCounters  # fewest reads without prefetches; nor does any with prefetches read fewer bytes
+    overlap_ms: float  # the larger of those bytes over the link and all computing: perfect overlap
+    tokens: int
+
+    @property
+    def tok_per_s(self) -> float:
+        return 1e3 * self.tokens / self.overlap_ms if self.overlap_ms else 0.0
+
+
+def bounds(steps: Sequence[Step], setting: Setting, costs: Costs) -> Bounds:
+    """Of the recorded steps. The cache begins empty, as in a replay."""
+    routing: list[npt.NDArray[np.int32]] = [step.routing for step in steps]
+    best = Belady(
+        setting.experts,
+        setting.slots,
+        routing,
+        link_bytes_per_s=setting.link_bytes_per_s,
+        block_ns=round(1e6 * setting.block_ms),
+    ).replay()
+    timed = [step for step in steps if not step.is_prompt]
+    compute = sum(costs.step_ms(step.width, step.n_drafted, 0.0, 0) for step in timed)
+    transfer = 1e3 * best.bytes_fetched / setting.link_bytes_per_s
+    return Bounds(best, max(compute, transfer), sum(step.n_accepted + 1 for step in timed))

@@ -1,0 +1,158 @@
+"""One policy over recorded steps: a step's experts of a block arrive together, as in the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_speq import presets
+from edge_speq.core import ExpertCounters
+from edge_speq.presets import Policy, Setting
+from edge_speq.presets.policy import NO_ORDERS
+from edge_speq.simulate import steps
+from edge_speq.simulate.costs import Costs
+from edge_speq.simulate.places import place
+from edge_speq.simulate.steps import Part
+from edge_speq.trace import Step
+
+log = logging.getLogger("edge_speq")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a replay came to. `ms` is predicted: computing, drafting, stalls, and experts that the CPU computed."""
+
+    policy: str
+    lossy: bool
+    counters: ExpertCounters
+    steps: int = 0  # a prompt's are not counted, nor timed
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    ms: float = 0.0
+    kept_pairs: float = 1.0  # share of the routed pairs that ran; below one in lossy policies
+    parts: int = 1  # that experts are counted in
+    failed: str | None = None  # why lru took over
+    step_ms: list[float] = field(default_factory=list)
+    step_bytes: list[int] = field(default_factory=list)  # fetched, prompts' steps included
+
+    @property
+    def tok_per_s(self) -> float:
+        return 1e3 * self.tokens / self.ms if self.ms else 0.0
+
+    @property
+    def k_mean(self) -> float:
+        return self.drafted / self.steps if self.steps else 0.0
+
+
+class Replay:
+    """A policy and what it keeps. `governed`: the policy's governor, where it has one, chooses the draft lengths.
+    `drafts`: the draft takes its time, in which transfers go on; the engine's deterministic mode has no such time."""
+
+    def __init__(
+        self,
+        policy: str | Policy,
+        setting: Setting,
+        costs: Costs | None = None,
+        *,
+        governed: bool = False,
+        drafts: bool = False,
+    ) -> None:
+        self.setting = setting
+        self.policy = presets.make(policy, setting) if isinstance(policy, str) else policy
+        self.name, self._lossy = self.policy.name, self.policy.lossy
+        self._parts_of_expert = self.policy.split
+        self.place = place(self.policy, setting)
+        self._costs = costs or Costs.of_setting(setting)
+        self._governed, self._drafts = governed, drafts
+        self._failed: str | None = None
+        self._pairs = [0, 0]  # routed, run
+
+    def run(self, recorded: Sequence[Step]) -> Outcome:
+        out = Outcome(self.name, self._lossy, ExpertCounters())
+        for part in self._parts(recorded):
+            if part.foresees:
+                self._foresee(part)
+            before = self.place.bytes_fetched
+            ms = self._step(part)
+            out.step_bytes.append(self.place.bytes_fetched - before)
+            if part.learns:
+                self._safely(self.policy.observe, part.routing, part.n_accepted)
+            if part.foresees:
+                self._count(out, part, ms)
+        out.counters, out.failed = self.place.counters(), self._failed
+        out.parts = self._parts_of_expert
+        out.kept_pairs = self._pairs[1] / max(1, self._pairs[0])
+        return out
+
+    def _parts(self, recorded: Sequence[Step]) -> Iterable[Part]:
+        if self._governed and self.policy.governor is not None:
+            return steps.governed(recorded, self.policy.governor)
+        return steps.recorded(recorded)
+
+    def _foresee(self, part: Part) -> None:
+        if self._drafts and part.foreseen is not None:
+            for n in range(1, part.n_drafted + 1):
+                self.place.wait(round(1e6 * self.setting.draft_ms))
+                self._safely(self.policy.drafting, self.place, part.foreseen[:, :n])
+        self._safely(self._foresee_soundly, part)
+
+    def _foresee_soundly(self, part: Part) -> None:
+        self.policy.foresee(self.place, part.foreseen, part.n_drafted)
+        if not np.isfinite(self.place.scores).all():
+            raise ValueError("its scores are not finite")
+
+    def _step(self, part: Part) -> float:
+        """Runs a step; what it takes in ms, the draft included."""
+        stalled, computed = self.place.stall_ns, self.place.cpu_computed
+        routing = self._demanded(part) if self._lossy else part.routing
+        for block, ids in enumerate(routing.reshape(len(routing), -1).tolist()):
+            self.place.demand(block, [i for i in ids if i >= 0] if self._lossy else ids)
+        self.place.end_step()
+        self._pairs[0] += part.routing.size * self._parts_of_expert
+        self._pairs[1] += int(np.count_nonzero(routing >= 0)) if self._lossy else routing.size
+        on_cpu = self.place.cpu_computed - computed
+        stall_ms = (self.place.stall_ns - stalled) / 1e6
+        drafted = part.n_drafted
+        if part.foreseen is not None:
+            drafted = min(drafted + self.policy.ahead(drafted), part.foreseen.shape[1])
+        return self._costs.step_ms(part.routing.shape[1], drafted, stall_ms, on_cpu)
+
+    def _demanded(self, part: Part) -> npt.NDArray[np.int32]:
+        asked = self._safely(self.policy.demanded, part.routing, part.gates)
+        if asked is None:  # lru has taken over: all parts of all experts
+            n, (blocks, width, _) = self._parts_of_expert, part.routing.shape
+            asked = (part.routing[..., None] * n + np.arange(n)).reshape(blocks, width, -1)
+        return np.asarray(asked)
+
+    def _count(self, out: Outcome, part: Part, ms: float) -> None:
+        out.steps += 1
+        out.tokens += part.n_accepted + 1
+        out.drafted += part.n_drafted
+        out.accepted += part.n_accepted
+        out.ms += ms
+        out.step_ms.append(ms)
+        if self._governed and self.policy.governor is not None:
+            mismatch = part.n_accepted < part.n_drafted
+            governor = self.policy.governor
+            self._safely(partial(governor.observe, part.n_accepted, mismatch=mismatch, seconds=ms / 1e3))
+
+    def _safely(self, act: Callable[..., Any], *arguments: Any) -> Any:
+        """A policy that raises, or whose scores are no numbers, is reported and LRU takes over."""
+        if self._failed is not None:
+            return None
+        try:
+            return act(*arguments)
+        except Exception as error:  # a policy may be anybody's
+            self._failed = f"{type(error).__name__}: {error}"
+            log.warning("policy %s failed, lru takes over: %s", self.name, self._failed)
+            self.policy = Policy(self.setting)
+            self.place.scores[:] = 0
+            self.place.prefetch(NO_ORDERS)
+            return None

@@ -1,0 +1,205 @@
+"""Policies side by side: rows, and rows as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edge_speq.core import EdgeError
+from edge_speq.presets import Setting
+from edge_speq.simulate.bounds import Bounds, bounds
+from edge_speq.simulate.costs import Costs
+from edge_speq.simulate.places import slots_for
+from edge_speq.simulate.replay import Outcome, Replay
+from edge_speq.simulate.windows import window
+from edge_speq.trace import Step, Trace
+
+Row = dict[str, Any]
+WINDOW = 4  # tokens of foresight that quality refers to
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    policies: Sequence[str]
+    shares: Sequence[float]
+    link_bytes_per_s: int
+    block_ms: float | None = None  # None: half as long as an expert travels, as in the engine's deterministic mode
+    draft_ms: float | None = None  # of a drafted token; None: as long as a step computes, which is a twin's
+    cpu_ms: float | None = None  # of an expert on the CPU
+    governed: bool = False
+    by_class: bool = False
+
+
+def simulate(traces: Sequence[Trace], wanted: Wanted, said: Callable[[str], None] = lambda _: None) -> list[Row]:
+    """A row for each policy, and one for Belady's rule, by trace, share and class. A share that is too small for a
+    trace's draft length is said and left out. Raises EdgeError when nothing is left."""
+    rows: list[Row] = []
+    refused = None
+    for trace in traces:
+        for share in wanted.shares:
+            try:
+                setting = make_setting(trace, share, wanted)
+            except EdgeError as error:
+                refused = error
+                said(f"{trace.path.name}: {error.message}")
+                continue
+            for domain, steps in _classes(trace, wanted.by_class):
+                rows += _rows(trace, steps, domain, share, setting, wanted)
+    if not rows and refused is not None:
+        raise refused
+    return rows
+
+
+def make_setting(trace: Trace, share: float, wanted: Wanted) -> Setting:
+    experts = trace.experts
+    if not experts.n_blocks:
+        raise EdgeError(f"{trace.path} is of a model without routed experts", "record a MoE")
+    slots = slots_for(experts, share, trace.k_max)
+    block_ms = wanted.block_ms
+    if block_ms is None:
+        block_ms = int(5e8 * experts.groups[0].expert_bytes / wanted.link_bytes_per_s) / 1e6
+    draft_ms = wanted.draft_ms if wanted.draft_ms is not None else block_ms * experts.n_blocks if trace.k_max else 0.0
+    return Setting(experts, slots, trace.k_max, wanted.link_bytes_per_s, block_ms, draft_ms, has_twin=_has_twin(trace))
+
+
+def _has_twin(trace: Trace) -> bool:
+    """Recorded draft routing that fits the target's is taken for a twin's, as edge_speq.foresight.choose does."""
+    return bool(trace.meta.get("is_twin", any(step.foreseen is not None for step in trace.steps)))
+
+
+def _classes(trace: Trace, by_class: bool) -> Iterator[tuple[str, Sequence[Step]]]:
+    if by_class:
+        for domain in dict.fromkeys(trace.domains):
+            yield domain, trace.of_domain(domain)
+    yield "all", trace.steps
+
+
+def _rows(
+    trace: Trace, steps: Sequence[Step], domain: str, share: float, setting: Setting, wanted: Wanted
+) -> Iterator[Row]:
+    costs = Costs.of_setting(setting)
+    if wanted.cpu_ms is not None:
+        costs = dataclasses.replace(costs, cpu_ms=wanted.cpu_ms)
+    best = bounds(steps, setting, costs)
+    timed = {"governed": wanted.governed, "drafts": wanted.governed}
+    lru = Replay("lru", setting, costs).run(steps)
+    quality = window(steps, trace.experts, WINDOW)
+    about = {
+        "trace": trace.path.name,
+        "domain": domain,
+        "resident": share,
+        "slots": sum(setting.slots),
+        "k": trace.k_max,
+        "link_bytes_per_s": setting.link_bytes_per_s,
+    }
+    yield about | _belady_row(best, lru)
+    for name in wanted.policies:
+        outcome = lru if name == "lru" else Replay(name, setting, costs, **timed).run(steps)
+        row = about | _row(outcome, lru, best)
+        if quality is not None:
+            row["foresight"] = dataclasses.asdict(quality)
+        yield row
+
+
+def _row(outcome: Outcome, lru: Outcome, best: Bounds) -> Row:
+    c, parts = outcome.counters, outcome.parts
+    misses = c.misses or 0
+    return {
+        "policy": outcome.policy,
+        "lossy": outcome.lossy,
+        "hits": (c.hits or 0) // parts,
+        "misses": misses // parts,
+        "late": c.late // parts,
+        "hit_rate": c.hit_rate,
+        "cpu_computed": c.cpu_computed,
+        "prefetched": c.prefetched,
+        "prefetched_used": c.prefetched_used,
+        "bytes_fetched": c.bytes_fetched,
+        "bytes_wasted": c.bytes_wasted,
+        "stall_ms": c.stall_ms,
+        "miss_gap": _closed(lru.counters.misses, misses / parts, best.belady.misses),
+        "read_gap": _closed(lru.counters.bytes_fetched, c.bytes_fetched, best.belady.bytes_fetched),
+        "steps": outcome.steps,
+        "tokens": outcome.tokens,
+        "k_mean": outcome.k_mean,
+        "acceptance": outcome.accepted / outcome.drafted if outcome.drafted else 0.0,
+        "tok_per_s": outcome.tok_per_s,
+        "bound_fraction": outcome.tok_per_s / best.tok_per_s if best.tok_per_s else None,
+        "kept_pairs": outcome.kept_pairs,
+        "failed": outcome.failed,
+    }
+
+
+def _belady_row(best: Bounds, lru: Outcome) -> Row:
+    bound = Outcome("belady", False, best.belady, lru.steps, best.tokens, lru.drafted, lru.accepted, best.overlap_ms)
+    return _row(bound, lru, best)
+
+
+def _closed(lru: float | None, value: float, best: float | None) -> float | None:
+    """Share of the gap between LRU and Belady; None where there is none."""
+    if lru is None or best is None or lru <= best:
+        return None
+    return (lru - value) / (lru - best)
+
+
+# --- formats ---------------------------------------------------------------------------------------------
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    lines = [
+        "| trace | class | resident | K | policy | hit rate | misses | miss gap closed | read gap closed | MB read "
+        "| wasted | stall, ms | k | tok/s | of bound |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        name = row["policy"] + (" (lossy)" if row["lossy"] else "") + (" FAILED" if row["failed"] else "")
+        wasted = row["bytes_wasted"] / row["bytes_fetched"] if row["bytes_fetched"] else 0.0
+        lines.append(
+            f"| {row['trace']} | {row['domain']} | {row['resident']:.3g} | {row['k']} | {name} "
+            f"| {_share(row['hit_rate'])} | {row['misses']} | {_share(row['miss_gap'])} | {_share(row['read_gap'])} "
+            f"| {row['bytes_fetched'] / 1e6:.0f} | {_share(wasted)} | {row['stall_ms']:.1f} "
+            f"| {row['k_mean']:.2f} | {row['tok_per_s']:.0f} "
+            f"| {_share(row['bound_fraction'])} |"
+        )
+    failed = [f"\n{row['policy']} failed and lru took over: {row['failed']}" for row in rows if row["failed"]]
+    return "\n".join(lines + list(dict.fromkeys(failed)))
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    flat = [_flat(row) for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue().rstrip("\n")
+
+
+def _flat(row: Row) -> Row:
+    rest = {name: value for name, value in row.items() if name != "foresight"}
+    return rest | {f"foresight_{name}": value for name, value in row.get("foresight", {}).items()}
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    return json.dumps(_without_nan(list(rows)))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {"md": markdown, "csv": as_csv, "json": as_json}

@@ -1,0 +1,127 @@
+"""Writes traces: steps are gathered, and each few hundred become members of a zip file, so memory stays bounded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_speq.core import EdgeError
+from edge_speq.trace.step import Step
+
+VERSION = 1
+CHUNK = 256  # steps
+IS_PROMPT, WHOLE = 1, 2  # flags of a step
+
+
+class Writer:
+    """A trace file in the making, a temporary beside `path` until close() names it. An exception that leaves the
+    block closes it as well, with `complete` False, so that an interrupted recording keeps its steps; without any step
+    no file is left.
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        self._path, self.meta = path, meta
+        self._steps: list[Step] = []
+        self._n_chunks = self.n_steps = 0
+        self.complete = True
+        try:
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        except OSError as error:
+            raise EdgeError(f"cannot write {path}: {error.strerror}", "give another -o FILE") from error
+        self._temporary = Path(name)
+        self._file = os.fdopen(handle, "wb")
+        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_DEFLATED, compresslevel=4)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.complete = self.complete and kind is None
+        self.close()
+
+    def add(self, step: Step) -> None:
+        self._steps.append(step)
+        self.n_steps += 1
+        if len(self._steps) >= CHUNK:
+            self._flush()
+
+    def close(self) -> None:
+        if not self.n_steps:
+            self._discard()
+            return
+        try:
+            self._flush()
+            meta = json.dumps(self.meta | {"version": VERSION, "n_steps": self.n_steps, "complete": self.complete})
+            self._write("meta", np.frombuffer(meta.encode(), dtype=np.uint8))
+            self._zip.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.chmod(0o666 & ~_umask())
+            self._temporary.replace(self._path)
+        except OSError as error:
+            self._discard()
+            raise EdgeError(f"cannot write {self._path}: {error.strerror}", "is the disk full?") from error
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._zip.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        if not self._steps:
+            return
+        for name, values in columns(self._steps, self.meta["experts"]["n_expert"]).items():
+            self._write(f"{name}.{self._n_chunks:06d}", values)
+        self._n_chunks += 1
+        self._steps = []
+
+    def _write(self, name: str, values: npt.NDArray[Any]) -> None:
+        with self._zip.open(f"{name}.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, np.ascontiguousarray(values), allow_pickle=False)
+
+
+def columns(steps: list[Step], n_expert: int) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of a chunk. Those by token are concatenated, token first: their lengths are `width` and `n_foreseen`."""
+    ids = np.uint8 if n_expert <= 256 else np.uint16
+    foreseen = [step.foreseen for step in steps if step.foreseen is not None]
+    made: dict[str, npt.NDArray[Any]] = {
+        "passage": np.array([s.passage for s in steps], dtype=np.int32),
+        "width": np.array([s.width for s in steps], dtype=np.int16),
+        "n_foreseen": np.array([-1 if s.foreseen is None else s.foreseen.shape[1] for s in steps], dtype=np.int16),
+        "n_shown": np.array([s.n_shown for s in steps], dtype=np.int16),
+        "n_drafted": np.array([s.n_drafted for s in steps], dtype=np.int16),
+        "n_accepted": np.array([s.n_accepted for s in steps], dtype=np.int16),
+        "flags": np.array([IS_PROMPT * s.is_prompt + WHOLE * s.whole for s in steps], dtype=np.uint8),
+        "ms": np.array([(s.step_ms, s.draft_ms, s.stall_ms) for s in steps], dtype=np.float32),
+        "tokens": np.concatenate([s.tokens for s in steps]).astype(np.int32),
+        "routing": _by_token([s.routing for s in steps]).astype(ids),
+    }
+    if foreseen:
+        made["foreseen"] = _by_token(foreseen).astype(ids)
+    if all(step.gates is not None for step in steps):
+        made["gates"] = _by_token([s.gates for s in steps if s.gates is not None]).astype(np.float16)
+    return made
+
+
+def _by_token(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return np.concatenate([array.transpose(1, 0, 2) for array in arrays])
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

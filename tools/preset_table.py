@@ -1,0 +1,137 @@
+"""Every preset on the bundled model: the tables of docs/presets.md.
+
+    python tools/preset_table.py -o docs/measurements/presets.json
+
+Drafts are twins as MoE-SpeQ has them: the target's own dense weights with its routed experts at fewer bits, Q4_K_M and
+Q2_K, made here (needs the package gguf). They are recorded once over held-out prompts of four classes and replayed
+under every preset, over a virtual link of 12.5 GB/s and blocks that compute half as long as an expert travels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from edge_speq import _native, demo, trace
+from edge_speq.bench import prompts
+from edge_speq.presets import PRESETS
+from edge_speq.simulate import report
+from edge_speq.trace.record import Recorder
+
+TWINS = {"Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, "Q2_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K}
+CASES = (("1/8", 1), ("1/4", 2), ("1/2", 2), ("1/2", 4))
+LINK = 12_500_000_000
+N_TEXTS, N_TOKENS = 4, 64  # of each class, of each text
+
+
+def make_twin(target: Path, twin: Path, kind: int) -> None:
+    """The target with its routed experts quantized again."""
+    import gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        low = Path(folder) / "low.gguf"
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.allow_requantize, params.nthread = kind, True, 2
+        if llama_cpp.llama_model_quantize(bytes(target), bytes(low), ctypes.byref(params)):
+            raise SystemExit(f"cannot quantize {target}")
+        whole, few = gguf.GGUFReader(str(target)), gguf.GGUFReader(str(low))
+        architecture = whole.fields["general.architecture"].contents()
+        writer = gguf.GGUFWriter(str(twin), architecture)
+        for name, field in whole.fields.items():
+            if name.startswith("GGUF.") or name == "general.architecture":
+                continue
+            kinds = {"sub_type": field.types[-1]} if field.types[0] == gguf.GGUFValueType.ARRAY else {}
+            writer.add_key_value(name, field.contents(), field.types[0], **kinds)
+        experts = {tensor.name: tensor for tensor in few.tensors if "_exps" in tensor.name}
+        for tensor in whole.tensors:
+            chosen = experts.get(tensor.name, tensor)
+            writer.add_tensor(tensor.name, chosen.data, raw_dtype=chosen.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def record(target: Path, twin: Path, k: int, path: Path) -> trace.Trace:
+    """K drafted tokens a step; the draft runs on for the routing of the K + 1 tokens after the step."""
+    chosen = prompts.bundled(N_TEXTS).chosen
+    model = Recorder(str(target), draft=str(twin), policy="all", speculation=k, foresee=k + 2, n_ctx=512, n_threads=2)
+    about = [{"id": prompt.id, "domain": prompt.domain} for prompt in chosen]
+    with contextlib.closing(model), trace.Writer(path, model.meta() | {"prompts": about}) as out:
+        model.sink = out.add
+        for index, prompt in enumerate(chosen):
+            model.begin_passage(index)
+            model.create_completion(prompt.text, max_tokens=N_TOKENS, temperature=0.8, seed=1)
+        model.write()
+        out.meta |= model.meta()
+    return trace.read(path)
+
+
+def table(rows: Sequence[dict[str, Any]], kind: str) -> str:
+    """Share of the gap from LRU to Belady that is closed, in misses and in bytes read, and stalls relative to LRU's."""
+    columns = [(share, k) for share, k in CASES]
+    heads = " | ".join(f"{share}, K = {k}" for share, k in columns)
+    lines = [f"| {kind} twin | {heads} |", "|---" * (len(columns) + 1) + "|"]
+    for name in PRESETS:
+        cells = []
+        for share, k in columns:
+            mine = {row["policy"]: row for row in rows if (row["share"], row["k"], row["twin"]) == (share, k, kind)}
+            row, stall = mine[name], mine["lru"]["stall_ms"]
+            cells.append(f"{_percent(row['miss_gap'])} / {_percent(row['read_gap'])}, {row['stall_ms'] / stall:.2f}")
+        lines.append(f"| {name}{' (lossy)' if row['lossy'] else ''} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share)} %"
+
+
+def foresight_lines(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| twin | K | acceptance | same set | window of 4: precision, recall on the text | on what was verified |"]
+    lines.append("|---|---|---|---|---|---|")
+    for kind in TWINS:
+        for k in sorted({k for _, k in CASES}):
+            row = next(r for r in rows if (r["twin"], r["k"], r["policy"]) == (kind, k, "waits"))
+            f = row["foresight"]
+            verified = f"{f['verified_precision']:.2f}, {f['verified_recall']:.2f}" if k >= 3 else "–"
+            lines.append(
+                f"| {kind} | {k} | {row['acceptance']:.2f} | {f['same_set']:.2f} "
+                f"| {f['kept_precision']:.2f}, {f['kept_recall']:.2f} | {verified} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--out", type=Path)
+    arguments = parser.parse_args()
+    _native.load_backends()
+    target = demo.path(demo.MODEL)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, ftype in TWINS.items():
+            twin = Path(folder) / f"{kind}.gguf"
+            make_twin(target, twin, ftype)
+            traces = {k: record(target, twin, k, Path(folder) / f"{kind}-{k}.npz") for _, k in CASES}
+            for share, k in CASES:
+                print(f"{kind}, K = {k}, {share} resident", file=sys.stderr)
+                numerator, denominator = share.split("/")
+                wanted = report.Wanted(list(PRESETS), [int(numerator) / int(denominator)], LINK, by_class=True)
+                made = report.simulate([traces[k]], wanted)
+                rows += [row | {"share": share, "twin": kind} for row in made]
+    if arguments.out:
+        arguments.out.write_text(report.as_json(rows).replace("}, {", "},\n {") + "\n", encoding="utf-8")
+    whole = [row for row in rows if row["domain"] == "all"]
+    print("\n\n".join([*(table(whole, kind) for kind in TWINS), foresight_lines(whole)]))
+
+
+if __name__ == "__main__":
+    main()
