@@ -88,12 +88,16 @@ void ExpertTable::add(const BlockWeights & weights) {
     block.first_key = static_cast<int32_t>(groups[group].blocks.size()) * n_expert;
     groups[group].blocks.push_back(number);
     blocks.push_back(block);
-    by_down_[weights[role_down]] = number;
+    for (const ggml_tensor * weight : weights) {
+        if (weight) {
+            by_weight_[weight] = number;
+        }
+    }
 }
 
-int32_t ExpertTable::find(const ggml_tensor * down) const {
-    const auto it = by_down_.find(down);
-    return it == by_down_.end() ? -1 : it->second;
+int32_t ExpertTable::find(const ggml_tensor * weight) const {
+    const auto it = by_weight_.find(weight);
+    return it == by_weight_.end() ? -1 : it->second;
 }
 
 uint64_t ExpertTable::total_bytes() const {

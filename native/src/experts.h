@@ -41,16 +41,16 @@ public:
     std::vector<ExpertBlock> blocks;
     std::vector<ExpertGroup> groups;
 
-    // The block whose down weights these are, -1 when it is none of ours. Layer indices are not unique
+    // The block that these weights are of, -1 when it is none of ours. Layer indices are not unique
     // (grovemoe has two blocks of one layer), tensors are.
-    int32_t find(const ggml_tensor * down) const;
+    int32_t find(const ggml_tensor * weight) const;
     uint64_t total_bytes() const;
 
     // Throws unless every weight lies in plain host memory, expert after expert, as slot copies need.
     void require_host_weights() const;
 
 private:
-    std::unordered_map<const ggml_tensor *, int32_t> by_down_;
+    std::unordered_map<const ggml_tensor *, int32_t> by_weight_;
 };
 
 // Slots that a group needs for graphs of this many tokens: all their experts at once and one to load into; a slot

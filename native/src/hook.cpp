@@ -50,6 +50,24 @@ bool eval_hook(ggml_backend_t backend, ggml_tensor * node, bool ask, void * hook
     return static_cast<edge_hook *>(hook)->eval(backend, node, ask);
 }
 
+bool lend_hook(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool pad, void * hook) {
+    return static_cast<edge_hook *>(hook)->lend(backend, weight, copy, expert, pad);
+}
+
+void copy_on_device(ggml_backend_t backend, ggml_tensor * from, size_t from_offset, ggml_tensor * to, size_t to_offset, size_t bytes) {
+    ggml_tensor bytes_from = *from, bytes_to = *to;
+    for (ggml_tensor * t : { &bytes_from, &bytes_to }) {
+        t->type  = GGML_TYPE_I8;
+        t->ne[0] = static_cast<int64_t>(bytes);
+        t->ne[1] = t->ne[2] = t->ne[3] = 1;
+        t->nb[0] = 1;
+        t->nb[1] = t->nb[2] = t->nb[3] = bytes;
+    }
+    bytes_from.data = static_cast<char *>(from->data) + from_offset;
+    bytes_to.data   = static_cast<char *>(to->data) + to_offset;
+    ggml_backend_tensor_copy_async(backend, backend, &bytes_from, &bytes_to);
+}
+
 void build_hook(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block * block, void * hook) {
     static_cast<edge_hook *>(hook)->build(ctx, gf, *block);
 }
@@ -105,11 +123,11 @@ void edge_hook::allocate_host(ggml_backend_buffer_type_t buft) {
 
 // With a new epoch, so no graph goes on that was built before.
 void edge_hook::set_on_model() {
-    llama_model_set_moe_hook(model_, build_hook, residency_ ? eval_hook : nullptr, this);
+    llama_model_set_moe_hook(model_, build_hook, residency_ ? eval_hook : nullptr, residency_ ? lend_hook : nullptr, this);
 }
 
 edge_hook::~edge_hook() {
-    llama_model_set_moe_hook(model_, nullptr, nullptr, nullptr);
+    llama_model_set_moe_hook(model_, nullptr, nullptr, nullptr, nullptr);
 }
 
 void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block) {
@@ -184,6 +202,31 @@ bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexc
     }
     split_block_ = -1;
     return false;
+}
+
+// A wide graph (a prompt) copies all its experts to the device: those in slots are there already, a copy on the device away.
+bool edge_hook::lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool pad) noexcept {
+    const int32_t number = table_.find(weight);
+    if (number < 0) {
+        return false;
+    }
+    const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(number)];
+    const auto role = static_cast<edge::Role>(std::find(block.weights.begin(), block.weights.end(), weight) - block.weights.begin());
+    ggml_tensor * slots = residency_->serving() ? residency_->store().tensor(block.group, role) : nullptr;
+    if (!slots || ggml_backend_buft_get_device(ggml_backend_buffer_get_type(slots->buffer)) != ggml_backend_get_device(backend)) {
+        return false;
+    }
+    const int32_t slot = residency_->lend(number, expert);
+    if (slot == edge::SlotPool::none) {
+        return false;
+    }
+    const size_t bytes = weight->nb[2];
+    const size_t from = static_cast<size_t>(slot) * bytes, to = static_cast<size_t>(expert) * bytes;
+    copy_on_device(backend, slots, from, copy, to, bytes);
+    if (pad) { // kernels may read past an expert's end: what is there must be finite
+        copy_on_device(backend, slots, from, copy, to + bytes, std::min<size_t>(bytes, 512));
+    }
+    return true;
 }
 
 void edge_hook::serve(ggml_backend_t backend, ggml_tensor * route, int32_t number) {

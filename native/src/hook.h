@@ -26,6 +26,7 @@ struct edge_hook {
 
     void build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block);
     bool eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexcept;
+    bool lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool pad) noexcept;
     void end_step();
     void resize(const std::vector<int32_t> & slots);
     void cancel() noexcept { cancelled_ = true; }

@@ -240,6 +240,17 @@ void Residency::demand(int32_t number, const int32_t * ids, int32_t n, int32_t *
     }
 }
 
+int32_t Residency::lend(int32_t number, int32_t expert) {
+    const ExpertBlock & block = block_at(number);
+    const Lock lock(mutex_);
+    const int32_t slot = serving() ? pool(block).find(block.first_key + expert) : SlotPool::none;
+    if (slot == SlotPool::none || pool(block).loading(slot)) {
+        return SlotPool::none;
+    }
+    pool(block).pin(slot);
+    return slot;
+}
+
 void Residency::end_step() {
     land_fetches();
     const Lock lock(mutex_);

@@ -50,6 +50,9 @@ public:
     const Balancer & balancer() const { return balancer_; }
     void end_step();
 
+    // The slot of an expert that a graph without slots copies from, pinned until the step ends; none unless it is there.
+    int32_t lend(int32_t block, int32_t expert);
+
     // Takes over scores() and replaces the outstanding orders, of which at most byte_budget bytes are begun.
     int32_t prefetch(const edge_order * orders, int32_t n, uint64_t byte_budget);
     void drain();
