@@ -6,6 +6,8 @@ Run there with EDGE_SPEQ_BACKENDS naming the backend module; skipped elsewhere.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import llama_cpp
@@ -14,6 +16,7 @@ import pytest
 import test_exactness as exactness
 import test_hybrid as hybrid
 import test_speculation as speculation
+from llama_cpp import _internals as internals
 
 from edge_speq import EdgeLlama, _native, engine
 
@@ -90,6 +93,58 @@ def test_hybrid_is_no_worse_than_experts_on_the_cpu(tiny, arch: str, kind: str) 
     nmse, bound = (float(((x - stock) ** 2).sum() / (stock**2).sum()) for x in (got, on_cpu))
     print(f"{arch} {kind}: hybrid NMSE {nmse:.2e}, cpu-moe {bound:.2e}")
     assert nmse <= max(2 * bound, 1e-6)
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "mixtral", "gpt-oss"])
+def test_fetching_and_computing_at_once_is_no_worse_either(tiny, arch: str) -> None:
+    """Page-locked experts: some misses are fetched while the CPU computes the others."""
+    path, widths = tiny.moe(arch, "Q8_0"), [1, 4] * 24
+    stock = all_on_device(path, widths)
+    with page_locked(path) as model:
+        experts = _native.model_experts(model.model)
+        few = [max(1 + experts.n_expert_used, g.n_experts // 3) for g in experts.groups]
+        on_cpu = exactness.logits(model, None, widths)
+        for transfers in (hybrid.HYBRID, dataclasses.replace(hybrid.HYBRID, link_bytes_per_s=2_000_000_000)):
+            hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, few, transfers)
+            hook.poison_free_slots()
+            got = exactness.logits(model, hook, widths)
+            counters = hook.counters()
+            hook.detach()
+            assert counters.fetched
+            assert counters.cpu_computed
+            assert counters.misses == counters.fetched + counters.cpu_computed
+            nmse, bound = (float(((x - stock) ** 2).sum() / (stock**2).sum()) for x in (got, on_cpu))
+            print(f"{arch}, both at once: NMSE {nmse:.2e}, cpu-moe {bound:.2e}")
+            assert nmse <= max(2 * bound, 1e-6)
+
+
+@contextlib.contextmanager
+def page_locked(path: Path) -> Iterator[internals.LlamaModel]:
+    params = llama_cpp.llama_model_default_params()
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    keep_alive = engine.experts_on_host(params)
+    engine.pin_experts(keep_alive)
+    with contextlib.closing(engine.load_model(path, params, "model")) as model:
+        yield model
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "olmoe", "gpt-oss"])
+@pytest.mark.parametrize("kind", ["F16", "Q4_K_M"])
+def test_prompts_that_borrow_from_slots_read_the_same(tiny, arch: str, kind: str) -> None:
+    """A prompt's experts are copied to the device: those in slots from there, the others from host memory."""
+    with page_locked(tiny.moe(arch, kind)) as model:
+        experts = _native.model_experts(model.model)
+        seen = []
+        for share in (0.0, 0.5, 1.0):
+            hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, [g.n_experts for g in experts.groups])
+            hook.poison_free_slots()
+            hybrid.fill(hook, share)
+            seen.append(exactness.logits(model, hook, [40, 64, 33]))
+            assert hook.counters().steps == 0  # none of these graphs has slots
+            hook.detach()
+    assert np.isfinite(seen[0]).all()
+    for other in seen[1:]:
+        np.testing.assert_array_equal(other, seen[0])
 
 
 def test_greedy_text_with_a_draft_differs_only_at_near_ties(bundled: tuple[Path, Path]) -> None:
