@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -18,10 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
+import deaths
 import pytest
 
-from edge_speq import Budget, EdgeError, EdgeLlama, Session
+from edge_speq import Budget, EdgeError, Session
 from edge_speq.isolation.process import Process, obituary
 from edge_speq.isolation.wire import loads, portable
 
@@ -64,57 +63,11 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     return condition()
 
 
-# --- what the child does to itself: functions of an importable module --------------------------------------
-
-
-def native_abort(_: EdgeLlama) -> None:
-    """As GGML_ASSERT ends a process (ggml.c, ggml_abort)."""
-    base = ctypes.CDLL(str(next(Path(llama_cpp.__file__).parent.glob("lib/libggml-base.so*"))))
-    base.ggml_abort(b"made_up.c", 7, b"GGML_ASSERT(%s) failed", b"the sky is green")
-
-
-def read_nowhere(_: EdgeLlama) -> None:
-    ctypes.string_at(8)
-
-
-def run_out_of_memory(_: EdgeLlama) -> None:
-    """As the system's killer ends it; a real shortage would take the test's machine with it."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def leave(_: EdgeLlama) -> None:
-    os._exit(3)
-
-
-def talk(_: EdgeLlama) -> int:
-    print("a word on stdout")
-    os.write(1, b"a word past Python\n")
-    logging.getLogger("edge_speq").warning("a word in the log")
-    return os.getpid()
-
-
-def odd_error(_: EdgeLlama) -> None:
-    class Local(Exception):
-        pass
-
-    raise Local("cannot travel")
-
-
-def no_plain_data(_: EdgeLlama) -> Any:
-    return threading.Lock()
-
-
-def core_limit(_: EdgeLlama) -> int:
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_CORE)[0]
-
-
 DEATHS = {
-    native_abort: r"SIGABRT.*GGML_ASSERT\(the sky is green\) failed",
-    read_nowhere: "SIGSEGV",
-    run_out_of_memory: "SIGKILL.*no memory is left",
-    leave: "exit code 3",
+    deaths.native_abort: r"SIGABRT.*GGML_ASSERT\(the sky is green\) failed",
+    deaths.read_nowhere: "SIGSEGV",
+    deaths.run_out_of_memory: "SIGKILL.*no memory is left",
+    deaths.leave: "exit code 3",
 }
 
 
@@ -207,7 +160,7 @@ def test_a_resize_outlives_the_process(session: Session) -> None:
     plan = session.resize(resident="1/4")
     assert plan.resident is not None and plan.resident <= 0.25
     with pytest.raises(EdgeError, match="exit code 3"):
-        session.call(leave)
+        session.call(deaths.leave)
     text(session)
     assert session.stats().plan.slots == plan.slots
     with pytest.raises(EdgeError, match="too few"):
@@ -300,7 +253,7 @@ def test_a_child_that_hangs_is_killed_on_closing(session: Session) -> None:
 
 def test_what_the_child_prints_is_logged(session: Session, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
     with caplog.at_level(logging.INFO, "edge_speq"):
-        assert session.call(talk) == process_of(session).pid
+        assert session.call(deaths.talk) == process_of(session).pid
         said = ("a word on stdout", "a word past Python", "a word in the log")
         assert eventually(lambda: all(word in caplog.text for word in said))
     assert capfd.readouterr() == ("", "")
@@ -310,9 +263,9 @@ def test_what_cannot_be_sent(session: Session, bundled: tuple[Path, Path]) -> No
     with pytest.raises(EdgeError, match="cannot be sent to another process"):
         session.call(lambda llm: llm.n_ctx())
     with pytest.raises(EdgeError, match="cannot be sent to another process"):
-        session.call(no_plain_data)
+        session.call(deaths.no_plain_data)
     with pytest.raises(EdgeError, match="cannot travel"):
-        session.call(odd_error)
+        session.call(deaths.odd_error)
     with pytest.raises(EdgeError, match="cannot be sent"):
         Session(bundled[0], isolation="process", vram_budget=Budget("1GiB"), **OPTIONS)
     assert text(session)
@@ -323,7 +276,7 @@ def test_a_state_is_plain_data(session: Session) -> None:
     head = session(PROMPT, **GREEDY)["choices"][0]["text"]
     state = session.call("save_state")
     with pytest.raises(EdgeError, match="exit code 3"):
-        session.call(leave)
+        session.call(deaths.leave)
     session.call("load_state", state)
     n_prompt = session.stats().timing.n_prompt
     assert session(PROMPT, **GREEDY)["choices"][0]["text"] == head
@@ -361,7 +314,7 @@ print([name for name in ("llama_cpp", "numpy", "cffi") if name in sys.modules])
 
 
 def test_no_core_file_delays_the_error(session: Session) -> None:
-    assert session.call(core_limit) == 0
+    assert session.call(deaths.core_limit) == 0
 
 
 def test_obituaries() -> None:

@@ -79,9 +79,9 @@ def _not_scalable(type_name: str, factor: int) -> EdgeError:
 
 @functools.cache
 def _ggml() -> Any:
-    from llama_cpp import _ctypes_extensions, _ggml
+    from edge_speq import ggml
 
-    lib = _ctypes_extensions.load_shared_library("ggml-base", _ggml.libggml_base_path)
+    lib = ggml.base()
     lib.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
     lib.ggml_quantize_chunk.argtypes = (

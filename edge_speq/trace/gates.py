@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import re
-from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
+
+from edge_speq import ggml
 
 PROBS = re.compile(r"ffn_moe_probs-(\d+)")  # cb() of build_moe_ffn in llama.cpp's src/llama-graph.cpp
 
@@ -52,9 +52,7 @@ class GateReader:
 
 
 def _ggml_base() -> Any:
-    folder = Path(llama_cpp.__file__).parent / "lib"
-    names = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
-    library = ctypes.CDLL(str(next(folder / name for name in names if (folder / name).exists())))
+    library = ggml.base()
     library.ggml_get_name.argtypes, library.ggml_get_name.restype = [ctypes.c_void_p], ctypes.c_char_p
     library.ggml_nelements.argtypes, library.ggml_nelements.restype = [ctypes.c_void_p], ctypes.c_int64
     get = library.ggml_backend_tensor_get

@@ -13,6 +13,7 @@ import numpy as np
 from edge_speq import _native
 from edge_speq.core import Experts
 from edge_speq.drafts import Draft
+from edge_speq.foresight import is_twin
 from edge_speq.llama import EdgeLlama
 from edge_speq.trace.gates import GateReader
 from edge_speq.trace.step import Routing, Step
@@ -63,14 +64,12 @@ class Recorder(EdgeLlama):
         return draft
 
     def _noted(self, propose: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(text: Any, k: int, sampler: Any) -> Any:
+        def noted(text: Any, k: int, sampler: Any, ahead: int = 0, seen: Any = None) -> Any:
             started = time.perf_counter()
-            drafted, routing = propose(text, k + self._foresee, sampler)
+            drafted, routing = propose(text, k, sampler, max(ahead, self._foresee), seen)
             self._draft_ms = 1e3 * (time.perf_counter() - started)
-            # after a wide prompt the routing of its last token is missing
-            missing = 0 if routing is None else len(drafted) - routing.shape[1]
-            self._shown = routing, max(0, min(k, len(drafted)) - missing)
-            return drafted[:k], None if routing is None else routing[:, : self._shown[1]]
+            self._shown = routing, 0 if routing is None else min(k + ahead, routing.shape[1])
+            return drafted, None if routing is None else routing[:, : self._shown[1]]
 
         return noted
 
@@ -158,5 +157,4 @@ class Recorder(EdgeLlama):
         }
 
     def _is_twin(self) -> bool:
-        draft, target = self._draft_experts, self._experts
-        return draft is not None and (draft.n_blocks, draft.n_expert) == (target.n_blocks, target.n_expert)
+        return is_twin(self._experts, self._draft_experts)

@@ -23,7 +23,7 @@ class Step:
     tokens: npt.NDArray[np.int32]  # those that were decoded: pending ones, then drafted ones
     routing: Routing
     foreseen: Routing | None  # the draft's, of the last pending token and those drafted after it
-    n_shown: int  # tokens of `foreseen` that the engine saw: after a wide prompt the first one is missing
+    n_shown: int  # tokens of `foreseen` that the engine saw; in older traces the first is missing after a wide prompt
     n_drafted: int
     n_accepted: int
     is_prompt: bool
