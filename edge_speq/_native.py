@@ -236,6 +236,7 @@ class Costs:
     cpu_bytes_per_s: float  # expert weights that the CPU computes with, by itself
     link_bytes_per_s: float
     contention: float  # the CPU's time grows by this part of the time that both are busy
+    fetches_some: bool  # whether it fetches on demand at all
 
 
 class Hook:
@@ -349,7 +350,7 @@ class Hook:
         ffi, lib = _load()
         c = ffi.new("edge_costs *")
         _check(lib.edge_hook_costs(self._handle, c))
-        return Costs(c.cpu_bytes_per_s, c.link_bytes_per_s, c.contention)
+        return Costs(c.cpu_bytes_per_s, c.link_bytes_per_s, c.contention, bool(c.fetches_some))
 
     def states(self) -> npt.NDArray[np.uint8]:
         """[n_blocks, n_expert] of 0 absent, 1 loading, 2 resident, 3 pinned."""

@@ -3,20 +3,26 @@ kernels, so logits are those of the stock graph to the last bit."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 import test_exactness as exactness
 import test_speculation as speculation
+from llama_cpp import _internals as internals
 
-from edge_speq import EdgeError, _native, foresight
+from edge_speq import EdgeError, _native, engine, foresight, ggml
 
 ARCHITECTURES = (
     *("qwen3moe", "mixtral", "olmoe", "qwen2moe", "phimoe", "deepseek2", "gpt-oss", "granitemoe", "grovemoe"),
+    "smallthinker",
 )
 HYBRID = _native.Transfers(compute="hybrid", n_threads=2)
+AUTO = _native.Transfers(compute="auto", n_threads=2)
 
 
 def fill(hook: _native.Hook, share: float) -> None:
@@ -98,3 +104,51 @@ def test_admissions_are_the_absent_experts_of_most_worth() -> None:
     states[1, 3] = 2
     orders = foresight.admissions(worth, states)
     assert [(int(o["block"]), int(o["expert"]), int(o["deadline"])) for o in orders] == [(1, 2, 2), (0, 1, 2)]
+
+
+def test_a_graph_that_ends_between_experts_and_sum_leaves_nothing_behind(tiny: Any) -> None:
+    """The user's callback ends a step there; the next step must not get rows of that one."""
+    with exactness.loaded(tiny.moe("qwen3moe")) as model:
+        experts = _native.model_experts(model.model)
+        hook = _native.Hook(model.model, experts, 1, [g.n_experts // 2 for g in experts.groups], AUTO)
+        ends_at = [0]
+        calls = [0]
+
+        @llama_cpp.ggml_backend_sched_eval_callback
+        def stops(tensor: int, ask: bool, _: int) -> bool:
+            name = base.ggml_get_name(tensor)
+            if not name.startswith(b"ffn_moe_down-1"):
+                return not ask
+            calls[0] += not ask
+            return ask or calls[0] != ends_at[0]
+
+        base = ggml.base()
+        base.ggml_get_name.argtypes, base.ggml_get_name.restype = [ctypes.c_void_p], ctypes.c_char_p
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_threads, params.cb_eval = 128, 1, stops
+        rows: list[list[Any]] = []
+        for n in (0, 15):  # never, and in the last step that auto splits to begin with
+            ends_at[0], calls[0] = n, 0
+            rows.append(decoded(model, hook, params, 24))
+        hook.detach()
+    assert rows[1][14] is None
+    for whole, after in zip(rows[0][15:], rows[1][15:], strict=True):
+        np.testing.assert_array_equal(whole, after)
+
+
+def decoded(model: Any, hook: _native.Hook, params: Any, n: int) -> list[Any]:
+    """Logits of tokens one by one; None where the step was ended, and the token is decoded again."""
+    rows: list[Any] = []
+    with (
+        contextlib.closing(internals.LlamaContext(model=model, params=params)) as context,
+        contextlib.closing(internals.LlamaBatch(n_tokens=1, embd=0, n_seq_max=1)) as batch,
+    ):
+        for past in range(n):
+            try:
+                engine.decode(context, batch, [4 + past], past, 1, hook=hook)
+            except EdgeError:
+                rows.append(None)
+                engine.decode(context, batch, [4 + past], past, 1, hook=hook)
+                continue
+            rows.append(np.ctypeslib.as_array(context.get_logits(), shape=(model.n_vocab(),)).copy())
+    return rows

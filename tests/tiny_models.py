@@ -22,7 +22,10 @@ from typing import Any, Literal, get_args
 import gguf
 import numpy as np
 
-Arch = Literal["qwen3moe", "mixtral", "olmoe", "qwen2moe", "phimoe", "deepseek2", "gpt-oss", "granitemoe", "grovemoe"]
+Arch = Literal[
+    "qwen3moe", "mixtral", "olmoe", "qwen2moe", "phimoe", "deepseek2", "gpt-oss", "granitemoe", "grovemoe",
+    "smallthinker",  # routes by what enters the attention: experts and router read different rows
+]  # fmt: skip
 ARCHITECTURES: tuple[Arch, ...] = get_args(Arch)
 Gate = Literal["split", "fused", "none"]  # of the routed experts: its own tensor, one with up, or absent
 Vocab = Literal["bytes", "shuffled"]
@@ -172,7 +175,7 @@ def _hyperparameters(
 
 
 def _arch_metadata(writer: gguf.GGUFWriter, arch: Arch, n_ff: int) -> None:
-    if arch in ("qwen3moe", "qwen2moe", "deepseek2", "gpt-oss", "grovemoe"):
+    if arch in ("qwen3moe", "qwen2moe", "deepseek2", "gpt-oss", "grovemoe", "smallthinker"):
         writer.add_expert_feed_forward_length(n_ff)
     if arch in ("qwen2moe", "granitemoe"):
         writer.add_expert_shared_feed_forward_length(SHARED)
@@ -187,6 +190,8 @@ def _arch_metadata(writer: gguf.GGUFWriter, arch: Arch, n_ff: int) -> None:
         writer.add_experts_per_group(2)
     if arch == "gpt-oss":
         writer.add_sliding_window(WINDOW)
+    if arch == "smallthinker":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if arch == "deepseek2":  # as DeepSeek-V3 routes: sigmoid, biased, within the two best of four groups of experts
         writer.add_leading_dense_block_count(1)
         writer.add_q_lora_rank(LATENT)

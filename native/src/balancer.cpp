@@ -1,6 +1,7 @@
 #include "balancer.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace edge {
 
@@ -13,13 +14,15 @@ constexpr double falling    = 0.2;  // of a measurement below the estimate
 constexpr double rising     = 0.05; // above it
 
 constexpr uint32_t period        = 2048; // blocks, of which the first
-constexpr uint32_t computed_only = 12;   // teach the CPU's rate by itself
-constexpr uint32_t fetched_only  = 16;   // up to this one, the link's
+constexpr uint32_t computed_only = 12;   // teach the CPU's rate by itself,
+constexpr uint32_t fetched_only  = 16;   // up to this one, the link's, and
+constexpr uint32_t divided       = 20;   // up to this one, what both do to each other
+constexpr double least_cost      = 1e-3; // ns a byte: what is faster than a terabyte per second was not measured
 
 } // namespace
 
 void Balancer::Cost::follow(double measurement) {
-    ++measured;
+    measured = std::min(measured + 1, 1000);
     value += std::max(measurement < value ? falling : rising, 1.0 / measured) * (measurement - value);
 }
 
@@ -39,8 +42,27 @@ double Balancer::link_ns(size_t n_fetched, uint64_t expert_bytes) const {
     return n_fetched == 0 ? 0 : link_start + static_cast<double>(n_fetched) * static_cast<double>(expert_bytes) * link_byte_.value;
 }
 
-double Balancer::block_ns(double cpu, double link) const {
-    return std::max(cpu + contention_.value * std::min(cpu, link), link);
+double Balancer::block_ns(double cpu, double link, double contention) {
+    return std::max(cpu + contention * std::min(cpu, link), link);
+}
+
+// How many of them, the first, to fetch: at least least and at most most.
+size_t Balancer::best_split(const std::vector<Miss> & missing, uint64_t expert_bytes, size_t least, size_t most, double contention) const {
+    size_t pairs = 0; // of those that the CPU computes
+    for (size_t i = least; i < missing.size(); ++i) {
+        pairs += static_cast<size_t>(missing[i].pairs);
+    }
+    size_t best = least;
+    double least_ns = HUGE_VAL;
+    for (size_t fetched = least; fetched <= most; ++fetched) {
+        const double ns = block_ns(cpu_ns(missing.size() - fetched, pairs, expert_bytes), link_ns(fetched, expert_bytes), contention);
+        if (ns < least_ns) {
+            best     = fetched;
+            least_ns = ns;
+        }
+        pairs -= fetched < missing.size() ? static_cast<size_t>(missing[fetched].pairs) : 0;
+    }
+    return best;
 }
 
 size_t Balancer::split(std::vector<Miss> & missing, uint64_t expert_bytes) {
@@ -51,26 +73,18 @@ size_t Balancer::split(std::vector<Miss> & missing, uint64_t expert_bytes) {
         return a.pairs != b.pairs ? a.pairs > b.pairs : a.worth != b.worth ? a.worth > b.worth : a.expert < b.expert;
     });
     const size_t n = missing.size();
-    size_t pairs = 0; // of those that the CPU computes
-    for (const Miss & miss : missing) {
-        pairs += static_cast<size_t>(miss.pairs);
+    const size_t best = best_split(missing, expert_bytes, 0, n, contention_.value);
+    size_t pairs = 0;
+    for (size_t i = best; i < n; ++i) {
+        pairs += static_cast<size_t>(missing[i].pairs);
     }
-    size_t best = 0;
-    double least = block_ns(cpu_ns(n, pairs, expert_bytes), 0);
-    for (size_t fetched = 1; fetched <= n; ++fetched) {
-        pairs -= static_cast<size_t>(missing[fetched - 1].pairs);
-        const double ns = block_ns(cpu_ns(n - fetched, pairs, expert_bytes), link_ns(fetched, expert_bytes));
-        if (ns < least) {
-            best  = fetched;
-            least = ns;
-        }
-    }
-    gain_ += weight * (link_ns(n, expert_bytes) - least - gain_);
+    const double ns = block_ns(cpu_ns(n - best, pairs, expert_bytes), link_ns(best, expert_bytes), contention_.value);
+    gain_ += weight * (link_ns(n, expert_bytes) - ns - gain_);
     const uint32_t turn = blocks_++ % period;
     if (turn < fetched_only) {
         return turn < computed_only ? 0 : n;
     }
-    return best;
+    return turn < divided && n > 1 ? best_split(missing, expert_bytes, 1, n - 1, 0) : best;
 }
 
 void Balancer::computed(size_t n_experts, size_t n_pairs, uint64_t expert_bytes, double ns, double link_ns) {
@@ -80,12 +94,13 @@ void Balancer::computed(size_t n_experts, size_t n_pairs, uint64_t expert_bytes,
         contention_.follow(std::clamp((ns - alone) / shared, 0.0, 2.0));
         return;
     }
-    const double per_byte = std::max(0.0, ns - contention_.value * shared - cpu_start) / static_cast<double>(expert_bytes);
+    const double measured = std::max(0.0, ns - contention_.value * shared - cpu_start);
     if (n_pairs == n_experts) {
-        cpu_byte_.follow(per_byte / static_cast<double>(n_experts));
-    } else {
-        const auto further = static_cast<double>(n_pairs - n_experts);
-        pair_byte_.follow(std::max(0.0, per_byte - static_cast<double>(n_experts) * cpu_byte_.value) / further);
+        cpu_byte_.follow(std::max(least_cost, measured / (static_cast<double>(n_experts) * static_cast<double>(expert_bytes))));
+    } else { // one number for two unknowns: both are as wrong as their sum
+        const double factor = std::clamp(measured / (alone - cpu_start), 0.25, 4.0);
+        cpu_byte_.follow(std::max(least_cost, cpu_byte_.value * factor));
+        pair_byte_.follow(std::max(least_cost, pair_byte_.value * factor));
     }
 }
 
@@ -95,7 +110,7 @@ void Balancer::fetched(size_t n_experts, uint64_t expert_bytes, double ns, bool 
     }
     const double per_byte = std::max(1.0, ns - link_start) / (static_cast<double>(n_experts) * static_cast<double>(expert_bytes));
     if (is_exact || per_byte < link_byte_.value) {
-        link_byte_.follow(per_byte);
+        link_byte_.follow(std::max(least_cost, per_byte));
     }
 }
 

@@ -18,9 +18,9 @@ struct Miss {
 // experts of a block have the same bytes, so for any number of fetches the best to fetch are those that cost the CPU
 // most; trying every number solves the integer program exactly. Among equals the most worth is fetched.
 //
-// Costs are learned while it runs. Every so many blocks some are computed only and some fetched only, so that neither rate
-// is forgotten while it is not in use; in between both follow what is measured. CPU and link share the memory, so the CPU's
-// time grows by a part, also learned, of the time that both run.
+// Costs are learned while it runs. Every so many blocks some are computed only, some fetched only and some divided as if
+// both did not disturb each other, so that nothing is forgotten or given up while it is not in use; in between all follow
+// what is measured. CPU and link share the memory, so the CPU's time grows by a part, also learned, of the time that both run.
 class Balancer {
 public:
     // The link's rate if it is known. Without overlap, where copies are synchronous, nothing is fetched.
@@ -37,10 +37,11 @@ public:
     // Nanoseconds until the last of them is there. pairs: of the n_computed experts.
     double cpu_ns(size_t n_computed, size_t pairs, uint64_t expert_bytes) const;
     double link_ns(size_t n_fetched, uint64_t expert_bytes) const;
-    double block_ns(double cpu, double link) const; // both at once
+    static double block_ns(double cpu, double link, double contention); // both at once
 
     // Nanoseconds a block that splitting saves against fetching everything, of late.
     double gain_ns() const { return gain_; }
+    bool overlaps() const { return overlaps_; }
     double cpu_bytes_per_s() const { return 1e9 / cpu_byte_.value; }
     double link_bytes_per_s() const { return 1e9 / link_byte_.value; }
     double contention() const { return contention_.value; }
@@ -50,9 +51,11 @@ private:
     // woken and pages read for the first time are not what the next block will cost.
     struct Cost {
         double value;
-        int    measured = 0;
+        int    measured = 0; // the first ones only
         void follow(double measurement);
     };
+
+    size_t best_split(const std::vector<Miss> & missing, uint64_t expert_bytes, size_t least, size_t most, double contention) const;
 
     bool     overlaps_;
     bool     link_is_known_;
@@ -60,7 +63,7 @@ private:
     Cost     cpu_byte_{ 1.0 / 15 };    // ns: the weights of one expert are read once
     Cost     pair_byte_{ 0.5 / 15 };   // ns: each further token of an expert
     Cost     link_byte_;               // ns
-    Cost     contention_{ 0 };         // the CPU's time grows by this part of the time that it shares with the link
+    Cost     contention_{ 0.2, 4 };    // the CPU's time grows by this part of the time that it shares with the link
     double   gain_       = 0;
 };
 

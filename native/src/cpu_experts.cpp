@@ -59,11 +59,23 @@ struct CpuExperts::Clone {
     ggml_tensor *       input; // [n_embd, 1, n_pairs]
     ggml_tensor *       ids;   // [1, n_pairs]
     bool                reached_down = false;
+    std::vector<std::pair<const ggml_tensor *, ggml_tensor *>> & made = owner.made_; // gate and up may be halves of one
 
     ggml_tensor * of(const ggml_tensor * node, int depth = 0) {
         if (node == chain.input) {
             return input;
         }
+        for (const auto & [original, copy] : made) {
+            if (original == node) {
+                return copy;
+            }
+        }
+        ggml_tensor * copy = make(node, depth);
+        made.emplace_back(node, copy);
+        return copy;
+    }
+
+    ggml_tensor * make(const ggml_tensor * node, int depth) {
         if (depth > 24) {
             unsupported(node);
         }
@@ -142,6 +154,7 @@ ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, con
     while (i < n && ggml_graph_node(graph, i) != route) {
         ++i;
     }
+    const int first = i;
     ExpertChain chain;
     for (; i < n && !chain.output; ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
@@ -152,6 +165,16 @@ ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, con
             chain.output = node->src[0];
         }
     }
+    // rows that the graph computes only later cannot be read where the ids are
+    const ggml_tensor * source = chain.input;
+    while (source && source->view_src) {
+        source = source->view_src;
+    }
+    for (int later = first; source && later < n; ++later) {
+        if (ggml_graph_node(graph, later) == source) {
+            throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use compute=device");
+        }
+    }
     if (!chain.input || !chain.output || chain.input->type != GGML_TYPE_F32 || chain.input->ne[1] != 1 || !ggml_is_contiguous(chain.input) ||
         !ggml_is_contiguous(chain.output)) {
         throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use compute=device");
@@ -160,6 +183,7 @@ ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, con
     const ggml_context_ptr ctx(ggml_init({ memory.size(), memory.data(), true }));
     ggml_tensor * input = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, chain.input->ne[0], 1, 1);
     ggml_tensor * ids = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 1);
+    made_.clear();
     Clone clone{ *this, block, store, chain, ctx.get(), input, ids };
     clone.of(chain.output);
     if (!clone.reached_down) {
@@ -174,6 +198,7 @@ void CpuExperts::compute(const ExpertChain & chain, const ExpertBlock & block, c
     ggml_reset(ctx_.get());
     ggml_tensor * rows = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_F32, chain.input->ne[0], 1, n_pairs);
     ggml_tensor * ids = ggml_new_tensor_2d(ctx_.get(), GGML_TYPE_I32, 1, n_pairs);
+    made_.clear();
     Clone clone{ *this, block, store, chain, ctx_.get(), rows, ids };
     ggml_tensor * output = clone.of(chain.output);
     ggml_cgraph * graph = ggml_new_graph_custom(ctx_.get(), max_nodes, false);

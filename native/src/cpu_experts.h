@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 struct llama_model;
@@ -54,6 +55,7 @@ private:
     void place(ggml_cgraph * graph, ggml_tensor * rows, ggml_tensor * ids, ggml_tensor * output, float * out);
 
     std::unordered_map<const ggml_tensor *, Leaf> leaves_;
+    std::vector<std::pair<const ggml_tensor *, ggml_tensor *>> made_; // by the clone that is made
     std::vector<uint8_t>  nodes_;   // memory of the cloned graph's nodes
     ggml_context_ptr      ctx_;     // which they are made in, anew for each computation
     std::vector<uint8_t>  data_;    // of their results; grows to what is needed

@@ -17,6 +17,7 @@
 namespace {
 
 constexpr char route_prefix[] = "edge_route-";
+constexpr size_t worth_lending = 256 << 10; // bytes of a matrix: smaller ones travel faster together than around others
 
 // The device that the model's layers run on: its first GPU, else the CPU.
 ggml_backend_buffer_type_t compute_buffer_type(const llama_model * model) {
@@ -140,6 +141,7 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
     // may be narrow because it has only the rows that logits are wanted for
     const bool fits = width <= served_width_ && block.ids->ne[0] == table_.n_expert_used;
     if (number == 0) {
+        forget_split();
         graph_ = gf;
         chains_.assign(table_.blocks.size(), {});
         graph_fits_ = fits;
@@ -200,7 +202,7 @@ bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexc
         status_ = EDGE_ERR_INTERNAL;
         error_  = e.what();
     }
-    split_block_ = -1;
+    forget_split();
     return false;
 }
 
@@ -216,11 +218,14 @@ bool edge_hook::lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_te
     if (!slots || ggml_backend_buft_get_device(ggml_backend_buffer_get_type(slots->buffer)) != ggml_backend_get_device(backend)) {
         return false;
     }
+    const size_t bytes = weight->nb[2];
+    if (bytes < worth_lending) {
+        return false;
+    }
     const int32_t slot = residency_->lend(number, expert);
     if (slot == edge::SlotPool::none) {
         return false;
     }
-    const size_t bytes = weight->nb[2];
     const size_t from = static_cast<size_t>(slot) * bytes, to = static_cast<size_t>(expert) * bytes;
     copy_on_device(backend, slots, from, copy, to, bytes);
     if (pad) { // kernels may read past an expert's end: what is there must be finite
@@ -237,12 +242,12 @@ void edge_hook::serve(ggml_backend_t backend, ggml_tensor * route, int32_t numbe
 }
 
 // A graph that is split waits for one more callback a block, some 10 us. Where fetches are so cheap that it does not pay,
-// it is tried again now and then, as what is missing changes.
+// it is tried again now and then, as what is missing changes. Bytes that a thread has to stage are never that cheap.
 bool edge_hook::splits_this_step() {
     constexpr uint64_t tried_at_first = 16, tried_again = 256; // steps
     constexpr double callback_ns = 10e3;
     const uint64_t step = n_steps_++;
-    return compute_ == EDGE_COMPUTE_HYBRID ||
+    return compute_ == EDGE_COMPUTE_HYBRID || (compute_ == EDGE_COMPUTE_AUTO && !residency_->fetches_some()) ||
            (compute_ == EDGE_COMPUTE_AUTO && (step < tried_at_first || step % tried_again == 0 || residency_->balancer().gain_ns() > callback_ns));
 }
 
@@ -334,7 +339,15 @@ void edge_hook::send_computed(ggml_backend_t backend) {
     }
 }
 
+// A graph may end between a block's experts and their sum: what the CPU has for them is of no other graph.
+void edge_hook::forget_split() {
+    split_block_ = -1;
+    computed_    = false;
+    missing_.clear();
+}
+
 void edge_hook::end_step() {
+    forget_split();
     if (residency_) {
         residency_->end_step();
         n_tokens_ = n_served_ == table_.blocks.size() ? width_ : 0;

@@ -41,6 +41,7 @@ private:
     void set_on_model();
     void serve(ggml_backend_t backend, ggml_tensor * route, int32_t number);
     bool splits_this_step();
+    void forget_split();
     bool find_chain(const ggml_tensor * route, int32_t number);
     void serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_t number);
     void compute_missing();

@@ -247,8 +247,14 @@ int32_t Residency::lend(int32_t number, int32_t expert) {
     if (slot == SlotPool::none || pool(block).loading(slot)) {
         return SlotPool::none;
     }
-    pool(block).pin(slot);
+    if (pool(block).state(block.first_key + expert) != SlotState::pinned) {
+        pool(block).pin(slot);
+    }
     return slot;
+}
+
+bool Residency::fetches_some() const {
+    return splits_always_ || (balancer_.overlaps() && store_ && store_->page_locked(table_.blocks.front()));
 }
 
 void Residency::end_step() {

@@ -48,6 +48,7 @@ public:
     // The CPU's part of that block took so long.
     void computed(int32_t block, size_t n_experts, size_t n_pairs, double ns);
     const Balancer & balancer() const { return balancer_; }
+    bool fetches_some() const; // whether demand_some ever fetches
     void end_step();
 
     // The slot of an expert that a graph without slots copies from, pinned until the step ends; none unless it is there.
@@ -64,7 +65,7 @@ public:
 
     float * scores() { return shared_scores_.data(); } // [n_blocks, n_expert], written by the caller between steps
     edge_counters counters() const;
-    edge_costs costs() const { return { balancer_.cpu_bytes_per_s(), balancer_.link_bytes_per_s(), balancer_.contention() }; }
+    edge_costs costs() const; // what demand_some has learned
     void states(uint8_t * out) const;
     void poison_free_slots();
     uint64_t bytes() const;
@@ -99,6 +100,8 @@ private:
     void settle_late(Lock & lock, const ExpertBlock & block);
     int32_t take_for_demand(Lock & lock, const ExpertBlock & block, int32_t key);
     void count_fetch(const ExpertBlock & block, int32_t slot);
+    void use_late(const ExpertBlock & block, int32_t slot);
+    void note_costs();
     int32_t find_absent(const ExpertBlock & block, const int32_t * ids, int32_t n);
     size_t take_for_fetches(const ExpertBlock & block);
     void send_some(const ExpertBlock & block, size_t n_fetched);
@@ -136,6 +139,7 @@ private:
     bool                        demand_waits_ = false; // for a slot: no prefetch may begin
     int32_t                     last_block_  = -1;
     edge_counters               counters_{};
+    edge_costs                  costs_{};
     uint64_t                    prefetched_bytes_ = 0;
     uint64_t                    prefetched_used_bytes_ = 0;
 

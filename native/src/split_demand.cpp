@@ -41,6 +41,7 @@ int32_t Residency::find_absent(const ExpertBlock & block, const int32_t * ids, i
         slot_of_[static_cast<size_t>(ids[i])] = loading ? SlotPool::none : slot;
         if (loading) {
             ++late;
+            use_late(block, slot);
         } else if (slot != SlotPool::none) {
             hit(block, slot);
         } else {
@@ -48,6 +49,15 @@ int32_t Residency::find_absent(const ExpertBlock & block, const int32_t * ids, i
         }
     }
     return late;
+}
+
+// The CPU computes it, and its prefetch was right all the same.
+void Residency::use_late(const ExpertBlock & block, int32_t slot) {
+    if (pool(block).prefetched_unused(slot)) {
+        ++counters_.prefetched_used;
+        prefetched_used_bytes_ += expert_bytes(block.group);
+    }
+    pool(block).use(slot);
 }
 
 // Gives those that are to be fetched a slot each and says how many there are: the first of misses_.
@@ -112,12 +122,11 @@ void Residency::await_fetches() {
     const auto began = Clock::now();
     demand_link_.wait();
     const auto ended = Clock::now();
-    // nothing to compute: the time is the link's, whatever of it was waited for
-    const bool is_exact = fetches_.slots.size() == misses_.size() || ended - began > noticeable;
-    balancer_.fetched(fetches_.slots.size(), expert_bytes(fetches_.group), nanoseconds(ended - fetches_.sent), is_exact);
+    balancer_.fetched(fetches_.slots.size(), expert_bytes(fetches_.group), nanoseconds(ended - fetches_.sent), ended - began > noticeable);
     {
         const Lock lock(mutex_);
         counters_.stall_ns += static_cast<uint64_t>(nanoseconds(ended - began));
+        note_costs();
     }
     land_fetches();
 }
@@ -138,11 +147,21 @@ void Residency::land_fetches() {
 
 void Residency::computed(int32_t block, size_t n_experts, size_t n_pairs, double ns) {
     const uint64_t bytes = expert_bytes(block_at(block).group);
-    {
-        const Lock lock(mutex_);
-        counters_.cpu_ns += static_cast<uint64_t>(ns);
-    }
     balancer_.computed(n_experts, n_pairs, bytes, ns, balancer_.link_ns(fetches_.slots.size(), bytes));
+    const Lock lock(mutex_);
+    counters_.cpu_ns += clock_ ? 0 : static_cast<uint64_t>(ns); // the virtual clock has blocks, not experts
+    note_costs();
+}
+
+void Residency::note_costs() {
+    costs_ = { balancer_.cpu_bytes_per_s(), balancer_.link_bytes_per_s(), balancer_.contention(), fetches_some() };
+}
+
+edge_costs Residency::costs() const {
+    const Lock lock(mutex_);
+    edge_costs out = costs_;
+    out.fetches_some = fetches_some();
+    return out;
 }
 
 } // namespace edge

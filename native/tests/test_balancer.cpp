@@ -99,7 +99,7 @@ void splits_are_exact_for_the_costs_it_knows() {
     for (int i = 0; i < 3000; ++i) {
         edge::Balancer balancer(12'500'000'000, true);
         std::vector<edge::Miss> warm = random_misses(random, 3);
-        for (int block = 0; block < 16; ++block) { // those that it learns from
+        for (int block = 0; block < 20; ++block) { // those that it learns from
             balancer.split(warm, expert_bytes);
         }
         std::vector<edge::Miss> misses = random_misses(random, 9);
@@ -124,17 +124,78 @@ void a_machine_that_changes_is_learned_again() {
     CHECK(run({ 2.0 / 15, 1.0 / 15, 2.0 / 12.5, 0.2 }, balancer, 2000, 500) < 1.1); // throttled for its heat
 }
 
+// One block that took three times too long must not keep CPU and link apart for ever.
+void a_hiccup_is_forgotten() {
+    const Machine machine{ 1.0 / 25, 0.5 / 25, 1.0 / 25, 0.2 };
+    edge::Balancer balancer(0, true);
+    double taken = 0, best = 0;
+    bool hiccup = false;
+    for (int block = 0; block < 12000; ++block) {
+        std::vector<edge::Miss> misses{ { 0, 1, 0.0F }, { 1, 1, 0.0F } };
+        const size_t fetched = balancer.split(misses, expert_bytes);
+        double cpu = machine.cpu_shared_ns(2 - fetched, 2 - fetched, fetched);
+        if (fetched == 1 && !hiccup) {
+            cpu *= 3;
+            hiccup = true;
+        }
+        if (fetched < 2) {
+            balancer.computed(2 - fetched, 2 - fetched, expert_bytes, cpu, balancer.link_ns(fetched, expert_bytes));
+        }
+        if (fetched > 0) {
+            balancer.fetched(fetched, expert_bytes, std::max(cpu, machine.link_ns(fetched)), machine.link_ns(fetched) > cpu);
+        }
+        if (block >= 8200 && block % 2048 >= 20) {
+            taken += machine.block_ns(2 - fetched, 2 - fetched, fetched);
+            best += best_of_all_subsets(machine, misses);
+        }
+    }
+    CHECK(hiccup && taken < 1.01 * best);
+}
+
+// Two tokens for every missing expert: the price of the weights shows only together with that of a further token.
+void several_tokens_teach_the_cpu_too() {
+    const Machine machine{ 1.0 / 60, 0.2 / 60, 1.0 / 20, 0.1 };
+    edge::Balancer balancer(0, true);
+    double taken = 0, best = 0;
+    for (int block = 0; block < 6000; ++block) {
+        std::vector<edge::Miss> misses{ { 0, 2, 0.0F }, { 1, 2, 0.0F }, { 2, 2, 0.0F }, { 3, 2, 0.0F } };
+        const size_t fetched = balancer.split(misses, expert_bytes), left = 4 - fetched;
+        const double cpu = machine.cpu_shared_ns(left, 2 * left, fetched);
+        if (left > 0) {
+            balancer.computed(left, 2 * left, expert_bytes, cpu, balancer.link_ns(fetched, expert_bytes));
+        }
+        if (fetched > 0) {
+            balancer.fetched(fetched, expert_bytes, std::max(cpu, machine.link_ns(fetched)), machine.link_ns(fetched) > cpu);
+        }
+        if (block >= 4200) {
+            taken += machine.block_ns(left, 2 * left, fetched);
+            best += best_of_all_subsets(machine, misses);
+        }
+    }
+    CHECK(taken < 1.05 * best);
+}
+
+void costs_stay_finite() {
+    edge::Balancer balancer(0, true);
+    for (int i = 0; i < 5000; ++i) {
+        balancer.computed(1, 1, expert_bytes, 10.0, 0.0);
+        balancer.computed(1, 3, expert_bytes, 10.0, 0.0);
+        balancer.fetched(1, expert_bytes, 1.0, true);
+    }
+    CHECK(std::isfinite(balancer.cpu_bytes_per_s()) && std::isfinite(balancer.link_bytes_per_s()));
+}
+
 void among_equals_the_most_worth_is_fetched() {
     edge::Balancer balancer(12'500'000'000, true);
     std::vector<edge::Miss> misses;
-    for (int block = 0; block <= 16; ++block) {
+    for (int block = 0; block <= 20; ++block) {
         misses = { { 4, 1, 0.1F }, { 9, 1, 0.9F }, { 2, 1, 0.5F }, { 7, 1, 0.3F } };
         const size_t fetched = balancer.split(misses, expert_bytes);
         if (block < 12) {
             CHECK(fetched == 0);
         } else if (block < 16) {
             CHECK(fetched == 4);
-        } else {
+        } else { // divided, to see what both do to each other, and then by cost
             CHECK(fetched == 2);
         }
     }
@@ -155,6 +216,9 @@ int main() {
     splits_are_exact_for_the_costs_it_knows();
     learned_costs_come_within_a_twentieth_of_the_best();
     a_machine_that_changes_is_learned_again();
+    a_hiccup_is_forgotten();
+    several_tokens_teach_the_cpu_too();
+    costs_stay_finite();
     among_equals_the_most_worth_is_fetched();
     without_overlap_nothing_is_fetched();
     std::puts("balancer: ok");
