@@ -224,6 +224,7 @@ class Transfers:
     block_ns: int = 0
     compute: str = "device"  # or "hybrid", or "auto", whichever has been faster of late; the CPU's part by n_threads
     n_threads: int = 0
+    layer_ahead: bool = False  # prefetch what a block's input says of the next; with hybrid execution only
 
 
 _COMPUTES = {"device": 0, "hybrid": 1, "auto": 2}  # EDGE_COMPUTE_...
@@ -236,6 +237,7 @@ class Costs:
     cpu_bytes_per_s: float  # expert weights that the CPU computes with, by itself
     link_bytes_per_s: float
     contention: float  # the CPU's time grows by this part of the time that both are busy
+    layer_ahead_precision: float  # part of the experts foreseen a block ahead that the block then wanted, of late
     fetches_some: bool  # whether it fetches on demand at all
 
 
@@ -264,6 +266,7 @@ class Hook:
         params = ffi.new("edge_hook_params *", {"max_width": max_width, "n_groups": len(slots), "slots": counts})
         params.link_bytes_per_s, params.block_ns = transfers.link_bytes_per_s, transfers.block_ns
         params.deterministic = transfers.deterministic
+        params.layer_ahead = transfers.layer_ahead
         params.compute, params.n_threads = _COMPUTES[transfers.compute], transfers.n_threads
         handle = ffi.new("edge_hook **")
         _check(lib.edge_hook_attach(_llama(model, "llama_model"), params, handle))
@@ -350,7 +353,7 @@ class Hook:
         ffi, lib = _load()
         c = ffi.new("edge_costs *")
         _check(lib.edge_hook_costs(self._handle, c))
-        return Costs(c.cpu_bytes_per_s, c.link_bytes_per_s, c.contention, bool(c.fetches_some))
+        return Costs(c.cpu_bytes_per_s, c.link_bytes_per_s, c.contention, c.layer_ahead_precision, bool(c.fetches_some))
 
     def states(self) -> npt.NDArray[np.uint8]:
         """[n_blocks, n_expert] of 0 absent, 1 loading, 2 resident, 3 pinned."""

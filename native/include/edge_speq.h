@@ -122,6 +122,7 @@ typedef struct edge_hook_params {
     uint64_t        block_ns;         // virtual time that one block takes to compute
     int32_t         compute;          // where missing experts are computed: EDGE_COMPUTE_...
     int32_t         n_threads;        // of the CPU for that; 0: as many as ggml thinks
+    bool            layer_ahead;      // prefetch what a block's input says of the next block; with hybrid execution only
 } edge_hook_params;
 
 typedef struct edge_counters {  // since the hook was attached; design glossary has the meanings
@@ -193,6 +194,7 @@ typedef struct edge_costs {
     double cpu_bytes_per_s;     // expert weights that the CPU computes with, by itself
     double link_bytes_per_s;
     double contention;          // the CPU's time grows by this part of the time that both are busy
+    double layer_ahead_precision; // part of the experts foreseen a block ahead that the block then wanted, of late
     bool   fetches_some;        // whether it fetches on demand at all: copies run beside the CPU, from page-locked memory
 } edge_costs;
 

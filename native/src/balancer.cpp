@@ -47,7 +47,8 @@ double Balancer::block_ns(double cpu, double link, double contention) {
 }
 
 // How many of them, the first, to fetch: at least least and at most most.
-size_t Balancer::best_split(const std::vector<Miss> & missing, uint64_t expert_bytes, size_t least, size_t most, double contention) const {
+size_t Balancer::best_split(const std::vector<Miss> & missing, uint64_t expert_bytes, size_t least, size_t most, double contention,
+                            double queued_ns) const {
     size_t pairs = 0; // of those that the CPU computes
     for (size_t i = least; i < missing.size(); ++i) {
         pairs += static_cast<size_t>(missing[i].pairs);
@@ -55,7 +56,8 @@ size_t Balancer::best_split(const std::vector<Miss> & missing, uint64_t expert_b
     size_t best = least;
     double least_ns = HUGE_VAL;
     for (size_t fetched = least; fetched <= most; ++fetched) {
-        const double ns = block_ns(cpu_ns(missing.size() - fetched, pairs, expert_bytes), link_ns(fetched, expert_bytes), contention);
+        const double link = fetched > 0 ? queued_ns + link_ns(fetched, expert_bytes) : 0;
+        const double ns = block_ns(cpu_ns(missing.size() - fetched, pairs, expert_bytes), link, contention);
         if (ns < least_ns) {
             best     = fetched;
             least_ns = ns;
@@ -65,7 +67,7 @@ size_t Balancer::best_split(const std::vector<Miss> & missing, uint64_t expert_b
     return best;
 }
 
-size_t Balancer::split(std::vector<Miss> & missing, uint64_t expert_bytes) {
+size_t Balancer::split(std::vector<Miss> & missing, uint64_t expert_bytes, double queued_ns) {
     if (!overlaps_ || missing.empty()) {
         return 0;
     }
@@ -73,7 +75,7 @@ size_t Balancer::split(std::vector<Miss> & missing, uint64_t expert_bytes) {
         return a.pairs != b.pairs ? a.pairs > b.pairs : a.worth != b.worth ? a.worth > b.worth : a.expert < b.expert;
     });
     const size_t n = missing.size();
-    const size_t best = best_split(missing, expert_bytes, 0, n, contention_.value);
+    const size_t best = best_split(missing, expert_bytes, 0, n, contention_.value, queued_ns);
     size_t pairs = 0;
     for (size_t i = best; i < n; ++i) {
         pairs += static_cast<size_t>(missing[i].pairs);
@@ -84,7 +86,7 @@ size_t Balancer::split(std::vector<Miss> & missing, uint64_t expert_bytes) {
     if (turn < fetched_only) {
         return turn < computed_only ? 0 : n;
     }
-    return turn < divided && n > 1 ? best_split(missing, expert_bytes, 1, n - 1, 0) : best;
+    return turn < divided && n > 1 ? best_split(missing, expert_bytes, 1, n - 1, 0, queued_ns) : best;
 }
 
 void Balancer::computed(size_t n_experts, size_t n_pairs, uint64_t expert_bytes, double ns, double link_ns) {

@@ -26,8 +26,8 @@ public:
     // The link's rate if it is known. Without overlap, where copies are synchronous, nothing is fetched.
     Balancer(uint64_t link_bytes_per_s, bool overlaps);
 
-    // Moves those to fetch to the front and says how many they are.
-    size_t split(std::vector<Miss> & missing, uint64_t expert_bytes);
+    // Moves those to fetch to the front and says how many they are. queued_ns: until the link is free.
+    size_t split(std::vector<Miss> & missing, uint64_t expert_bytes, double queued_ns = 0);
 
     // What took ns: the CPU's part of a block, while bytes travelled for link_ns; and fetches, which may have taken less
     // when that is not exact.
@@ -55,7 +55,7 @@ private:
         void follow(double measurement);
     };
 
-    size_t best_split(const std::vector<Miss> & missing, uint64_t expert_bytes, size_t least, size_t most, double contention) const;
+    size_t best_split(const std::vector<Miss> & missing, uint64_t expert_bytes, size_t least, size_t most, double contention, double queued_ns) const;
 
     bool     overlaps_;
     bool     link_is_known_;

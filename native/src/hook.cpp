@@ -90,6 +90,9 @@ edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_ho
         table_.require_host_weights();
         residency_ = std::make_unique<edge::Residency>(table_, std::vector<int32_t>(params.slots, params.slots + params.n_groups), buft,
                                                        edge::TransferParams{ params.link_bytes_per_s, params.deterministic, params.block_ns });
+        if (params.layer_ahead && cpu_experts_) {
+            residency_->use_gate(std::make_unique<edge::Gate>(model, table_));
+        }
     }
     ggml_init_params init{};
     init.mem_size = ggml_tensor_overhead();
@@ -279,6 +282,7 @@ void edge_hook::serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_
     ggml_backend_tensor_get_async(backend, chain.input, host_input_, 0, ggml_nbytes(chain.input));
     ggml_backend_synchronize(backend); // the one wait of a block: everything before it has run, too
     residency_->demand_some(number, ids, n, slots);
+    residency_->foresee(number + 1, host_input_, static_cast<int32_t>(chain.input->ne[2]), static_cast<size_t>(chain.input->ne[0]));
     give_missing_a_slot(ids, slots, n);
     split_block_ = number; // also when nothing is missing: a graph that is cut elsewhere at every step is launched node by node
     computed_    = false;

@@ -33,7 +33,7 @@ int32_t Residency::prefetch(const edge_order * orders, int32_t n, uint64_t byte_
         if (slot != SlotPool::none) {
             pool(block).expect(slot, priority);
         } else {
-            orders_.push_back({ wanted.block, wanted.expert, wanted.deadline, priority, clock_ ? clock_->now() : 0 });
+            orders_.push_back({ wanted.block, wanted.expert, wanted.deadline, priority, clock_ ? clock_->now() : 0, false });
         }
     }
     const auto n_ordered = static_cast<int32_t>(orders_.size());
@@ -52,14 +52,14 @@ std::optional<Residency::InFlight> Residency::begin_prefetch(const Order & order
     const ExpertBlock & block = block_at(order.block);
     const uint64_t bytes = expert_bytes(block.group);
     const int32_t key = block.first_key + order.expert;
-    if (pool(block).find(key) != SlotPool::none || bytes > byte_budget_) {
+    if (pool(block).find(key) != SlotPool::none || (bytes > byte_budget_ && !order.foreseen)) {
         return std::nullopt;
     }
     const int32_t slot = pool(block).prefetch(key, order.priority);
     if (slot == SlotPool::none) {
         return std::nullopt;
     }
-    byte_budget_ -= bytes;
+    byte_budget_ -= order.foreseen ? 0 : bytes;
     prefetched_bytes_ += bytes;
     counters_.bytes_fetched += bytes;
     ++counters_.prefetched;
@@ -104,7 +104,11 @@ void Residency::work() {
         before.reset();
     };
     while (true) {
-        ordered_.wait(lock, [&] { return stop_ || before || (!orders_.empty() && !demand_waits_); });
+        const auto glimpsed = [&] { return glimpse_.block >= 0; };
+        ordered_.wait(lock, [&] { return stop_ || before || glimpsed() || (!orders_.empty() && !demand_waits_); });
+        if (glimpsed() && !stop_) {
+            order_foreseen(lock);
+        }
         std::optional<InFlight> now;
         bool sent = false;
         if (!stop_ && !orders_.empty() && !demand_waits_) {

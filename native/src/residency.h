@@ -2,6 +2,7 @@
 
 #include "balancer.h"
 #include "edge_speq.h"
+#include "gate.h"
 #include "link.h"
 #include "slot_store.h"
 #include "slots.h"
@@ -14,6 +15,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace edge {
@@ -42,9 +44,12 @@ public:
     // The same for a block whose missing experts may be computed on the CPU: the slot of those is none. Those that the
     // balancer would rather fetch are under way on return: await_fetches(), or hold_for_fetches() the backend.
     void demand_some(int32_t block, const int32_t * ids, int32_t n, int32_t * slots);
-    bool fetching() const { return !fetches_.slots.empty(); }
-    bool hold_for_fetches(ggml_backend_t backend) { return demand_link_.holds(backend); }
+    bool fetching() const { return !fetches_.slots.empty() || !fetches_.late.empty(); }
+    bool hold_for_fetches(ggml_backend_t backend) { return fetches_.late.empty() && demand_link_.holds(backend); }
     void await_fetches();
+    // Rows [n_embd] that enter the block before this one: what the gate foresees is ordered, where there is a gate.
+    void foresee(int32_t block, const float * rows, int32_t n_tokens, size_t n_embd);
+    void use_gate(std::unique_ptr<Gate> gate);
     // The CPU's part of that block took so long.
     void computed(int32_t block, size_t n_experts, size_t n_pairs, double ns);
     const Balancer & balancer() const { return balancer_; }
@@ -78,6 +83,12 @@ private:
         int32_t  deadline;
         float    priority;
         uint64_t ordered_at; // virtual
+        bool     foreseen;   // by the gate: not of the byte budget, which is the caller's
+    };
+    struct Glimpse { // of a block to come
+        int32_t            block    = -1; // none
+        int32_t            n_tokens = 0;
+        std::vector<float> rows;
     };
     struct InFlight { // a prefetch whose copies have begun
         int32_t      group;
@@ -100,6 +111,10 @@ private:
     void settle_late(Lock & lock, const ExpertBlock & block);
     int32_t take_for_demand(Lock & lock, const ExpertBlock & block, int32_t key);
     void count_fetch(const ExpertBlock & block, int32_t slot);
+    void order_foreseen(Lock & lock);
+    void judge_foresight(int32_t block);
+    bool has_landed(int32_t slot, int32_t key) const;
+    void await_late();
     void use_late(const ExpertBlock & block, int32_t slot);
     void note_costs();
     int32_t find_absent(const ExpertBlock & block, const int32_t * ids, int32_t n);
@@ -140,6 +155,12 @@ private:
     int32_t                     last_block_  = -1;
     edge_counters               counters_{};
     edge_costs                  costs_{};
+    std::unique_ptr<Gate>       gate_;
+    Glimpse                     glimpse_;      // for the worker
+    Glimpse                     glimpsed_;     // the worker's, its memory used again
+    std::vector<int32_t>        foreseen_;     // experts of that block
+    int32_t                     foreseen_block_ = -1;
+    float                       foresight_precision_ = 0.7F; // of late
     uint64_t                    prefetched_bytes_ = 0;
     uint64_t                    prefetched_used_bytes_ = 0;
 
@@ -152,7 +173,9 @@ private:
     // Fetches of demand_some that nobody has waited for yet.
     struct Fetches {
         int32_t group = 0;
+        bool    queued = false; // behind a prefetch
         std::vector<int32_t> slots;
+        std::vector<std::pair<int32_t, int32_t>> late; // slot and key of what prefetches are bringing
         std::chrono::steady_clock::time_point sent;
     };
     Fetches fetches_;

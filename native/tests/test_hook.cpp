@@ -95,10 +95,11 @@ std::vector<int32_t> slots_of(const llama_model * model, int32_t extra) {
     return std::vector<int32_t>(static_cast<size_t>(experts.n_groups), floor + extra);
 }
 
-edge_hook * attach(llama_model * model, const std::vector<int32_t> & slots, bool hybrid = false) {
+edge_hook * attach(llama_model * model, const std::vector<int32_t> & slots, bool hybrid = false, bool layer_ahead = false) {
     edge_hook_params params{};
     params.compute   = hybrid ? EDGE_COMPUTE_HYBRID : EDGE_COMPUTE_DEVICE;
     params.n_threads = 1;
+    params.layer_ahead = layer_ahead;
     params.max_width = max_width;
     params.n_groups  = static_cast<int32_t>(slots.size());
     params.slots     = slots.data();
@@ -150,13 +151,34 @@ void missing_experts_are_computed_where_they_lie(llama_model * model, const std:
         run.n_past = 0;
         CHECK(run.feed_text(model) == plain); // while they come in
         OK(edge_hook_counters(hook, &c));
-        CHECK(c.hits > 0 && c.fetched == 0);
+        CHECK(c.hits > 0 && c.fetched <= c.late); // those that were on their way
         OK(edge_test_fail(EDGE_FAULT_ROUTING, 2));
         CHECK(run.decode({ 400 }) != 0 && edge_hook_end_step(hook) == EDGE_ERR_BACKEND);
         llama_memory_clear(llama_get_memory(run.ctx), true);
         run.n_past = 0;
         CHECK(run.feed_text(model) == plain);
     }
+    OK(edge_hook_detach(hook));
+}
+
+// What a block's input says of the next block brings experts; the logits do not see it.
+void a_block_ahead_is_foreseen(llama_model * model, const std::vector<float> & plain) {
+    edge_hook * hook = attach(model, slots_of(model, 8), true, true);
+    OK(edge_hook_poison_free_slots(hook));
+    {
+        Run run(model, hook);
+        for (int i = 0; i < 4; ++i) {
+            CHECK(run.feed_text(model) == plain);
+            llama_memory_clear(llama_get_memory(run.ctx), true);
+            run.n_past = 0;
+        }
+    }
+    edge_counters c{};
+    OK(edge_hook_counters(hook, &c));
+    CHECK(c.prefetched > 0 && c.prefetched_used > 0 && c.fetched <= c.late);
+    edge_costs costs{};
+    OK(edge_hook_costs(hook, &costs));
+    CHECK(costs.layer_ahead_precision > 0.3 && costs.layer_ahead_precision < 1 && !costs.fetches_some);
     OK(edge_hook_detach(hook));
 }
 
@@ -246,6 +268,7 @@ int main(int argc, char ** argv) {
     CHECK(std::isfinite(plain[0]));
     logits_are_those_without_a_hook(model, plain);
     missing_experts_are_computed_where_they_lie(model, plain);
+    a_block_ahead_is_foreseen(model, plain);
     other_slot_counts_change_nothing(model, plain);
     a_failed_step_leaves_no_trace(model, plain);
     bad_arguments_are_statuses(model);

@@ -275,12 +275,13 @@ void some_are_fetched(const Model & model, int32_t n_slots) {
                 id = static_cast<int32_t>(random() % n_expert);
             }
             residency.demand_some(block, ids.data(), static_cast<int32_t>(ids.size()), slots.data());
-            if (random() % 2 == 0) {
-                residency.await_fetches(); // or the next block finds them there
+            const bool awaited = random() % 2 == 0; // or the next block finds them there
+            if (awaited) {
+                residency.await_fetches();
             }
             std::vector<int32_t> seen;
             for (size_t i = 0; i < ids.size(); ++i) {
-                if (slots[i] != edge::SlotPool::none) {
+                if (slots[i] != edge::SlotPool::none && awaited) {
                     check_slot(residency, block, ids[i], slots[i]);
                 }
                 if (std::find(seen.begin(), seen.end(), ids[i]) == seen.end()) {
@@ -297,8 +298,9 @@ void some_are_fetched(const Model & model, int32_t n_slots) {
     residency.drain();
     const edge_counters c = residency.counters();
     CHECK(c.hits + c.misses == demands && c.cpu_computed == left && c.misses == c.cpu_computed + c.fetched);
-    CHECK(c.fetched > 0 && c.cpu_computed > 0 && c.late <= c.cpu_computed);
-    CHECK(c.bytes_fetched == (c.fetched + c.prefetched) * model.table.groups[0].expert_bytes);
+    CHECK(c.fetched > 0 && c.cpu_computed > 0); // a late one is waited for: the link is the faster here
+    const uint64_t moved = c.bytes_fetched / model.table.groups[0].expert_bytes; // late ones may be waited for, or the CPU's
+    CHECK(moved <= c.fetched + c.prefetched && moved + c.late >= c.fetched + c.prefetched);
 }
 
 // A copy of demand_some fails: nothing is believed that has not arrived.

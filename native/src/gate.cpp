@@ -1,0 +1,126 @@
+#include "gate.h"
+
+#include "ggml-backend.h"
+#include "ggml.h"
+#include "llama-ext.h"
+#include "llama-moe-hook.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <numeric>
+#include <string>
+
+namespace edge {
+
+namespace {
+
+// The values of a tensor wherever it lies; none unless it has that many.
+std::vector<float> values(const llama_model * model, int layer, const char * name, size_t n) {
+    const std::string full = "blk." + std::to_string(layer) + "." + name;
+    const ggml_tensor * tensor = llama_model_find_tensor(model, full.c_str());
+    if (!tensor || !tensor->buffer || !ggml_is_contiguous(tensor) || static_cast<size_t>(ggml_nelements(tensor)) != n) {
+        return {};
+    }
+    std::vector<uint8_t> raw(ggml_nbytes(tensor));
+    ggml_backend_tensor_get(tensor, raw.data(), 0, raw.size());
+    std::vector<float> out(n);
+    if (tensor->type == GGML_TYPE_F32) {
+        std::copy_n(reinterpret_cast<const float *>(raw.data()), n, out.begin());
+    } else if (const ggml_to_float_t to_float = ggml_get_type_traits(tensor->type)->to_float) {
+        to_float(raw.data(), out.data(), static_cast<int64_t>(n));
+    } else {
+        return {};
+    }
+    return out;
+}
+
+std::vector<float> norm_before_experts(const llama_model * model, int layer, size_t n) {
+    std::vector<float> norm = values(model, layer, "ffn_norm.weight", n);
+    return norm.empty() ? values(model, layer, "post_attention_norm.weight", n) : norm;
+}
+
+int layer_of(const ggml_tensor * weight) {
+    int layer = -1;
+    return std::sscanf(weight->name, "blk.%d.", &layer) == 1 ? layer : -1;
+}
+
+float dot(const float * a, const float * b, size_t n) {
+    std::array<float, 16> sums{}; // so many at once: the order of a float sum is not the compiler's to change
+    size_t i = 0;
+    for (; i + sums.size() <= n; i += sums.size()) {
+        for (size_t j = 0; j < sums.size(); ++j) {
+            sums[j] += a[i + j] * b[i + j];
+        }
+    }
+    float sum = std::accumulate(sums.begin(), sums.end(), 0.0F);
+    for (; i < n; ++i) {
+        sum += a[i] * b[i];
+    }
+    return sum;
+}
+
+} // namespace
+
+Gate::Gate(const llama_model * model, const ExpertTable & table)
+    : n_expert_(table.n_expert), n_used_(table.n_expert_used),
+      n_embd_(static_cast<size_t>(table.blocks.front().weights[role_down]->ne[1])), routers_(table.blocks.size()) {
+    for (size_t block = 1; block < routers_.size(); ++block) {
+        const int layer = layer_of(table.blocks[block].weights[role_down]);
+        const int before = layer_of(table.blocks[block - 1].weights[role_down]);
+        if (layer >= 0 && before == layer - 1) {
+            read(model, routers_[block], layer, before);
+        }
+    }
+}
+
+void Gate::read(const llama_model * model, Router & router, int layer, int layer_before) const {
+    const auto n_expert = static_cast<size_t>(n_expert_);
+    router.weights = values(model, layer, "ffn_gate_inp.weight", n_expert * n_embd_);
+    router.bias    = values(model, layer, "ffn_gate_inp.bias", n_expert);
+    router.choice  = values(model, layer, "exp_probs_b.bias", n_expert);
+    const std::vector<float> norm = norm_before_experts(model, layer, n_embd_);
+    const std::vector<float> before = norm_before_experts(model, layer_before, n_embd_);
+    if (norm.empty() || before.empty()) {
+        return;
+    }
+    for (size_t i = 0; i < router.weights.size(); ++i) {
+        const float divisor = before[i % n_embd_];
+        router.weights[i] *= std::abs(divisor) > 1e-6F ? norm[i % n_embd_] / divisor : 0.0F;
+    }
+}
+
+bool Gate::foresees(int32_t block) const {
+    return block > 0 && static_cast<size_t>(block) < routers_.size() && !routers_[static_cast<size_t>(block)].weights.empty();
+}
+
+void Gate::choose(const Router & router, const float * row, std::vector<int32_t> & chosen) const {
+    std::vector<std::pair<float, int32_t>> scores;
+    scores.reserve(static_cast<size_t>(n_expert_));
+    for (int32_t expert = 0; expert < n_expert_; ++expert) {
+        const auto e = static_cast<size_t>(expert);
+        float score = dot(router.weights.data() + e * n_embd_, row, n_embd_) + (router.bias.empty() ? 0.0F : router.bias[e]);
+        if (!router.choice.empty()) {
+            score = 1.0F / (1.0F + std::exp(-score)) + router.choice[e];
+        }
+        scores.emplace_back(std::isfinite(score) ? -score : HUGE_VALF, expert);
+    }
+    std::partial_sort(scores.begin(), scores.begin() + n_used_, scores.end());
+    for (int32_t i = 0; i < n_used_; ++i) {
+        const int32_t expert = scores[static_cast<size_t>(i)].second;
+        if (std::find(chosen.begin(), chosen.end(), expert) == chosen.end()) {
+            chosen.push_back(expert);
+        }
+    }
+}
+
+std::vector<int32_t> Gate::predict(int32_t block, const float * rows, int32_t n_tokens) const {
+    std::vector<int32_t> chosen;
+    for (int32_t token = 0; token < n_tokens; ++token) {
+        choose(routers_[static_cast<size_t>(block)], rows + static_cast<size_t>(token) * n_embd_, chosen);
+    }
+    return chosen;
+}
+
+} // namespace edge

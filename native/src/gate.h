@@ -1,0 +1,41 @@
+#pragma once
+
+#include "experts.h"
+
+#include <cstdint>
+#include <vector>
+
+struct llama_model;
+
+namespace edge {
+
+// Which experts the next block will want, from the rows that enter this one: its own router applied a layer too early.
+// The residual stream changes little from one block to the next, so most of what the early router chooses comes true
+// (SP-MoE, arXiv 2510.10302, does this with a draft's rows; others with the model's own). Rows come normed for this block:
+// the ratio of both norms' weights is folded into the router, and the norms' scale does not change the order.
+class Gate {
+public:
+    Gate(const llama_model * model, const ExpertTable & table);
+
+    bool foresees(int32_t block) const; // whether the rows of the block before it say anything
+
+    // Experts of a block that n_tokens rows [n_embd] of the block before it would be routed to: n_expert_used of each, the
+    // likeliest of the first row first, none twice. Thread-safe.
+    std::vector<int32_t> predict(int32_t block, const float * rows, int32_t n_tokens) const;
+
+private:
+    struct Router {
+        std::vector<float> weights; // [n_expert, n_embd]; empty: unknown
+        std::vector<float> bias;    // [n_expert] of the logits, or empty
+        std::vector<float> choice;  // [n_expert] added to the logits' sigmoid for the choice alone, or empty
+    };
+    void read(const llama_model * model, Router & router, int layer, int layer_before) const;
+    void choose(const Router & router, const float * row, std::vector<int32_t> & chosen) const;
+
+    int32_t             n_expert_;
+    int32_t             n_used_;
+    size_t              n_embd_;
+    std::vector<Router> routers_; // of each block
+};
+
+} // namespace edge
