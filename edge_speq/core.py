@@ -9,9 +9,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-POLICIES = ("auto", "lru", "lfru", "cpu-moe", "all")
-SLOT_POLICIES = ("auto", "lfru", "lru")  # those with slots, unless everything fits
-COMPUTES = ("auto", "device", "hybrid")
+OWN_POLICIES = ("auto", "lfru", "twin", "waits", "waits-keep")  # they say which experts have earned a slot
+PUBLISHED_POLICIES = ("lru", "moe-speq", "sp-moe", "moe-spac", "cascade")
+SLOT_POLICIES = (*OWN_POLICIES, *PUBLISHED_POLICIES)  # those with slots, unless everything fits
+POLICIES = (*SLOT_POLICIES, "cpu-moe", "all")
+REPLAYED_POLICIES = {  # and why they do not run live
+    "specmoeoff": "it sends whole layers and computes attention on the CPU, and slots hold single experts",
+    "moe-prism": "it needs a file whose experts are cut in parts, of which a token runs some",
+    "moe-spec": "it leaves out experts that the router chose, and no text may change here",
+}
+COMPUTES = ("auto", "device", "hybrid", "hybrid-ahead")
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
@@ -73,6 +80,16 @@ def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises EdgeError unless value is one of choices."""
     if value not in choices:
         raise EdgeError(f"{name}={value!r} is not known", f"choose one of {', '.join(choices)}", usage=True)
+
+
+def parse_policy(value: str, choices: Sequence[str] = POLICIES) -> str:
+    """The name of a policy that runs live. Raises EdgeError for another one."""
+    if value in REPLAYED_POLICIES:
+        raise EdgeError(
+            f"policy {value} does not run live: {REPLAYED_POLICIES[value]}", "edge-speq simulate replays it", usage=True
+        )
+    require_choice("policy", value, choices)
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +225,9 @@ class Stats:
     llama_cpp_commit: str
     edge_speq_version: str
     foresight: str  # "twin", "counts" or "none"
+    profile: dict[str, Any] | None = None  # the one that was applied: its path and what it filled in
+    policy: str = "none"  # that keeps the slots now: lru after a failure
+    policy_failures: int = 0  # policies that raised, or whose scores were no numbers
 
     def to_dict(self) -> dict[str, Any]:
         t, s, e = self.timing, self.speculation, self.experts
@@ -223,7 +243,13 @@ class Stats:
                 "accepted": s.accepted,
                 "acceptance": s.acceptance,
             },
-            "experts": dataclasses.asdict(e) | {"hit_rate": e.hit_rate, "foresight": self.foresight},
+            "experts": dataclasses.asdict(e)
+            | {
+                "hit_rate": e.hit_rate,
+                "foresight": self.foresight,
+                "policy": self.policy,
+                "policy_failures": self.policy_failures,
+            },
             "memory": {
                 "budget_bytes": self.plan.budget_bytes,
                 "used_bytes": self.used_bytes,
@@ -234,4 +260,5 @@ class Stats:
                 "llama_cpp_commit": self.llama_cpp_commit,
                 "edge_speq_version": self.edge_speq_version,
             },
+            "profile": self.profile,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from edge_speq.core import EdgeError, Experts
 
 Text = npt.NDArray[np.intc]
 Routing = npt.NDArray[np.int32]
+Seen = Callable[[Routing], None]
 
 log = logging.getLogger("edge_speq")
 
@@ -29,9 +30,13 @@ class Draft(Protocol):
     def begin(self) -> None:
         """A new request begins."""
 
-    def propose(self, text: Text, k: int, sampler: Any) -> tuple[list[int], Routing | None]:
+    def propose(
+        self, text: Text, k: int, sampler: Any, ahead: int = 0, seen: Seen | None = None
+    ) -> tuple[list[int], Routing | None]:
         """At most k tokens that may continue text, and the routing [n_blocks, n, n_expert_used] of the last text token
-        and all drafted ones but the last. `sampler` is the target's llama_cpp LlamaSampler, which stays as it is."""
+        and all drafted ones but the last; and of at most `ahead` tokens more, the first of which is that last one.
+        `seen` is told the routing so far after each of the k tokens. `sampler` is the target's llama_cpp LlamaSampler,
+        which stays as it is."""
 
     def shift(self, n_keep: int, n_discard: int) -> None:
         """The context shifted: of its tokens, n_discard after the first n_keep are gone."""
@@ -54,7 +59,9 @@ class ObjectDraft:
     def begin(self) -> None:
         self._failed = False
 
-    def propose(self, text: Text, k: int, sampler: Any) -> tuple[list[int], Routing | None]:
+    def propose(
+        self, text: Text, k: int, sampler: Any, ahead: int = 0, seen: Seen | None = None
+    ) -> tuple[list[int], Routing | None]:
         if self._failed:
             return [], None
         try:
@@ -101,6 +108,8 @@ class DraftModel:
         self._tokens: Text = np.zeros(self._context.n_ctx(), dtype=np.intc)
         self._n = 0
         self._can_shift = engine.can_shift(self._model, self._context)
+        recurrent, hybrid = llama_cpp.llama_model_is_recurrent, llama_cpp.llama_model_is_hybrid
+        self._can_forget = not recurrent(self._model.model) and not hybrid(self._model.model)
 
     def require_vocabulary_of(self, target: int) -> None:
         token = _native.vocab_difference(self._model.model, target)
@@ -116,7 +125,9 @@ class DraftModel:
         used = _native.memory_used(self._context.ctx, _native.compute_device().is_gpu).total
         return used + (self._hook.bytes_held() if self._hook is not None else 0)
 
-    def propose(self, text: Text, k: int, sampler: Any) -> tuple[list[int], Routing | None]:
+    def propose(
+        self, text: Text, k: int, sampler: Any, ahead: int = 0, seen: Seen | None = None
+    ) -> tuple[list[int], Routing | None]:
         # a clone draws the random numbers that the target's sampler is about to draw: similar distributions
         # then pick the same token. A Python logits processor cannot be cloned.
         if sampler.custom_samplers:
@@ -125,24 +136,32 @@ class DraftModel:
             own = llama_cpp.llama_sampler_clone(sampler.sampler)
         try:
             self._catch_up(text)
-            return self._sample(k, own)
+            return self._sample(k, own, self._room_for(ahead, len(text) + k), seen)
         except EdgeError:
             self._n = 0  # cancelled perhaps in the middle of a context shift: what the KV cache holds is not known
             raise
         finally:
             llama_cpp.llama_sampler_free(own)
 
-    def _sample(self, k: int, sampler: Any) -> tuple[list[int], Routing | None]:
+    def _room_for(self, ahead: int, n_cells: int) -> int:
+        """Of the tokens further those that the KV cache has cells for, none where it cannot forget them again."""
+        if self._hook is None or not self._can_forget:
+            return 0
+        return max(0, min(ahead, len(self._tokens) - n_cells + 1))
+
+    def _sample(self, k: int, sampler: Any, ahead: int, seen: Seen | None) -> tuple[list[int], Routing | None]:
         drafted: list[int] = []
-        routing: list[Routing] = []
-        for _ in range(k):
+        shown = _Shown()
+        for n in range(1, k + ahead + 1):
             if drafted:
                 self._decode([drafted[-1]])
-            token = int(llama_cpp.llama_sampler_sample(sampler, self._context.ctx, -1))
+            if n <= k or n < k + ahead:  # the last one is decoded for its routing only
+                drafted.append(int(llama_cpp.llama_sampler_sample(sampler, self._context.ctx, -1)))
             if self._hook is not None:
-                routing.append(self._hook.routing()[:, -1:, :].copy())
-            drafted.append(token)
-        return drafted, np.concatenate(routing, axis=1) if routing else None
+                shown.add(self._hook.routing())
+            if seen is not None and n <= k and shown.routing is not None:
+                seen(shown.routing)
+        return drafted[:k], shown.routing
 
     def shift(self, n_keep: int, n_discard: int) -> None:
         """Shifts the KV cache as the target's was, so that the draft need not read half of the text again."""
@@ -161,11 +180,23 @@ class DraftModel:
             self._context.kv_cache_clear()
             shared = 0
         self._n = shared
-        # after a step that was accepted as a whole two tokens are missing: one by one they cost less than the two
-        # graphs that a batch of two would have built anew
-        width = 1 if len(text) - shared == 2 else self._n_batch
-        for start in range(shared, len(text), width):
-            self._decode(text[start : start + width].tolist())
+        for width in self._widths(len(text) - shared):
+            self._decode(text[self._n : self._n + width].tolist())
+
+    def _widths(self, n: int) -> Iterator[int]:
+        """Of the batches that read n tokens of text.
+
+        After a step that was accepted as a whole two tokens are missing: one by one they cost less than the two graphs
+        that a batch of two would have built anew. The last token goes alone where a batch would be too wide for its
+        routing to be seen.
+        """
+        alone = n == 2 or (self._hook is not None and n > self._max_width)
+        rest = n - alone
+        while rest > 0:
+            yield min(rest, self._n_batch)
+            rest -= self._n_batch
+        if alone:
+            yield 1
 
     def _decode(self, tokens: Sequence[int]) -> None:
         # without logits for every token the last block would lack rows of routing
@@ -173,3 +204,20 @@ class DraftModel:
         engine.decode(self._context, self._batch, tokens, self._n, n_logits, hook=self._hook)
         self._tokens[self._n : self._n + len(tokens)] = tokens
         self._n += len(tokens)
+
+
+class _Shown:
+    """The routing of tokens that were decoded one after the other, None once it is missing for one of them."""
+
+    def __init__(self) -> None:
+        self._parts: list[Routing] = []
+        self._is_whole = True
+
+    def add(self, routing: Routing) -> None:
+        """routing: of a graph, whose last token counts; without tokens where the graph hid it."""
+        self._is_whole = self._is_whole and routing.shape[1] > 0
+        self._parts.append(routing[:, -1:, :].copy())
+
+    @property
+    def routing(self) -> Routing | None:
+        return np.concatenate(self._parts, axis=1) if self._parts and self._is_whole else None

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 from jinja2 import TemplateError
 
-from edge_speq import _native, engine, foresight, speculate, survey
+from edge_speq import _native, engine, foresight, presets, speculate, survey
 from edge_speq.bounds import Bounded
 from edge_speq.budget import Budget
 from edge_speq.cancellation import Cancellation
@@ -26,6 +27,9 @@ from edge_speq.lookahead import Lookahead
 from edge_speq.request import Request
 from edge_speq.speculate import Tokens
 from edge_speq.turns import Turns
+
+if TYPE_CHECKING:
+    from edge_speq.steps import OnStep, Steps
 
 LAPTOP_LINK = 12_500_000_000  # bytes per second: PCIe 4 x8
 
@@ -49,16 +53,23 @@ class EdgeLlama(Bounded):
         speculation: draft tokens per step, or "auto": as many as pay, which may be none.
         policy: "auto" (slots with foresight, or no slots where everything fits or nothing bounds them), "lfru" (slots
             that keep what was demanded often of late), "lru" (slots that keep what was demanded last), "cpu-moe"
-            (experts stay on the CPU) or "all" (everything resident).
+            (experts stay on the CPU) or "all" (everything resident). Published systems, for comparison, also with
+            slots: "moe-speq", "sp-moe" (both look at a twin's routing), "moe-spac" (missing experts on the CPU),
+            "cascade"; docs/presets.md has them, and the parts of "auto": "twin", "waits", "waits-keep".
         compute: "device": missing experts are fetched, and computed on the device; "hybrid": some are fetched while the
-            CPU computes the others from where they lie, so that both are done as early as possible; "auto": on a GPU
-            whichever has been faster of late.
+            CPU computes the others from where they lie, so that both are done as early as possible; "hybrid-ahead":
+            that, and what a block's input says of the next block is fetched meanwhile (not measured on a GPU yet);
+            "auto": on a GPU whichever of the first two has been faster of late.
         context_shift: when the context is full, discard half of it and go on, as llama.cpp's server does, instead of
             ending the text. max_tokens may then exceed the context; without it a text ends after n_ctx tokens.
         n_keep: tokens at the front that a shift never discards, -1 for the whole prompt.
         link: bytes per second ("12.5GB/s") that transfers are slowed down to, to stand in for a slower machine.
         deterministic: transfers take virtual time over a link of that speed (12.5GB/s), and draft lengths do not follow
             the clock: for one seed, text and counters repeat.
+        profile: what `edge-speq tune` found: "auto" looks for one of this model, draft and device, a path names one. It
+            fills in what is left at its default (speculation, compute, n_threads, bounds), and is not used with link,
+            deterministic, another policy or other bounds than it was made for. stats() says whether it was.
+        on_step: called with a steps.StepRecord after each verify step; an exception of it ends the request.
 
     Raises EdgeError for everything a caller can mend. One instance serves one thread at a time: another one that
     generates, evaluates or loads a state meanwhile gets an EdgeError. cancel() and close() may come from any thread.
@@ -81,6 +92,8 @@ class EdgeLlama(Bounded):
         n_keep: int = 0,
         link: int | str | None = None,
         deterministic: bool = False,
+        profile: str | Path | None = None,
+        on_step: OnStep | None = None,
         n_gpu_layers: int = -1,
         verbose: bool = False,
         **kwargs: Any,
@@ -97,19 +110,18 @@ class EdgeLlama(Bounded):
             "n_keep": n_keep,
             "link": link,
             "deterministic": deterministic,
+            "profile": profile,
+            "on_step": on_step,
         }
         if n_keep < -1:
             raise EdgeError(f"n_keep={n_keep} is not a number of tokens", "give 0 or more, or -1", usage=True)
-        self._wanted = survey.request(
-            model_path,
-            draft=draft,
-            draft_model=draft_model,
-            resident=resident,
-            vram_budget=vram_budget,
-            speculation=speculation,
-            policy=policy,
-            compute=compute,
-        )
+        asked = {name: self._edge_arguments[name] for name in survey.ARGUMENTS}
+        self._profile: dict[str, Any] | None = None
+        if profile is not None and link is None and not deterministic:
+            from edge_speq import profile as profiles  # importing EdgeLlama is to be fast
+
+            self._profile = profiles.apply(profile, model_path, asked, kwargs)
+        self._wanted = survey.request(model_path, **asked)
         self._link = parse_rate(link) if link is not None else LAPTOP_LINK if deterministic else 0
         self._deterministic = deterministic
         self._share = self._wanted.resident
@@ -119,6 +131,7 @@ class EdgeLlama(Bounded):
         self._hook: _native.Hook | None = None
         self._shifts, self._n_keep = context_shift, n_keep
         self._timing = Timing()
+        self._steps = None if on_step is None else _steps(on_step)
         self._turns, self._cancellation = Turns(), Cancellation()
         try:
             super().__init__(model_path, n_gpu_layers=n_gpu_layers, verbose=verbose, **kwargs)
@@ -167,17 +180,14 @@ class EdgeLlama(Bounded):
             transfers = _native.Transfers(
                 self._link, self._deterministic, block_ns, self._compute, self.context_params.n_threads
             )
+            if self._compute == "hybrid-ahead":
+                transfers = dataclasses.replace(transfers, compute="hybrid", layer_ahead=True)
             self._hook = _native.Hook(
                 self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers
             )
             # closed after the context that uses it and before the model that it hangs on
             self._stack.callback(self._hook.detach)
             self._cancellation.also = self._hook.cancel
-
-    @property
-    def _fetches_on_demand(self) -> bool:
-        """Whether hybrid execution brings missing experts into slots by itself: copies must run beside the CPU."""
-        return self.device.is_gpu and self.model_params.load_mode in IN_MEMORY and not self._deterministic
 
     @property
     def _compute(self) -> str:
@@ -194,15 +204,14 @@ class EdgeLlama(Bounded):
             log.warning("the model's recurrent state cannot be rolled back: speculation is off")
             k_max = 0
         draft = self._load_draft(k_max) if k_max else None
-        has_foresight = self._hook is not None and self._wanted.policy in ("auto", "lfru")
-        experts = draft.experts if draft is not None and self._wanted.policy == "auto" else None
         self._lookahead = Lookahead(
             draft=draft,
             governor=Governor(k_max, fixed=self._wanted.speculation is not None, timed=not self._deterministic),
-            foresight=foresight.choose(self._experts, experts) if has_foresight else None,
+            policy=self._make_policy(draft, k_max) if self._hook is not None else None,
             hook=self._hook,
             n_vocab=self._n_vocab,
-            admits=self._compute != "device" and not self._fetches_on_demand,
+            admits=self._hook is not None and self._compute != "device" and not self._hook.costs().fetches_some,
+            virtual=self._deterministic,
         )
         self._measure()
         used, bound = self.memory_used(), self._plan.budget_bytes
@@ -211,6 +220,18 @@ class EdgeLlama(Bounded):
                 f"{used} bytes are in use on {self.device.name}, over the budget of {bound}",
                 f"ask for at least {used} bytes",
             )
+
+    def _make_policy(self, draft: Draft | None, k_max: int) -> presets.Policy:
+        has_twin = draft is not None and foresight.is_twin(self._experts, draft.experts)
+        link = self._link or LAPTOP_LINK
+        setting = presets.Setting.nominal(self._experts, self._plan.slots, k_max, link, has_twin=has_twin)
+        policy = presets.make(self._wanted.policy, setting)
+        if policy.needs_twin and not has_twin:
+            log.warning("policy %s looks at the routing of a low-bit copy as draft: without one it is lru", policy.name)
+        is_fixed = self._wanted.speculation is not None
+        if policy.governor is not None and (is_fixed or (policy.governor.is_timed and self._deterministic)):
+            policy.governor = None
+        return policy
 
     def _load_draft(self, k_max: int) -> Draft | None:
         if self._wanted.draft_model is not None:
@@ -313,7 +334,8 @@ class EdgeLlama(Bounded):
                 )
             if (kwargs.get("max_tokens") or 0) <= 0:
                 kwargs["max_tokens"] = self._size  # no limit, says llama_cpp.Llama, and means the context
-        return super()._create_completion(*args, **kwargs)
+        chunks = super()._create_completion(*args, **kwargs)
+        return chunks if self._steps is None else self._steps.over(chunks)
 
     def cancel(self) -> None:
         """From any thread: the request that is open raises EdgeError("cancelled"); the text so far stays.
@@ -344,6 +366,9 @@ class EdgeLlama(Bounded):
             llama_cpp_commit=_native.llama_cpp_commit(),
             edge_speq_version=__version__,
             foresight=self._lookahead.name,
+            policy=self._lookahead.policy,
+            policy_failures=self._lookahead.failures,
+            profile=self._profile,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -351,3 +376,9 @@ class EdgeLlama(Bounded):
             raise EdgeError("a model that shares a Budget cannot be pickled", "load it with a budget of its own")
         state: dict[str, Any] = super().__getstate__()
         return state | self._edge_arguments
+
+
+def _steps(on_step: OnStep) -> Steps:
+    from edge_speq.steps import Steps
+
+    return Steps(on_step)

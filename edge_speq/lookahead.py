@@ -2,85 +2,225 @@
 
 from __future__ import annotations
 
-import numpy as np
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
 
-from edge_speq import _native, foresight
+import numpy as np
+import numpy.typing as npt
+
+from edge_speq import _native
 from edge_speq.core import Speculation
 from edge_speq.drafts import Draft, Routing, Text
-from edge_speq.foresight import Foresight, Quality, Twin
+from edge_speq.foresight import Quality
+from edge_speq.foresight.depth import Depth
 from edge_speq.governor import Governor
+from edge_speq.presets.governors import Governor as AnyGovernor
+from edge_speq.presets.policy import NO_ORDERS, Policy, Scores, Slots
+
+log = logging.getLogger("edge_speq")
+
+SMOOTHING = 0.9
+TELL_EVERY = 16  # steps after which a policy is told what was measured
+
+
+class Admitting:
+    """Slots into which nobody fetches on demand: what has earned a slot is ordered after what is expected."""
+
+    def __init__(self, hook: _native.Hook, policy: Policy) -> None:
+        self._hook, self._policy = hook, policy
+
+    @property
+    def scores(self) -> Scores:
+        return self._hook.scores
+
+    def states(self) -> npt.NDArray[np.uint8]:
+        return self._hook.states()
+
+    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET) -> int:
+        earned = self._policy.admissions(self._hook)
+        return self._hook.prefetch(np.concatenate([orders[: None if byte_budget else 0], earned]))
 
 
 class Lookahead:
-    """A draft, the governor of its length, and the foresight that turns both passes' routing into prefetches."""
+    """A draft, the governor of its length, and the policy that turns both passes' routing into prefetches.
+
+    A policy that raises is reported, counted, and replaced by lru: a guess is not worth the request. `virtual`: time
+    is, so nothing may follow the clock. `admits`: nobody fetches what is missing.
+    """
 
     def __init__(
         self,
         *,
         draft: Draft | None,
         governor: Governor,
-        foresight: Foresight | None,
+        policy: Policy | None,
         hook: _native.Hook | None,
         n_vocab: int,
         admits: bool = False,
+        virtual: bool = False,
     ) -> None:
         self.counts = Speculation()
-        self.name = foresight.name if foresight is not None else "none"
-        self._draft, self._governor, self._foresight, self._hook = draft, governor, foresight, hook
-        self._n_vocab = n_vocab
-        self._admits = admits  # experts that nobody fetches on demand
-        self._routing: Routing | None = None  # the draft's, of the tokens drafted last
+        self.failures = 0
+        self.depth = Depth(fixed=virtual)
+        self._draft, self._governor, self._hook = draft, governor, hook
+        self._policy = policy if hook is not None else None
+        self._admits, self._virtual, self._n_vocab = admits, virtual, n_vocab
+        self._k_max = governor.k_max
+        self._routing: Routing | None = None  # the draft's, of the tokens drafted last and of some after them
+        self._n_drafted = 0
+        self._looks_further = False  # the policy has a use for routing beyond the drafted tokens
+        self._is_first = True  # step of the request: the draft reads the prompt
+        self._draft_seconds = self._waited = 0.0
+        self._draft_ms = self._block_ms = 0.0  # averages
+        self._n_measured = 0
 
     def limit(self, k_max: int) -> None:
         """Drafts at most k_max tokens a step from now on."""
-        self._governor.k_max = k_max
+        self._k_max = self._governor.k_max = k_max
+
+    @property
+    def name(self) -> str:
+        """What the policy knows of later demands."""
+        return self._policy.sees if self._policy is not None else "none"
+
+    @property
+    def policy(self) -> str:
+        return self._policy.name if self._policy is not None else "none"
 
     @property
     def quality(self) -> Quality | None:
         """How well the twin foresaw the target's experts, None for other foresight."""
-        return self._foresight.quality if isinstance(self._foresight, Twin) else None
+        return self._policy.quality if self._policy is not None else None
 
     def begin(self) -> None:
         """A new request begins."""
+        self._is_first = True
         if self._draft is not None:
             self._draft.begin()
+
+    # --- before a step ---------------------------------------------------------------------------------
 
     def draft(self, text: Text, room: int, sampler: object) -> list[int]:
         """At most room tokens that may continue text, all of the target's vocabulary."""
         self.counts.steps += 1
-        self._routing = None
-        k = min(room, self._governor.k())
+        self._routing, self._n_drafted, self._draft_seconds = None, 0, 0.0
+        self._waited = self._seconds_waited()
+        k = min(room, self._k_max, self._length())
         if self._draft is None or k <= 0:
             return []
-        drafted, self._routing = self._draft.propose(text, k, sampler)
+        started = time.perf_counter()
+        drafted, routing = self._draft.propose(text, k, sampler, self._further(k), self._watcher())
+        self._draft_seconds = time.perf_counter() - started
+        if self._has_twin:
+            self._routing = routing
         # a draft's vocabulary may be padded further than ours; what comes after such a token is no guess any more
         unknown = next((i for i, token in enumerate(drafted) if not 0 <= token < self._n_vocab), None)
         drafted = drafted[:unknown]
+        self._n_drafted = len(drafted)
         self.counts.drafted += len(drafted)
         return drafted
 
+    @property
+    def _has_twin(self) -> bool:
+        return self._policy is not None and self._policy.setting.has_twin
+
+    def _length(self) -> int:
+        own = self._policy.governor if self._policy is not None else None
+        return self._governor.k() if own is None else int(self._safely(own.k) or 0)
+
+    def _further(self, k: int) -> int:
+        """Tokens that the draft runs on, for their routing."""
+        if self._policy is None or not self._has_twin:
+            return 0
+        wanted = self._safely(self._policy.ahead, k)
+        self._looks_further = bool(wanted)
+        return self.depth.limit(wanted) if wanted else 0
+
+    def _watcher(self) -> Callable[[Routing], None] | None:
+        """What a policy does while the draft runs, in which no virtual time passes."""
+        policy = self._policy
+        if policy is None or self._virtual or not self._has_twin or type(policy).drafting is Policy.drafting:
+            return None
+
+        def seen(routing: Routing) -> None:
+            if self._policy is policy:
+                self._safely(policy.drafting, self._slots(policy), routing)
+
+        return seen
+
     def foresee(self) -> None:
         """Orders the experts that verifying is expected to need."""
-        if self._foresight is None or self._hook is None:
-            return
-        self._hook.scores[:] = self._foresight.worth()
-        expected = self._foresight.expect(self._routing)
-        orders = foresight.orders(expected if self._foresight.worth_fetching() or not self._admits else None)
-        if self._admits:
-            orders = np.concatenate([orders, foresight.admissions(self._hook.scores, self._hook.states())])
-        fetches = self._admits or self._foresight.worth_fetching()
-        self._hook.prefetch(orders, _native.NO_BUDGET if fetches else 0)
+        if self._policy is not None and type(self._policy) is not Policy:
+            self._safely(self._foresee_soundly, self._policy)
 
-    def observe(self, n_tokens: int) -> None:
-        """The target decoded n_tokens in one step."""
-        if self._foresight is None or self._hook is None:
+    def _foresee_soundly(self, policy: Policy) -> None:
+        slots = self._slots(policy)
+        policy.foresee(slots, self._routing, self._n_drafted)
+        if not np.isfinite(slots.scores).all():
+            raise ValueError("its scores are not finite")
+
+    def _slots(self, policy: Policy) -> Slots:
+        assert self._hook is not None
+        return Admitting(self._hook, policy) if self._admits else self._hook
+
+    # --- after it --------------------------------------------------------------------------------------
+
+    def observe(self, n_tokens: int, n_accepted: int) -> None:
+        """The target decoded n_tokens in one step, of which n_accepted drafted ones became text."""
+        if self._policy is None or self._hook is None or type(self._policy) is Policy:
             return
         routing = self._hook.routing()
         if routing.shape[1] == n_tokens:  # a prompt in several batches leaves only the last
-            self._foresight.observe(routing)
+            self._safely(self._policy.observe, routing, n_accepted)
 
     def govern(self, kept: int, *, mismatch: bool, seconds: float | None) -> None:
+        own: AnyGovernor | None = self._policy.governor if self._policy is not None else None
         self._governor.observe(kept, mismatch=mismatch, seconds=seconds)
+        if own is not None:
+            self._safely(lambda: own.observe(kept, mismatch=mismatch, seconds=seconds))
+        if seconds is not None and not self._virtual:
+            if not self._is_first:
+                self._measure(seconds)
+            self._is_first = False
+
+    def _measure(self, seconds: float) -> None:
+        if self._policy is None or not self._n_drafted:
+            return
+        waited = self._seconds_waited() - self._waited
+        if self._looks_further:
+            self.depth.observe(self._n_drafted, self._draft_seconds + waited)
+        own = (seconds - self._draft_seconds - waited) / self._policy.setting.experts.n_blocks
+        self._n_measured += 1
+        weight = max(1 - SMOOTHING, 1 / self._n_measured)
+        self._draft_ms += weight * (1e3 * self._draft_seconds / self._n_drafted - self._draft_ms)
+        self._block_ms += weight * (1e3 * max(own, 0.0) - self._block_ms)
+        if self._n_measured % TELL_EVERY == 0:
+            self._safely(self._policy.measured, self._draft_ms, self._block_ms)
+
+    def _seconds_waited(self) -> float:
+        """That the target waited for experts, or for the CPU's."""
+        if self._hook is None or self._virtual or not self._has_twin:
+            return 0.0
+        counters = self._hook.counters()
+        return (counters.stall_ms + counters.cpu_ms) / 1e3
+
+    def _safely(self, act: Callable[..., Any], *arguments: Any) -> Any:
+        """None where it raised."""
+        try:
+            return act(*arguments)
+        except Exception as error:  # a policy may be anybody's
+            self._replace(f"{type(error).__name__}: {error}")
+            return None
+
+    def _replace(self, reason: str) -> None:
+        assert self._policy is not None and self._hook is not None
+        log.warning("policy %s failed, lru takes over: %s", self._policy.name, reason)
+        self.failures += 1
+        self._policy = Policy(self._policy.setting)
+        self._hook.scores[:] = 0
+        self._hook.prefetch(NO_ORDERS)
 
     def shift(self, n_keep: int, n_discard: int) -> None:
         if self._draft is not None:

@@ -7,6 +7,8 @@ import platform
 import sys
 from pathlib import Path
 
+GPU_MODULES = ("nvidia", "amdgpu", "xe", "i915")
+
 
 def cpu_model() -> str:
     names = [value for key, value in _pairs("/proc/cpuinfo") if key in ("model name", "Model", "Hardware")]
@@ -47,6 +49,21 @@ def locked_memory_limit() -> int | None:
 
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return -1 if soft == resource.RLIM_INFINITY else soft
+
+
+def gpu_drivers() -> list[str]:
+    """Kernel modules of GPU drivers that are loaded, with their versions where these are not the kernel's. Linux."""
+    found = []
+    for name in GPU_MODULES:
+        if Path(f"/sys/module/{name}").is_dir():
+            found.append(f"{name} {_read(f'/sys/module/{name}/version').strip()}".strip())
+    return found
+
+
+def most_page_locked() -> int | None:
+    """Bytes of experts that may be page-locked for a GPU: engine.fits_in_memory turned around."""
+    found = memory()
+    return None if found is None else max(0, (found[1] - (2 << 30)) * 4 // 5)
 
 
 def _container_limits() -> list[tuple[int, int]]:

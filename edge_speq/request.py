@@ -25,7 +25,8 @@ class Request:
     def __init__(self, llama: EdgeLlama) -> None:
         self._llama = llama
         self._started: float | None = None  # when the step began, None for the prompt's
-        self._seconds: float | None = None  # that it took
+        self._seconds: float | None = None  # that it took, where it is like those that it is compared with
+        self._took = 0.0  # seconds, of any step
         self._n_pending = self._n_drafted = self._n_kept = 0
         self._version = -1  # of the context, when the step was verified
         self._error: BaseException | None = None  # of a logits processor
@@ -33,6 +34,8 @@ class Request:
     def begin(self, lookahead: Lookahead, sampler: Any, stopping_criteria: Any) -> None:
         self._lookahead, self._sampler, self._stopping_criteria = lookahead, sampler, stopping_criteria
         lookahead.begin()
+        if self._llama._steps is not None:
+            self._llama._steps.begin()
 
     def guarded(self, processors: Any) -> list[Any] | None:
         """Logits processors whose exceptions reach the caller: a C callback, which they are called from, drops them."""
@@ -62,10 +65,11 @@ class Request:
     def verify(self, pending: list[int], drafted: list[int]) -> None:
         self._llama.require_running()
         self._n_pending, self._n_drafted, self._n_kept = len(pending), len(drafted), 0
+        began = self.clock() if self._started is None else self._started
         if pending:
             self._llama.extend(pending, drafted)
-        alike = self._started is not None and len(pending) == 1  # a step like those that it is compared with
-        self._seconds = self.clock() - self._started if alike and self._started is not None else None
+        self._took = self.clock() - began
+        self._seconds = self._took if self._started is not None and len(pending) == 1 else None
         self._version = self._llama.version
 
     def pick(self, row: int) -> int | None:
@@ -92,6 +96,15 @@ class Request:
         if not self._llama.serves(self) or self.disturbed():
             return
         whole = mismatch or self._n_kept == self._n_drafted
-        self._lookahead.observe(self._n_pending + self._n_drafted)
+        self._lookahead.observe(self._n_pending + self._n_drafted, self._n_kept)
         self._lookahead.govern(self._n_kept, mismatch=mismatch, seconds=self._seconds if whole else None)
         self._llama.roll_back(self._n_drafted - self._n_kept)
+        if self._llama._steps is not None:
+            self._llama._steps.end(
+                self._llama.stats().experts,
+                tokens=self._n_pending + self._n_drafted,
+                drafted=self._n_drafted,
+                accepted=self._n_kept,
+                seconds=self._took,
+                is_prompt=self._started is None,
+            )

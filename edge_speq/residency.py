@@ -102,6 +102,7 @@ class Residency:
         started = self.now
         missing, late = self._find(pool, [first + expert for expert in dict.fromkeys(ids)])
         if self._hybrid:
+            self.cpu_computed = self.misses
             return
         for key in missing:
             self._fetch(pool, key)
@@ -139,17 +140,15 @@ class Residency:
         state, missing, late, clock = self._state, [], False, pool.clock
         for key in wanted:
             found = state[key]
-            if found == ABSENT or (self._hybrid and found == LOADING):
+            if found == ABSENT:
                 missing.append(key)
                 self.misses += self._hybrid
-                self.late += found == LOADING
-                self.cpu_computed += self._hybrid
                 continue
             if found == LOADING:
                 late = True
                 self.misses += 1
                 self.late += 1
-                self.fetched += 1
+                self.fetched += not self._hybrid
             else:
                 self.hits += 1
             if self._unused[key]:
@@ -157,14 +156,15 @@ class Residency:
                 self.prefetched_used += 1
                 self._bytes_used += pool.expert_bytes
             clock += 1
-            self._use(key, clock)
+            self._use(key, clock, pins=found != LOADING or not self._hybrid)  # late, it is the CPU's
         pool.clock = clock
         return missing, late
 
-    def _use(self, key: Key, clock: int) -> None:
+    def _use(self, key: Key, clock: int, *, pins: bool = True) -> None:
         self._last[key] = clock
         self._expected.pop(key, None)
-        self._pinned.append(key)
+        if pins:
+            self._pinned.append(key)
 
     def _fetch(self, pool: _Pool, key: Key) -> None:
         while not self._take(pool, key, math.inf):  # the floor leaves one slot to the prefetch under way
@@ -371,7 +371,7 @@ class Belady(Residency):
     ) -> None:
         super().__init__(experts, slots, link_bytes_per_s=link_bytes_per_s, block_ns=block_ns)
         self._steps, self._time = steps, 0
-        self._next = _next_uses(experts.n_expert, steps)
+        self._next = next_uses(experts.n_expert, steps)
 
     def replay(self) -> ExpertCounters:
         for step in self._steps:
@@ -385,7 +385,7 @@ class Belady(Residency):
         super().demand(block, ids)
 
 
-def _next_uses(n_expert: int, steps: Sequence[Routing]) -> list[dict[Key, float]]:
+def next_uses(n_expert: int, steps: Sequence[Routing]) -> list[dict[Key, float]]:
     """For each block of each step, the keys that it demands and when each is demanded again."""
     found: list[dict[Key, float]] = []
     upcoming: dict[Key, float] = {}

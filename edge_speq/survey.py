@@ -13,16 +13,20 @@ from edge_speq import _native, engine, plan
 from edge_speq.budget import Budget
 from edge_speq.core import (
     COMPUTES,
-    POLICIES,
+    OWN_POLICIES,
+    PUBLISHED_POLICIES,
     SLOT_POLICIES,
     EdgeError,
     Experts,
     MemoryUse,
     Plan,
+    parse_policy,
     parse_share,
     parse_speculation,
     require_choice,
 )
+
+ARGUMENTS = ("draft", "draft_model", "resident", "vram_budget", "speculation", "policy", "compute")  # of request
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class Request:
     @property
     def hybrid(self) -> bool:
         """Whether missing experts need no slot, since the CPU can always compute them."""
-        return self.compute == "hybrid"
+        return self.compute in ("hybrid", "hybrid-ahead")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +76,11 @@ def request(
     compute: str = "auto",
 ) -> Request:
     """EdgeLlama's arguments, checked. Raises EdgeError for what they do not allow and for files that are none."""
-    require_choice("policy", policy, POLICIES)
+    parse_policy(policy)
     require_choice("compute", compute, COMPUTES)
     if policy in ("all", "cpu-moe") and resident is not None:
         raise EdgeError(f"resident does not apply to policy {policy}", "leave one of them out", usage=True)
-    if compute == "hybrid" and policy == "lru":
-        raise EdgeError("compute=hybrid fetches what is worth it: lru cannot tell", "use auto or lfru", usage=True)
+    compute = _compute(policy, compute)
     if draft is not None and draft_model is not None:
         raise EdgeError("draft and draft_model are both given", "leave one of them out", usage=True)
     if draft_model is not None and not callable(draft_model):
@@ -109,6 +112,21 @@ def request(
         shared,
         compute,
     )
+
+
+def _compute(policy: str, compute: str) -> str:
+    """Where missing experts are computed. Published systems fetch them all, but for MoE-SpAc, which fetches none."""
+    if policy == "moe-spac":
+        if compute == "device":
+            raise EdgeError("moe-spac computes missing experts on the CPU", "leave compute out", usage=True)
+        return "hybrid"
+    if policy in PUBLISHED_POLICIES and compute in ("hybrid", "hybrid-ahead"):
+        raise EdgeError(
+            f"compute=hybrid fetches what is worth it: {policy} cannot tell",
+            f"use {' or '.join(OWN_POLICIES[:2])}",
+            usage=True,
+        )
+    return "device" if policy in PUBLISHED_POLICIES else compute
 
 
 def prepare(wanted: Request, model_params: Any, context_params: Any) -> tuple[Any, Any]:

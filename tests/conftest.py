@@ -10,6 +10,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests share the cores: a spinning thread stops the others
 
+# commands of tests find no profile of whoever runs them
+os.environ["EDGE_SPEQ_CONFIG"] = str(Path(__file__).parent / "data" / "no-config")
+
 import llama_cpp
 import pytest
 import tiny_models

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -12,13 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_speq import residency
-from edge_speq.bench import bound, compare, matrix, output, policies, prompts, rows, runner, watched
+from edge_speq.bench import compare, matrix, output, policies, prompts, rows, runner, watched
 from edge_speq.bench.matrix import Case
 from edge_speq.bench.measure import Passage, Reading, Sample
 from edge_speq.bench.policies import Arm, Fleet, Settings
-from edge_speq.bench.runner import Bench
-from edge_speq.core import EdgeError, ExpertGroup, Experts
+from edge_speq.bench.runner import Bench, Series
+from edge_speq.core import EdgeError
 
 SHORT = tuple(prompts.Prompt(name, name, f"Once upon a {name} there was") for name in ("time", "hill"))
 
@@ -137,8 +137,9 @@ def test_every_repetition_visits_every_arm_and_begins_with_another(
     monkeypatch.setattr(runner.Bench, "_bounds", lambda self: None)
     visited = []
 
-    def measured(model: Arm, case: Case, texts: prompts.Texts) -> Sample:
+    def measured(model: Arm, case: Case, texts: prompts.Texts, chosen: Any = None) -> Sample:
         visited.append((model.policy, case.name))
+        assert chosen is None or model.policy == "all"
         return Sample()
 
     monkeypatch.setattr(runner, "measure", measured)
@@ -147,9 +148,60 @@ def test_every_repetition_visits_every_arm_and_begins_with_another(
     tests = ("tg4", "pp4")
     rounds = [
         [(policy, test) for policy in order for test in tests]
-        for order in (("lru", "lfru", "all"), ("lru", "lfru", "all"), ("lfru", "all", "lru"), ("all", "lru", "lfru"))
+        for order in (("lfru", "all"), ("lru", "lfru", "all"), ("lfru", "all", "lru"), ("all", "lru", "lfru"))
     ]
-    assert visited[2:] == list(itertools.chain(*rounds))  # the first round is the warm-up
+    assert visited[2:] == list(itertools.chain(*rounds))  # the first is the warm-up, which the reference has had before
+    visited.clear()
+    Bench(dataclasses.replace(chosen, warm_up=False)).run()
+    assert visited[2:] == list(itertools.chain(*rounds[1:]))
+
+
+def test_shares_are_measured_one_after_the_other(bundled: tuple[Path, Path]) -> None:
+    chosen = settings(bundled, policies=("lru", "cpu-moe", "all"), cases=(Case(0, 4),), load_mode="mmap")
+    said: list[str] = []
+    made = []
+    for job, results in Series(chosen, ("1/8", "1/2"), said.append).run():
+        made += rows.rows(results, job, rows.machine("a processor", None))
+    assert [(row["resident"], row["policy"]) for row in made] == [
+        (share, policy) for share in ("1/8", "1/2") for policy in chosen.policies
+    ]
+    assert made[0]["resident_fraction"] <= 1 / 8 < made[3]["resident_fraction"] <= 1 / 2
+    assert made[0]["budget_bytes"] == made[0]["used_bytes"] < made[3]["budget_bytes"] == made[3]["used_bytes"]
+    assert {row["budget_bytes"] for row in made[:3]} == {made[0]["budget_bytes"]}
+    assert all(row["outputs_match"] is True and row["load_mode"] == "mmap" for row in made if row["policy"] != "lru")
+    assert sum(line.startswith("loading all") for line in said) == 1
+    assert sum(line.startswith("loading lru") for line in said) == 2
+
+
+def test_a_stopped_series_ends_after_what_is_finished(bundled: tuple[Path, Path]) -> None:
+    series = Series(settings(bundled, cases=(Case(0, 4),)), ("1/8", "1/4", "1/2"))
+    finished = []
+    for job, results in series.run():
+        finished.append(job.settings.resident)
+        assert results
+        series.stop()
+    assert finished == ["1/8"]
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_the_faster_load_is_kept(bundled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, has_room: bool) -> None:
+    chosen = settings(bundled)
+    arm, made = Arm("cpu-moe", "0", 1), []
+    load = Fleet._load_stock
+
+    def loaded(self: Fleet, arm: Arm, mapped: bool) -> watched.Stock:
+        made.append(load(self, arm, mapped))
+        return made[-1]
+
+    with Fleet(chosen, lambda _: None) as fleet:
+        fleet.open(policies.reference(chosen))
+        monkeypatch.setattr(Fleet, "_load_stock", loaded)
+        monkeypatch.setattr(Fleet, "_warm", lambda self, model: 1.0 if model.is_mapped() else 2.0)
+        monkeypatch.setattr(policies.engine, "fits_in_memory", lambda _: has_room)
+        kept = fleet.open(arm)
+        assert kept.is_mapped() and fleet.facts[arm].load_mode == "mmap"
+        assert [model.is_mapped() for model in made] == ([True, False] if has_room else [True, False, True])
+        assert [model._ctx.ctx is None for model in made if model is not kept] == [True] * (len(made) - 1)
 
 
 @pytest.mark.parametrize("bounds", [{"resident": "1/4"}, {"resident": None, "vram_budget": "28MiB"}])
@@ -338,53 +390,3 @@ def test_speed_ups_refer_to_the_baselines_best_draft_length() -> None:
     assert [rows.speedup(r, made, "cpu-moe") for r in made] == [0.5, 1.0, 1.5, None]
     assert rows.speedup(row("auto", 1.0), [row("cpu-moe", 1.0, match=False)], "cpu-moe") is None
     assert rows.speedup(row("auto", 3.0, "near tie"), made, "cpu-moe") == 0.15
-
-
-# --- the bound -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n_slots", [(5, 9), (7, 12), (16, 16)])
-def test_the_clairvoyant_cache_is_beladys(n_slots: tuple[int, int]) -> None:
-    experts = Experts(4, 8, 2, (ExpertGroup(2, 16, 100, (0, 2)), ExpertGroup(2, 16, 30, (1, 3))))
-    random = np.random.default_rng(5)
-    steps = [random.integers(0, 8, (4, int(random.integers(1, 3)), 2)).astype(np.int32) for _ in range(120)]
-    exact = residency.Belady(experts, n_slots, steps, link_bytes_per_s=10**9, block_ns=0).replay()
-    assert bound.clairvoyant_bytes(experts, n_slots, steps, warm=False) == exact.bytes_fetched
-    free = sum(n * group.expert_bytes for n, group in zip(n_slots, experts.groups, strict=True))
-    assert bound.clairvoyant_bytes(experts, n_slots, steps) == exact.bytes_fetched - free
-
-
-@pytest.mark.parametrize("ceiling", [("all",), ()])
-def test_no_run_beats_its_bound(bundled: tuple[Path, Path], ceiling: tuple[str, ...]) -> None:
-    names = ("lru", "lfru", *ceiling)
-    job = Bench(settings(bundled, policies=names, baseline="lru", cases=(Case(0, 8),), link="500MB/s"))
-    for row in rows.rows(job.run(), job, rows.machine("a processor", None)):
-        if row["placement"] == "slots":
-            assert 0 < row["bound_fraction"] <= 1.05
-            assert row["link_bytes_per_s"] == 500_000_000
-            assert row["bound_compute"] == ("all" if ceiling else "stalls")
-        else:
-            assert row["bound_ts"] is None
-
-
-def test_the_link_is_measured(bundled: tuple[Path, Path]) -> None:
-    chosen = settings(bundled)
-    with Fleet(chosen, lambda _: None) as fleet:
-        rate = bound.link_rate(fleet.open(Arm("lru", "0", 1)))
-        assert rate is not None and rate > 1e8
-    with Fleet(settings(bundled, link="100MB/s"), lambda _: None) as fleet:
-        rate = bound.link_rate(fleet.open(Arm("lru", "0", 1)))
-        assert rate == pytest.approx(1e8, rel=0.2)
-
-
-# --- counters ------------------------------------------------------------------------------------------------
-
-
-def test_counters_repeat_in_deterministic_mode(bundled: tuple[Path, Path]) -> None:
-    def counted() -> list[Any]:
-        job = Bench(settings(bundled, draft=str(bundled[1]), policies=("auto",), speculations=("auto",),
-                             baseline="lru", deterministic=True))  # fmt: skip
-        names = ("hits", "misses", "bytes_fetched", "bytes_wasted", "stall_ms", "drafted", "accepted")
-        return [[row[name] for name in names] for row in rows.rows(job.run(), job, rows.machine("", None))]
-
-    assert counted() == counted()

@@ -17,6 +17,7 @@ import pytest
 
 from edge_speq import demo, interrupt
 from edge_speq.bench import output
+from edge_speq.bench.policies import Fleet
 from edge_speq.bench.runner import Bench
 from edge_speq.cli import bench, main, parser
 
@@ -42,7 +43,7 @@ def rows(own: str) -> list[dict[str, Any]]:
     try:
         command = ["bench", "--policy", "auto,lfru,lru,cpu-moe,all", "--resident", "1/4", "--emulate", "link=2GB/s"]
         assert main([*command, *QUICK, "-pg", "4,2", "-o", "json", "--prompts", own]) == 0
-        assert "bench: repetition 2 of 2" in sys.stderr.getvalue()
+        assert re.search(r"^bench: \d+\.\d s: repetition 2 of 2: auto", sys.stderr.getvalue(), re.MULTILINE)
         made: list[dict[str, Any]] = json.loads(sys.stdout.getvalue())
     finally:
         sys.stdout, sys.stderr = stdout, stderr
@@ -125,6 +126,7 @@ def test_nothing_finished_prints_nothing() -> None:
     ("options", "cause", "remedy"),
     [
         ("--policy fastest", "policy='fastest' is not known", "choose one of auto"),
+        ("--policy lru,moe-spec", "policy moe-spec does not run live", "edge-speq simulate replays it"),
         ("--policy lru,", "policy='' is not known", "choose one of auto"),
         ("--baseline all --policy lru", "baseline='all' is not known", "choose one of lru"),
         ("-p 5-1", "-p '5-1' runs backwards", "first below last"),
@@ -140,6 +142,7 @@ def test_nothing_finished_prints_nothing() -> None:
         ("--emulate disk=1GB/s", "--emulate 'disk=1GB/s' is not known", "link=12.5GB/s,threads=6"),
         ("--speculation many", "not a number of draft tokens", "0 to 64"),
         ("--resident 2", "not a share", "1/4"),
+        ("--resident 1/4,x", "not a share", "1/4"),
         ("--vram-budget much", "not a size", "6GiB"),
         ("--texts 0", "leaves nothing to read", "at least 1"),
         ("--prompts none.jsonl", "cannot read the prompts", "JSONL"),
@@ -168,6 +171,9 @@ def test_the_options_make_the_matrix() -> None:
     assert [case.n_gen for case in wanted.cases] == [8, 16, 32, 8] * 2 and depths == [128] * 4 + [256] * 4
     assert (wanted.threads, wanted.link, wanted.emulation) == ((3,), "12.5GB/s", "link=12.5GB/s,threads=3")
     assert (wanted.speculations, wanted.baseline) == (("auto", "0"), "lru")
+    assert (wanted.load_mode, wanted.warm_up, wanted.resident) == ("auto", True, None)
+    other = bench.settings(parser().parse_args(["bench", "-lm", "none", "--no-warmup", "--resident", "1/8,1/2"]))
+    assert (other.load_mode, other.warm_up, other.resident) == ("none", False, "1/8")
     assert parser().parse_args(["bench", "--json"]).output == "json"
 
 
@@ -225,3 +231,23 @@ def test_ctrl_c_prints_what_is_finished(
     jsonschema.validate(made, SCHEMA)
     assert [(row["policy"], len(row["samples_ns"])) for row in made] == [("lru", 1), ("all", 1)]
     assert [row["bound_ts"] for row in made] == [None, None]
+
+
+def test_each_share_is_printed_as_soon_as_it_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    options = ("--policy", "lru", "-p", "0", "-n", "4", "-r", "2", "-t", "1", "--prompts", own, "--speculation", "0")
+    rebound, printed = Fleet.rebound, []
+
+    def bound_again(self: Fleet, share: str | None) -> None:
+        printed.append(capsys.readouterr().out)
+        rebound(self, share)
+
+    monkeypatch.setattr(Fleet, "rebound", bound_again)
+    assert main(["bench", "--resident", "1/4,1/2", "-o", "jsonl", *options]) == 0
+    lines = [json.loads(text) for text in (printed[1], capsys.readouterr().out)]
+    jsonschema.validate(lines, SCHEMA)
+    assert [row["resident"] for row in lines] == ["1/4", "1/2"]
+    assert main(["bench", "--resident", "1/4,1/2", *options]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"device budget: [\d.]+ MiB at 1/4, [\d.]+ MiB at 1/2;", table)

@@ -7,16 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edge_speq import EdgeError, demo, machine
+from edge_speq import EdgeError, demo, machine, speeds
 from edge_speq.cli import doctor
 
-NAMES = {"package", "llama.cpp", "device", "built for", "cpu", "memory", "memlock", "demo", "disk"}
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = {"package", "llama.cpp", "device", "built for", "driver", "cpu", "memory", "memlock", "pinned", "demo", "disk"}
+NAMES |= {"disk speed", "link speed", "optional"}
 
 
 def examined(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
@@ -62,7 +65,7 @@ def test_a_sound_installation_is_usable() -> None:
     assert {finding["name"] for finding in report["findings"]} >= NAMES
     for finding in report["findings"]:
         assert set(finding) == {"name", "status", "text", "remedy", "values"}
-        assert finding["status"] in ("ok", "warn")
+        assert finding["status"] in ("ok", "note", "warn")
         assert bool(finding["remedy"]) == (finding["status"] != "ok")
 
 
@@ -84,7 +87,7 @@ def test_the_text_has_a_line_for_each_finding_and_a_verdict() -> None:
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[-1] == "usable"
-    assert all(line.startswith(("ok ", "warn ", "      ")) for line in lines[:-1])
+    assert all(line.startswith(("ok ", "note ", "warn ", "      ")) for line in lines[:-1])
     assert any("patched llama-cpp-python" in line for line in lines)
 
 
@@ -176,3 +179,95 @@ def test_memlock_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "locked_memory_limit", lambda: -1)
     assert doctor.locked_memory().text == "unlimited"
     assert doctor.locked_memory().values == {"limit_bytes": None}
+
+
+# --- what is measured --------------------------------------------------------------------------------------
+
+
+def test_it_takes_seconds() -> None:
+    started = time.monotonic()
+    code, _, _ = examined()
+    assert code == 0
+    assert time.monotonic() - started < 30  # a few on an idle machine
+
+
+def test_the_disk_is_measured_with_the_named_file(tmp_path: Path) -> None:
+    path = tmp_path / "large.bin"
+    path.write_bytes(bytes(range(256)) * (1 << 15))
+    rate = speeds.disk(path)
+    if rate is None:
+        pytest.skip("this system keeps what it has read")
+    assert rate.n_bytes == 8 << 20
+    assert 1e5 < rate.bytes_per_s < 1e12
+    finding = doctor.disk_rate(str(path))
+    assert finding.status == "ok" and "large.bin" in finding.text and finding.values["bytes_per_s"] > 0
+
+
+def test_reading_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.bin"
+    path.write_bytes(bytes(32 << 20))
+    monkeypatch.setattr(speeds, "SECONDS", 0.0)
+    assert speeds.disk(path) is None  # no time for a first piece
+    monkeypatch.setattr(speeds, "SECONDS", 1.0)
+    monkeypatch.setattr(speeds, "MOST", 8 << 20)
+    rate = speeds.disk(path)
+    assert rate is None or rate.n_bytes == 8 << 20
+
+
+def test_a_file_that_cannot_be_read_is_a_warning(tmp_path: Path) -> None:
+    code, report, _ = examined(str(tmp_path / "none.gguf"))
+    assert code == 0
+    finding = next(finding for finding in failed(report, "warn") if finding["name"] == "disk speed")
+    assert "none.gguf" in finding["text"] and finding["remedy"]
+
+
+def test_without_a_gpu_the_link_is_left_out_with_a_reason() -> None:
+    if speeds.has_link():
+        pytest.skip("there is a GPU")
+    finding = doctor.link_rate(None)
+    assert (finding.status, finding.values) == ("ok", {})
+    assert "no GPU" in finding.text
+
+
+def test_transfers_into_slots_are_timed(tiny: Any) -> None:
+    """Here also without a GPU: then they are copies within RAM."""
+    rate = speeds.link()
+    assert 1e7 < rate.bytes_per_s < 1e12
+    assert 90 << 10 < rate.n_bytes < 110 << 10  # an expert of the bundled model
+    with pytest.raises(EdgeError, match="no experts to send"):
+        speeds.link(str(tiny.dense()))
+
+
+def test_page_locking_leaves_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edge_speq import engine
+
+    monkeypatch.setattr(machine, "memory", lambda: (16 << 30, 12 << 30))
+    most = doctor.page_locked().values["most_bytes"]
+    assert engine.fits_in_memory(most) and not engine.fits_in_memory(most + (1 << 20))
+    monkeypatch.setattr(machine, "memory", lambda: None)
+    assert doctor.page_locked().status == "ok"
+
+
+# --- extras ------------------------------------------------------------------------------------------------
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    tomli = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    extras = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert set(doctor.EXTRAS) == set(extras) - {"test", "lint"}
+    for name, modules in doctor.EXTRAS.items():
+        assert len(modules) == len(extras[name])
+
+
+def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "EXTRAS", {"serve": ("json", "no_such_module"), "plot": ("json",)})
+    serve, plot = doctor.extras()
+    assert (serve.status, serve.remedy) == ("note", "pip install 'edge-speq[serve]'")
+    assert serve.values == {"extra": "serve", "missing": ["no_such_module"]}
+    assert (plot.status, plot.remedy) == ("ok", "")
+
+
+def test_drivers_are_named_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.name in ("nvidia", "xe"))
+    monkeypatch.setattr(machine, "_read", lambda path: "570.1\n" if "nvidia" in path else "")
+    assert doctor.driver().text == "nvidia 570.1, xe"

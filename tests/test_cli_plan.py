@@ -150,3 +150,120 @@ def test_the_smallest_possible_budget_is_possible(capsys: pytest.CaptureFixture[
 
 def test_the_plan_is_described_as_in_run() -> None:
     assert SCHEMA["properties"]["plan"] == RUN_SCHEMA["properties"]["memory"]["properties"]["plan"]
+
+
+# --- another machine ---------------------------------------------------------------------------------------
+
+LAPTOP = ("--vram", "45MiB", "--ram", "16GiB", "--link", "12.5GB/s", "-c", "512")
+
+
+def test_here_nothing_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(capsys, "--vram", "45MiB", "-c", "512")["estimate"] is None
+
+
+def test_a_laptop_is_a_gpu_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = planned(capsys, *LAPTOP, "-t", "4")
+    assert summary["device"] | {"description": ""} == {
+        "name": "laptop",
+        "description": "",
+        "is_gpu": True,
+        "is_integrated": False,
+        "free_bytes": 45 << 20,
+        "total_bytes": 45 << 20,
+    }
+    assert summary["estimate"]["laptop"] == {
+        "vram_bytes": 45 << 20,
+        "ram_bytes": 16 << 30,
+        "link_bytes_per_s": 12_500_000_000,
+        "n_threads": 4,
+    }
+    memory = summary["memory"]
+    for name in ("target", "draft"):  # on a GPU weights count, also where this machine only maps them
+        assert memory[name]["model_bytes"] > 2 << 20
+    assert memory["total_bytes"] <= memory["budget_bytes"] == 45 << 20
+    assert summary["plan"]["policy"] == "slots"
+
+
+def test_even_routing_is_the_linear_model(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = planned(capsys, *LAPTOP)
+    each, n_used = summary["estimate"]["per_token"], 4
+    groups = summary["groups"]
+    demanded = sum(g["n_blocks"] * n_used * g["expert_bytes"] for g in groups)
+    fetched = sum(g["n_blocks"] * n_used * g["expert_bytes"] * (1 - g["slots"] / g["n_experts"]) for g in groups)
+    assert (each["method"], each["bytes_demanded"]) == ("even routing, no draft", demanded)
+    assert each["bytes_fetched"] == pytest.approx(fetched, abs=1)
+    assert each["waiting_ms"] == pytest.approx(1e3 * fetched / 12.5e9)
+    assert each["computing_ms"] == pytest.approx(6 * 5e2 * groups[0]["expert_bytes"] / 12.5e9)
+    assert each["total_ms"] == pytest.approx(each["computing_ms"] + each["waiting_ms"])
+    assert each["hybrid_ms"] == pytest.approx(each["computing_ms"] + 1e3 * fetched / (12.5e9 + 60e9))
+    assert each["bound_tok_per_s"] is None
+    slower = planned(capsys, *LAPTOP[:4], "--link", "6.25GB/s", "-c", "512")["estimate"]["per_token"]
+    assert slower["waiting_ms"] == pytest.approx(2 * each["waiting_ms"])
+
+
+def test_a_trace_is_replayed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = str(tmp_path / "text.npz")
+    model, draft = str(demo.path(demo.MODEL)), str(demo.path(demo.DRAFT))
+    record = ["trace", model, "--draft", draft, "--speculation", "2", "-n", "24", "-o", path]
+    assert main(record) == 0
+    each = planned(capsys, *LAPTOP, "--trace", path)["estimate"]["per_token"]
+    assert each["method"] == "replayed trace"
+    assert 0 < each["bytes_fetched"] < each["bytes_demanded"]
+    assert each["tok_per_s"] < each["bound_tok_per_s"]
+    assert main(["plan", "--vram", "45MiB", "--ram", "4GiB", "-c", "512", "--speculation", "1", "--trace", path]) == 1
+    assert "drafts 2 tokens a step, the plan 1" in capsys.readouterr().err
+
+
+def test_real_routing_repeats_itself(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """So a replay fetches less than even routing would."""
+    path, model = str(tmp_path / "text.npz"), str(demo.path(demo.MODEL))
+    assert main(["trace", model, "-n", "24", "-o", path]) == 0
+    options = (model, "--vram", "30MiB", "--ram", "16GiB", "-c", "512")
+    even = planned(capsys, *options)["estimate"]["per_token"]
+    each = planned(capsys, *options, "--trace", path)["estimate"]["per_token"]
+    assert 0 < each["bytes_fetched"] < even["bytes_fetched"]
+    assert each["bytes_demanded"] == pytest.approx(even["bytes_demanded"], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("--vram 8GiB --ram 16GiB", "the GPU's own speed decides"),
+        ("--vram 45MiB --ram 1GiB", "do not fit in RAM"),
+    ],
+)
+def test_what_is_not_known_is_not_estimated(capsys: pytest.CaptureFixture[str], options: str, why: str) -> None:
+    estimate = planned(capsys, *options.split(), "-c", "512")["estimate"]
+    assert estimate["per_token"] is None
+    assert why in estimate["why_not"]
+    assert main(["plan", *options.split(), "-c", "512"]) == 0
+    assert f"estimate   none: {estimate['why_not']}" in capsys.readouterr().out
+
+
+def test_the_report_calls_it_an_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *LAPTOP]) == 0
+    said = capsys.readouterr().out
+    assert "ESTIMATE   not measured" in said
+    for word in ("laptop", "per token", "waiting", "RAM "):
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ("--ram 16GiB", "another machine needs its --vram"),
+        ("--vram auto --link 5GB/s", "another machine needs its --vram"),
+        ("--vram 6GiB --ram much", "not a size"),
+        ("--vram 6GiB --link 0", "not the speed of a link"),
+        ("--trace x.npz", "--trace is for an estimate"),
+        ("--vram 45MiB --ram 4GiB -c 512 --trace x.npz", "there is no trace"),
+    ],
+)
+def test_half_a_description_is_refused(capsys: pytest.CaptureFixture[str], options: str, cause: str) -> None:
+    assert main(["plan", *options.split()]) == 2
+    said = capsys.readouterr()
+    assert (said.out, cause in said.err) == ("", True)
+
+
+def test_a_dense_model_has_no_estimate(capsys: pytest.CaptureFixture[str], tiny) -> None:
+    assert planned(capsys, str(tiny.dense()), "-c", "256", "--vram", "1GiB", "--ram", "4GiB")["estimate"] is None

@@ -16,6 +16,13 @@ def test_the_step_times_are_the_stored_ones() -> None:
         assert line in text
 
 
+def test_the_bench_tables_are_the_stored_ones() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "bench_report.py"))
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert "<!-- bench: " in text
+    assert tool["generated"](text) == text, "run tools/bench_report.py"
+
+
 def test_the_folders_of_the_architecture_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]

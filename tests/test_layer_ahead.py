@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import test_exactness as exactness
 import test_hybrid as hybrid
+import test_speculation as speculation
 
 from edge_speq import _native
 
@@ -55,3 +56,12 @@ def test_without_hybrid_execution_nothing_is_foreseen(bundled: tuple[Path, Path]
     counters, costs, _ = decoded(bundled[0], 0.5, _native.Transfers(layer_ahead=True), [1] * 10)
     assert not counters.prefetched
     assert costs.layer_ahead_precision == 0
+
+
+def test_text_of_the_library_stays_the_same(bundled: tuple[Path, Path]) -> None:
+    prompts = speculation.prompts()[:3]
+    with speculation.llm(bundled[0], resident="1/4", speculation=0) as plain:
+        expected = speculation.texts(plain, prompts)
+    with speculation.llm(bundled[0], draft=bundled[1], resident="1/4", compute="hybrid-ahead", speculation=2) as model:
+        assert speculation.texts(model, prompts) == expected
+        assert model.stats().experts.prefetched

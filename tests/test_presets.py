@@ -57,10 +57,10 @@ def closed(name: str, recorded: list[Any], n_slots: int) -> float:
 
 
 @pytest.mark.parametrize("n_slots", [8, 12, 16])
-def test_waits_closes_more_than_what_the_engine_has(n_slots: int) -> None:
+def test_waits_closes_more_than_what_looks_at_the_coming_step_alone(n_slots: int) -> None:
     recorded = text(11, 500, right=0.95)
     mine = closed("waits", recorded, n_slots)
-    assert mine > closed("auto", recorded, n_slots) + 0.1
+    assert mine > closed("twin", recorded, n_slots) + 0.1
     assert mine > closed("moe-speq", recorded, n_slots) + 0.1
     assert mine > 0.45
 

@@ -151,7 +151,7 @@ def test_auto_drafts_as_long_as_it_pays(tiny, monkeypatch: pytest.MonkeyPatch, e
     if not pays:
         assert not any(on[2 * TRIAL : 2 * TRIAL + BACK_OFF])
         assert on[2 * TRIAL + BACK_OFF]  # tried again: what it missed is read at once
-        assert max(decoded) > BACK_OFF
+        assert max(decoded) >= BACK_OFF  # the last one alone, for its routing
 
 
 def test_a_fixed_number_of_draft_tokens_stays_whatever_it_costs(tiny, monkeypatch: pytest.MonkeyPatch) -> None:

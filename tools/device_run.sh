@@ -3,33 +3,11 @@
 #
 #     tools/device_run.sh CARRY OUT [tests] [beside] [demo] [steps] [transfer] [soak] [memcheck]
 #
-# CARRY holds site.tar.xz (site/ with the unpacked native wheel, built with GGML_NATIVE=OFF), wheels/ (cffi, pycparser, diskcache,
-# gguf for the Python there) and the backend module, libggml-cuda.so or its libggml-cuda.so.xz.* parts.
+# CARRY: see device_setup.sh.
 set -euo pipefail
 carry=$(realpath "$1") out=$(realpath "$2")
 shift 2
-here=$(cd "$(dirname "$0")/.." && pwd)
-work=/tmp/edge_speq_device
-mkdir -p "$work/backends"
-if [ ! -e "$work/ready" ]; then
-    tar -C "$work" -xJf "$carry/site.tar.xz"
-    if [ -e "$carry/libggml-cuda.so" ]; then
-        cp "$carry/libggml-cuda.so" "$work/backends/"
-    else
-        cat "$carry"/libggml-cuda.so.xz.* | xz -d >"$work/backends/libggml-cuda.so"
-    fi
-    python3 -m pip install -q --no-index --no-deps --no-compile --target "$work/wheels" "$carry"/wheels/*.whl
-    touch "$work/ready"
-fi
-export PYTHONPATH="$here:$work/site:$work/wheels" PYTHONUNBUFFERED=1
-export EDGE_SPEQ_BACKENDS="$work/backends"
-cuda=$(python3 - <<'PY'
-import glob, sysconfig
-roots = [sysconfig.get_paths()["purelib"] + "/nvidia/*/lib", "/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/*/lib"]
-print(":".join(path for root in roots for path in sorted(glob.glob(root))))
-PY
-)
-export LD_LIBRARY_PATH="$work/site/llama_cpp/lib:$cuda:${LD_LIBRARY_PATH:-}"
+. "$(dirname "$0")/device_setup.sh"
 inflated() { # Qwen3-30B-A3B's shape, once
     [ -e "$work/inflated.gguf" ] || python3 tools/inflate_model.py "$work/inflated.gguf" --layers 12
 }

@@ -27,7 +27,10 @@ SANITIZERS = {
     "thread": [],
 }
 # experts.cpp needs a patched llama.cpp to link, which the installed wheel is
-CORE = ("slots", "slot_store", "residency", "split_demand", "layer_ahead", "gate", "prefetch", "balancer", "link", "faults", "experts")
+CORE = (
+    *("slots", "slot_store", "residency", "split_demand", "prefetch", "layer_ahead"),
+    *("balancer", "gate", "link", "faults", "experts"),
+)
 TESTS = {
     "test_slots": ("slots",),
     "test_balancer": ("balancer",),

@@ -11,16 +11,19 @@ clairvoyant_bytes: what Belady's rule (1966: evict what is needed again last) fe
     this size fetches less, with or without prefetches.
 link: bytes per second, measured (orders of absent experts until the link is idle, the best of three), or emulated.
 cpu: with hybrid execution, the bytes of expert weights per second that the CPU computes with while nothing else runs,
-    as the hook has learned it; 0 without. What the cache would fetch is then served from both sides at once.
+    as the hook has learned it; 0 without. What the cache misses is then served from both sides at once, and need not be
+    kept. Without policy all in the run there is no bound for it: the CPU's part of the steps' own time is not compute.
 compute_seconds: what the same steps, token by token and width by width, take with everything resident, plus what the
-    draft took. "all": the steps replayed on policy all, llama.cpp's own kernels with repacked weights, the faster of
-    two replays. "stalls": without policy all in the run, the steps' own time less that in which they waited.
+    draft took. "all": the steps replayed on policy all, llama.cpp's own kernels with repacked weights, the fastest of
+    two replays and of all's own repetitions, where it took the same steps. "stalls": without policy all in the run,
+    the steps' own time less that in which they waited.
 
 The bound says nothing of better drafts or of faster kernels.
 """
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Sequence
 
@@ -31,7 +34,7 @@ from edge_speq import _native
 from edge_speq.bench.measure import Passage, Sample
 from edge_speq.bench.watched import Watched
 from edge_speq.core import Experts
-from edge_speq.residency import Belady
+from edge_speq.residency import Belady, next_uses
 
 REPLAYS, TRIALS = 2, 3
 N_ORDERS = 64
@@ -39,10 +42,15 @@ N_ORDERS = 64
 Routing = npt.NDArray[np.int32]
 
 
-def clairvoyant_bytes(experts: Experts, slots: Sequence[int], steps: Sequence[Routing], *, warm: bool = True) -> int:
+def clairvoyant_bytes(
+    experts: Experts, slots: Sequence[int], steps: Sequence[Routing], *, warm: bool = True, bypass: bool = False
+) -> int:
     """Bytes that a clairvoyant cache fetches for steps of [n_blocks, n_tokens, n_expert_used]; warm: it may begin with
-    the best contents."""
-    best = Belady(experts, slots, steps, link_bytes_per_s=1, block_ns=0).replay()
+    the best contents; bypass: what it misses need not be kept, since the CPU computes it."""
+    if bypass:
+        fetched = _bypassing_bytes(experts, slots, steps)
+    else:
+        fetched = Belady(experts, slots, steps, link_bytes_per_s=1, block_ns=0).replay().bytes_fetched
     demanded = np.zeros((experts.n_blocks, experts.n_expert), dtype=bool)
     for step in steps:
         demanded[np.arange(experts.n_blocks)[:, None, None], step] = True
@@ -50,7 +58,26 @@ def clairvoyant_bytes(experts: Experts, slots: Sequence[int], steps: Sequence[Ro
         min(n_slots, int(np.count_nonzero(demanded[list(group.blocks)]))) * group.expert_bytes
         for group, n_slots in zip(experts.groups, slots, strict=True)
     )
-    return best.bytes_fetched - free * warm
+    return fetched - free * warm
+
+
+def _bypassing_bytes(experts: Experts, slots: Sequence[int], steps: Sequence[Routing]) -> int:
+    """After each block, of what was held and what it demanded, what is needed again first stays."""
+    group_of = {block: g for g, group in enumerate(experts.groups) for block in group.blocks}
+    held: list[dict[int, float]] = [{} for _ in slots]  # key to its next use, by group
+    last: list[list[tuple[float, int]]] = [[] for _ in slots]
+    fetched = 0
+    for event, uses in enumerate(next_uses(experts.n_expert, steps)):
+        g = group_of[event % experts.n_blocks]
+        for key, later in uses.items():
+            fetched += (key not in held[g]) * experts.groups[g].expert_bytes
+            held[g][key] = later
+            heapq.heappush(last[g], (-later, key))
+        while len(held[g]) > slots[g]:
+            later, key = heapq.heappop(last[g])
+            if held[g].get(key) == -later:
+                del held[g][key]
+    return fetched
 
 
 def cpu_rate(model: Watched) -> float | None:
@@ -80,11 +107,21 @@ def _order_rate(model: Watched) -> float | None:
     return fetched / elapsed if fetched else None
 
 
+def steps_key(sample: Sample) -> object:
+    """The same for samples that decoded the same tokens in the same widths at the same places."""
+    return tuple((step.tokens, step.past) for passage in sample.passages for step in passage.steps)
+
+
+def own_seconds(sample: Sample) -> float:
+    """Of its steps, stalls included."""
+    return sum(step.seconds for passage in sample.passages for step in passage.steps)
+
+
 def compute_seconds(sample: Sample, ceiling: Watched | None) -> float:
     """What the steps of a sample cost without a stall; the draft comes on top."""
     if ceiling is None:
         stalled = (sample.events.get("stall_ms") or 0.0) / 1e3
-        return max(0.0, sum(step.seconds for p in sample.passages for step in p.steps) - stalled)
+        return max(0.0, own_seconds(sample) - stalled)
     return sum(_replayed(passage, ceiling) for passage in sample.passages)
 
 

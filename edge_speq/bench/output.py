@@ -73,12 +73,18 @@ def _footer(rows: Sequence[Row]) -> list[str]:
         f"build: {first['build_commit']} (edge_speq {first['edge_speq_version']})",
         f"hardware: {hardware}{ram}",
         f"model: {first['model_filename']}, header and size {first['model_hash'][:16]}",
-        f"device budget: {first['budget_bytes'] / 2**20:.1f} MiB for every row; over: holds more "
-        "(without a GPU mapped experts are not in the figure)",
+        f"device budget: {_budgets(rows)}; over: holds more (without a GPU mapped experts are not in the figure)",
     ]
     if first["deterministic"]:
         lines.append("deterministic: stalls are virtual and were added to times of the clock; counters repeat")
     return lines
+
+
+def _budgets(rows: Sequence[Row]) -> str:
+    budgets = {row["resident"]: f"{row['budget_bytes'] / 2**20:.1f} MiB" for row in rows}
+    if len(budgets) == 1:
+        return f"{next(iter(budgets.values()))} for every row"
+    return ", ".join(f"{size} at {share}" for share, size in budgets.items())
 
 
 def as_csv(rows: Sequence[Row]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from edge_speq.bench.prompts import Texts
 from edge_speq.bench.watched import Stock, Watched
 from edge_speq.core import SLOT_POLICIES, Experts
 
-COMPUTES = ("device", "hybrid")
+COMPUTES = ("device", "hybrid", "hybrid-ahead")
 SLOTS = (*SLOT_POLICIES, *COMPUTES)
 WARM_UP = 16  # tokens after each load: graphs are built and slots filled
 DEFAULT_RESIDENT = "1/4"
@@ -40,6 +41,8 @@ class Settings:
     link: str | None = None
     deterministic: bool = False
     emulation: str | None = None  # in words, for every row
+    load_mode: str = "auto"  # of stock arms: "mmap", "none", or whichever is faster
+    warm_up: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +94,23 @@ def reference(settings: Settings) -> Arm:
 
 
 class Fleet:
-    """Opens arms. All stay in memory while device and host have room, else one at a time.
+    """Opens arms. As many stay in memory as device and host have room for.
 
     The anchor, the first arm with slots, is bounded as the user said, and what it then uses is the budget of the
     others: slots with another draft length get it as vram_budget, cpu-moe as room for whole layers of experts. `all`
     gets no bound.
+
+    rebound() changes the share and keeps what does not depend on it.
     """
 
     def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
         self.facts: dict[Arm, Facts] = {}
         self.budget_bytes: int | None = None
+        self.resident = settings.resident  # of the anchor; None where a budget decides
         self._settings, self._say = settings, say
         self._open: dict[Arm, Watched] = {}
         self._mapped: dict[Arm, bool] = {}  # of stock arms: the better load mode
+        self._n_cpu_moe: dict[Arm, int | None] = {}  # found by dry loads
         self._anchor = next((arm for arm in arms(settings) if arm.policy in SLOTS), reference(settings))
         self._n_ctx = self._size = 0
 
@@ -117,6 +124,16 @@ class Fleet:
         for model in self._open.values():
             model.close()
         self._open = {}
+
+    def rebound(self, resident: str | None) -> None:
+        """Another share of the experts in slots. `all` stays in memory, and load modes once found stay known: on the
+        CPU side an expert costs what it costs, however many layers are there."""
+        self._settings = dataclasses.replace(self._settings, resident=resident)
+        for arm in [arm for arm in self._open if arm.policy != "all"]:
+            self._open.pop(arm).close()
+        self.facts = {arm: facts for arm, facts in self.facts.items() if arm.policy == "all"}
+        self.budget_bytes = None
+        self._n_cpu_moe = {}
 
     def cancel(self) -> None:
         """From any thread: what runs ends soon."""
@@ -136,18 +153,18 @@ class Fleet:
         return self._open[arm]
 
     def _load(self, arm: Arm) -> None:
-        if not self._has_room(arm):
-            self.close()
-        self._say(f"loading {arm.name}")
-        model = self._stock(arm) if arm.policy not in SLOTS else self._slots(arm)
-        self._open[arm] = model
+        while self._open and not self._has_room(arm):  # arms take turns, so the last one waits longest for its next
+            self._open.popitem()[1].close()
+        if arm.policy not in SLOTS:
+            self._open[arm] = self._stock(arm)
+        else:
+            self._say(f"loading {arm.name}")
+            self._open[arm] = self._slots(arm)
         if arm not in self.facts:
-            self.facts[arm] = _facts(model)
-        self._warm(model)
+            self.facts[arm] = _facts(self._open[arm])
+        self._warm(self._open[arm])
 
     def _has_room(self, arm: Arm) -> bool:
-        if not self._open:
-            return True
         known, free_bytes = self.facts.get(arm), _native.compute_device().free_bytes
         need = known.used_bytes if known is not None else (self.budget_bytes or 0) + self._size * (arm.policy == "all")
         # page-locked experts are a copy in RAM for each model; without room for it they would be mapped for some only
@@ -155,10 +172,10 @@ class Fleet:
 
     def _settle_bounds(self) -> None:
         """One size for the whole run, though what is free on the device changes."""
-        device = _native.compute_device()
-        self._vram_budget = plan.budget(self._settings.vram_budget, device)
+        if not self._n_ctx:
+            self._vram_budget = plan.budget(self._settings.vram_budget, _native.compute_device())
         bounded = self._settings.resident is not None or self._vram_budget is not None
-        self._resident = self._settings.resident if bounded else DEFAULT_RESIDENT
+        self.resident = self._settings.resident if bounded else DEFAULT_RESIDENT
         self._n_ctx, self._size = self._context(), gguf_model.check_model(self._settings.model).size
 
     def _context(self) -> int:
@@ -172,30 +189,44 @@ class Fleet:
     def _slots(self, arm: Arm) -> Watched:
         bounds: dict[str, Any] = {"vram_budget": self.budget_bytes}
         if arm.speculation == self._anchor.speculation:
-            bounds = {"resident": self._resident, "vram_budget": self._vram_budget}
+            bounds = {"resident": self.resident, "vram_budget": self._vram_budget}
         policy = arm.policy
         if policy in COMPUTES:  # auto, but for where missing experts are computed
             bounds["compute"], policy = policy, "auto"
         return Watched(self._settings.model, policy=policy, **bounds, **self._options(arm))
 
     def _stock(self, arm: Arm) -> Watched:
-        if arm not in self._mapped:
-            self._mapped[arm] = self._better_load_mode(arm)
-        return self._load_stock(arm, self._mapped[arm])
+        mapped = self._mapped.get(arm)
+        if mapped is None and self._settings.load_mode != "auto":
+            mapped = self._settings.load_mode == "mmap"
+        elif mapped is None and arm.policy == "all" and _native.compute_device().is_gpu:
+            mapped = True  # the weights are on the device either way
+        return self._faster_load(arm) if mapped is None else self._load_stock(arm, mapped)
 
-    def _better_load_mode(self, arm: Arm) -> bool:
-        """Whether the mapped file is faster than the file read into memory. Each is tried once."""
-        times = {}
-        for mapped in (True, False):
-            with contextlib.closing(self._load_stock(arm, mapped)) as model:
-                self._warm(model)
-                times[mapped] = self._warm(model)
-        return times[True] <= times[False]
+    def _faster_load(self, arm: Arm) -> Stock:
+        """The mapped file or the file read into memory, whichever is faster. Each is tried once."""
+        models = dict[bool, Stock]()
+        times = dict[bool, float]()
+        try:
+            for mapped in (True, False):
+                if models and not self._has_room(arm):
+                    models.pop(True).close()
+                models[mapped] = self._load_stock(arm, mapped)
+                self._warm(models[mapped])
+                times[mapped] = self._warm(models[mapped])
+            best = self._mapped[arm] = times[True] <= times[False]
+            return models.pop(best) if best in models else self._load_stock(arm, best)
+        finally:
+            for model in models.values():
+                model.close()
 
     def _load_stock(self, arm: Arm, mapped: bool) -> Stock:
+        self._say(f"loading {arm.name}, {'mapped' if mapped else 'read into memory'}")
         budget = self.budget_bytes if arm.policy == "cpu-moe" else None
-        options = self._options(arm) | {"use_mmap": mapped}
-        return Stock(self._settings.model, device_budget=budget, policy=arm.policy, **options)
+        options = self._options(arm) | {"use_mmap": mapped, "n_cpu_moe": self._n_cpu_moe.get(arm)}
+        model = Stock(self._settings.model, device_budget=budget, policy=arm.policy, **options)
+        self._n_cpu_moe[arm] = model.n_cpu_moe
+        return model
 
     def _options(self, arm: Arm) -> dict[str, Any]:
         settings = self._settings

@@ -78,6 +78,7 @@ def rows(results: Iterable[Result], bench: Bench, hardware: Row) -> list[Row]:
         common | _row(result, bench.fleet.facts[result.arm], settings, bench.fleet.budget_bytes or 0) for result in done
     ]
     for row in made:
+        row["resident"] = bench.fleet.resident
         row["speedup"] = speedup(row, made, settings.baseline)
     return made
 
@@ -135,6 +136,7 @@ def _edge_keys(result: Result, facts: Facts, settings: Settings, budget: int) ->
         "placement": facts.placement,
         "draft": Path(settings.draft).name if drafts and settings.draft is not None else None,
         "speculation": result.arm.speculation,
+        "resident": None,
         "resident_fraction": share,
         "used_bytes": facts.used_bytes,
         "budget_bytes": budget,

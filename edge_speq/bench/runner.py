@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from edge_speq.bench import bound
 from edge_speq.bench.compare import Judge, Verdict
 from edge_speq.bench.matrix import Case
 from edge_speq.bench.measure import Sample, measure
-from edge_speq.bench.policies import Arm, Fleet, Settings, arms, reference, rotated
+from edge_speq.bench.policies import SLOTS, Arm, Fleet, Settings, arms, reference, rotated
 from edge_speq.bench.watched import Watched
 from edge_speq.core import EdgeError, parse_rate
 from edge_speq.llama import LAPTOP_LINK
@@ -33,15 +35,21 @@ class Result:
 
 
 class Bench:
-    """One benchmark. run() may be interrupted by stop(), from any thread; what was finished stays."""
+    """One benchmark. run() may be interrupted by stop(), from any thread; what was finished stays.
 
-    def __init__(self, settings: Settings, say: Callable[[str], None] = lambda _: None) -> None:
-        self.settings, self.fleet = settings, Fleet(settings, say)
+    A fleet that is given stays open."""
+
+    def __init__(
+        self, settings: Settings, say: Callable[[str], None] = lambda _: None, fleet: Fleet | None = None
+    ) -> None:
+        self.settings, self.fleet = settings, fleet or Fleet(settings, say)
+        self._closes = fleet is None
         self.arms = arms(settings)
         self.results = {(arm, case): Result(arm, case) for arm in self.arms for case in settings.cases}
-        self.stopped = self.interrupted = False  # the latter: a Ctrl-C was noted
+        self.stopped = False
         self._say = say
         self._judges: dict[Case, Judge] = {}
+        self._replayed: dict[object, float] = {}  # seconds that policy all takes for steps of other arms
 
     def stop(self) -> None:
         self.stopped = True
@@ -49,7 +57,7 @@ class Bench:
 
     def run(self) -> list[Result]:
         """The finished results. Raises EdgeError."""
-        with self.fleet:
+        with self.fleet if self._closes else contextlib.nullcontext():
             try:
                 self._rounds()
                 self._bounds()
@@ -62,7 +70,7 @@ class Bench:
 
     def _rounds(self) -> None:
         self._expect()
-        for repetition in range(-1, self.settings.repetitions):
+        for repetition in range(-1 if self.settings.warm_up else 0, self.settings.repetitions):
             what = "warm-up" if repetition < 0 else f"repetition {repetition + 1} of {self.settings.repetitions}"
             for arm in rotated(self.arms, max(0, repetition)):
                 self._visit(arm, what, counted=repetition >= 0)
@@ -70,7 +78,7 @@ class Bench:
                 judge.settle(self._reference)
 
     def _expect(self) -> None:
-        """What the reference writes."""
+        """What the reference writes, its warm-up."""
         for case in self.settings.cases:
             self._say(f"reference text, {case.name}")
             self._judges[case] = Judge(measure(self._reference(), case, self.settings.texts).passages)
@@ -79,6 +87,8 @@ class Bench:
         return self.fleet.open(reference(self.settings))
 
     def _visit(self, arm: Arm, what: str, *, counted: bool) -> None:
+        if not counted and arm == reference(self.settings):
+            return
         model = self._open(arm)
         if model is None:
             return
@@ -86,6 +96,9 @@ class Bench:
             if self.stopped:
                 raise EdgeError("stopped")
             self._say(f"{what}: {arm.name}, {case.name}")
+            if not counted and arm.policy not in SLOTS:  # nothing to fill
+                measure(model, case, self.settings.texts, self.settings.texts.chosen[-1:])
+                continue
             started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             sample, result = measure(model, case, self.settings.texts), self.results[arm, case]
             self._judges[case].compare(sample.outputs, result.verdict)
@@ -116,25 +129,42 @@ class Bench:
                 self._bound(result)
 
     def _bound(self, result: Result) -> None:
-        facts, cache = self.fleet.facts[result.arm], dict[object, tuple[float, float]]()
+        facts, needed = self.fleet.facts[result.arm], dict[object, int]()
         link, cpu = self._link(result.arm), bound.cpu_rate(self.fleet.open(result.arm))
         rate = link + (cpu or 0.0) if link is not None else None
         ceiling = self._ceiling(result.arm)
+        if cpu is not None and ceiling is None:
+            return
         speeds = []
         for sample in result.samples:
             steps = [step for passage in sample.passages for step in passage.steps]
             if any(step.routing is None for step in steps):
                 return
-            key = tuple((step.tokens, step.past) for step in steps)
-            if ceiling is None or key not in cache:
+            key = bound.steps_key(sample)
+            if ceiling is None or key not in needed:
                 routing = [step.routing for step in steps if step.routing is not None]
-                n_bytes = bound.clairvoyant_bytes(facts.experts, facts.slots, routing)
-                cache[key] = n_bytes / rate if rate else 0.0, bound.compute_seconds(sample, ceiling)
-            on_link, computing = cache[key]
-            speeds.append(sample.n_tokens / max(on_link, computing + sample.draft_seconds))
+                needed[key] = bound.clairvoyant_bytes(
+                    facts.experts, facts.slots, routing, bypass=cpu is not None
+                )
+            on_link = needed[key] / rate if rate else 0.0
+            computing = self._computing(result, sample, key, ceiling) + sample.draft_seconds
+            speeds.append(sample.n_tokens / max(on_link, computing))
         result.bound_ts, result.bound_compute = statistics.mean(speeds), "stalls" if ceiling is None else "all"
         result.link_bytes_per_s = None if link is None else round(link)
         result.cpu_bytes_per_s = None if cpu is None else round(cpu)
+
+    def _computing(self, result: Result, sample: Sample, key: object, ceiling: Watched | None) -> float:
+        if ceiling is None:
+            return bound.compute_seconds(sample, None)
+        what = (result.case, result.arm.threads, key)
+        if what not in self._replayed:
+            own = [bound.own_seconds(s) for s in self._ceiling_samples(result) if bound.steps_key(s) == key]
+            self._replayed[what] = min([bound.compute_seconds(sample, ceiling), *own])
+        return self._replayed[what]
+
+    def _ceiling_samples(self, result: Result) -> list[Sample]:
+        arms = [arm for arm in self.arms if arm.policy == "all" and arm.threads == result.arm.threads]
+        return [sample for arm in arms for sample in self.results[arm, result.case].samples]
 
     def _link(self, arm: Arm) -> float | None:
         if self.settings.link is not None:
@@ -144,3 +174,36 @@ class Bench:
     def _ceiling(self, arm: Arm) -> Watched | None:
         found = [other for other in self.arms if other.policy == "all" and other.threads == arm.threads]
         return self.fleet.open(found[0]) if found else None
+
+
+class Series:
+    """A benchmark for each share of experts in slots, one after the other. Policies take turns within a share, where
+    they are compared; what does not depend on the share stays in memory."""
+
+    def __init__(
+        self, settings: Settings, shares: Sequence[str | None], say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.stopped = self.interrupted = False  # the latter: a Ctrl-C was noted
+        self._settings, self._shares, self._say = settings, shares, say
+        self._fleet = Fleet(settings, say)
+        self._job: Bench | None = None
+
+    def stop(self) -> None:
+        """From any thread: no more than what is finished."""
+        self.stopped = True
+        if self._job is not None:
+            self._job.stop()
+
+    def run(self) -> Iterator[tuple[Bench, list[Result]]]:
+        """Each share's finished results, to be read before the next is asked for. Raises EdgeError."""
+        with self._fleet:
+            for share in self._shares:
+                if self.stopped:
+                    return
+                if len(self._shares) > 1:
+                    self._say(f"{share} of the experts in slots")
+                self._fleet.rebound(share)
+                self._job = Bench(dataclasses.replace(self._settings, resident=share), self._say, self._fleet)
+                if self.stopped:
+                    return
+                yield self._job, self._job.run()

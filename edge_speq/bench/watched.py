@@ -108,11 +108,13 @@ class Stock(Watched):
 
     With a budget the experts of the first N layers stay on the CPU and the others go on the device, N the smallest
     number with which everything fits. Without one everything goes on the device, and on a machine that has no GPU
-    everything is on the CPU in any case.
+    everything is on the CPU in any case. n_cpu_moe: that number, where it is known.
     """
 
-    def __init__(self, model_path: str, *, device_budget: int | None, **options: Any) -> None:
-        self._device_budget = device_budget
+    def __init__(
+        self, model_path: str, *, device_budget: int | None, n_cpu_moe: int | None = None, **options: Any
+    ) -> None:
+        self._device_budget, self._known = device_budget, n_cpu_moe
         self._patterns: Any = None
         super().__init__(model_path, **options)
 
@@ -122,7 +124,8 @@ class Stock(Watched):
         self.n_cpu_moe = 0
         self._keep_on_cpu(model_params, 0)
         if self._device_budget is not None and self.device.is_gpu:
-            self.n_cpu_moe = self._fewest(self._device_budget, model_params, context_params)
+            known = self._known
+            self.n_cpu_moe = self._fewest(self._device_budget, model_params, context_params) if known is None else known
             self._keep_on_cpu(model_params, self.n_cpu_moe)
 
     def _fewest(self, budget: int, model_params: Any, context_params: Any) -> int:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from edge_speq import __version__, interrupt
-from edge_speq.cli import bench, chat, convert, doctor, inspect, plan, run, serve, simulate, trace
+from edge_speq.cli import bench, chat, convert, doctor, inspect, plan, run, serve, simulate, trace, tune
 from edge_speq.core import EdgeError
 
 
@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="edge-speq", description="Run MoE GGUF models larger than the GPU.")
     top.add_argument("--version", action=_Version, nargs=0, help="package, llama.cpp commit and devices")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, chat, serve, plan, bench, convert, inspect, doctor, trace, simulate):
+    for command in (run, chat, serve, plan, bench, convert, inspect, doctor, trace, simulate, tune):
         command.add_parser(commands)
     return top
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_speq import demo
 from edge_speq.cli import progress
-from edge_speq.core import COMPUTES, POLICIES, SLOT_POLICIES
+from edge_speq.core import COMPUTES, POLICIES, SLOT_POLICIES, parse_policy
 
 if TYPE_CHECKING:
     from edge_speq.llama import EdgeLlama
@@ -26,7 +26,9 @@ def add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--resident", metavar="SHARE", help="share of the expert bytes that slots may hold: 1/4, 0.25")
     p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="ceiling for everything on the device: 6GiB, auto")
     p.add_argument("--speculation", metavar="K", default="auto", help="draft tokens per step, or auto (%(default)s)")
-    p.add_argument("--policy", choices=POLICIES, default="auto", help="what serves the experts (%(default)s)")
+    p.add_argument(
+        "--policy", metavar="P", type=parse_policy, default="auto", help=f"{', '.join(POLICIES)} (%(default)s)"
+    )
     p.add_argument("--compute", choices=COMPUTES, default="auto", help="where missing experts run (%(default)s)")
     p.add_argument("-c", "--ctx-size", metavar="N", type=int, help=f"context (the model's, at most {DEFAULT_CONTEXT})")
     p.add_argument(
@@ -42,6 +44,10 @@ def add_transfers(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--deterministic", action="store_true", help="transfers take virtual time: counters repeat for a seed"
     )
+
+
+def add_profile(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--no-profile", action="store_true", help="ignore what edge-speq tune found for this model")
 
 
 def add_sampling(p: argparse.ArgumentParser, n_predict: int) -> None:
@@ -94,8 +100,13 @@ def llama_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def load(arguments: argparse.Namespace) -> EdgeLlama:
-    """The model, with a line of progress on a terminal when that takes a while."""
+def profile(arguments: argparse.Namespace) -> str | None:
+    """EdgeLlama's argument of that name."""
+    return None if getattr(arguments, "no_profile", True) else "auto"
+
+
+def load(arguments: argparse.Namespace, **more: Any) -> EdgeLlama:
+    """The model, with a line of progress on a terminal when that takes a while. more: EdgeLlama's."""
     from edge_speq.llama import EdgeLlama
 
     class Watched(EdgeLlama):
@@ -104,7 +115,8 @@ def load(arguments: argparse.Namespace) -> EdgeLlama:
             self._progress = progress.attach(model_params, line)
 
     options = edge_options(arguments) | llama_options(arguments)
-    options |= {"link": arguments.link, "deterministic": arguments.deterministic}
+    options |= {"link": arguments.link, "deterministic": arguments.deterministic, "profile": profile(arguments)}
+    options |= more
     if arguments.json or not sys.stderr.isatty():
         return EdgeLlama(arguments.model, **options)
     with progress.Line(sys.stderr) as line:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from edge_speq.core import (
     POLICIES,
     EdgeError,
     parse_bytes,
+    parse_policy,
     parse_rate,
     parse_share,
     parse_speculation,
@@ -21,12 +24,13 @@ from edge_speq.core import (
 
 if TYPE_CHECKING:
     from edge_speq.bench.policies import Settings
-    from edge_speq.bench.runner import Bench
+    from edge_speq.bench.runner import Series
 
 LLAMA_CPP_LOG = logging.getLogger("edge_speq.llama_cpp")
 DEFAULT_POLICIES = "auto,device,lru,cpu-moe,all"
-CHOICES = (*POLICIES, "device", "hybrid")  # auto with that compute
+CHOICES = (*POLICIES, "device", "hybrid", "hybrid-ahead")  # auto with that compute
 FORMATS = ("md", "csv", "json", "jsonl", "sql")
+LOAD_MODES = ("auto", "mmap", "none")
 RANGES = "Lists (1,2) and ranges (0-512+128, 1-64*2) make a matrix"
 
 
@@ -41,7 +45,9 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--draft", metavar="D", help="a draft GGUF with the model's vocabulary")
     _add_tests(p)
     _add_competitors(p)
-    p.add_argument("-o", "--output", choices=FORMATS, default="md", help="format on stdout (%(default)s)")
+    p.add_argument(
+        "-o", "--output", choices=FORMATS, default="md", help="format on stdout (%(default)s); jsonl after each share"
+    )
     p.add_argument("--json", action="store_const", const="json", dest="output", help="the same as -o json")
     p.add_argument("-v", "--verbose", action="store_true", help="show the log")
     p.set_defaults(command=bench)
@@ -53,6 +59,7 @@ def _add_tests(p: argparse.ArgumentParser) -> None:
     p.add_argument("-pg", metavar="P,N", action="append", help="tests that read P tokens and generate N")
     p.add_argument("-d", "--n-depth", metavar="D", action="append", help="tokens in the context beforehand (0)")
     p.add_argument("-r", "--repetitions", metavar="R", type=int, default=5, help="of each test (%(default)s)")
+    p.add_argument("--no-warmup", action="store_true", help="no round before those that count")
     p.add_argument("-t", "--threads", metavar="T", action="append", help="CPU threads")
     p.add_argument("--prompts", metavar="FILE", help='own texts: JSONL with "prompt" and perhaps "domain"')
     p.add_argument("--texts", metavar="N", type=int, default=1, help="bundled texts of each class (%(default)s)")
@@ -61,9 +68,10 @@ def _add_tests(p: argparse.ArgumentParser) -> None:
 def _add_competitors(p: argparse.ArgumentParser) -> None:
     p.add_argument("--policy", metavar="LIST", default=DEFAULT_POLICIES, help=f"{', '.join(CHOICES)} (%(default)s)")
     p.add_argument("--speculation", metavar="LIST", default="auto", help="draft tokens per step (%(default)s)")
-    p.add_argument("--resident", metavar="SHARE", help="share of the expert bytes in slots (1/4)")
+    p.add_argument("--resident", metavar="LIST", help="shares of the expert bytes in slots, one after the other (1/4)")
     p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="everything on the device: 6GiB, auto")
     p.add_argument("--baseline", metavar="POLICY", help="what speed-ups refer to (cpu-moe where listed)")
+    p.add_argument("-lm", "--load-mode", choices=LOAD_MODES, default="auto", help="of cpu-moe and all; auto tries both")
     p.add_argument("--emulate", metavar="WHAT", help="another machine: link=12.5GB/s,threads=6")
     p.add_argument(
         "--deterministic", action="store_true", help="virtual transfers: counters repeat, stalls are virtual"
@@ -71,26 +79,38 @@ def _add_competitors(p: argparse.ArgumentParser) -> None:
 
 
 def bench(options: argparse.Namespace) -> int:
-    wanted = settings(options)
-    from edge_speq.bench import output, rows
-    from edge_speq.bench.runner import Bench
+    wanted, shares = settings(options), _shares(options.resident)
+    from edge_speq.bench.output import FORMATS
+    from edge_speq.bench.runner import Series
 
-    progress = Progress()
-    job = Bench(wanted, progress)
+    progress, made = Progress(), list[Any]()
+    series = Series(wanted, shares, progress)
     try:
-        with interrupt.handler(lambda *_: _stop(job), at_once=lambda: _stop_at_once(job)):
-            results = job.run()
+        with interrupt.handler(lambda *_: _stop(series), at_once=lambda: _stop_at_once(series)):
+            for rows in _finished(series):
+                made += rows
+                if options.output == "jsonl" and rows:
+                    progress.done()
+                    print(FORMATS["jsonl"](rows), flush=True)
     finally:
         progress.done()
         LLAMA_CPP_LOG.setLevel(logging.NOTSET)
+    if made and options.output != "jsonl":
+        print(FORMATS[options.output](made))
+    return interrupt.EXIT_CODE if series.stopped else 0
+
+
+def _finished(series: Series) -> Iterator[list[Any]]:
+    """The rows of each share."""
+    from edge_speq.bench import rows
+
     memory = machine.memory()
-    hardware = rows.machine(machine.cpu_model(), None if memory is None else memory[0])
-    if results:
-        print(output.FORMATS[options.output](rows.rows(results, job, hardware)))
-    return interrupt.EXIT_CODE if job.stopped else 0
+    for job, results in series.run():
+        hardware = rows.machine(machine.cpu_model(), None if memory is None else memory[0])
+        yield rows.rows(results, job, hardware)
 
 
-def _stop(job: Bench) -> None:
+def _stop(job: Series) -> None:
     """The first Ctrl-C ends the rounds, the next one everything."""
     if job.interrupted:
         raise KeyboardInterrupt
@@ -98,19 +118,22 @@ def _stop(job: Bench) -> None:
     _stop_at_once(job)
 
 
-def _stop_at_once(job: Bench) -> None:
+def _stop_at_once(job: Series) -> None:
     """Also called in another thread while the main one decodes. What llama.cpp says of the ended graph is no news."""
     LLAMA_CPP_LOG.setLevel(logging.CRITICAL)
     job.stop()
 
 
 class Progress:
-    """What is measured now, on stderr: one line that changes on a terminal, a line for each turn elsewhere."""
+    """What is measured now and seconds since the start, on stderr: one line that changes on a terminal, a line for each
+    turn elsewhere."""
 
     def __init__(self) -> None:
         self._on_terminal = sys.stderr.isatty()
+        self._started = time.monotonic()
 
     def __call__(self, text: str) -> None:
+        text = f"{time.monotonic() - self._started:.1f} s: {text}"
         sys.stderr.write(f"\r\x1b[K{text}" if self._on_terminal else f"bench: {text}\n")
         sys.stderr.flush()
 
@@ -131,7 +154,7 @@ def settings(options: argparse.Namespace) -> Settings:
         raise EdgeError(f"-r {options.repetitions} measures nothing", "give at least 1", usage=True)
     emulated = emulation(options.emulate)
     model, draft = _models(options)
-    policies = matrix.choices(options.policy, lambda name: require_choice("policy", name, CHOICES))
+    policies = matrix.choices(options.policy, lambda name: parse_policy(name, CHOICES))
     speculations = matrix.choices(options.speculation, parse_speculation) if draft else ["0"]
     return Settings(
         model=model,
@@ -142,12 +165,14 @@ def settings(options: argparse.Namespace) -> Settings:
         cases=tuple(_cases(options)),
         texts=_texts(options),
         repetitions=options.repetitions,
-        resident=_resident(options.resident),
+        resident=_shares(options.resident)[0],
         vram_budget=_budget(options.vram_budget),
         baseline=_baseline(options.baseline, policies),
         link=emulated.get("link"),
         deterministic=options.deterministic,
         emulation=",".join(f"{key}={value}" for key, value in emulated.items()) or None,
+        load_mode=options.load_mode,
+        warm_up=not options.no_warmup,
     )
 
 
@@ -212,10 +237,10 @@ def _texts(options: argparse.Namespace) -> Any:
     return prompts.from_file(Path(options.prompts)) if options.prompts else prompts.bundled(options.texts)
 
 
-def _resident(text: str | None) -> str | None:
-    if text is not None:
-        parse_share(text)
-    return text
+def _shares(text: str | None) -> list[str | None]:
+    from edge_speq.bench import matrix
+
+    return [None] if text is None else [*matrix.choices(text, parse_share)]
 
 
 def _budget(text: str | None) -> str | None:

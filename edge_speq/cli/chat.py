@@ -43,6 +43,7 @@ def add_parser(commands: Any) -> None:
     )
     arguments.add_model(p)
     arguments.add_transfers(p)
+    arguments.add_profile(p)
     p.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     arguments.add_sampling(p, n_predict=0)
     arguments.add_output(p, json="print one JSON object a reply")

@@ -1,4 +1,7 @@
-"""edge-speq doctor: whether this installation and this machine can run models, and what to do where they cannot."""
+"""edge-speq doctor: whether this installation and this machine can run models, and what to do where they cannot.
+
+Measuring takes a second or two; with a MODEL also as long as loading it does.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
 import platform
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +27,20 @@ from edge_speq.core import EdgeError
 
 MIN_DISK = 1 << 30  # bytes
 MIN_MEMORY = 1 << 30
+LARGE_EXPERT = 1 << 20
 NOT_MODULES = re.compile(r"(lib)?ggml-(base|cpu)\b")  # linked in
+EXTRAS = {  # of pyproject.toml, with what is imported of them
+    "serve": ("fastapi", "uvicorn"),
+    "convert": ("torch", "transformers", "safetensors", "sentencepiece", "google.protobuf", "yaml", "tqdm", "requests"),
+    "plot": ("matplotlib",),
+    "desktop": ("PySide6",),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`status` is ok, warn (usable, but) or fail (not usable); `remedy` says what to do about the latter two."""
+    """`status` is ok, note (something optional is missing), warn (usable, but) or fail (not usable); `remedy` says what
+    to do about all but the first."""
 
     name: str
     status: str
@@ -42,13 +55,14 @@ def add_parser(commands: Any) -> None:
         help="is everything here to run models",
         description="Looks at the installation and the machine. Exit code 0 when models can be run, 1 when not.",
     )
+    p.add_argument("model", nargs="?", metavar="MODEL", help="whose disk and experts to measure with (the bundled one)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("-v", "--verbose", action="store_true", help="show the log")
     p.set_defaults(command=doctor)
 
 
 def doctor(options: argparse.Namespace) -> int:
-    findings = list(examine())
+    findings = list(examine(options.model))
     usable = all(finding.status != "fail" for finding in findings)
     if options.json:
         print(json.dumps({"usable": usable, "findings": [dataclasses.asdict(finding) for finding in findings]}))
@@ -63,18 +77,25 @@ def lines(finding: Finding) -> list[str]:
     return [f"{finding.status:5} {finding.name:11} {finding.text}", *remedy]
 
 
-def examine() -> Iterator[Finding]:
+def examine(model: str | None = None) -> Iterator[Finding]:
     yield python()
     build = native_build()
     yield build
+    found = list(backends()) if build.status != "fail" else []
+    yield from found
     if build.status != "fail":
-        yield from backends()
         yield instruction_sets()
+    yield driver()
     yield cpu()
     yield memory()
     yield locked_memory()
+    yield page_locked()
     yield from bundled_models()
     yield disk()
+    yield disk_rate(model)
+    if build.status != "fail" and all(finding.status != "fail" for finding in found):
+        yield link_rate(model)
+    yield from extras()
 
 
 def python() -> Finding:
@@ -174,6 +195,72 @@ def locked_memory() -> Finding:
     text = "unlimited" if limit < 0 else f"{limit / 2**20:g} MiB"
     note = "" if limit < 0 else ": use_mlock is bound by it, page-locked buffers of a GPU driver are not"
     return Finding("memlock", "ok", text + note, values={"limit_bytes": None if limit < 0 else limit})
+
+
+def page_locked() -> Finding:
+    """How large the experts of a model may be for the fast way to a GPU."""
+    most = machine.most_page_locked()
+    if most is None:
+        return Finding("pinned", "ok", "unknown on this system: models are mapped")
+    text = f"experts of up to {_gib(most)} are read into page-locked memory for a GPU, larger ones are mapped"
+    if sys.platform == "win32":
+        text += "; Windows grants a driver about half of the RAM"
+    return Finding("pinned", "ok", text, values={"most_bytes": most})
+
+
+def driver() -> Finding:
+    found = machine.gpu_drivers()
+    return Finding("driver", "ok", ", ".join(found) or "none that this system tells of", values={"modules": found})
+
+
+def disk_rate(model: str | None) -> Finding:
+    """Of reading the model."""
+    from edge_speq import speeds
+
+    try:
+        path = Path(model) if model is not None else demo.path(demo.MODEL)
+        rate = speeds.disk(path)
+    except (OSError, EdgeError) as error:
+        return Finding("disk speed", "warn", f"not measured: {error}", "name a file that can be read")
+    if rate is None:
+        return Finding("disk speed", "ok", "not measured: this system keeps what it has read")
+    text = f"{rate.bytes_per_s / 1e9:.2f} GB/s, {rate.n_bytes / 2**20:.0f} MiB of {path.name} read"
+    values = {"bytes_per_s": rate.bytes_per_s, "n_bytes": rate.n_bytes}
+    return Finding("disk speed", "ok", text, values=values)
+
+
+def link_rate(model: str | None) -> Finding:
+    """Of experts on their way to the GPU."""
+    from edge_speq import speeds
+
+    if not speeds.has_link():
+        return Finding("link speed", "ok", "not measured: there is no GPU, experts move within RAM")
+    try:
+        with _captured("edge_speq"):
+            rate = speeds.link(model)
+    except EdgeError as error:
+        return Finding("link speed", "warn", f"not measured: {error.message}", error.hint or "name another MODEL")
+    small = "" if rate.n_bytes >= LARGE_EXPERT else "; name a MODEL with larger ones, which go faster"
+    text = f"{rate.bytes_per_s / 1e9:.2f} GB/s with experts of {rate.n_bytes / 2**10:.0f} KiB{small}"
+    return Finding("link speed", "ok", text, values={"bytes_per_s": rate.bytes_per_s, "expert_bytes": rate.n_bytes})
+
+
+def extras() -> Iterator[Finding]:
+    for name, modules in EXTRAS.items():
+        missing = [module for module in modules if not _importable(module)]
+        values = {"extra": name, "missing": missing}
+        if missing:
+            text, remedy = f"{name}: {', '.join(missing)} missing", f"pip install 'edge-speq[{name}]'"
+            yield Finding("optional", "note", text, remedy, values)
+        else:
+            yield Finding("optional", "ok", f"{name}: installed", values=values)
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def bundled_models() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""edge-speq plan: what a model would hold where under a budget, without loading its weights."""
+"""edge-speq plan: what a model would hold where under a budget, without loading its weights; here or on a laptop."""
 
 from __future__ import annotations
 
@@ -10,22 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 from edge_speq.cli import arguments
 from edge_speq.cli.inspect import summarize
-from edge_speq.gguf_model import check_model
+from edge_speq.core import EdgeError, parse_bytes, parse_rate
+from edge_speq.gguf_model import EXPERTS, check_model
 
 if TYPE_CHECKING:
     from edge_speq.core import Plan
+    from edge_speq.estimate import Laptop
     from edge_speq.survey import Request, Survey
 
 NO_GPU = "no GPU: the CPU computes, and weights, which are mapped file pages, are not counted"
+LINK = "12.5GB/s"  # PCIe 4 x8
 
 
 def add_parser(commands: Any) -> None:
     p: argparse.ArgumentParser = commands.add_parser(
         "plan",
         help="what would go where",
-        description="What a model would hold on the compute device, with the arguments of run. Loads no weights.",
+        description="What a model would hold on the compute device, with the arguments of run. Loads no weights. With "
+        "--ram or --link it is about another machine with a GPU of --vram, and estimates bytes and time per token.",
     )
     arguments.add_model(p)
+    p.add_argument("--ram", metavar="SIZE", help="of the other machine: 16GiB")
+    p.add_argument("--link", metavar="RATE", help=f"to the other machine's GPU ({LINK})")
+    p.add_argument("--trace", metavar="FILE", help="of edge-speq trace: else routing is taken to be even")
     arguments.add_output(p, json="print one JSON object")
     p.set_defaults(command=plan)
 
@@ -34,13 +41,73 @@ def plan(options: argparse.Namespace) -> int:
     from edge_speq import survey
 
     arguments.with_demo_defaults(options)
+    laptop = _laptop(options)
     wanted = survey.request(options.model, **arguments.edge_options(options))
     model_params, context_params = native_params(options)
     draft_params, _keep_alive = survey.prepare(wanted, model_params, context_params)
     found = survey.survey(wanted, model_params, draft_params, context_params)
-    summary = summarize_plan(wanted, found, survey.decide(wanted, found), context_params.n_ctx)
+    if laptop is not None:
+        wanted, found = elsewhere(laptop, wanted, found)
+    decided = survey.decide(wanted, found)
+    summary = summarize_plan(wanted, found, decided, context_params.n_ctx)
+    summary["estimate"] = None if laptop is None else _estimate(options, laptop, found, decided, summary)
     print(json.dumps(summary) if options.json else report(summary))
     return 0
+
+
+def _laptop(options: argparse.Namespace) -> Laptop | None:
+    """The other machine, None when this one is meant. Raises EdgeError for half of a description."""
+    from edge_speq.estimate import THREADS, Laptop
+
+    if options.ram is None and options.link is None:
+        if options.trace is not None:
+            raise EdgeError("--trace is for an estimate", "describe a machine: --vram, --ram, --link", usage=True)
+        return None
+    if options.vram_budget in (None, "auto"):
+        raise EdgeError("another machine needs its --vram", "write it like --vram 6GiB", usage=True)
+    ram = None if options.ram is None else parse_bytes(options.ram)
+    return Laptop(parse_bytes(options.vram_budget), ram, parse_rate(options.link or LINK), options.threads or THREADS)
+
+
+def elsewhere(laptop: Laptop, wanted: Request, found: Survey) -> tuple[Request, Survey]:
+    """The same request for a GPU that is not here. Where this machine has none itself, its weights come from the files'
+    headers; KV and compute buffers are those of the dry load here."""
+    from edge_speq._native import Device
+
+    gpu = Device("laptop", "a GPU that is not this machine's", True, False, laptop.vram_bytes, laptop.vram_bytes)
+    if not wanted.device.is_gpu:
+        draft = found.draft
+        if wanted.draft is not None:
+            draft = dataclasses.replace(draft, model_bytes=_on_gpu(wanted.draft, experts=True))
+        target = dataclasses.replace(found.target, model_bytes=_on_gpu(wanted.model, experts=False))
+        found = dataclasses.replace(found, target=target, draft=draft)
+    return dataclasses.replace(wanted, device=gpu), found
+
+
+def _on_gpu(path: Path, *, experts: bool) -> int:
+    """Bytes of a file's tensors that go there: llama.cpp leaves token embeddings on the CPU, unless they are the
+    output matrix as well."""
+    tensors = check_model(path).tensors
+    skipped = {"token_embd.weight"} if "output.weight" in tensors else set()
+    return sum(
+        t.n_bytes for t in tensors.values() if t.name not in skipped and (experts or not EXPERTS.fullmatch(t.name))
+    )
+
+
+def _estimate(
+    options: argparse.Namespace, laptop: Laptop, found: Survey, decided: Plan, summary: dict[str, Any]
+) -> dict[str, Any] | None:
+    from edge_speq import trace
+    from edge_speq.estimate import estimate
+
+    experts = found.experts
+    if not experts.n_blocks:
+        return None
+    recorded = None if options.trace is None else trace.read(options.trace)
+    used = summary["model"]["dense_bytes"] + experts.total_bytes * experts.n_expert_used / experts.n_expert
+    draft = summary["draft"]
+    share = 1.0 if draft is None or draft["expert_bytes"] else min(1.0, draft["dense_bytes"] / used)
+    return estimate(experts, decided, laptop, recorded, share)
 
 
 def native_params(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -110,11 +177,7 @@ def _memory(used: Any) -> dict[str, int]:
 
 def report(summary: dict[str, Any]) -> str:
     device, memory, decided = summary["device"], summary["memory"], summary["plan"]
-    where = (
-        ""
-        if device["is_gpu"]
-        else "; no GPU: the CPU computes, and weights, which are mapped file pages, are not counted"
-    )
+    where = "" if device["is_gpu"] else f"; {NO_GPU}"
     bound = "no budget" if memory["budget_bytes"] is None else f"of a budget of {_mib(memory['budget_bytes'])}"
     lines = [
         f"plan       {decided['reason']}",
@@ -124,8 +187,30 @@ def report(summary: dict[str, Any]) -> str:
         *_experts(summary),
         f"sum        {_mib(memory['total_bytes'])}, {bound}",
         f"draft      {_speculation(summary)}",
+        *_estimated(summary["estimate"]),
     ]
     return "\n".join(lines)
+
+
+def _estimated(estimate: dict[str, Any] | None) -> list[str]:
+    if estimate is None:
+        return []
+    laptop, each = estimate["laptop"], estimate["per_token"]
+    has = "" if laptop["ram_bytes"] is None else f" of {_mib(laptop['ram_bytes'])}"
+    lines = [f"RAM        {_mib(estimate['ram_needed_bytes'])}{has} with 2 GiB for everything else"]
+    if each is None:
+        return [*lines, f"estimate   none: {estimate['why_not']}"]
+    link = f"{laptop['link_bytes_per_s'] / 1e9:g} GB/s"
+    lines += [
+        f"ESTIMATE   not measured: {each['method']}, {link}, computing as long as half of the experts' transfers take",
+        f"per token  {_mib(each['bytes_fetched'])} fetched of {_mib(each['bytes_demanded'])} demanded",
+        f"time       {each['total_ms']:.2f} ms: {each['computing_ms']:.2f} computing, {each['waiting_ms']:.2f} waiting",
+        f"instead    {each['hybrid_ms']:.2f} ms with hybrid, {each['cpu_moe_ms']:.2f} ms with cpu-moe, "
+        f"{laptop['n_threads']} threads",
+    ]
+    if each["bound_tok_per_s"]:
+        lines.append(f"bound      {1e3 / each['bound_tok_per_s']:.2f} ms, with a clairvoyant cache")
+    return lines
 
 
 def _parts(summary: dict[str, Any]) -> list[str]:

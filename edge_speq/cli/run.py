@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from edge_speq import demo, interrupt
 from edge_speq.cli import arguments
-from edge_speq.core import Stats
+from edge_speq.core import EdgeError, Stats
 
 if TYPE_CHECKING:
+    from edge_speq.cli.watch import View
     from edge_speq.llama import EdgeLlama
+    from edge_speq.steps import StepRecord
 
 
 def add_parser(commands: Any) -> None:
@@ -21,20 +27,32 @@ def add_parser(commands: Any) -> None:
     )
     arguments.add_model(p)
     arguments.add_transfers(p)
+    arguments.add_profile(p)
     p.add_argument("-p", "--prompt", metavar="TEXT", default=demo.PROMPT)
     arguments.add_sampling(p, n_predict=128)
+    p.add_argument("--watch", action="store_true", help="show slots, link and draft on stderr while it writes")
+    p.add_argument("--steps", metavar="FILE", help="write what each verify step did, a JSON object a line")
     arguments.add_output(p, json="print one JSON object instead of text and report")
     p.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
     arguments.with_demo_defaults(options)
-    llm = arguments.load(options)
-    try:
-        text = generate(llm, options)
-        stats = llm.stats()
-    finally:
-        llm.close()
+    view = _view(options) if options.watch else None
+    with _steps_file(options.steps) as file:
+
+        def on_step(step: StepRecord) -> None:
+            if file is not None:
+                file.write(json.dumps(dataclasses.asdict(step)) + "\n")
+            if view is not None:
+                view.step(step)
+
+        llm = arguments.load(options, on_step=on_step if file is not None or view is not None else None)
+        try:
+            text = _watched(llm, options, view) if view is not None else generate(llm, options)
+            stats = llm.stats()
+        finally:
+            llm.close()
     if options.json:
         print(json.dumps({"text": text} | stats.to_dict()))
     else:
@@ -42,11 +60,56 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def generate(llm: EdgeLlama, options: argparse.Namespace) -> str:
-    parts: list[str] = []
-    if not options.json:
+def _view(options: argparse.Namespace) -> View:
+    from edge_speq.cli.watch import View
+
+    return View(sys.stderr, name=Path(options.model).name, link=options.link)
+
+
+@contextlib.contextmanager
+def _steps_file(path: str | None) -> Iterator[TextIO | None]:
+    """Written line by line, so that what is there is whole when the command is interrupted."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115  # only opening may fail for this reason
+    except OSError as error:
+        raise EdgeError(f"cannot write {path}: {error.strerror}", "give a file that can be made", usage=True) from error
+    with file:
+        yield file
+
+
+def _watched(llm: EdgeLlama, options: argparse.Namespace, view: View) -> str:
+    """generate() with the view; where both would be on one screen the view has it, and the text comes after it."""
+    view.llm = llm
+    hidden = view.on_terminal and sys.stdout.isatty() and not options.json
+    if not hidden:
+        with view.shown():
+            return generate(llm, options, view)
+    with view.shown():
+        text = _generate(llm, options, view, shows=False)
+    print(options.prompt + text, flush=True)
+    return text
+
+
+def generate(llm: EdgeLlama, options: argparse.Namespace, view: View | None = None) -> str:
+    if options.json:
+        return _generate(llm, options, view, shows=False)
+    if view is None:
         interrupt.last_words(interrupt.NEW_LINE)
-        print(options.prompt, end="", flush=True)
+    print(options.prompt, end="", flush=True)
+    text = _generate(llm, options, view, shows=True)
+    print(flush=True)
+    if view is None:
+        interrupt.last_words(b"")
+    return text
+
+
+def _generate(llm: EdgeLlama, options: argparse.Namespace, view: View | None, *, shows: bool) -> str:
+    parts: list[str] = []
+    if view is not None:
+        view.text(options.prompt)
     for chunk in llm.create_completion(
         options.prompt,
         max_tokens=options.n_predict,
@@ -56,11 +119,10 @@ def generate(llm: EdgeLlama, options: argparse.Namespace) -> str:
     ):
         piece = chunk["choices"][0]["text"]
         parts.append(piece)
-        if not options.json:
+        if view is not None:
+            view.text(piece)
+        if shows:
             print(piece, end="", flush=True)
-    if not options.json:
-        print(flush=True)
-        interrupt.last_words(b"")
     return "".join(parts)
 
 
@@ -71,6 +133,7 @@ def report(stats: Stats) -> str:
         f"speed      {t.tok_per_s:.1f} tok/s, first token after {1e3 * t.ttft_seconds:.0f} ms "
         f"({t.n_prompt} prompt, {t.n_generated} generated tokens) on {stats.device}",
         f"plan       {stats.plan.reason}",
+        *_profile(stats),
     ]
     if e.hits is not None and stats.plan.policy == "slots":
         rate = f"{100 * e.hit_rate:.1f} %" if e.hit_rate is not None else "no demands"
@@ -88,6 +151,13 @@ def report(stats: Stats) -> str:
     budget = f" of {_mib(stats.plan.budget_bytes)}" if stats.plan.budget_bytes is not None else ""
     lines.append(f"memory     {_mib(stats.used_bytes)}{budget} on the compute device, mapped files not counted")
     return "\n".join(lines)
+
+
+def _profile(stats: Stats) -> list[str]:
+    if stats.profile is None:
+        return []
+    applied = ", ".join(f"{name}={value}" for name, value in stats.profile["applied"].items())
+    return [f"profile    {applied or 'nothing left to fill in'} ({stats.profile['path']})"]
 
 
 def _mib(n_bytes: int) -> str:

@@ -35,6 +35,7 @@ def add_parser(commands: Any) -> None:
     )
     arguments.add_model(p)
     arguments.add_transfers(p)
+    arguments.add_profile(p)
     p.add_argument("--host", metavar="H", default=HOST, help="address to listen on (%(default)s)")
     p.add_argument("--port", metavar="P", type=int, default=PORT, help="0 for any free one (%(default)s)")
     p.add_argument("--api-key", metavar="KEY", help=f"that clients must send; {KEY_VARIABLE} hides it from ps")
@@ -89,7 +90,7 @@ def _open(options: argparse.Namespace, progress: Progress) -> Served:
     from edge_speq.server.model import Served
 
     given = arguments.edge_options(options) | arguments.llama_options(options)
-    given |= {"link": options.link, "deterministic": options.deterministic}
+    given |= {"link": options.link, "deterministic": options.deterministic, "profile": arguments.profile(options)}
     if options.chat_format is not None:
         given["chat_format"] = _known_format(options.chat_format)
     return Served(options.model, progress, **given)

@@ -47,18 +47,22 @@ class Foresight(Protocol):
 
 def choose(target: Experts, draft: Experts | None) -> Foresight:
     """`twin` when the draft's routing maps expert to expert (same blocks, same experts), else `counts`."""
-    is_twin = draft is not None and (draft.n_blocks, draft.n_expert) == (target.n_blocks, target.n_expert)
-    return Twin(target) if is_twin else Counts(target)
+    return Twin(target) if is_twin(target, draft) else Counts(target)
 
 
-def admissions(worth: Scores, states: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+def is_twin(target: Experts, draft: Experts | None) -> bool:
+    """Whether the draft's routing maps expert to expert."""
+    return draft is not None and (draft.n_blocks, draft.n_expert) == (target.n_blocks, target.n_expert)
+
+
+def admissions(worth: Scores, states: npt.NDArray[np.uint8], margin: float = HYSTERESIS) -> npt.NDArray[Any]:
     """Orders for absent experts that have earned a slot: the most worth first, whenever the link is free. They evict
-    only what is worth clearly less, since a fetched expert has to be used some times to repay its transfer."""
+    only what is worth less by the margin, since a fetched expert has to be used some times to repay its transfer."""
     block, expert = np.nonzero((states == 0) & (worth >= WORTH_ADMITTING))
     most = np.argsort(-worth[block, expert], kind="stable")[:MOST_ADMITTED]
     out = np.zeros(len(most), dtype=_native.ORDER)
     out["block"], out["expert"], out["deadline"] = block[most], expert[most], len(worth)
-    out["priority"] = -HYSTERESIS
+    out["priority"] = -margin
     return out
 
 
@@ -76,4 +80,4 @@ def orders(expected: Scores | None) -> npt.NDArray[Any]:
     return out
 
 
-__all__ = ["Counts", "Foresight", "Quality", "Twin", "admissions", "choose", "orders"]
+__all__ = ["Counts", "Foresight", "Quality", "Twin", "admissions", "choose", "is_twin", "orders"]

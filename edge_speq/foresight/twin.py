@@ -59,7 +59,7 @@ class Twin(Counts):
 
     def expect(self, draft_routing: npt.NDArray[np.int32] | None) -> npt.NDArray[np.float32] | None:
         self._predicted = None
-        if draft_routing is None:
+        if draft_routing is None or not draft_routing.shape[1]:
             return None
         self._predicted = self._set(draft_routing)
         expected: npt.NDArray[np.float32] = np.where(self._predicted, np.float32(self._right), np.float32(0))

@@ -8,6 +8,8 @@ SMOOTHING = 0.9
 
 
 class Governor(Protocol):
+    is_timed: bool  # it follows the seconds that steps take
+
     def k(self) -> int:
         """Tokens to draft in the next step."""
 
@@ -16,6 +18,8 @@ class Governor(Protocol):
 
 
 class Fixed:
+    is_timed = False
+
     def __init__(self, k: int) -> None:
         self._k = k
 
@@ -31,6 +35,7 @@ class Cascade:
     it is none, and SET doubles. At most TRIALS lengths a test phase.
     """
 
+    is_timed = True
     TEST, SET, TRIALS = 4, 16, 4
     ALIKE = 0.1  # utilities closer than this end the climb
     BASE_EVERY = 100  # steps after which the base is measured again
@@ -102,9 +107,11 @@ class Roofline:
     misses that steps of that length had. No k = 0, as published.
     """
 
+    is_timed = False
+
     def __init__(self, k_max: int, *, draft_ms: float, transfer_ms: float, verify_ms: float) -> None:
         self._k_max = k_max
-        self._draft_ms, self._transfer_ms, self._verify_ms = draft_ms, transfer_ms, verify_ms
+        self.draft_ms, self.verify_ms, self._transfer_ms = draft_ms, verify_ms, transfer_ms
         self._p = [0.8] * max(1, k_max)
         self._misses: dict[int, float] = {}
         self._k = min(1, k_max)
@@ -128,7 +135,7 @@ class Roofline:
         for p in self._p[:k]:
             reach *= p
             accepted += reach
-        cycle = max(k * self._draft_ms, self._transfer_ms) + self._new(k) * self._transfer_ms + self._verify_ms
+        cycle = max(k * self.draft_ms, self._transfer_ms) + self._new(k) * self._transfer_ms + self.verify_ms
         return (accepted + 1) / cycle  # and the token that verifying gives in any case
 
     def _new(self, k: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +40,16 @@ class Setting:
     draft_ms: float  # that one drafted token takes
     has_twin: bool = False  # the draft's routing maps expert to expert
 
+    @classmethod
+    def nominal(
+        cls, experts: Experts, slots: tuple[int, ...], k_max: int, link_bytes_per_s: int, *, has_twin: bool
+    ) -> Setting:
+        """A laptop, until something is measured: a block computes half as long as an expert travels, a draft's token
+        takes as long as the target's."""
+        block_ms = int(5e8 * experts.groups[0].expert_bytes / link_bytes_per_s) / 1e6
+        draft_ms = block_ms * experts.n_blocks if k_max else 0.0
+        return cls(experts, slots, k_max, link_bytes_per_s, block_ms, draft_ms, has_twin)
+
     @property
     def transfer_ms(self) -> float:
         """Of the largest expert."""
@@ -49,6 +60,8 @@ class Policy:
     """The base, which is LRU: nothing is worth more than anything else, so what was used last stays."""
 
     name = "lru"
+    sees = "none"  # what it knows of later demands: "counts" of earlier ones, or the routing of a "twin" too
+    needs_twin = False  # without one it is lru
     lossy = False
     hybrid = False  # missing experts are computed on the CPU
     split = 1  # parts that a slot's experts are in; ids of `demanded` are then those of parts
@@ -57,6 +70,19 @@ class Policy:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.governor: Governor | None = None  # None: as many drafted tokens as the caller likes
+
+    @property
+    def quality(self) -> foresight.Quality | None:
+        """How well a twin foresaw the target's experts."""
+        return None
+
+    def measured(self, draft_ms: float, block_ms: float) -> None:
+        """What this machine takes for a drafted token and a block."""
+        self.setting = dataclasses.replace(self.setting, draft_ms=draft_ms, block_ms=block_ms)
+
+    def admissions(self, slots: Slots) -> npt.NDArray[Any]:
+        """Orders for absent experts that have earned a slot, where nobody fetches on demand."""
+        return NO_ORDERS
 
     def ahead(self, n_drafted: int) -> int:
         """Tokens that the draft runs on beyond those that it proposes, for their routing; each takes its time."""
@@ -82,7 +108,11 @@ class Foreseeing(Policy):
 
     def __init__(self, setting: Setting, name: str, source: foresight.Foresight) -> None:
         super().__init__(setting)
-        self.name, self.source = name, source
+        self.name, self.source, self.sees = name, source, source.name
+
+    @property
+    def quality(self) -> foresight.Quality | None:
+        return self.source.quality if isinstance(self.source, foresight.Twin) else None
 
     def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         shown = None if draft_routing is None else draft_routing[:, :n_drafted]
@@ -92,6 +122,9 @@ class Foreseeing(Policy):
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         self.source.observe(routing)
+
+    def admissions(self, slots: Slots) -> npt.NDArray[Any]:
+        return foresight.admissions(self.source.worth(), slots.states())
 
 
 class CpuMoe(Policy):

@@ -17,10 +17,12 @@ class MoeSpeq(Policy):
     and what is fetched, in three phases of a draft: idle, a likely part at a limited rate, then all that is missing."""
 
     name = "moe-speq"
+    needs_twin = True
     SHARE = 0.5  # of the link and of a token's experts, in phase II
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
+        self.sees = "twin" if setting.has_twin else "none"
         self._sets, self._orders = Sets(setting.experts), order_of_each(setting.experts)
         self.roofline = Roofline(
             setting.k_max,
@@ -30,6 +32,10 @@ class MoeSpeq(Policy):
         )
         self.governor = self.roofline
         self._missing = 0
+
+    def measured(self, draft_ms: float, block_ms: float) -> None:
+        super().measured(draft_ms, block_ms)
+        self.roofline.draft_ms, self.roofline.verify_ms = draft_ms, block_ms * self.setting.experts.n_blocks
 
     def drafting(self, slots: Slots, draft_routing: Routing) -> None:
         n, k = draft_routing.shape[1], self.roofline.k()
@@ -61,9 +67,11 @@ class SpMoe(Policy):
     """SP-MoE (arXiv 2510.10302): foreseen experts of the layers up to a cutoff are fetched; eviction is LRU's."""
 
     name = "sp-moe"
+    needs_twin = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
+        self.sees = "twin" if setting.has_twin else "none"
         self._sets, self._orders = Sets(setting.experts), order_of_each(setting.experts)
 
     def cutoff(self, n_drafted: int) -> int:
@@ -107,6 +115,7 @@ class MoeSpac(Policy):
     step gave it, ranks prefetches and evictions on one scale; missing experts are computed on the CPU."""
 
     name = "moe-spac"
+    sees = "counts"
     hybrid = True
     CAP, UP, DOWN, THRESHOLD = 5, 5, 1, 1  # TOP_STAT and the thresholds of ggml-backend.cpp
     WIDTH = 9  # tokens of the published verify step, which UP is meant for

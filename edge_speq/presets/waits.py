@@ -1,4 +1,4 @@
-"""Experts by how long until they are demanded again, as Belady's rule would have it if it knew: a proposal for `auto`.
+"""Experts by how long until they are demanded again, as Belady's rule would have it if it knew: `auto` with a twin.
 
 With the chance q1 that the coming step demands an expert, q2 that the one after it does, and f that any later one does,
 the expected wait, in steps, is
@@ -18,11 +18,12 @@ docs/presets.md has what was measured, and what was tried and did no better.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import _native
+from edge_speq import _native, foresight
 from edge_speq.presets.policy import Policy, Routing, Sets, Setting, Slots, order_of_each
 
 DECAY = np.float32(0.8)  # per step, of how often an expert is demanded
@@ -72,12 +73,19 @@ class Waits(Policy):
         experts = setting.experts
         self._sets, self._fetches, self._most_ahead = Sets(experts), fetches, most_ahead
         self.name = "waits" if fetches else "waits-keep"
+        self.sees = "twin" if setting.has_twin else "counts"
+        self._seen = np.zeros((3, experts.total), dtype=np.int64)  # steps that predicted, demanded, both; by key
         self._often = np.full(experts.total, experts.n_expert_used / max(1, experts.n_expert), dtype=np.float32)
         self._turn = np.repeat(np.arange(experts.n_blocks) / experts.n_blocks, experts.n_expert).astype(np.float32)
         self._orders = order_of_each(experts)
         self.coming, self.following = Rates(0.9), Rates(0.6)
         self._now: Guess | None = None
         self._then: Guess | None = None  # made one step earlier than it is judged
+
+    @property
+    def quality(self) -> foresight.Quality | None:
+        by_block = self._seen.reshape(3, self.setting.experts.n_blocks, -1).sum(axis=2)
+        return foresight.Quality(*by_block) if self.setting.has_twin else None
 
     def ahead(self, n_drafted: int) -> int:
         wanted = n_drafted + 2  # this step's last token, and as many as the step has after it
@@ -116,10 +124,18 @@ class Waits(Policy):
         fetches = self._fetches and self.coming.inside >= WORTH_FETCHING
         slots.prefetch(orders, _native.NO_BUDGET if fetches else 0)
 
+    def admissions(self, slots: Slots) -> npt.NDArray[Any]:
+        return foresight.admissions(self._often.reshape(slots.scores.shape), slots.states(), float(MARGIN))
+
     _judged: Guess | None = None
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         demanded = self._sets.of(routing)
+        if self._now is not None:
+            predicted, found, both = self._seen
+            predicted[self._now.predicted] += 1
+            found += demanded
+            both[self._now.predicted] += demanded[self._now.predicted]
         for guess in (self._now, self._judged):
             if guess is not None:
                 guess.rates.learn(guess.predicted, guess.often, demanded)

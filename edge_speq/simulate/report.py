@@ -61,11 +61,11 @@ def make_setting(trace: Trace, share: float, wanted: Wanted) -> Setting:
     if not experts.n_blocks:
         raise EdgeError(f"{trace.path} is of a model without routed experts", "record a MoE")
     slots = slots_for(experts, share, trace.k_max)
-    block_ms = wanted.block_ms
-    if block_ms is None:
-        block_ms = int(5e8 * experts.groups[0].expert_bytes / wanted.link_bytes_per_s) / 1e6
-    draft_ms = wanted.draft_ms if wanted.draft_ms is not None else block_ms * experts.n_blocks if trace.k_max else 0.0
-    return Setting(experts, slots, trace.k_max, wanted.link_bytes_per_s, block_ms, draft_ms, has_twin=_has_twin(trace))
+    made = Setting.nominal(experts, slots, trace.k_max, wanted.link_bytes_per_s, has_twin=_has_twin(trace))
+    if wanted.block_ms is not None:
+        draft_ms = wanted.block_ms * experts.n_blocks if trace.k_max else 0.0
+        made = dataclasses.replace(made, block_ms=wanted.block_ms, draft_ms=draft_ms)
+    return made if wanted.draft_ms is None else dataclasses.replace(made, draft_ms=wanted.draft_ms)
 
 
 def _has_twin(trace: Trace) -> bool:

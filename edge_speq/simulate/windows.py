@@ -75,7 +75,7 @@ def _places(
     for step in steps:
         if step.is_prompt:
             continue
-        if step.foreseen is not None and step.n_shown == step.n_drafted:
+        if step.foreseen is not None and step.n_shown >= step.n_drafted:
             found.append((step, texts[step.passage], at[step.passage]))
         at[step.passage] += step.n_accepted + 1
     return found

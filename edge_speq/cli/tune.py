@@ -1,0 +1,117 @@
+"""edge-speq tune: the parameters that are fastest for a model on this machine, stored for later runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from edge_speq import interrupt
+from edge_speq.cli import arguments
+from edge_speq.core import EdgeError
+
+if TYPE_CHECKING:
+    from edge_speq.profile import Profile
+
+SECONDS = 150.0
+
+
+def add_parser(commands: Any) -> None:
+    p: argparse.ArgumentParser = commands.add_parser(
+        "tune",
+        help="find the fastest parameters",
+        description="Measures what steps, drafted tokens, misses and threads cost here, predicts the fastest draft "
+        "length, way to serve misses and number of threads, checks it against a run without a profile, and stores a "
+        "profile that run, chat and serve pick up.",
+    )
+    p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file; the bundled MoE when left out")
+    p.add_argument("--draft", metavar="D", help="a draft GGUF with the model's vocabulary")
+    p.add_argument("--resident", metavar="SHARE", help="share of the expert bytes that slots may hold: 1/4, 0.25")
+    p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="ceiling for everything on the device: 6GiB, auto")
+    p.add_argument("-c", "--ctx-size", metavar="N", type=int, help="context (the model's, at most 4096)")
+    p.add_argument("--mmap", action=argparse.BooleanOptionalAction, help="map the file, or read it into memory")
+    p.add_argument("--seconds", metavar="S", type=float, default=SECONDS, help="to take at most (%(default)g)")
+    p.add_argument("--dry-run", action="store_true", help="store nothing")
+    arguments.add_output(p, json="print one JSON object")
+    p.set_defaults(command=tune, policy="auto", threads=None)
+
+
+def tune(options: argparse.Namespace) -> int:
+    from edge_speq import profile as profiles
+    from edge_speq.tune.tuner import Tuner, Wanted
+
+    if options.seconds <= 0:
+        raise EdgeError("--seconds is a time", f"give more than 0, such as {SECONDS:g}", usage=True)
+    arguments.with_demo_defaults(options)
+    bounds = {"resident": options.resident, "vram_budget": options.vram_budget}
+    wanted = Wanted(options.model, options.draft, bounds, arguments.llama_options(options), options.seconds)
+    with _Progress(quiet=options.json) as say:
+        found = Tuner(wanted, say).run()
+    path = None if options.dry_run else profiles.store(found)
+    summary = {"profile": None if path is None else str(path), **dataclasses.asdict(found)}
+    print(json.dumps(summary) if options.json else report(found))
+    if path is not None and not options.json:
+        print(f"stored     {path}: run, chat and serve pick it up (--no-profile ignores it)", file=sys.stderr)
+    return 0
+
+
+class _Progress:
+    """What is being done: on a terminal in a line that is gone afterwards, else a line each."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._on_terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> _Progress:
+        if self._on_terminal and not self._quiet:
+            interrupt.last_words(interrupt.ERASE_LINE)
+        return self
+
+    def __call__(self, text: str) -> None:
+        if not self._quiet:
+            line = f"\r\x1b[K{text}" if self._on_terminal else f"tune: {text}\n"
+            print(line, end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._on_terminal and not self._quiet:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            interrupt.last_words(b"")
+
+
+def report(found: Profile) -> str:
+    """Costs, candidates, and what came of it, for people."""
+    costs, results = found.found["costs"], found.found
+    widths = ", ".join(f"{ms:.2f} of {width}" for width, ms in costs["base_ms"].items())
+    lines = [f"steps      {widths} tokens, in ms without stalls, {costs['overhead_ms']:.2f} ms more a token"]
+    if costs["k_max"]:
+        accepted = ", ".join(f"{100 * share:.0f} %" for share in costs["accepted"])
+        lines.append(f"draft      {costs['draft_ms']:.2f} ms a token; the first 1, 2, ... are kept in {accepted}")
+    if costs["link_bytes_per_s"]:
+        lines.append(f"link       {costs['link_bytes_per_s'] / 1e9:.2f} GB/s on demand")
+    if costs["hybrid"]:
+        hybrid = costs["hybrid"]
+        lines.append(f"hybrid     {1e3 * hybrid['miss_ms']:.0f} us a miss, {hybrid['miss_ratio']:.2f} times as many")
+    threads = ", ".join(f"{sum(ms.values()):.2f} ms with {n}" for n, ms in costs["threads_ms"].items())
+    lines.append(f"threads    {threads}")
+    for candidate in results["candidates"][:3]:
+        lines.append(f"predicted  {candidate['predicted_tok_per_s']:.1f} tok/s: {_candidate(candidate)}")
+    lines += [_checked(one) for one in results["checked"] if one["tok_per_s"]]
+    lines += [f"left out   {text}" for text in results["skipped"]]
+    return "\n".join([*lines, f"chosen     {_named(found.chosen)}"])
+
+
+def _candidate(candidate: dict[str, Any]) -> str:
+    share = "" if candidate["resident"] is None else f", {100 * candidate['resident']:.0f} % of the experts in slots"
+    return f"K {candidate['speculation']}, compute {candidate['compute']}{share}"
+
+
+def _checked(one: dict[str, Any]) -> str:
+    error = one["prediction_error"]
+    note = "what a run without a profile does" if error is None else f"predicted {100 * error:+.0f} %"
+    return f"measured   {one['tok_per_s']:.1f} tok/s: {_named(one['chosen'])} ({note})"
+
+
+def _named(chosen: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in chosen.items())

@@ -1,0 +1,199 @@
+"""What `edge-speq tune` found for a model, its draft and a device: a JSON file in the user's configuration folder.
+
+A profile fills in arguments that were left at their defaults. One that cannot be read, or that was made by another
+build or on a machine with other processors, is ignored with a warning that names its file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_speq import __version__, _native, machine
+from edge_speq.core import COMPUTES, EdgeError, parse_bytes, parse_share, parse_speculation
+
+VERSION = 1
+FOLDER_VARIABLE = "EDGE_SPEQ_CONFIG"
+AGAIN = "run edge-speq tune again, or delete the file"
+
+log = logging.getLogger("edge_speq")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a profile is for. Hashes are those of bench.rows.header_hash: headers and sizes, not weights."""
+
+    model: str
+    draft: str | None
+    device: str  # as ggml and its driver name it
+
+    @property
+    def file_name(self) -> str:
+        """Short, and safe on every file system."""
+        device = re.sub(r"[^A-Za-z0-9]+", "-", self.device).strip("-")[:40]
+        tail = hashlib.sha256(self.device.encode()).hexdigest()[:8]
+        return f"{self.model[:16]}-{(self.draft or 'alone')[:16]}-{device}-{tail}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """`bounds` are the arguments resident and vram_budget that were tuned for, `chosen` what was found best under
+    them: speculation, compute, n_threads. `found` says how, for people: costs, candidates, predicted and measured."""
+
+    key: Key
+    bounds: dict[str, Any]
+    chosen: dict[str, Any]
+    found: dict[str, Any]
+
+
+def folder() -> Path:
+    """Where profiles are; EDGE_SPEQ_CONFIG moves it."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named:
+        return Path(named) / "profiles"
+    if sys.platform == "win32":
+        base = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return base / "edge_speq" / "profiles"
+
+
+def key(model: str | Path, draft: str | Path | None) -> Key:
+    """Reads headers and loads the backends. Raises EdgeError for files that are none."""
+    from edge_speq import gguf_model
+    from edge_speq.bench.rows import header_hash
+
+    _native.load_backends()
+    of_draft = None if draft is None else header_hash(gguf_model.check_model(draft, "draft"))
+    return Key(header_hash(gguf_model.check_model(model)), of_draft, str(_native.compute_device()))
+
+
+# --- storing and reading -----------------------------------------------------------------------------------
+
+
+def store(profile: Profile) -> Path:
+    """Writes it where "auto" looks for it, in place of an earlier one: whole or not at all. Raises EdgeError."""
+    from edge_speq.convert import atomic
+
+    path = folder() / profile.key.file_name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EdgeError(f"cannot make the folder {path.parent}: {error}", f"name another: {FOLDER_VARIABLE}") from error
+    with atomic.output(path, force=True) as temporary:
+        temporary.write_text(json.dumps(_stamp() | dataclasses.asdict(profile), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _stamp() -> dict[str, Any]:
+    """What makes a profile stale when it changes."""
+    return {
+        "version": VERSION,
+        "edge_speq": __version__,
+        "llama_cpp": _native.llama_cpp_commit(),
+        "processors": machine.usable_cpus(),
+    }
+
+
+def read(path: Path, wanted: Key) -> Profile:
+    """Raises EdgeError for a file that is corrupt, stale or for something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        profile = Profile(Key(**data["key"]), data["bounds"], data["chosen"], data["found"])
+        _require_sound(profile)
+    except OSError as error:
+        raise EdgeError(f"cannot read the profile {path}: {error}", AGAIN) from error
+    except (ValueError, TypeError, KeyError, AttributeError, EdgeError) as error:
+        raise EdgeError(f"the profile {path} is corrupt: {error!r}", AGAIN) from error
+    for name, now in _stamp().items():
+        if data.get(name) != now:
+            raise EdgeError(f"the profile {path} is stale: {name} was {data.get(name)!r} and is {now!r}", AGAIN)
+    for field in dataclasses.fields(Key):
+        if getattr(profile.key, field.name) != getattr(wanted, field.name):
+            raise EdgeError(f"the profile {path} was made for another {field.name}", AGAIN)
+    return profile
+
+
+def _require_sound(profile: Profile) -> None:
+    """Values that EdgeLlama would refuse are no profile."""
+    chosen, bounds = profile.chosen, profile.bounds
+    if not {"speculation", "compute", "n_threads"} >= set(chosen) or not {"resident", "vram_budget"} >= set(bounds):
+        raise ValueError("unknown arguments")
+    parse_speculation(chosen["speculation"])
+    if chosen["compute"] not in COMPUTES or not (type(chosen["n_threads"]) is int and 0 < chosen["n_threads"] <= 4096):
+        raise ValueError("compute or n_threads is not possible")
+    _normal(bounds)
+
+
+# --- applying ----------------------------------------------------------------------------------------------
+
+
+def apply(wanted: str | Path, model: str | Path, asked: dict[str, Any], llama: dict[str, Any]) -> dict[str, Any] | None:
+    """Fills in asked (survey.ARGUMENTS) and llama (llama_cpp.Llama's) from the profile "auto" finds or a path names.
+    Returns its path and what it filled in, None when it was not used. Raises EdgeError for a path that is no file."""
+    path = None if wanted == "auto" else Path(wanted)
+    if path is not None and not path.is_file():
+        raise EdgeError(f"there is no profile {path}", "edge-speq tune writes one", usage=True)
+    if asked["policy"] != "auto" or asked["draft_model"] is not None:
+        return None
+    if path is None and not any(folder().glob("*.json")):  # hashing files is worth saving
+        return None
+    try:
+        made_for = key(model, asked["draft"])
+    except EdgeError:  # whoever loads the files says what is wrong with them
+        return None
+    path = path or folder() / made_for.file_name
+    profile = _usable(path, made_for, asked)
+    return None if profile is None else {"path": str(path), "applied": _fill_in(profile, asked, llama)}
+
+
+def _usable(path: Path, made_for: Key, asked: dict[str, Any]) -> Profile | None:
+    if not path.is_file():
+        return None
+    try:
+        profile = read(path, made_for)
+    except EdgeError as error:
+        log.warning("%s", error)
+        return None
+    if _alike(profile.bounds, asked):
+        return profile
+    log.info("%s is for other bounds: %s", path, profile.bounds)
+    return None
+
+
+def _alike(bounds: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether the caller asked for nothing, or for the very bounds of the profile."""
+    given = {name: asked[name] for name in ("resident", "vram_budget")}
+    if all(value is None for value in given.values()):
+        return True
+    try:
+        return _normal(given) == _normal(bounds)
+    except (EdgeError, TypeError):  # a shared Budget, or what the planner will refuse
+        return False
+
+
+def _normal(bounds: dict[str, Any]) -> tuple[float | None, int | str | None]:
+    share, size = bounds.get("resident"), bounds.get("vram_budget")
+    size = size if size is None or size == "auto" else parse_bytes(size)
+    return None if share is None else parse_share(share), size
+
+
+def _fill_in(profile: Profile, asked: dict[str, Any], llama: dict[str, Any]) -> dict[str, Any]:
+    applied = {name: value for name, value in profile.bounds.items() if value is not None and asked[name] is None}
+    for name in ("speculation", "compute"):
+        if asked[name] == "auto" and profile.chosen[name] != "auto":
+            applied[name] = profile.chosen[name]
+    asked.update(applied)
+    if llama.get("n_threads") is None:
+        applied["n_threads"] = llama["n_threads"] = profile.chosen["n_threads"]
+    return applied

@@ -1,0 +1,295 @@
+"""From a model and its bounds to a profile: measure, predict, check."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edge_speq import machine
+from edge_speq import profile as profiles
+from edge_speq.bench import prompts
+from edge_speq.core import EdgeError, parse_share
+from edge_speq.llama import EdgeLlama
+from edge_speq.presets import Setting
+from edge_speq.profile import Profile
+from edge_speq.steps import StepRecord
+from edge_speq.trace import Step
+from edge_speq.tune import gauge, search
+from edge_speq.tune.gauge import Gauge, Live
+from edge_speq.tune.search import Candidate, Hybrid, Measured
+
+PROMPT_TOKENS = 64
+MOST_TOKENS, FEWEST_TOKENS = 64, 16  # after each prompt
+LINK_FALLBACK = 12_500_000_000  # bytes per second, of slots that never waited
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is tuned: files, bounds, and arguments of llama_cpp.Llama."""
+
+    model: str
+    draft: str | None = None
+    bounds: dict[str, Any] = dataclasses.field(default_factory=dict)  # resident, vram_budget
+    llama: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: float = 150.0  # in all; a part that would not fit is left out, and said
+
+
+@dataclass(slots=True)
+class _Recording:
+    """What the first model's text left behind."""
+
+    measured: Measured
+    steps: list[Step]
+    setting: Setting | None
+    resident: float | None
+    resident_alone: float | None
+    load_seconds: float
+
+
+@dataclass(slots=True)
+class _Checked:
+    chosen: dict[str, Any]
+    predicted_tok_per_s: float | None = None  # None: what a run without a profile does
+    tok_per_s: float | None = None
+
+    @property
+    def prediction_error(self) -> float | None:
+        if self.predicted_tok_per_s is None or not self.tok_per_s:
+            return None
+        return self.predicted_tok_per_s / self.tok_per_s - 1
+
+
+class Tuner:
+    def __init__(self, wanted: Wanted, say: Callable[[str], None] = lambda _: None) -> None:
+        self._wanted, self._say = wanted, say
+        self._until = time.monotonic() + wanted.seconds
+        self._skipped: list[str] = []
+        self._texts = [prompt.text for prompt in prompts.bundled(1).chosen]
+        self._n = FEWEST_TOKENS
+
+    def run(self) -> Profile:
+        """Raises EdgeError for a model that cannot be loaded so. Never takes much longer than it was given, unless
+        loading does."""
+        made_for = profiles.key(self._wanted.model, self._wanted.draft)
+        recording = self._record()
+        measured = recording.measured
+        if recording.setting is not None:
+            measured = dataclasses.replace(measured, hybrid=self._hybrid(recording))
+        n_threads = search.best_threads(measured)
+        scaled = search.scaled(measured, n_threads)
+        ranked = search.candidates(
+            scaled, recording.setting, recording.steps, recording.resident, recording.resident_alone
+        )
+        checked = self._check(ranked, n_threads, recording)
+        bounds = {name: self._wanted.bounds.get(name) for name in ("resident", "vram_budget")}
+        return Profile(made_for, bounds, checked[0].chosen, self._found(scaled, ranked, checked))
+
+    # --- measuring -------------------------------------------------------------------------------------
+
+    def _record(self) -> _Recording:
+        self._say("loading")
+        started = time.monotonic()
+        records: list[StepRecord] = []
+        with self._gauge("device", records.append) as llm:
+            loaded = time.monotonic() - started
+            self._choose_length(llm)
+            self._say("recording text")
+            tokens = gauge.tokens_of(llm, self._texts, PROMPT_TOKENS)
+            steps: list[Step] = []
+            llm.sink = steps.append
+            records.clear()
+            _, texts = gauge.live(llm, tokens, self._n, self._share_of_time(0.2), llm.begin_passage)
+            llm.write()
+            llm.sink = None
+            drafting = [record for record in records if not record.is_prompt]
+            records.clear()
+            llm.limit(0)
+            self._say("steps without a draft")
+            alone, _ = gauge.live(llm, tokens[:2], self._n, self._share_of_time(0.1))
+            steps_alone = [record for record in records if not record.is_prompt]
+            measured = self._operators(llm, max(texts, key=len), drafting, steps_alone, alone)
+            setting = self._setting(llm, measured)
+            plan = llm.stats().plan
+            share = None if plan.resident is None else self._alone(llm, plan.resident)
+            return _Recording(measured, steps, setting, plan.resident, share, loaded)
+
+    @contextlib.contextmanager
+    def _gauge(self, compute: str, on_step: Callable[[StepRecord], None] | None = None) -> Any:
+        llm = Gauge(self._wanted.model, on_step=on_step, **self._options(speculation="auto", compute=compute))
+        with contextlib.closing(llm):
+            yield llm
+
+    def _options(self, **chosen: Any) -> dict[str, Any]:
+        return {"draft": self._wanted.draft, **self._wanted.bounds, **self._wanted.llama, **chosen}
+
+    def _choose_length(self, llm: Gauge) -> None:
+        """So many tokens a prompt that all prompts take about a tenth of the time."""
+        tokens = gauge.tokens_of(llm, self._texts[:1], PROMPT_TOKENS)
+        tried, _ = gauge.live(llm, tokens, FEWEST_TOKENS, self._share_of_time(0.1))
+        tokens_in_time = self._wanted.seconds / 10 * tried.tok_per_s / len(self._texts)
+        self._n = round(min(MOST_TOKENS, max(FEWEST_TOKENS, tokens_in_time)))
+
+    def _operators(
+        self,
+        llm: Gauge,
+        text: list[int],
+        drafting: Sequence[StepRecord],
+        alone: Sequence[StepRecord],
+        live: Live,
+    ) -> Measured:
+        """drafting, alone: the steps of text with the draft and without. live: the latter as a whole."""
+        k_max, default = llm.stats().plan.k_max, llm.n_threads
+        self._say("steps of each width")
+        prompt = min(len(text) // 2, PROMPT_TOKENS // 2)
+        widths = {w: llm.width(text, prompt, w, default, self._share_of_time(0.015)) for w in range(1, k_max + 2)}
+        base = {w: found.base_ms for w, found in widths.items()}
+        waited, n_bytes = (sum(getattr(w, name) for w in widths.values()) for name in ("stall_ms", "bytes_fetched"))
+        python = max(0.0, _step_ms(alone) - base[1])  # of a step
+        sampling = max(0.0, 1e3 * (live.seconds - sum(step.seconds for step in alone)) / max(1, live.tokens))
+        whole = [step for step in drafting if step.drafted == k_max]
+        drafts = k_max and whole
+        return Measured(
+            base_ms=base,
+            threads_ms=self._threads(llm, text, prompt, base, k_max),
+            n_threads=default,
+            draft_ms=max(0.0, _step_ms(whole) - base[k_max + 1] - python) / k_max if drafts else 0.0,
+            overhead_ms=python + sampling,
+            link_bytes_per_s=1e3 * n_bytes / waited if waited and n_bytes else None,
+            order_bytes_per_s=llm.order_rate(),
+            k_max=k_max,
+            accepted=tuple((step.drafted, step.accepted) for step in drafting),
+        )
+
+    def _threads(
+        self, llm: Gauge, text: list[int], prompt: int, base: dict[int, float], k_max: int
+    ) -> dict[int, dict[int, float]]:
+        """Milliseconds of the narrowest and the widest step for each number of threads worth a try."""
+        usable, cores = machine.usable_cpus(), machine.cores() or machine.usable_cpus()
+        tried = sorted({max(1, n) for n in (usable, min(cores, usable), cores // 2, cores // 4)} - {llm.n_threads})
+        ends = sorted({1, k_max + 1})
+        found = {llm.n_threads: {w: base[w] for w in ends}}
+        for n in tried:
+            if self._left() < 0.5 * self._wanted.seconds:
+                self._skip(f"{n} threads: no time")
+                continue
+            self._say(f"{n} threads")
+            found[n] = {w: llm.width(text, prompt, w, n, self._share_of_time(0.015)).base_ms for w in ends}
+        return found
+
+    def _setting(self, llm: Gauge, measured: Measured) -> Setting | None:
+        plan = llm.stats().plan
+        if plan.policy != "slots":
+            return None
+        block_ms = measured.base_ms[1] / max(1, llm._experts.n_blocks)
+        link = round(measured.link_bytes_per_s or measured.order_bytes_per_s or LINK_FALLBACK)
+        return Setting(
+            llm._experts, plan.slots, plan.k_max, link, block_ms, measured.draft_ms, has_twin=bool(llm._is_twin())
+        )
+
+    def _alone(self, llm: Gauge, resident: float) -> float:
+        """The share of the experts in slots when the draft is not loaded."""
+        plan = llm.stats().plan
+        if plan.budget_bytes is None:
+            return resident
+        asked = self._wanted.bounds.get("resident")
+        ceiling = 1.0 if asked is None else parse_share(asked)
+        return min(ceiling, resident + llm.draft_bytes() / llm._experts.total_bytes)
+
+    def _hybrid(self, recording: _Recording) -> Hybrid | None:
+        """What misses cost where the CPU computes some: a second load, steps without a draft."""
+        if self._left() < recording.load_seconds + 0.4 * self._wanted.seconds:
+            self._skip("hybrid: no time to load the model again")
+            return None
+        self._say("hybrid execution")
+        try:
+            with self._gauge("hybrid") as llm:
+                llm.limit(0)
+                tokens = gauge.tokens_of(llm, self._texts[:2], PROMPT_TOKENS)
+                done, _ = gauge.live(llm, tokens, self._n, self._share_of_time(0.15))
+                costs = llm.hybrid_costs()
+        except EdgeError as error:
+            self._skip(f"hybrid: {error.message}")
+            return None
+        alone = self._device_misses(recording)
+        if costs is None or not done.misses or not alone:
+            self._skip("hybrid: nothing was missing")
+            return None
+        measured = recording.measured
+        spent = 1e3 * done.seconds - done.tokens * (measured.base_ms[1] + measured.overhead_ms)
+        return Hybrid(
+            miss_ms=max(0.0, spent) / done.misses,
+            miss_ratio=(done.misses / done.tokens) / alone,
+            cpu_bytes_per_s=costs.cpu_bytes_per_s,
+            link_bytes_per_s=costs.link_bytes_per_s,
+            contention=costs.contention,
+        )
+
+    @staticmethod
+    def _device_misses(recording: _Recording) -> float:
+        """A token, where missing experts are fetched and nothing is drafted, by the replay."""
+        assert recording.setting is not None
+        out = search.replayed(recording.setting, recording.steps, 0)
+        return (out.counters.misses or 0) / max(1, out.tokens)
+
+    # --- checking --------------------------------------------------------------------------------------
+
+    def _check(self, ranked: Sequence[Candidate], n_threads: int, recording: _Recording) -> list[_Checked]:
+        """The best candidate of each way to serve misses, and a run without a profile, as they would be loaded; the
+        fastest one first, those that there was no time for last. The defaults need not be faster to be first."""
+        default = {"speculation": "auto", "compute": "auto", "n_threads": recording.measured.n_threads}
+        checked = [_Checked(default)]
+        for best in (next(c for c in ranked if c.compute == way) for way in dict.fromkeys(c.compute for c in ranked)):
+            chosen = {"speculation": best.speculation, "compute": best.compute, "n_threads": n_threads}
+            checked.append(_Checked(chosen, best.predicted_tok_per_s))
+        for one in sorted(checked, key=lambda one: -(one.predicted_tok_per_s or float("inf"))):
+            what = ", ".join(f"{name}={value}" for name, value in one.chosen.items())
+            if self._left() < recording.load_seconds + 5:
+                self._skip(f"measuring {what}: no time")
+                continue
+            self._say(f"measuring {what}")
+            one.tok_per_s = self._speed(one.chosen)
+        least = 1 + search.PREFERENCE  # that a change is to gain
+        return sorted(checked, key=lambda one: -(one.tok_per_s or 0.0) * (least if one is checked[0] else 1.0))
+
+    def _speed(self, chosen: dict[str, Any]) -> float:
+        with contextlib.closing(EdgeLlama(self._wanted.model, **self._options(**chosen))) as llm:
+            tokens = gauge.tokens_of(llm, self._texts, PROMPT_TOKENS)
+            gauge.live(llm, tokens[:1], FEWEST_TOKENS, self._share_of_time(0.1))  # graphs, slots, the governor
+            # other work on the machine only slows down: the faster of two rounds
+            return max(gauge.live(llm, tokens, self._n, self._share_of_time(0.1))[0].tok_per_s for _ in range(2))
+
+    def _found(self, measured: Measured, ranked: Sequence[Candidate], checked: Sequence[_Checked]) -> dict[str, Any]:
+        return {
+            "costs": dataclasses.asdict(measured) | {"accepted": _acceptance(measured)},
+            "candidates": [dataclasses.asdict(candidate) for candidate in ranked],
+            "checked": [dataclasses.asdict(one) | {"prediction_error": one.prediction_error} for one in checked],
+            "skipped": self._skipped,
+            "seconds": round(self._wanted.seconds - self._left(), 1),
+        }
+
+    # --- time ------------------------------------------------------------------------------------------
+
+    def _left(self) -> float:
+        return self._until - time.monotonic()
+
+    def _share_of_time(self, share: float) -> float:
+        return max(1.0, min(share * self._wanted.seconds, self._left()))
+
+    def _skip(self, what: str) -> None:
+        self._skipped.append(what)
+        self._say(f"left out: {what}")
+
+
+def _step_ms(steps: Sequence[StepRecord]) -> float:
+    """Of a step, without its stall."""
+    return gauge.typical([1e3 * step.seconds - step.stall_ms for step in steps]) if steps else 0.0
+
+
+def _acceptance(measured: Measured) -> list[float]:
+    """Chance that the first i drafted tokens of a step are all kept, for each i from 1."""
+    whole = [accepted for drafted, accepted in measured.accepted if drafted == measured.k_max]
+    return [sum(a >= i for a in whole) / len(whole) for i in range(1, measured.k_max + 1)] if whole else []

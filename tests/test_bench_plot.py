@@ -1,0 +1,106 @@
+"""tools/step_record.py and tools/bench_plot.py: what is recorded of a step, and what is drawn of it."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "docs" / "measurements" / "bench_tales_k0.json"
+
+
+@pytest.fixture(scope="module")
+def record(bundled: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("record") / "record.json"
+    options = ["--draft", str(bundled[1]), "--speculation", "2", "--policy", "auto,lru", "-n", "12", "--keep", "3"]
+    argv, sys.argv = sys.argv, ["step_record.py", str(bundled[0]), *options, "--emulate", "link=2GB/s", "-o", str(out)]
+    try:
+        runpy.run_path(str(ROOT / "tools" / "step_record.py"), run_name="__main__")
+    finally:
+        sys.argv = argv
+    return out
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return runpy.run_path(str(ROOT / "tools" / "bench_plot.py"))
+
+
+def test_a_record_adds_up(record: Path) -> None:
+    made = json.loads(record.read_text(encoding="utf-8"))
+    assert (made["model"], made["emulation"]) == ("tales-moe.gguf", "link=2GB/s")
+    for run in made["runs"]:
+        assert len(run["found"]) == len(run["demanded"]) == 6
+        assert all(0 <= found <= demanded for found, demanded in zip(run["found"], run["demanded"], strict=True))
+        assert len(run["steps"]) == 3 and run["link_bytes_per_s"] == 2_000_000_000
+        clock = [step[key] for step in run["steps"] for key in ("begin", "end")]
+        assert clock == sorted(clock) and clock[0] == 0
+        for step in run["steps"]:
+            assert step["n_tokens"] == 3 and 0 <= step["stall_ms"] <= step["end"] - step["begin"]
+        spent = run["mean_ms"]
+        assert sum(spent.values()) == pytest.approx(clock[-1] / 3) and min(spent.values()) > 0
+        assert len(run["drafts"]) == 2  # before the second step and before the third
+        for (begin, end), before, after in zip(run["drafts"], run["steps"], run["steps"][1:], strict=False):
+            assert before["end"] <= begin < end <= after["begin"]
+
+
+def test_lanes_are_the_steps_sums(tool: dict[str, Any]) -> None:
+    step = {"stall_ms": 2.0, "cpu_ms": 1.0, "bytes_fetched": 3_000_000, "n_tokens": 1}
+    run = {
+        "steps": [step | {"begin": 0.0, "end": 5.0}, step | {"begin": 9.0, "end": 15.0}],
+        "drafts": [[6.0, 8.5], [16.0, 17.0]],
+        "link_bytes_per_s": 10**9,
+    }
+    assert tool["lanes"](run, 2) == {
+        "host": [(5.0, 1.5)],
+        "draft": [(6.0, 2.5)],
+        "GPU or CPU kernels": [(2.0, 3.0), (11.0, 4.0)],
+        "waiting for experts": [(0.0, 2.0), (9.0, 2.0)],
+        "CPU experts": [(0.0, 1.0), (9.0, 1.0)],
+        "link": [(0.0, 3.0), (9.0, 3.0)],
+    }
+
+
+def test_the_best_draft_length_is_drawn_and_no_other_text(tool: dict[str, Any]) -> None:
+    template = json.loads(STORED.read_text(encoding="utf-8"))[-1] | {"resident": "1/4", "budget_bytes": 1}
+
+    def row(policy: str, speed: float, *, match: bool = True) -> dict[str, Any]:
+        return template | {"policy": policy, "samples_ts": [speed], "outputs_match": match}
+
+    (group,) = tool["groups"]([[row("lru", 1.0), row("lru", 2.0), row("auto", 9.0, match=False)]])
+    best = tool["best_rows"](group)
+    assert [(share, made["samples_ts"]) for share, made in best["lru"]] == [(0.25, [2.0])] and list(best) == ["lru"]
+
+
+@pytest.mark.parametrize("kind", ["speed", "layers", "timeline"])
+def test_pictures_are_drawn_and_repeat(
+    tool: dict[str, Any], record: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    made = [tmp_path / "a.svg", tmp_path / "b.svg"]
+    for out in made:
+        source = STORED if kind == "speed" else record
+        monkeypatch.setattr(sys, "argv", ["bench_plot.py", kind, str(source), "-o", str(out)])
+        tool["main"]()
+    assert b"<svg" in made[0].read_bytes() and made[0].read_bytes() == made[1].read_bytes()
+
+
+def test_without_matplotlib_there_is_one_error(
+    tool: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["bench_plot.py", "speed", str(STORED), "-o", str(tmp_path / "a.svg")])
+    with pytest.raises(SystemExit, match=r"edge-speq\[plot\]"):
+        tool["main"]()
+
+
+def test_virtual_stalls_are_not_put_on_the_clock(tool: dict[str, Any], record: Path, tmp_path: Path) -> None:
+    virtual = json.loads(record.read_text(encoding="utf-8")) | {"deterministic": True}
+    with pytest.raises(tool["EdgeError"], match="virtual"):
+        tool["timeline"](virtual, "auto", 2, tmp_path / "a.svg")
