@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -109,6 +110,16 @@ def foresight_lines(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+LEFT_OUT = ("trace", "link_bytes_per_s", "bound_fraction", "kept_pairs")
+
+
+def stored(rows: list[Any]) -> str:
+    """A line a row, five significant digits."""
+    short = json.loads(report.as_json(rows), parse_float=lambda text: float(f"{float(text):.5g}"))
+    lines = [{k: v for k, v in row.items() if k not in LEFT_OUT and v not in (None, False)} for row in short]
+    return "[\n" + ",\n".join(json.dumps(line, separators=(",", ":")) for line in lines) + "\n]\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path)
@@ -124,12 +135,12 @@ def main() -> None:
             for share, k in CASES:
                 print(f"{kind}, K = {k}, {share} resident", file=sys.stderr)
                 numerator, denominator = share.split("/")
-                wanted = report.Wanted(list(PRESETS), [int(numerator) / int(denominator)], LINK, by_class=True)
+                wanted = report.Wanted(list(PRESETS), [int(numerator) / int(denominator)], LINK)
                 made = report.simulate([traces[k]], wanted)
                 rows += [row | {"share": share, "twin": kind} for row in made]
-    if arguments.out:
-        arguments.out.write_text(report.as_json(rows).replace("}, {", "},\n {") + "\n", encoding="utf-8")
     whole = [row for row in rows if row["domain"] == "all"]
+    if arguments.out:
+        arguments.out.write_text(stored(whole), encoding="utf-8")
     print("\n\n".join([*(table(whole, kind) for kind in TWINS), foresight_lines(whole)]))
 
 

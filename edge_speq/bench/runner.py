@@ -143,9 +143,7 @@ class Bench:
             key = bound.steps_key(sample)
             if ceiling is None or key not in needed:
                 routing = [step.routing for step in steps if step.routing is not None]
-                needed[key] = bound.clairvoyant_bytes(
-                    facts.experts, facts.slots, routing, bypass=cpu is not None
-                )
+                needed[key] = bound.clairvoyant_bytes(facts.experts, facts.slots, routing, bypass=cpu is not None)
             on_link = needed[key] / rate if rate else 0.0
             computing = self._computing(result, sample, key, ceiling) + sample.draft_seconds
             speeds.append(sample.n_tokens / max(on_link, computing))
