@@ -110,6 +110,7 @@ def foresight_lines(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+BY_CLASS = ("waits", "waits-keep")  # whose classes are stored, too
 LEFT_OUT = ("trace", "link_bytes_per_s", "bound_fraction", "kept_pairs")
 
 
@@ -135,12 +136,13 @@ def main() -> None:
             for share, k in CASES:
                 print(f"{kind}, K = {k}, {share} resident", file=sys.stderr)
                 numerator, denominator = share.split("/")
-                wanted = report.Wanted(list(PRESETS), [int(numerator) / int(denominator)], LINK)
+                wanted = report.Wanted(list(PRESETS), [int(numerator) / int(denominator)], LINK, by_class=True)
                 made = report.simulate([traces[k]], wanted)
                 rows += [row | {"share": share, "twin": kind} for row in made]
     whole = [row for row in rows if row["domain"] == "all"]
     if arguments.out:
-        arguments.out.write_text(stored(whole), encoding="utf-8")
+        kept = [row for row in rows if row["domain"] == "all" or row["policy"] in BY_CLASS]
+        arguments.out.write_text(stored(kept), encoding="utf-8")
     print("\n\n".join([*(table(whole, kind) for kind in TWINS), foresight_lines(whole)]))
 
 
