@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edge_speq.convert import Progress, silent
-from edge_speq.convert.layout import HEADER_BYTES, padded
+from edge_speq.convert.layout import HEADER_BYTES, entry, padded, string
 from edge_speq.gguf_file import DEFAULT_ALIGNMENT, MAGIC
 
 Value = int | str | Sequence[str]  # a 32-bit number, a string, an array of strings
@@ -31,20 +31,20 @@ def write(path: Path, keys: dict[str, Value], entries: Sequence[Entry], progress
     with path.open("wb") as file:
         header = _header(keys, entries)
         done += _put(file, header + bytes(padded(len(header), DEFAULT_ALIGNMENT) - len(header)))
-        for entry in entries:
+        for each in entries:
             start = done
-            for piece in entry.pieces:
+            for piece in each.pieces:
                 done += _put(file, piece)
                 progress(done, total)
-            if done - start != entry.n_bytes:
-                raise AssertionError(f"{entry.name}: {done - start} bytes, not {entry.n_bytes}")
-            done += _put(file, bytes(padded(entry.n_bytes, DEFAULT_ALIGNMENT) - entry.n_bytes))
+            if done - start != each.n_bytes:
+                raise AssertionError(f"{each.name}: {done - start} bytes, not {each.n_bytes}")
+            done += _put(file, bytes(padded(each.n_bytes, DEFAULT_ALIGNMENT) - each.n_bytes))
 
 
 def size(keys: dict[str, Value], entries: Sequence[Entry]) -> int:
     """Bytes of the file that `write` makes."""
     header = padded(len(_header(keys, entries)), DEFAULT_ALIGNMENT)
-    return header + sum(padded(entry.n_bytes, DEFAULT_ALIGNMENT) for entry in entries)
+    return header + sum(padded(each.n_bytes, DEFAULT_ALIGNMENT) for each in entries)
 
 
 def _put(file: BinaryIO, data: bytes) -> int:
@@ -56,12 +56,11 @@ def _header(keys: dict[str, Value], entries: Sequence[Entry]) -> bytes:
     parts = [MAGIC, struct.pack("<IQQ", 3, len(entries), len(keys))]
     assert sum(map(len, parts)) == HEADER_BYTES
     for key, value in keys.items():
-        parts += [_string(key), _value(value)]
+        parts += [string(key), _value(value)]
     offset = 0
-    for entry in entries:
-        parts.append(_string(entry.name))
-        parts.append(struct.pack(f"<I{len(entry.ne)}QIQ", len(entry.ne), *entry.ne, entry.type, offset))
-        offset += padded(entry.n_bytes, DEFAULT_ALIGNMENT)
+    for each in entries:
+        parts.append(entry(each.name, each.ne, each.type, offset))
+        offset += padded(each.n_bytes, DEFAULT_ALIGNMENT)
     return b"".join(parts)
 
 
@@ -69,10 +68,5 @@ def _value(value: Value) -> bytes:
     if isinstance(value, int):
         return struct.pack("<II", U32, value)
     if isinstance(value, str):
-        return struct.pack("<I", STRING) + _string(value)
-    return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(_string(text) for text in value)
-
-
-def _string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
+        return struct.pack("<I", STRING) + string(value)
+    return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(string(text) for text in value)

@@ -1,9 +1,11 @@
-"""Where the bytes of a GGUF file's tensors are, and their hashes. Reads in pieces, so that memory stays small."""
+"""How a GGUF file is laid out (docs/gguf.md of ggml): pieces of its header, where the bytes of its tensors are, and
+their hashes. Reads in pieces, so that memory stays small."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from edge_speq import gguf_file
@@ -33,6 +35,17 @@ class Span:
                     yield piece
         except OSError as error:
             raise EdgeError(f"{self.tensor.file} cannot be read: {error.strerror}") from error
+
+
+def string(text: str) -> bytes:
+    """A string as the header has it."""
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def entry(name: str, ne: Sequence[int], type_id: int, offset: int) -> bytes:
+    """A tensor's entry in the header. type_id: ggml's; offset: of its data after the header, in bytes."""
+    return string(name) + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, type_id, offset)
 
 
 def entry_bytes(tensor: Tensor, n_dims: int | None = None) -> int:

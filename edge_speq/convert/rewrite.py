@@ -1,6 +1,6 @@
 """A GGUF file made of another one: fields are kept byte for byte but for those that change, tensors are streamed.
 
-No more of a tensor than CHUNK, or than one expert where a caller asks for it, is in memory at a time. The same source
+No more of a tensor than layout.PIECE, or than one expert where a caller asks, is in memory at a time. The same source
 and the same changes give the same bytes.
 """
 
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edge_speq import gguf_file
-from edge_speq.convert import Progress, silent
+from edge_speq.convert import Progress, layout, silent
 from edge_speq.core import EdgeError
 from edge_speq.gguf_file import DEFAULT_ALIGNMENT, MAGIC, TYPES, U32, GGUFFile, Tensor
 
 ALIGNMENT = "general.alignment"
-CHUNK = 8 << 20  # bytes
 F32, STRING = 6, 8  # GGUF's types of values
 TYPE_IDS = {name: number for number, (name, _, _) in TYPES.items()}
 
@@ -54,10 +53,8 @@ class Source:
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
-        self._starts: dict[str, tuple[Path, int]] = {}
+        self._spans = layout.spans(file)
         self._open: dict[Path, BinaryIO] = {}
-        for path in file.paths:
-            self._locate(path)
 
     def __enter__(self) -> Source:
         return self
@@ -67,23 +64,9 @@ class Source:
             stream.close()
         self._open = {}
 
-    def _locate(self, path: Path) -> None:
-        tensors = sorted((t for t in self.file.tensors.values() if t.file == path), key=lambda t: t.offset)
-        if not tensors:
-            return
-        # a part of a split model has an alignment of its own
-        fields = self.file.fields if len(self.file.paths) == 1 else gguf_file._read_part(path, self.file.role).fields
-        alignment = fields[ALIGNMENT].value if ALIGNMENT in fields else DEFAULT_ALIGNMENT
-        assert isinstance(alignment, int)
-        last = tensors[-1]
-        position = aligned(last.offset + len(_entry(last.name, last.type, last.ne, 0)), alignment)
-        for tensor in tensors:
-            self._starts[tensor.name] = (path, position)
-            position += aligned(tensor.n_bytes, alignment)
-
     def read(self, tensor: Tensor, start: int = 0, size: int | None = None) -> bytes:
         """size bytes of a tensor from start on, all of them by default."""
-        path, position = self._starts[tensor.name]
+        path, position = tensor.file, self._spans[tensor.name].offset
         wanted = tensor.n_bytes - start if size is None else size
         try:
             if path not in self._open:
@@ -106,8 +89,8 @@ class Source:
         return NewTensor(tensor.name, tensor.type, tensor.ne, lambda: self._chunks(tensor))
 
     def _chunks(self, tensor: Tensor) -> Iterator[bytes]:
-        for start in range(0, tensor.n_bytes, CHUNK):
-            yield self.read(tensor, start, min(CHUNK, tensor.n_bytes - start))
+        for start in range(0, tensor.n_bytes, layout.PIECE):
+            yield self.read(tensor, start, min(layout.PIECE, tensor.n_bytes - start))
 
     def fields(self) -> list[tuple[str, bytes]]:
         """Each field's name and its bytes in the header, in the file's order; those of a split model are left out."""
@@ -132,27 +115,12 @@ def _whole_header(stream: BinaryIO, file: GGUFFile) -> bytes:
     return stream.read(last.offset + 4 + struct.calcsize(f"<{code}"))
 
 
-def aligned(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment
-
-
-def _string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
 def _field(key: str, value: Value) -> bytes:
     kind, content = value
-    head = _string(key) + struct.pack("<I", kind)
+    head = layout.string(key) + struct.pack("<I", kind)
     if isinstance(content, str):
-        return head + _string(content)
+        return head + layout.string(content)
     return head + struct.pack(f"<{gguf_file._SCALARS[kind]}", content)
-
-
-def _entry(name: str, type_name: str, ne: Sequence[int], offset: int) -> bytes:
-    """A tensor's line of the header."""
-    shape = struct.pack(f"<I{len(ne)}Q", len(ne), *ne)
-    return _string(name) + shape + struct.pack("<IQ", TYPE_IDS[type_name], offset)
 
 
 class Rewrite:
@@ -160,7 +128,7 @@ class Rewrite:
 
     def __init__(self, source: Source, changes: Changes, tensors: Sequence[NewTensor], alignment: int = 0) -> None:
         kept = source.file.fields.get(ALIGNMENT)
-        self.alignment = alignment or (int(kept.value or 0) if kept is not None else DEFAULT_ALIGNMENT)
+        self.alignment = alignment or layout.alignment(source.file)
         if kept is not None or self.alignment != DEFAULT_ALIGNMENT:
             changes = {**changes, ALIGNMENT: (U32, self.alignment)}
         self.tensors = tensors
@@ -175,25 +143,26 @@ class Rewrite:
                 fields[key] = _field(key, value)
         entries, offset = [], 0
         for tensor in self.tensors:
-            entries.append(_entry(tensor.name, tensor.type, tensor.ne, offset))
-            offset += aligned(tensor.n_bytes, self.alignment)
+            entries.append(layout.entry(tensor.name, tensor.ne, TYPE_IDS[tensor.type], offset))
+            offset += layout.padded(tensor.n_bytes, self.alignment)
         counts = struct.pack("<IQQ", 3, len(self.tensors), len(fields))
         header = b"".join((MAGIC, counts, *fields.values(), *entries))
-        return header.ljust(aligned(len(header), self.alignment), b"\0")
+        return header.ljust(layout.padded(len(header), self.alignment), b"\0")
 
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return len(self._header) + sum(aligned(tensor.n_bytes, self.alignment) for tensor in self.tensors)
+        return len(self._header) + sum(layout.padded(tensor.n_bytes, self.alignment) for tensor in self.tensors)
 
     def write(self, path: Path, progress: Progress = silent) -> None:
+        total = self.size
         with path.open("wb") as stream:
             done = stream.write(self._header)
             for tensor in self.tensors:
                 start = done
                 for chunk in tensor.data():
                     done += stream.write(chunk)
-                    progress(done, self.size)
+                    progress(done, total)
                 if done - start != tensor.n_bytes:
                     raise AssertionError(f"{tensor.name}: {done - start} bytes made, {tensor.n_bytes} announced")
-                done += stream.write(bytes(aligned(done, self.alignment) - done))
+                done += stream.write(bytes(layout.padded(done, self.alignment) - done))
