@@ -121,6 +121,7 @@ private:
     size_t take_for_fetches(const ExpertBlock & block);
     void send_some(const ExpertBlock & block, size_t n_fetched);
     void land_fetches();
+    void mark_landed();
     void refill(int32_t group, const std::vector<int32_t> & keys);
 
     void commit_scores();

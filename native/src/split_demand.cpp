@@ -167,23 +167,30 @@ void Residency::await_fetches() {
         const Lock lock(mutex_);
         counters_.stall_ns += static_cast<uint64_t>(nanoseconds(ended - began));
         note_costs();
+        mark_landed();
     }
-    land_fetches();
+    loaded_.notify_all();
 }
 
-// Their slots can be had by others once the block's pins are gone.
 void Residency::land_fetches() {
     fetches_.late.clear(); // theirs is the worker's to land
     if (fetches_.slots.empty()) {
         return;
     }
     demand_link_.wait();
-    const Lock lock(mutex_);
+    {
+        const Lock lock(mutex_);
+        mark_landed();
+    }
+    loaded_.notify_all();
+}
+
+// Their slots can be had by others once the block's pins are gone.
+void Residency::mark_landed() {
     for (const int32_t slot : fetches_.slots) {
         pools_[static_cast<size_t>(fetches_.group)].loaded(slot);
     }
     fetches_.slots.clear();
-    loaded_.notify_all();
 }
 
 void Residency::computed(int32_t block, size_t n_experts, size_t n_pairs, double ns) {
@@ -195,7 +202,9 @@ void Residency::computed(int32_t block, size_t n_experts, size_t n_pairs, double
 }
 
 void Residency::note_costs() {
-    costs_ = { balancer_.cpu_bytes_per_s(), balancer_.link_bytes_per_s(), balancer_.contention(), 0, fetches_some() };
+    costs_.cpu_bytes_per_s  = balancer_.cpu_bytes_per_s();
+    costs_.link_bytes_per_s = balancer_.link_bytes_per_s();
+    costs_.contention       = balancer_.contention();
 }
 
 edge_costs Residency::costs() const {
