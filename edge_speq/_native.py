@@ -1,4 +1,4 @@
-"""The only module that touches cffi: the C ABI of native/include/edge_speq.h as typed Python.
+"""The C ABI of native/include/edge_speq.h as typed Python.
 
 Pointers to llama.cpp objects cross as the integers that llama_cpp's ctypes bindings hold.
 """
@@ -6,7 +6,6 @@ Pointers to llama.cpp objects cross as the integers that llama_cpp's ctypes bind
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import os
 import re
@@ -18,102 +17,36 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_speq._library import check, llama, load, package, text, view
 from edge_speq.core import EdgeError, ExpertCounters, ExpertGroup, Experts, MemoryUse
 from edge_speq.log import route_llama_cpp_log
-
-ABI_VERSION = 4
-INSTALL_HINT = "install the patched build that comes with edge_speq: pip install ./native ."
 
 log = logging.getLogger("edge_speq")
 
 
-def _package() -> Path:
-    import llama_cpp
-
-    return Path(llama_cpp.__file__).parent
-
-
-def _declarations(header: str) -> str:
-    """The header as cffi's parser takes it: integer constants kept, the preprocessor's other lines dropped."""
-    lines = [
-        line for line in header.splitlines() if not line.startswith("#") or re.match(r"#define EDGE_[A-Z_]+ \d+$", line)
-    ]
-    text = "\n".join(lines).replace("EDGE_API ", "")
-    return text.replace('extern "C" {\n', "").removesuffix("}\n").rstrip().removesuffix("}")
-
-
-def _library_path(folder: Path) -> Path | None:
-    names = ("libedge_speq.so", "libedge_speq.dylib", "edge_speq.dll")
-    return next((folder / name for name in names if (folder / name).exists()), None)
-
-
-@functools.cache
-def _load() -> tuple[Any, Any]:
-    """(ffi, lib), checked once: ours rather than stock, and built from the header that is parsed here."""
-    from cffi import FFI
-
-    package = _package()
-    header = package / "include" / "edge_speq.h"
-    override = os.environ.get("LLAMA_CPP_LIB_PATH")
-    library = _library_path(Path(override) if override else package / "lib")
-    if library is None or not header.exists():
-        raise EdgeError("the installed llama-cpp-python is the stock build, without the expert hook", INSTALL_HINT)
-    ffi = FFI()
-    text = header.read_text(encoding="utf-8")
-    ffi.cdef(_declarations(text))
-    lib: Any = ffi.dlopen(str(library))
-    if lib.edge_abi_version() != ABI_VERSION:
-        raise EdgeError(f"{library.name} has ABI {lib.edge_abi_version()}, edge_speq needs {ABI_VERSION}", INSTALL_HINT)
-    built_from: Any = ffi.string(lib.edge_header_sha256())
-    if built_from.decode() != hashlib.sha256(header.read_bytes()).hexdigest():
-        raise EdgeError(f"{library.name} was not built from {header.name} beside it", INSTALL_HINT)
-    return ffi, lib
-
-
-def _check(status: int) -> None:
-    _, lib = _load()
-    if status != lib.EDGE_OK:
-        raise EdgeError(_text(lib.edge_last_error()))
-
-
-def _text(pointer: Any) -> str:
-    return str(_load()[0].string(pointer).decode(errors="replace"))
-
-
-def _view(pointer: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Native memory as an array; it must outlive the array."""
-    view = _load()[0].buffer(pointer, int(np.prod(shape)) * dtype.itemsize)
-    return np.frombuffer(view, dtype=dtype).reshape(shape)
-
-
-def _llama(pointer: int, kind: str) -> Any:
-    ffi, _ = _load()
-    return ffi.cast(f"struct {kind} *", pointer)
-
-
 def llama_cpp_commit() -> str:
-    return _text(_load()[1].edge_llama_cpp_commit())
+    return text(load()[1].edge_llama_cpp_commit())
 
 
 @functools.cache
 def load_backends() -> None:
     """Initialises llama.cpp, once: its log goes to logging, and the ggml backend modules that EDGE_SPEQ_BACKENDS
     names or that lie beside the libraries are added. Raises EdgeError for a named module that does not load."""
-    _, lib = _load()
+    _, lib = load()
     import llama_cpp
 
     route_llama_cpp_log()
     llama_cpp.llama_backend_init()
-    beside = sorted((_package() / "lib").glob("*ggml-*.so"))
+    beside = sorted((package() / "lib").glob("*ggml-*.so"))
     named = [Path(p) for p in os.environ.get("EDGE_SPEQ_BACKENDS", "").split(os.pathsep) if p]
     for path in named:
         modules = sorted(path.glob("*ggml-*.so")) if path.is_dir() else [path]
         if not modules or not modules[0].exists():
             raise EdgeError(f"EDGE_SPEQ_BACKENDS names {path}, which holds no ggml backend module")
         for module in modules:
-            _check(lib.edge_backend_load(str(module).encode()))
+            check(lib.edge_backend_load(str(module).encode()))
     failed = [
-        (module.name, _text(lib.edge_last_error()))
+        (module.name, text(lib.edge_last_error()))
         for module in beside
         if re.match(r"(lib)?ggml-(base|cpu)\b", module.name) is None and lib.edge_backend_load(str(module).encode())
     ]
@@ -135,15 +68,15 @@ class Device:
 
 
 def devices() -> list[Device]:
-    ffi, lib = _load()
+    ffi, lib = load()
     n = ffi.new("int32_t *")
-    _check(lib.edge_device_count(n))
+    check(lib.edge_device_count(n))
     found = []
     for i in range(n[0]):
         d = ffi.new("edge_device *")
-        _check(lib.edge_device_get(i, d))
+        check(lib.edge_device_get(i, d))
         kind = bool(d.is_gpu), bool(d.is_integrated)
-        found.append(Device(_text(d.name), _text(d.description), *kind, d.free_bytes, d.total_bytes))
+        found.append(Device(text(d.name), text(d.description), *kind, d.free_bytes, d.total_bytes))
     return found
 
 
@@ -154,26 +87,26 @@ def compute_device() -> Device:
 
 
 def cpu_buffer_type() -> int:
-    ffi, lib = _load()
+    ffi, lib = load()
     return int(ffi.cast("uintptr_t", lib.edge_cpu_buffer_type()))
 
 
 def host_buffer_type() -> int:
     """Page-locked memory of the first GPU, plain memory without one."""
-    ffi, lib = _load()
+    ffi, lib = load()
     return int(ffi.cast("uintptr_t", lib.edge_host_buffer_type()))
 
 
 def model_experts(model: int) -> Experts:
-    ffi, lib = _load()
+    ffi, lib = load()
     e = ffi.new("edge_experts *")
-    _check(lib.edge_model_experts(_llama(model, "llama_model"), e))
+    check(lib.edge_model_experts(llama(model, "llama_model"), e))
     group_of = ffi.new("int32_t[]", max(1, e.n_blocks))
-    _check(lib.edge_model_block_groups(_llama(model, "llama_model"), group_of))
+    check(lib.edge_model_block_groups(llama(model, "llama_model"), group_of))
     groups = []
     for index in range(e.n_groups):
         g = ffi.new("edge_group *")
-        _check(lib.edge_model_group(_llama(model, "llama_model"), index, g))
+        check(lib.edge_model_group(llama(model, "llama_model"), index, g))
         blocks = tuple(block for block in range(e.n_blocks) if group_of[block] == index)
         groups.append(ExpertGroup(g.n_blocks, g.n_experts, g.expert_bytes, blocks))
     return Experts(e.n_blocks, e.n_expert, e.n_expert_used, tuple(groups))
@@ -181,30 +114,30 @@ def model_experts(model: int) -> Experts:
 
 def vocab_difference(a: int, b: int) -> int | None:
     """The first token that means something else in the other vocabulary, None when they agree."""
-    ffi, lib = _load()
+    ffi, lib = load()
     token = ffi.new("int32_t *")
-    _check(lib.edge_vocab_compare(_llama(a, "llama_model"), _llama(b, "llama_model"), token))
+    check(lib.edge_vocab_compare(llama(a, "llama_model"), llama(b, "llama_model"), token))
     return None if token[0] < 0 else int(token[0])
 
 
 def memory_used(ctx: int, on_gpu: bool) -> MemoryUse:
-    ffi, lib = _load()
+    ffi, lib = load()
     m = ffi.new("edge_memory *")
-    _check(lib.edge_memory_used(_llama(ctx, "llama_context"), on_gpu, m))
+    check(lib.edge_memory_used(llama(ctx, "llama_context"), on_gpu, m))
     return MemoryUse(m.model_bytes, m.context_bytes, m.compute_bytes)
 
 
 def fail(fault: str, nth: int) -> None:
     """Makes the nth "allocation", "copy" or "routing" read from now on fail, once; 0 disarms. For tests."""
-    _, lib = _load()
-    _check(lib.edge_test_fail(getattr(lib, f"EDGE_FAULT_{fault.upper()}"), nth))
+    _, lib = load()
+    check(lib.edge_test_fail(getattr(lib, f"EDGE_FAULT_{fault.upper()}"), nth))
 
 
 def slot_floor(experts: Experts, max_width: int) -> int:
     """Slots a group needs for graphs of max_width tokens: all their experts at once and one to load into."""
-    ffi, lib = _load()
+    ffi, lib = load()
     floor = ffi.new("int32_t *")
-    _check(lib.edge_slot_floor(experts.n_expert, experts.n_expert_used, max_width, floor))
+    check(lib.edge_slot_floor(experts.n_expert, experts.n_expert_used, max_width, floor))
     return int(floor[0])
 
 
@@ -227,6 +160,10 @@ class Transfers:
     layer_ahead: bool = False  # prefetch what a block's input says of the next; with hybrid execution only
 
 
+TWIN_TENSOR: npt.DTypeLike = np.dtype(  # edge_twin_tensor
+    [("block", np.int32), ("role", np.int32), ("type", np.int32), ("offset", np.uint64)], align=True
+)
+_USES = {"own": 0, "twin": 1, "resident": 2}  # EDGE_EXPERTS_...
 _COMPUTES = {"device": 0, "hybrid": 1, "auto": 2}  # EDGE_COMPUTE_...
 
 
@@ -257,7 +194,7 @@ class Hook:
         slots: Sequence[int] = (),
         transfers: Transfers = Transfers(),  # frozen
     ) -> None:
-        ffi, lib = _load()
+        ffi, lib = load()
         self.experts = experts
         self.max_width = max_width
         self.n_slots = sum(slots)
@@ -269,33 +206,33 @@ class Hook:
         params.layer_ahead = transfers.layer_ahead
         params.compute, params.n_threads = _COMPUTES[transfers.compute], transfers.n_threads
         handle = ffi.new("edge_hook **")
-        _check(lib.edge_hook_attach(_llama(model, "llama_model"), params, handle))
+        check(lib.edge_hook_attach(llama(model, "llama_model"), params, handle))
         self._handle: Any = handle[0]
         self._ids = ffi.new("int32_t **")
         self._n = ffi.new("int32_t *")
-        _check(lib.edge_hook_routing(self._handle, self._ids, self._n))
+        check(lib.edge_hook_routing(self._handle, self._ids, self._n))
         shape = (experts.n_blocks, max_width, experts.n_expert_used)
-        self._routing: npt.NDArray[np.int32] = _view(self._ids[0], np.dtype(np.int32), shape)
+        self._routing: npt.NDArray[np.int32] = view(self._ids[0], np.dtype(np.int32), shape)
         self._scores = np.zeros((experts.n_blocks, experts.n_expert), dtype=np.float32)
         if slots:
             scores = ffi.new("float **")
-            _check(lib.edge_hook_scores(self._handle, scores))
-            self._scores = _view(scores[0], np.dtype(np.float32), self._scores.shape)
+            check(lib.edge_hook_scores(self._handle, scores))
+            self._scores = view(scores[0], np.dtype(np.float32), self._scores.shape)
         self._last = ExpertCounters()
 
     def end_step(self) -> None:
         """Call after each synchronised decode. Raises EdgeError for what went wrong inside the graph."""
-        _check(_load()[1].edge_hook_end_step(self._handle))
+        check(load()[1].edge_hook_end_step(self._handle))
 
     def cancel(self) -> None:
         """From any thread: ends the decode that runs, or the next one, at its next block."""
         if self._handle is not None:
-            _check(_load()[1].edge_hook_cancel(self._handle))
+            check(load()[1].edge_hook_cancel(self._handle))
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Expert ids of the last graph, [n_blocks, n_tokens, n_expert_used]; n_tokens is 0 after a graph wider
         than max_width. A view of native memory: the next decode overwrites it."""
-        _check(_load()[1].edge_hook_routing(self._handle, self._ids, self._n))
+        check(load()[1].edge_hook_routing(self._handle, self._ids, self._n))
         return self._routing[:, : self._n[0], :]
 
     @property
@@ -307,31 +244,50 @@ class Hook:
     def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = NO_BUDGET) -> int:
         """Orders experts, [n] of ORDER, most urgent first; replaces earlier orders. Returns how many were not yet in
         a slot."""
-        ffi, lib = _load()
+        ffi, lib = load()
         orders = np.ascontiguousarray(orders, dtype=ORDER)
         n = ffi.new("int32_t *")
         pointer = ffi.from_buffer("edge_order[]", orders)
-        _check(lib.edge_hook_prefetch(self._handle, pointer, len(orders), byte_budget, n))
+        check(lib.edge_hook_prefetch(self._handle, pointer, len(orders), byte_budget, n))
         return int(n[0])
+
+    def load_twin(self, path: str, tensors: npt.NDArray[Any]) -> None:
+        """Copies a twin's experts to the compute device; tensors: [n] of TWIN_TENSOR. Raises EdgeError."""
+        ffi, lib = load()
+        tensors = np.ascontiguousarray(tensors, dtype=TWIN_TENSOR)
+        pointer = ffi.from_buffer("edge_twin_tensor[]", tensors)
+        check(lib.edge_hook_load_twin(self._handle, path.encode(), pointer, len(tensors)))
+
+    def use_experts(self, which: str) -> bool:
+        """Graphs compute with the model's "own" experts, a "twin"'s, or those that are "resident" now. False: it cannot
+        be done now."""
+        ffi, lib = load()
+        ready = ffi.new("bool *")
+        check(lib.edge_hook_use_experts(self._handle, _USES[which], ready))
+        return bool(ready[0])
+
+    def use_budget(self, n_experts: int) -> None:
+        """Lossy: verify steps run at most so many experts a block; 0: no such bound."""
+        check(load()[1].edge_hook_use_budget(self._handle, n_experts))
 
     def resize(self, slots: Sequence[int]) -> None:
         """Other slot counts for each group, between steps. Raises EdgeError for slots under the floor of one token,
         which changes nothing, and for slots that cannot be allocated: then the experts are computed on the CPU."""
-        ffi, lib = _load()
+        ffi, lib = load()
         status = lib.edge_hook_resize(self._handle, ffi.new("int32_t[]", list(slots)), len(slots))
         if status not in (lib.EDGE_ERR_ARGUMENT, lib.EDGE_ERR_BUDGET):
             self.n_slots = sum(slots) if status == lib.EDGE_OK else 0
-        _check(status)
+        check(status)
 
     def drain(self) -> None:
-        _check(_load()[1].edge_hook_drain(self._handle))
+        check(load()[1].edge_hook_drain(self._handle))
 
     def counters(self) -> ExpertCounters:
-        ffi, lib = _load()
+        ffi, lib = load()
         if self._handle is None or not self._has_slots:
             return self._last
         c = ffi.new("edge_counters *")
-        _check(lib.edge_hook_counters(self._handle, c))
+        check(lib.edge_hook_counters(self._handle, c))
         return ExpertCounters(
             total=self.experts.total,
             slots=self.n_slots,
@@ -350,37 +306,37 @@ class Hook:
         )
 
     def costs(self) -> Costs:
-        ffi, lib = _load()
+        ffi, lib = load()
         c = ffi.new("edge_costs *")
-        _check(lib.edge_hook_costs(self._handle, c))
+        check(lib.edge_hook_costs(self._handle, c))
         return Costs(c.cpu_bytes_per_s, c.link_bytes_per_s, c.contention, c.layer_ahead_precision, bool(c.fetches_some))
 
     def states(self) -> npt.NDArray[np.uint8]:
         """[n_blocks, n_expert] of 0 absent, 1 loading, 2 resident, 3 pinned."""
-        ffi, lib = _load()
+        ffi, lib = load()
         out = np.zeros((self.experts.n_blocks, self.experts.n_expert), dtype=np.uint8)
-        _check(lib.edge_hook_states(self._handle, ffi.from_buffer("uint8_t[]", out)))
+        check(lib.edge_hook_states(self._handle, ffi.from_buffer("uint8_t[]", out)))
         return out
 
     def bytes_held(self) -> int:
-        ffi, lib = _load()
+        ffi, lib = load()
         n = ffi.new("uint64_t *")
-        _check(lib.edge_hook_bytes(self._handle, n))
+        check(lib.edge_hook_bytes(self._handle, n))
         return int(n[0])
 
     def slot_bytes(self) -> int:
         """Bytes of the slots alone."""
-        ffi, lib = _load()
+        ffi, lib = load()
         n = ffi.new("uint64_t *")
-        _check(lib.edge_hook_slot_bytes(self._handle, n))
+        check(lib.edge_hook_slot_bytes(self._handle, n))
         return int(n[0])
 
     def poison_free_slots(self) -> None:
-        _check(_load()[1].edge_hook_poison_free_slots(self._handle))
+        check(load()[1].edge_hook_poison_free_slots(self._handle))
 
     def detach(self) -> None:
         if self._handle is not None:
             self._last = self.counters()
             self._routing, self._scores = self._routing.copy(), self._scores.copy()  # native memory goes away
-            _load()[1].edge_hook_detach(self._handle)
+            load()[1].edge_hook_detach(self._handle)
             self._handle = None

@@ -47,6 +47,14 @@ class Draft(Protocol):
     def close(self) -> None: ...
 
 
+def clone(sampler: Any) -> Any:
+    """A native sampler to be freed, which draws the random numbers that the target's is about to draw: similar
+    distributions then pick the same token. A Python logits processor cannot be cloned: greedy then."""
+    if sampler.custom_samplers:
+        return llama_cpp.llama_sampler_init_greedy()
+    return llama_cpp.llama_sampler_clone(sampler.sampler)
+
+
 class ObjectDraft:
     """A llama_cpp.llama_speculative.LlamaDraftModel. One that raises is out of use until the next request begins."""
 
@@ -128,12 +136,7 @@ class DraftModel:
     def propose(
         self, text: Text, k: int, sampler: Any, ahead: int = 0, seen: Seen | None = None
     ) -> tuple[list[int], Routing | None]:
-        # a clone draws the random numbers that the target's sampler is about to draw: similar distributions
-        # then pick the same token. A Python logits processor cannot be cloned.
-        if sampler.custom_samplers:
-            own = llama_cpp.llama_sampler_init_greedy()
-        else:
-            own = llama_cpp.llama_sampler_clone(sampler.sampler)
+        own = clone(sampler)
         try:
             self._catch_up(text)
             return self._sample(k, own, self._room_for(ahead, len(text) + k), seen)
@@ -151,7 +154,7 @@ class DraftModel:
 
     def _sample(self, k: int, sampler: Any, ahead: int, seen: Seen | None) -> tuple[list[int], Routing | None]:
         drafted: list[int] = []
-        shown = _Shown()
+        shown = Shown()
         for n in range(1, k + ahead + 1):
             if drafted:
                 self._decode([drafted[-1]])
@@ -206,7 +209,7 @@ class DraftModel:
         self._n += len(tokens)
 
 
-class _Shown:
+class Shown:
     """The routing of tokens that were decoded one after the other, None once it is missing for one of them."""
 
     def __init__(self) -> None:

@@ -71,6 +71,15 @@ class Target(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         """Tokens that the next verify step can have: the context has cells for them, and one batch rows."""
         return min(self._plan.max_width, self._size - self.n_tokens, self.n_batch)
 
+    def cells(self) -> int:
+        """Tokens that the context holds at most."""
+        return self._size
+
+    def context(self) -> tuple[Any, Any]:
+        """Its llama.cpp context and batch, threads set for narrow graphs."""
+        self._ctx.set_n_threads(self.n_threads, self.n_threads)
+        return self._ctx, self._batch
+
     def serves(self, request: object) -> bool:
         return self._ctx.ctx is not None and self._turns.holds(request)
 

@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 from test_cli import edge_speq
 
-from edge_speq import EdgeLlama, gguf_file, gguf_model
+from edge_speq import EdgeLlama, gguf_file, gguf_model, twin_file
 from edge_speq.convert import agreement, draft, imatrix, layout, quantize, reader, verify
 from edge_speq.core import EdgeError
 
@@ -105,7 +105,7 @@ def test_experts_alone_are_the_twins_experts_and_name_their_target(
     assert all(alone["tensors"][name] == whole["tensors"][name] for name in names)
     fields = gguf.GGUFReader(out).fields
     assert fields[draft.TARGET_HASH].contents() == verify.describe(bundled[0])[1]["content_sha256"]
-    assert fields[draft.KIND].contents() == draft.EXPERTS_ONLY
+    assert fields[twin_file.KIND].contents() == twin_file.EXPERTS_ONLY
 
 
 def test_low_bits_take_an_importance_matrix(tiny, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,21 @@ def loaded(path: Path) -> Iterator[internals.LlamaModel]:
 
 def logits(
     model: internals.LlamaModel,
-    hook: _native.Hook | None,
+    hook: Any,
     widths: list[int],
     *,
+    prepare: Callable[[Any], None] = lambda params: None,
     n_ctx: int = 256,
     n_logits: int = 64,
     n_ubatch: int = 64,
 ) -> Logits:
     """Logits of every position, [sum(widths), n_vocab], of one sequence of fixed tokens decoded in these widths;
-    with n_logits those of each decode's last n_logits positions."""
+    with n_logits those of each decode's last n_logits positions. hook: a _native.Hook, or what ends steps like one."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, 64, n_ubatch
     params.n_threads, params.n_threads_batch = 2, 2
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # llama_cpp.Llama's default
+    prepare(params)
     n_vocab = model.n_vocab()
     tokens = np.random.default_rng(3).integers(4, n_vocab, sum(widths))
     rows: list[Logits] = []

@@ -19,6 +19,7 @@ import test_speculation as speculation
 from llama_cpp import _internals as internals
 
 from edge_speq import EdgeLlama, _native, engine
+from edge_speq.trace.gates import GateReader
 
 pytestmark = pytest.mark.gpu
 
@@ -97,9 +98,11 @@ def test_hybrid_is_no_worse_than_experts_on_the_cpu(tiny, arch: str, kind: str) 
 
 @pytest.mark.parametrize("arch", ["qwen3moe", "mixtral", "gpt-oss"])
 def test_fetching_and_computing_at_once_is_no_worse_either(tiny, arch: str) -> None:
-    """Page-locked experts: some misses are fetched while the CPU computes the others."""
+    """Page-locked experts: some misses are fetched while the CPU computes the others. Rows are equal to the bit until
+    an activation is rounded to the next of its 8 bits, sooner or later, and off by some 1e-4 from then on, as with experts
+    on the CPU. A token whose router met a near tie may take another expert: rows before the first one are compared."""
     path, widths = tiny.moe(arch, "Q8_0"), [1, 4] * 24
-    stock = all_on_device(path, widths)
+    stock, routed, probs = routers_on_device(path, widths)
     with page_locked(path) as model:
         experts = _native.model_experts(model.model)
         few = [max(1 + experts.n_expert_used, g.n_experts // 3) for g in experts.groups]
@@ -107,15 +110,85 @@ def test_fetching_and_computing_at_once_is_no_worse_either(tiny, arch: str) -> N
         for transfers in (hybrid.HYBRID, dataclasses.replace(hybrid.HYBRID, link_bytes_per_s=2_000_000_000)):
             hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, few, transfers)
             hook.poison_free_slots()
-            got = exactness.logits(model, hook, widths)
+            watched = Watched(hook)
+            got = exactness.logits(model, watched, widths)
             counters = hook.counters()
             hook.detach()
             assert counters.fetched
             assert counters.cpu_computed
             assert counters.misses == counters.fetched + counters.cpu_computed
-            nmse, bound = (float(((x - stock) ** 2).sum() / (stock**2).sum()) for x in (got, on_cpu))
-            print(f"{arch}, both at once: NMSE {nmse:.2e}, cpu-moe {bound:.2e}")
-            assert nmse <= max(2 * bound, 1e-6)
+            assert np.isfinite(got).all()
+            same, nearness = until_another_expert(routed, watched.routing, probs)
+            worst, bound = (float(row_nmse(x, stock)[:same].max()) for x in (got, on_cpu))
+            text = f"{arch}, both at once: worst row {worst:.1e}, cpu-moe {bound:.1e}"
+            print(f"{text}, {same} of {sum(widths)} rows, then gates {nearness:.3f} of each other")
+            assert worst <= max(10 * bound, 1e-4)  # another expert's output would be off by more than 1e-2
+            assert nearness > 0.95
+
+
+def row_nmse(x: np.ndarray, like: np.ndarray) -> np.ndarray:
+    return ((x - like) ** 2).sum(axis=1) / (like**2).sum(axis=1)
+
+
+class Watched:
+    """A hook that keeps the routing of all steps."""
+
+    def __init__(self, hook: _native.Hook) -> None:
+        self._hook = hook
+        self._parts: list[np.ndarray] = []
+
+    def end_step(self) -> None:
+        self._hook.end_step()
+        self._parts.append(self._hook.routing().copy())
+
+    @property
+    def routing(self) -> np.ndarray:
+        return np.concatenate(self._parts, axis=1)
+
+
+def routers_on_device(path: Path, widths: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits with everything on the device, its expert ids [blocks, tokens, used], and what the routers gave to every
+    expert, [blocks, tokens, experts]."""
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = 99
+    gates = GateReader()
+    weights: list[np.ndarray] = []
+    with contextlib.closing(engine.load_model(path, params, "model")) as model:
+        experts = _native.model_experts(model.model)
+        hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH)
+        watched = Watched(hook)
+        stock = exactness.logits(model, watched, widths)
+        routed = watched.routing
+
+        class Reading(Watched):
+            def end_step(self) -> None:
+                super().end_step()
+                n = self._parts[-1].shape[1]
+                every = np.broadcast_to(
+                    np.arange(experts.n_expert, dtype=np.int32), (experts.n_blocks, n, experts.n_expert)
+                )
+                found = gates.of(every)
+                assert found is not None
+                weights.append(found)
+                gates.clear()
+
+        exactness.logits(model, Reading(hook), widths, prepare=gates.install)
+        hook.detach()
+    return stock, routed, np.concatenate(weights, axis=1)
+
+
+def until_another_expert(routed: np.ndarray, other: np.ndarray, probs: np.ndarray) -> tuple[int, float]:
+    """Tokens before the first one with another expert, and how near the first swapped experts' gates are: a ratio, 1
+    where none was swapped. Within a token the first block that differs counts."""
+    differs = (np.sort(routed, axis=2) != np.sort(other, axis=2)).any(axis=2)  # [blocks, tokens]
+    if not differs.any():
+        return routed.shape[1], 1.0
+    token = int(np.flatnonzero(differs.any(axis=0))[0])
+    block = int(np.flatnonzero(differs[:, token])[0])
+    before, after = set(routed[block, token]), set(other[block, token])
+    gate = probs[block, token].astype(np.float64)
+    nearest = [min(gate[a], gate[b]) / max(gate[a], gate[b]) for a in before - after for b in after - before]
+    return token, float(min(nearest))
 
 
 @contextlib.contextmanager
@@ -140,7 +213,7 @@ def test_prompts_that_borrow_from_slots_read_the_same(tiny, arch: str, kind: str
             hook.poison_free_slots()
             hybrid.fill(hook, share)
             seen.append(exactness.logits(model, hook, [40, 64, 33]))
-            assert hook.counters().steps == 0  # none of these graphs has slots
+            assert hook.routing().shape[1] == 0  # the last of these graphs, as wide as any, had no slots
             hook.detach()
     assert np.isfinite(seen[0]).all()
     for other in seen[1:]:

@@ -31,11 +31,13 @@ CORE = (
     *("slots", "slot_store", "residency", "split_demand", "prefetch", "layer_ahead"),
     *("balancer", "gate", "link", "faults", "experts"),
 )
+HOOK = ("hook", "hybrid", "own_draft", "cpu_experts", "vocab", "api")
 TESTS = {
     "test_slots": ("slots",),
     "test_balancer": ("balancer",),
     "test_residency": CORE,
-    "test_hook": (*CORE, "hook", "cpu_experts", "vocab", "api"),
+    "test_hook": (*CORE, *HOOK),
+    "test_own_draft": (*CORE, *HOOK),
 }
 MODEL = NATIVE.parent / "models" / "tales-moe.gguf"
 

@@ -11,14 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_speq import gguf_file, gguf_model
+from edge_speq import gguf_file, gguf_model, twin_file
 from edge_speq.convert import Progress, atomic, container, imatrix, layout, quantize, reader, silent, types
 from edge_speq.core import EdgeError
 from edge_speq.gguf_file import GGUFFile
 
 TARGET_HASH = "edge_speq.target.content_sha256"  # layout.content_hash of the target
-KIND = "edge_speq.kind"
-EXPERTS_ONLY = "twin-experts"
 CALIBRATION = 16384  # tokens of text for an importance matrix
 
 
@@ -87,9 +85,9 @@ def make(
         quantize.run(target, whole, recipe, expected, progress, out)
         if examine is not None:
             examine(whole)
-        keys = _keys(file, content=layout.content_hash(file, layout.hashes(file)))
+        made_for = keys(file, content=layout.content_hash(file, layout.hashes(file)))
         with atomic.output(out, expected_bytes=n_bytes, **options) as temporary:
-            container.write(temporary, keys, _entries(gguf_file.read(whole)))
+            container.write(temporary, made_for, entries(gguf_file.read(whole)))
             gguf_file.read(temporary, "twin's experts")
     return n_bytes
 
@@ -97,25 +95,28 @@ def make(
 def experts_size(target: str | Path, recipe: quantize.Recipe) -> int:
     """Bytes of the file of experts alone."""
     file, outcome = gguf_model.check_model(target), quantize.plan(target, recipe)
-    entries = []
+    planned = []
     for name in expert_names(file):
         tensor, number = file.tensors[name], types.number(outcome.types[name])
         rows = tensor.ne[1] * tensor.ne[2]
         n_bytes = rows * types.row_bytes(number, tensor.ne[0])
-        entries.append(container.Entry(name, tensor.ne, number, n_bytes, ()))
-    return container.size(_keys(file, content="0" * 64), entries)
+        planned.append(container.Entry(name, tensor.ne, number, n_bytes, ()))
+    return container.size(keys(file, content="0" * 64), planned)
 
 
-def _keys(file: GGUFFile, content: str) -> dict[str, container.Value]:
+def keys(file: GGUFFile, content: str) -> dict[str, container.Value]:
+    """What a file of a twin's experts says of its target."""
     return {
         "general.type": "model",
         "general.architecture": gguf_model.architecture(file),
-        KIND: EXPERTS_ONLY,
+        twin_file.KIND: twin_file.EXPERTS_ONLY,
         TARGET_HASH: content,
+        twin_file.ROUTERS_HASH: twin_file.routers_hash(file),
     }
 
 
-def _entries(twin: GGUFFile) -> list[container.Entry]:
+def entries(twin: GGUFFile) -> list[container.Entry]:
+    """The experts of a whole twin."""
     spans = layout.spans(twin)
     return [
         container.Entry(name, span.tensor.ne, types.number(span.tensor.type), span.tensor.n_bytes, span.pieces())

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define EDGE_ABI_VERSION 4
+#define EDGE_ABI_VERSION 5
 
 #define EDGE_OK 0
 #define EDGE_ERR_ARGUMENT 1
@@ -156,6 +156,34 @@ EDGE_API int edge_slot_floor(int32_t n_expert, int32_t n_expert_used, int32_t ma
 // and use_extra_bufts = false).
 EDGE_API int edge_hook_attach(struct llama_model * model, const edge_hook_params * params, edge_hook ** out);
 EDGE_API int edge_hook_detach(edge_hook * hook);
+
+// A model with slots can draft for itself, in its own context and KV cache: graphs of at most max_width tokens then compute
+// with other experts, until the caller says otherwise. Their routing is kept as that of any graph, restricted routers'
+// as they would have chosen; hits and misses are not counted. The caller takes the drafted positions out of the KV cache.
+#define EDGE_EXPERTS_OWN 0
+#define EDGE_EXPERTS_TWIN 1     // low-bit copies, all on the compute device, with edge_hook_load_twin
+#define EDGE_EXPERTS_RESIDENT 2 // those in slots: the routers choose among them. To be said anew before each graph
+
+typedef struct edge_twin_tensor { // the experts of one block in one role
+    int32_t  block;
+    int32_t  role;              // EDGE_ROLE_...
+    int32_t  type;              // enum ggml_type
+    uint64_t offset;            // bytes from the start of the file
+} edge_twin_tensor;
+
+#define EDGE_ROLE_UP 0
+#define EDGE_ROLE_GATE 1
+#define EDGE_ROLE_DOWN 2
+#define EDGE_ROLE_GATE_UP 3
+
+// Copies a twin's experts to the compute device. Every role that a block of the model has must be named once.
+EDGE_API int edge_hook_load_twin(edge_hook * hook, const char * path, const edge_twin_tensor * tensors, int32_t n_tensors);
+// Between graphs. ready: whether it was done; not where a block has too few experts in slots.
+EDGE_API int edge_hook_use_experts(edge_hook * hook, int32_t which, bool * ready);
+
+// Lossy: graphs of more than one token that slots serve run at most so many experts a block, those that its routers
+// give most to, summed over the tokens. 0: no such bound. Between graphs.
+EDGE_API int edge_hook_use_budget(edge_hook * hook, int32_t n_experts);
 
 // Tells that the device is idle: the slots of the last block may be reused, and the routing of the last
 // graph is complete. Call after the context is synchronised, also when the decode failed: an error met inside

@@ -217,6 +217,29 @@ int edge_hook_detach(edge_hook * hook) {
     return guarded([&] { delete hook; });
 }
 
+int edge_hook_load_twin(edge_hook * hook, const char * path, const edge_twin_tensor * tensors, int32_t n_tensors) {
+    return guarded([&] {
+        residency_of(hook);
+        require(path != nullptr && tensors != nullptr && n_tensors > 0, "path or tensors is null");
+        hook->load_twin(path, tensors, n_tensors);
+    });
+}
+
+int edge_hook_use_experts(edge_hook * hook, int32_t which, bool * ready) {
+    return guarded([&] {
+        require(hook != nullptr && ready != nullptr, "hook or out is null");
+        require(which >= EDGE_EXPERTS_OWN && which <= EDGE_EXPERTS_RESIDENT, "which is none of EDGE_EXPERTS_...");
+        *ready = hook->use_experts(which);
+    });
+}
+
+int edge_hook_use_budget(edge_hook * hook, int32_t n_experts) {
+    return guarded([&] {
+        residency_of(hook);
+        hook->use_budget(n_experts);
+    });
+}
+
 int edge_hook_end_step(edge_hook * hook) {
     return guarded([&] {
         require(hook != nullptr, "hook is null");

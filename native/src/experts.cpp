@@ -4,29 +4,26 @@
 #include "error.h"
 #include "ggml-backend.h"
 #include "llama-ext.h"
+#include "llama-model.h"
 #include "llama-moe-hook.h"
 #include "llama.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <string>
 
 namespace edge {
 
 namespace {
 
-std::string metadata(const llama_model * model, const std::string & key) {
-    char value[128] = {};
-    if (llama_model_meta_val_str(model, key.c_str(), value, sizeof(value)) < 0) {
-        return {};
-    }
-    return value;
-}
-
+// 0, which makes the caller take the stock path, where layers differ. kv_overrides have their say in it.
 int32_t expert_used_count(const llama_model * model) {
-    const std::string text = metadata(model, metadata(model, "general.architecture") + ".expert_used_count");
-    // an array (a count per layer) is not a number: 0 makes the caller take the stock path
-    return text.empty() ? 0 : static_cast<int32_t>(std::strtol(text.c_str(), nullptr, 10));
+    const uint32_t most = model->hparams.n_expert_used_max();
+    for (uint32_t il = 0; il < model->hparams.n_layer(); ++il) {
+        if (model->hparams.n_expert_used(il) != most) {
+            return 0;
+        }
+    }
+    return static_cast<int32_t>(most);
 }
 
 bool same_layout(const BlockWeights & a, const BlockWeights & b) {

@@ -8,7 +8,6 @@
 #include "llama-moe-hook.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -69,6 +68,10 @@ void copy_on_device(ggml_backend_t backend, ggml_tensor * from, size_t from_offs
     ggml_backend_tensor_copy_async(backend, backend, &bytes_from, &bytes_to);
 }
 
+ggml_tensor * select_hook(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, const ggml_tensor * down, void * hook) {
+    return static_cast<edge_hook *>(hook)->select(ctx, gf, probs, down);
+}
+
 void build_hook(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block * block, void * hook) {
     static_cast<edge_hook *>(hook)->build(ctx, gf, *block);
 }
@@ -77,7 +80,8 @@ void build_hook(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block * block, v
 
 edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_hook_params & params)
     : model_(model), table_(std::move(table)), max_width_(params.max_width), served_width_(params.max_width),
-      block_ids_(static_cast<size_t>(params.max_width) * static_cast<size_t>(table_.n_expert_used)) {
+      block_ids_(static_cast<size_t>(params.max_width) * static_cast<size_t>(table_.n_expert_used)),
+      own_draft_(table_, compute_buffer_type(model), params.max_width) {
     if (table_.blocks.empty()) {
         throw edge::Error(EDGE_ERR_UNSUPPORTED, "the model has no routed experts that the hook knows");
     }
@@ -127,11 +131,11 @@ void edge_hook::allocate_host(ggml_backend_buffer_type_t buft) {
 
 // With a new epoch, so no graph goes on that was built before.
 void edge_hook::set_on_model() {
-    llama_model_set_moe_hook(model_, build_hook, residency_ ? eval_hook : nullptr, residency_ ? lend_hook : nullptr, this);
+    llama_model_set_moe_hook(model_, build_hook, residency_ ? select_hook : nullptr, residency_ ? eval_hook : nullptr, residency_ ? lend_hook : nullptr, this);
 }
 
 edge_hook::~edge_hook() {
-    llama_model_set_moe_hook(model_, nullptr, nullptr, nullptr, nullptr);
+    llama_model_set_moe_hook(model_, nullptr, nullptr, nullptr, nullptr, nullptr);
 }
 
 void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block) {
@@ -142,7 +146,7 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
     }
     // prefill and warm-up graphs, which use every expert, keep the stock graph; so does their last block, which
     // may be narrow because it has only the rows that logits are wanted for
-    const bool fits = width <= served_width_ && block.ids->ne[0] == table_.n_expert_used;
+    const bool fits = width <= widest() && block.ids->ne[0] == table_.n_expert_used;
     if (number == 0) {
         forget_split();
         graph_ = gf;
@@ -163,13 +167,61 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
     if (!residency_) {
         return;
     }
+    if (experts_ == EDGE_EXPERTS_TWIN) {
+        block.up      = own_draft_.twin(number, edge::role_up);
+        block.gate    = own_draft_.twin(number, edge::role_gate);
+        block.down    = own_draft_.twin(number, edge::role_down);
+        block.gate_up = own_draft_.twin(number, edge::role_gate_up);
+        return; // with the router's own ids
+    }
     const int32_t group = table_.blocks[static_cast<size_t>(number)].group;
     const edge::SlotStore & store = residency_->store();
     block.up      = store.tensor(group, edge::role_up);
     block.gate    = store.tensor(group, edge::role_gate);
     block.down    = store.tensor(group, edge::role_down);
     block.gate_up = store.tensor(group, edge::role_gate_up);
-    block.ids     = route;
+    block.ids     = experts_ == EDGE_EXPERTS_RESIDENT ? own_draft_.slots_of(ctx, route, number) : route;
+}
+
+// What a router chooses by, in graphs that are ours.
+ggml_tensor * edge_hook::select(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, const ggml_tensor * down) {
+    const int32_t number = table_.find(down);
+    const int64_t width  = probs->ne[1];
+    if (number < 0 || width > widest() || probs->ne[0] != table_.n_expert) {
+        return probs;
+    }
+    if (experts_ == EDGE_EXPERTS_RESIDENT) {
+        return own_draft_.restricted(ctx, gf, probs, number);
+    }
+    return experts_ == EDGE_EXPERTS_OWN && width > 1 && budget_ > 0 ? edge::within_budget(ctx, probs, budget_) : probs;
+}
+
+void edge_hook::use_budget(int32_t n_experts) {
+    if (n_experts != 0 && (n_experts < table_.n_expert_used || n_experts > table_.n_expert)) {
+        throw edge::Error(EDGE_ERR_ARGUMENT, "a verify step cannot do with " + std::to_string(n_experts) + " experts: " +
+                                                 std::to_string(table_.n_expert_used) + " to " + std::to_string(table_.n_expert) + " can");
+    }
+    if (std::exchange(budget_, n_experts) != n_experts) {
+        set_on_model();
+    }
+}
+
+// The two graphs of a drafting model alternate: neither may be taken for the other.
+bool edge_hook::use_experts(int32_t which) {
+    if (which != EDGE_EXPERTS_OWN && (!residency_ || !residency_->serving())) {
+        return false;
+    }
+    if (which == EDGE_EXPERTS_TWIN && !own_draft_.has_twin()) {
+        throw edge::Error(EDGE_ERR_ARGUMENT, "no twin is loaded");
+    }
+    if (which == EDGE_EXPERTS_RESIDENT && !own_draft_.restrict_to(*residency_)) {
+        residency_->end_step(); // what it had begun to hold
+        return false;
+    }
+    if (std::exchange(experts_, which) != which) {
+        set_on_model();
+    }
+    return true;
 }
 
 // Called before any node that follows has been sent to the backend; what is queued here runs before them. Returning
@@ -177,7 +229,7 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
 bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexcept {
     const bool is_output = split_block_ >= 0 && node == chains_[static_cast<size_t>(split_block_)].output;
     if (ask) {
-        return is_output || is_route(node);
+        return is_output || (experts_ == EDGE_EXPERTS_OWN && is_route(node));
     }
     try {
         if (cancelled_) {
@@ -244,115 +296,11 @@ void edge_hook::serve(ggml_backend_t backend, ggml_tensor * route, int32_t numbe
     ggml_backend_tensor_set_async(backend, route, slots_of(number), 0, ggml_nbytes(route));
 }
 
-// A graph that is split waits for one more callback a block, some 10 us. Where fetches are so cheap that it does not pay,
-// it is tried again now and then, as what is missing changes. Bytes that a thread has to stage are never that cheap.
-bool edge_hook::splits_this_step() {
-    constexpr uint64_t tried_at_first = 16, tried_again = 256; // steps
-    constexpr double callback_ns = 10e3;
-    const uint64_t step = n_steps_++;
-    return compute_ == EDGE_COMPUTE_HYBRID || (compute_ == EDGE_COMPUTE_AUTO && !residency_->fetches_some()) ||
-           (compute_ == EDGE_COMPUTE_AUTO && (step < tried_at_first || step % tried_again == 0 || residency_->balancer().gain_ns() > callback_ns));
-}
-
-bool edge_hook::find_chain(const ggml_tensor * route, int32_t number) {
-    edge::ExpertChain & chain = chains_[static_cast<size_t>(number)];
-    try {
-        if (!chain.output) {
-            chain = cpu_experts_->find(graph_, route, table_.blocks[static_cast<size_t>(number)], residency_->store());
-        }
-        return true;
-    } catch (const edge::Error &) {
-        if (compute_ == EDGE_COMPUTE_HYBRID) {
-            throw;
-        }
-        compute_ = EDGE_COMPUTE_DEVICE;
-        splits_  = false;
-        return false;
-    }
-}
-
-// The device computes the resident and the fetched experts and, for each other one, an arbitrary slot, whose output the
-// CPU's then replaces before it is weighted.
-void edge_hook::serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_t number) {
-    const edge::ExpertChain & chain = chains_[static_cast<size_t>(number)];
-    const auto n = static_cast<int32_t>(ggml_nelements(route));
-    int32_t * ids   = routing_of(number);
-    int32_t * slots = slots_of(number);
-    ggml_backend_tensor_get_async(backend, route, ids, 0, ggml_nbytes(route));
-    ggml_backend_tensor_get_async(backend, chain.input, host_input_, 0, ggml_nbytes(chain.input));
-    ggml_backend_synchronize(backend); // the one wait of a block: everything before it has run, too
-    residency_->demand_some(number, ids, n, slots);
-    residency_->foresee(number + 1, host_input_, static_cast<int32_t>(chain.input->ne[2]), static_cast<size_t>(chain.input->ne[0]));
-    give_missing_a_slot(ids, slots, n);
-    split_block_ = number; // also when nothing is missing: a graph that is cut elsewhere at every step is launched node by node
-    computed_    = false;
-    if (residency_->fetching() && !residency_->hold_for_fetches(backend)) { // a slow link that is emulated: we hold the device
-        compute_missing();
-        residency_->await_fetches();
-    }
-    ggml_backend_tensor_set_async(backend, route, slots, 0, ggml_nbytes(route));
-}
-
-// Slots that the token does not use otherwise: kernels want the ids of one token to differ.
-void edge_hook::give_missing_a_slot(const int32_t * ids, int32_t * slots, int32_t n) {
-    const int32_t used = table_.n_expert_used;
-    missing_.clear();
-    for (int32_t i = 0; i < n; ++i) {
-        if (slots[i] != edge::SlotPool::none) {
-            continue;
-        }
-        int32_t * row = slots + i / used * used;
-        int32_t free = 0;
-        while (std::find(row, row + used, free) != row + used) {
-            ++free;
-        }
-        slots[i] = free;
-        missing_.push_back({ i / used, i % used, ids[i] });
-    }
-}
-
-void edge_hook::compute_missing() {
-    if (std::exchange(computed_, true) || missing_.empty()) {
-        return;
-    }
-    const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(split_block_)];
-    const auto began = std::chrono::steady_clock::now();
-    cpu_experts_->compute(chains_[static_cast<size_t>(split_block_)], block, residency_->store(), host_input_, missing_, host_computed_);
-    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - began).count();
-    size_t n_experts = 0;
-    for (size_t i = 0; i < missing_.size(); ++i) {
-        const auto same = [&](const edge::Pair & pair) { return pair.expert == missing_[i].expert; };
-        n_experts += std::any_of(missing_.begin(), missing_.begin() + static_cast<std::ptrdiff_t>(i), same) ? 0 : 1;
-    }
-    residency_->computed(split_block_, n_experts, missing_.size(), static_cast<double>(ns));
-}
-
-// The device runs the block's experts meanwhile. Rows that follow one another travel as one.
-void edge_hook::send_computed(ggml_backend_t backend) {
-    compute_missing();
-    residency_->await_fetches();
-    ggml_tensor * output = chains_[static_cast<size_t>(std::exchange(split_block_, -1))].output;
-    const size_t row = output->nb[1];
-    for (size_t i = 0, n = 0; i < missing_.size(); i += n) {
-        const auto at = [&](size_t j) { return missing_[j].token * table_.n_expert_used + missing_[j].place; };
-        n = 1;
-        while (i + n < missing_.size() && at(i + n) == at(i) + static_cast<int32_t>(n)) {
-            ++n;
-        }
-        ggml_backend_tensor_set_async(backend, output, reinterpret_cast<char *>(host_computed_) + i * row, static_cast<size_t>(at(i)) * row, n * row);
-    }
-}
-
-// A graph may end between a block's experts and their sum: what the CPU has for them is of no other graph.
-void edge_hook::forget_split() {
-    split_block_ = -1;
-    computed_    = false;
-    missing_.clear();
-}
-
 void edge_hook::end_step() {
     forget_split();
-    if (residency_) {
+    if (experts_ != EDGE_EXPERTS_OWN) {
+        end_draft_step();
+    } else if (residency_) {
         residency_->end_step();
         n_tokens_ = n_served_ == table_.blocks.size() ? width_ : 0;
         n_served_ = 0;
@@ -365,6 +313,17 @@ void edge_hook::end_step() {
     cancelled_ = false;
     if (status_ != EDGE_OK) {
         throw edge::Error(std::exchange(status_, EDGE_OK), std::exchange(error_, {}));
+    }
+}
+
+// No block of a draft step came by here: its routing is still in the leaf, or, where routers were restricted, beside it.
+void edge_hook::end_draft_step() {
+    residency_->end_step();
+    n_tokens_ = width_;
+    if (n_tokens_ > 0 && experts_ == EDGE_EXPERTS_RESIDENT) {
+        own_draft_.read_wanted(host_routing_);
+    } else if (n_tokens_ > 0) {
+        ggml_backend_tensor_get(leaf_, host_routing_, 0, ggml_nbytes(leaf_));
     }
 }
 
@@ -386,5 +345,5 @@ void edge_hook::resize(const std::vector<int32_t> & slots) {
 }
 
 uint64_t edge_hook::bytes() const {
-    return ggml_backend_buffer_get_size(buffer_.get()) + (residency_ ? residency_->bytes() : 0);
+    return ggml_backend_buffer_get_size(buffer_.get()) + own_draft_.bytes() + (residency_ ? residency_->bytes() : 0);
 }

@@ -3,6 +3,7 @@
 #include "cpu_experts.h"
 #include "edge_speq.h"
 #include "experts.h"
+#include "own_draft.h"
 #include "residency.h"
 
 #include "ggml-cpp.h"
@@ -25,10 +26,14 @@ struct edge_hook {
     edge_hook & operator=(const edge_hook &) = delete;
 
     void build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block);
+    ggml_tensor * select(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, const ggml_tensor * down);
     bool eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexcept;
     bool lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool pad) noexcept;
     void end_step();
     void resize(const std::vector<int32_t> & slots);
+    bool use_experts(int32_t which); // from the next graph on; false: it cannot be done now
+    void use_budget(int32_t n_experts);
+    void load_twin(const char * path, const edge_twin_tensor * tensors, int32_t n) { own_draft_.load_twin(path, tensors, n); }
     void cancel() noexcept { cancelled_ = true; }
 
     const int32_t * routing_ids() const { return routing_; }
@@ -39,6 +44,8 @@ struct edge_hook {
 
 private:
     void set_on_model();
+    int32_t widest() const { return experts_ == EDGE_EXPERTS_OWN ? served_width_ : max_width_; } // tokens of a graph of ours
+    void end_draft_step();
     void serve(ggml_backend_t backend, ggml_tensor * route, int32_t number);
     bool splits_this_step();
     void forget_split();
@@ -57,6 +64,9 @@ private:
     int32_t                          max_width_;     // tokens that the leaf has room for
     int32_t                          served_width_;  // tokens of the widest graph that is ours: 0 while there are no slots
     size_t                           block_ids_;     // ids of one block in the leaf: max_width * n_expert_used
+    edge::OwnDraft                   own_draft_;
+    int32_t                          experts_ = EDGE_EXPERTS_OWN; // that graphs compute with
+    int32_t                          budget_  = 0; // experts of a block in a verify step, 0: all
     ggml_context_ptr                 ctx_;
     ggml_backend_buffer_ptr          buffer_;
     ggml_tensor *                    leaf_ = nullptr; // [n_expert_used, max_width, n_blocks] I32

@@ -1,0 +1,57 @@
+"""What a draft argument names: a model with a context of its own, a twin's experts alone, "self", or "ngram"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_speq import engine, twin_file
+from edge_speq.core import EdgeError, MemoryUse, Plan
+from edge_speq.gguf_file import GGUFFile
+from edge_speq.ngram import NGramDraft
+from edge_speq.twin_file import TwinFile
+
+SELF, NGRAM = "self", "ngram"  # no files
+
+
+@dataclass(frozen=True, slots=True)
+class DraftArgument:
+    path: Path | None = None  # of a model with a context of its own
+    model: object | None = None  # a LlamaDraftModel
+    itself: bool = False  # the target drafts for itself, with the experts of `twin` or with those in slots
+    twin: TwinFile | None = None
+
+    def memory(self, n_blocks: int, n_expert: int) -> MemoryUse:
+        """What drafting for itself takes on the compute device."""
+        if self.twin is not None:
+            return MemoryUse(self.twin.n_bytes)
+        return MemoryUse(2 * 4 * n_blocks * n_expert if self.itself else 0)  # routers' mask, and where experts lie
+
+
+NONE = DraftArgument()
+
+
+def read(draft: str | Path | None, target: GGUFFile) -> DraftArgument:
+    """Raises EdgeError for a file that is no draft of the target."""
+    if draft is None:
+        return NONE
+    if draft == NGRAM:
+        return DraftArgument(model=NGramDraft())
+    if draft == SELF:
+        return DraftArgument(itself=True)
+    if twin_file.is_experts_only(draft):
+        return DraftArgument(itself=True, twin=twin_file.read(draft, target))
+    return DraftArgument(engine.check_model_file(draft, "draft"))
+
+
+def is_file(draft: str | Path | None) -> bool:
+    return draft is not None and draft not in (SELF, NGRAM)
+
+
+def require_slots(plan: Plan, asked: str) -> str:
+    """A model drafts for itself through its slots' hook: what to say where it has none. Raises EdgeError where such a
+    policy was asked for."""
+    if plan.policy == asked:
+        message = f"policy {asked} has no slots, which a model that drafts for itself needs"
+        raise EdgeError(message, "name a draft model, or leave the policy out", usage=True)
+    return f"{plan.reason}; without slots it cannot draft for itself"

@@ -1,0 +1,81 @@
+"""A model that drafts for itself, in its own context and KV cache: with low-bit copies of its experts, or with those of
+its experts that are in slots.
+
+The first is MoE-SpeQ's sharing (arXiv 2511.14102, section 4): draft and target have everything but the routed experts
+in common, so the draft costs these alone, and it reads the very keys and values that the target wrote. The second
+costs nothing: routers choose among what is resident, and what they would have chosen foresees the verify step. Drafted
+positions are taken out of the KV cache before anybody sees them; verifying writes them anew.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import llama_cpp
+
+from edge_speq import _native, engine
+from edge_speq.core import Experts
+from edge_speq.drafts import Routing, Seen, Shown, Text, clone
+from edge_speq.twin_file import TwinFile
+
+if TYPE_CHECKING:
+    from edge_speq.target import Target
+
+
+class OwnDraft:
+    """A Draft. With a TwinFile it computes with these experts, without with those in slots. max_width: tokens of a
+    graph whose routing is kept. Raises EdgeError when the twin cannot be loaded."""
+
+    def __init__(self, target: Target, hook: _native.Hook, twin: TwinFile | None, max_width: int) -> None:
+        self.experts: Experts | None = hook.experts
+        self._target, self._hook, self._max_width = target, hook, max_width
+        self._uses = "resident" if twin is None else "twin"
+        if twin is not None:
+            hook.load_twin(str(twin.path), twin.tensors)
+
+    def begin(self) -> None: ...
+
+    def propose(
+        self, text: Text, k: int, sampler: Any, ahead: int = 0, seen: Seen | None = None
+    ) -> tuple[list[int], Routing | None]:
+        past = self._target.n_tokens
+        pending = text[past:].tolist()
+        room = self._target.cells() - len(text) + 1
+        if not 0 < len(pending) <= self._max_width or room < k:
+            return [], None
+        own = clone(sampler)
+        try:
+            return self._sample(pending, past, k, min(k + ahead, room), own, seen)
+        finally:
+            llama_cpp.llama_sampler_free(own)
+            self._hook.use_experts("own")
+            self._target.roll_back(1)
+
+    def _sample(
+        self, pending: list[int], past: int, k: int, most: int, sampler: Any, seen: Seen | None
+    ) -> tuple[list[int], Routing | None]:
+        """k tokens, and the routing of `most`: the last of these is decoded for it only."""
+        drafted: list[int] = []
+        shown = Shown()
+        tokens = pending
+        for n in range(1, most + 1):
+            self._target.require_running()
+            if not self._hook.use_experts(self._uses):  # too few experts of a block are in slots
+                break
+            context, batch = self._target.context()
+            engine.decode(context, batch, tokens, past, len(tokens), hook=self._hook)
+            past += len(tokens)
+            shown.add(self._hook.routing())
+            if n <= k or n < most:
+                drafted.append(int(llama_cpp.llama_sampler_sample(sampler, context.ctx, -1)))
+                tokens = drafted[-1:]
+            if seen is not None and n <= k and shown.routing is not None:
+                seen(shown.routing)
+        return drafted[:k], shown.routing
+
+    def shift(self, n_keep: int, n_discard: int) -> None: ...
+
+    def memory_used(self) -> int:
+        return 0  # the hook counts its tensors
+
+    def close(self) -> None: ...

@@ -1,0 +1,114 @@
+// The half of edge_hook that has the CPU compute a block's missing experts.
+#include "hook.h"
+
+#include "error.h"
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+// A graph that is split waits for one more callback a block, some 10 us. Where fetches are so cheap that it does not pay,
+// it is tried again now and then, as what is missing changes. Bytes that a thread has to stage are never that cheap.
+bool edge_hook::splits_this_step() {
+    constexpr uint64_t tried_at_first = 16, tried_again = 256; // steps
+    constexpr double callback_ns = 10e3;
+    const uint64_t step = n_steps_++;
+    return compute_ == EDGE_COMPUTE_HYBRID || (compute_ == EDGE_COMPUTE_AUTO && !residency_->fetches_some()) ||
+           (compute_ == EDGE_COMPUTE_AUTO && (step < tried_at_first || step % tried_again == 0 || residency_->balancer().gain_ns() > callback_ns));
+}
+
+bool edge_hook::find_chain(const ggml_tensor * route, int32_t number) {
+    edge::ExpertChain & chain = chains_[static_cast<size_t>(number)];
+    try {
+        if (!chain.output) {
+            chain = cpu_experts_->find(graph_, route, table_.blocks[static_cast<size_t>(number)], residency_->store());
+        }
+        return true;
+    } catch (const edge::Error &) {
+        if (compute_ == EDGE_COMPUTE_HYBRID) {
+            throw;
+        }
+        compute_ = EDGE_COMPUTE_DEVICE;
+        splits_  = false;
+        return false;
+    }
+}
+
+// The device computes the resident and the fetched experts and, for each other one, an arbitrary slot, whose output the
+// CPU's then replaces before it is weighted.
+void edge_hook::serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_t number) {
+    const edge::ExpertChain & chain = chains_[static_cast<size_t>(number)];
+    const auto n = static_cast<int32_t>(ggml_nelements(route));
+    int32_t * ids   = routing_of(number);
+    int32_t * slots = slots_of(number);
+    ggml_backend_tensor_get_async(backend, route, ids, 0, ggml_nbytes(route));
+    ggml_backend_tensor_get_async(backend, chain.input, host_input_, 0, ggml_nbytes(chain.input));
+    ggml_backend_synchronize(backend); // the one wait of a block: everything before it has run, too
+    residency_->demand_some(number, ids, n, slots);
+    residency_->foresee(number + 1, host_input_, static_cast<int32_t>(chain.input->ne[2]), static_cast<size_t>(chain.input->ne[0]));
+    give_missing_a_slot(ids, slots, n);
+    split_block_ = number; // also when nothing is missing: a graph that is cut elsewhere at every step is launched node by node
+    computed_    = false;
+    if (residency_->fetching() && !residency_->hold_for_fetches(backend)) { // a slow link that is emulated: we hold the device
+        compute_missing();
+        residency_->await_fetches();
+    }
+    ggml_backend_tensor_set_async(backend, route, slots, 0, ggml_nbytes(route));
+}
+
+// Slots that the token does not use otherwise: kernels want the ids of one token to differ.
+void edge_hook::give_missing_a_slot(const int32_t * ids, int32_t * slots, int32_t n) {
+    const int32_t used = table_.n_expert_used;
+    missing_.clear();
+    for (int32_t i = 0; i < n; ++i) {
+        if (slots[i] != edge::SlotPool::none) {
+            continue;
+        }
+        int32_t * row = slots + i / used * used;
+        int32_t free = 0;
+        while (std::find(row, row + used, free) != row + used) {
+            ++free;
+        }
+        slots[i] = free;
+        missing_.push_back({ i / used, i % used, ids[i] });
+    }
+}
+
+void edge_hook::compute_missing() {
+    if (std::exchange(computed_, true) || missing_.empty()) {
+        return;
+    }
+    const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(split_block_)];
+    const auto began = std::chrono::steady_clock::now();
+    cpu_experts_->compute(chains_[static_cast<size_t>(split_block_)], block, residency_->store(), host_input_, missing_, host_computed_);
+    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - began).count();
+    size_t n_experts = 0;
+    for (size_t i = 0; i < missing_.size(); ++i) {
+        const auto same = [&](const edge::Pair & pair) { return pair.expert == missing_[i].expert; };
+        n_experts += std::any_of(missing_.begin(), missing_.begin() + static_cast<std::ptrdiff_t>(i), same) ? 0 : 1;
+    }
+    residency_->computed(split_block_, n_experts, missing_.size(), static_cast<double>(ns));
+}
+
+// The device runs the block's experts meanwhile. Rows that follow one another travel as one.
+void edge_hook::send_computed(ggml_backend_t backend) {
+    compute_missing();
+    residency_->await_fetches();
+    ggml_tensor * output = chains_[static_cast<size_t>(std::exchange(split_block_, -1))].output;
+    const size_t row = output->nb[1];
+    for (size_t i = 0, n = 0; i < missing_.size(); i += n) {
+        const auto at = [&](size_t j) { return missing_[j].token * table_.n_expert_used + missing_[j].place; };
+        n = 1;
+        while (i + n < missing_.size() && at(i + n) == at(i) + static_cast<int32_t>(n)) {
+            ++n;
+        }
+        ggml_backend_tensor_set_async(backend, output, reinterpret_cast<char *>(host_computed_) + i * row, static_cast<size_t>(at(i)) * row, n * row);
+    }
+}
+
+// A graph may end between a block's experts and their sum: what the CPU has for them is of no other graph.
+void edge_hook::forget_split() {
+    split_block_ = -1;
+    computed_    = false;
+    missing_.clear();
+}

@@ -1,0 +1,168 @@
+#include "own_draft.h"
+
+#include "error.h"
+#include "faults.h"
+#include "ggml-alloc.h"
+#include "residency.h"
+
+#include <algorithm>
+#include <fstream>
+#include <limits>
+#include <string>
+
+namespace edge {
+
+namespace {
+
+constexpr float out_of_reach = -1e30F;         // finite, so that nothing becomes a NaN
+constexpr size_t piece       = size_t{ 4 } << 20; // bytes that are read at once
+
+ggml_context_ptr make_context(size_t n_tensors) {
+    ggml_init_params params{};
+    params.mem_size = ggml_tensor_overhead() * n_tensors;
+    params.no_alloc = true;
+    return ggml_context_ptr(ggml_init(params));
+}
+
+ggml_backend_buffer_ptr allocate(ggml_context * ctx, ggml_backend_buffer_type_t buft, const char * what) {
+    fault_point(Fault::allocation);
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft));
+    if (!buffer) {
+        throw Error(EDGE_ERR_MEMORY, std::string("cannot allocate ") + what + " on " + ggml_backend_buft_name(buft));
+    }
+    ggml_backend_buffer_clear(buffer.get(), 0);
+    return buffer;
+}
+
+void require_type(const edge_twin_tensor & tensor, const ggml_tensor & like) {
+    const bool known = tensor.type >= 0 && tensor.type < GGML_TYPE_COUNT && ggml_blck_size(static_cast<ggml_type>(tensor.type)) > 0;
+    if (!known || like.ne[0] % ggml_blck_size(static_cast<ggml_type>(tensor.type)) != 0) {
+        throw Error(EDGE_ERR_UNSUPPORTED, std::string("a twin of ") + like.name + " cannot be of type " + std::to_string(tensor.type));
+    }
+}
+
+void read(std::ifstream & file, const std::string & path, uint64_t offset, ggml_tensor * into) {
+    std::vector<char> bytes(std::min(piece, ggml_nbytes(into)));
+    file.seekg(static_cast<std::streamoff>(offset));
+    for (size_t done = 0; done < ggml_nbytes(into);) {
+        const size_t n = std::min(bytes.size(), ggml_nbytes(into) - done);
+        if (!file.read(bytes.data(), static_cast<std::streamsize>(n))) {
+            throw Error(EDGE_ERR_ARGUMENT, path + " ends within " + into->name);
+        }
+        ggml_backend_tensor_set(into, bytes.data(), done, n);
+        done += n;
+    }
+}
+
+} // namespace
+
+OwnDraft::OwnDraft(const ExpertTable & table, ggml_backend_buffer_type_t buft, int32_t max_width)
+    : table_(table), buft_(buft), max_width_(max_width) {}
+
+void OwnDraft::load_twin(const char * path, const edge_twin_tensor * tensors, int32_t n) {
+    std::vector<std::array<ggml_tensor *, n_roles>> twins(table_.blocks.size());
+    ggml_context_ptr ctx = make_context(static_cast<size_t>(n));
+    std::vector<ggml_tensor *> made;
+    for (int32_t i = 0; i < n; ++i) {
+        const edge_twin_tensor & tensor = tensors[i];
+        const bool known = tensor.block >= 0 && static_cast<size_t>(tensor.block) < twins.size() && tensor.role >= 0 && tensor.role < n_roles;
+        const ggml_tensor * like = known ? table_.blocks[static_cast<size_t>(tensor.block)].weights[static_cast<size_t>(tensor.role)] : nullptr;
+        if (like == nullptr || twins[static_cast<size_t>(tensor.block)][static_cast<size_t>(tensor.role)] != nullptr) {
+            throw Error(EDGE_ERR_ARGUMENT, "the model has no such expert tensor, or the twin has it twice");
+        }
+        require_type(tensor, *like);
+        made.push_back(ggml_new_tensor_3d(ctx.get(), static_cast<ggml_type>(tensor.type), like->ne[0], like->ne[1], like->ne[2]));
+        ggml_format_name(made.back(), "edge_twin-%d-%d", tensor.block, tensor.role);
+        twins[static_cast<size_t>(tensor.block)][static_cast<size_t>(tensor.role)] = made.back();
+    }
+    for (size_t b = 0; b < twins.size(); ++b) {
+        for (size_t role = 0; role < n_roles; ++role) {
+            if ((twins[b][role] == nullptr) != (table_.blocks[b].weights[role] == nullptr)) {
+                throw Error(EDGE_ERR_ARGUMENT, std::string("the twin lacks ") + table_.blocks[b].weights[role]->name);
+            }
+        }
+    }
+    ggml_backend_buffer_ptr buffer = allocate(ctx.get(), buft_, "the twin's experts");
+    ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    std::ifstream file(path, std::ios::binary);
+    if (!file) {
+        throw Error(EDGE_ERR_ARGUMENT, std::string("cannot read ") + path);
+    }
+    for (int32_t i = 0; i < n; ++i) {
+        read(file, path, tensors[i].offset, made[static_cast<size_t>(i)]);
+    }
+    twins_       = std::move(twins);
+    twin_buffer_ = std::move(buffer); // before the context whose tensors it holds
+    twin_ctx_    = std::move(ctx);
+}
+
+bool OwnDraft::restrict_to(Residency & residency) {
+    const auto n_blocks = static_cast<int64_t>(table_.blocks.size());
+    if (!buffer_) {
+        ggml_context_ptr ctx = make_context(3);
+        ggml_tensor * mask   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, table_.n_expert, n_blocks);
+        ggml_tensor * slots  = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, 1, table_.n_expert, n_blocks);
+        ggml_tensor * wanted = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, table_.n_expert_used, max_width_, n_blocks);
+        buffer_ = allocate(ctx.get(), buft_, "the routers' mask");
+        ctx_    = std::move(ctx);
+        mask_ = mask, slots_ = slots, wanted_ = wanted;
+    }
+    host_mask_.assign(static_cast<size_t>(ggml_nelements(mask_)), out_of_reach);
+    host_slots_.assign(host_mask_.size(), 0);
+    size_t at = 0;
+    for (int32_t block = 0; block < n_blocks; ++block) {
+        int32_t found = 0;
+        for (int32_t expert = 0; expert < table_.n_expert; ++expert, ++at) {
+            const int32_t slot = residency.lend(block, expert);
+            if (slot != SlotPool::none) {
+                host_mask_[at]  = 0.0F;
+                host_slots_[at] = slot;
+                ++found;
+            }
+        }
+        if (found < table_.n_expert_used) {
+            return false;
+        }
+    }
+    ggml_backend_tensor_set(mask_, host_mask_.data(), 0, ggml_nbytes(mask_));
+    ggml_backend_tensor_set(slots_, host_slots_.data(), 0, ggml_nbytes(slots_));
+    return true;
+}
+
+ggml_tensor * OwnDraft::restricted(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, int32_t block) const {
+    const auto at = static_cast<size_t>(block);
+    ggml_tensor * wanted = ggml_view_2d(ctx, wanted_, wanted_->ne[0], probs->ne[1], wanted_->nb[1], at * wanted_->nb[2]);
+    ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_argsort_top_k(ctx, probs, table_.n_expert_used), wanted));
+    return ggml_add(ctx, probs, ggml_view_2d(ctx, mask_, mask_->ne[0], 1, mask_->nb[1], at * mask_->nb[1]));
+}
+
+ggml_tensor * OwnDraft::slots_of(ggml_context * ctx, ggml_tensor * ids, int32_t block) const {
+    ggml_tensor * table = ggml_view_2d(ctx, slots_, 1, slots_->ne[1], slots_->nb[1], static_cast<size_t>(block) * slots_->nb[2]);
+    ggml_tensor * found = ggml_get_rows(ctx, table, ggml_reshape_1d(ctx, ids, ggml_nelements(ids)));
+    return ggml_reshape_2d(ctx, found, ids->ne[0], ids->ne[1]);
+}
+
+void OwnDraft::read_wanted(int32_t * ids) const {
+    ggml_backend_tensor_get(wanted_, ids, 0, ggml_nbytes(wanted_));
+}
+
+uint64_t OwnDraft::bytes() const {
+    uint64_t bytes = 0;
+    for (const ggml_backend_buffer_ptr * buffer : { &twin_buffer_, &buffer_ }) {
+        bytes += *buffer ? ggml_backend_buffer_get_size(buffer->get()) : 0;
+    }
+    return bytes;
+}
+
+ggml_tensor * within_budget(ggml_context * ctx, ggml_tensor * probs, int32_t budget) {
+    const int64_t n_expert = probs->ne[0];
+    ggml_tensor * by_expert = ggml_cont(ctx, ggml_transpose(ctx, probs));          // [n_tokens, n_expert]
+    ggml_tensor * mass      = ggml_reshape_2d(ctx, ggml_sum_rows(ctx, by_expert), n_expert, 1);
+    ggml_tensor * chosen    = ggml_argsort_top_k(ctx, mass, budget);              // [budget, 1]
+    ggml_tensor * nothing   = ggml_reshape_2d(ctx, ggml_scale_bias(ctx, mass, 0.0F, out_of_reach), 1, n_expert);
+    ggml_tensor * zeros     = ggml_scale_bias(ctx, ggml_view_2d(ctx, mass, 1, budget, mass->nb[0], 0), 0.0F, 0.0F);
+    ggml_tensor * mask      = ggml_set_rows(ctx, nothing, zeros, ggml_reshape_1d(ctx, ggml_cont(ctx, chosen), budget));
+    return ggml_add(ctx, probs, ggml_reshape_2d(ctx, mask, n_expert, 1));
+}
+
+} // namespace edge

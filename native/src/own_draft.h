@@ -1,0 +1,58 @@
+#pragma once
+
+#include "edge_speq.h"
+#include "experts.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+namespace edge {
+
+class Residency;
+
+// What lets a model draft for itself, in its own context and KV cache, at a fraction of its bytes: low-bit copies of its
+// experts, all on the compute device (MoE-SpeQ's sharing of everything else), or routers that choose among the experts
+// in slots only. Neither needs a word with the host while the graph runs.
+class OwnDraft {
+public:
+    OwnDraft(const ExpertTable & table, ggml_backend_buffer_type_t buft, int32_t max_width);
+
+    // Reads the experts from a file, each tensor at its offset. Throws when one is missing, is none of ours or does not fit.
+    void load_twin(const char * path, const edge_twin_tensor * tensors, int32_t n);
+    bool has_twin() const { return twin_buffer_ != nullptr; }
+    ggml_tensor * twin(int32_t block, Role role) const { return twins_[static_cast<size_t>(block)][static_cast<size_t>(role)]; }
+
+    // Has the routers choose among what is in slots now, which stays there until the step ends. false: a block has too few.
+    bool restrict_to(Residency & residency);
+    // probs with what is not in a slot out of reach; what the router would have chosen is kept for routing().
+    ggml_tensor * restricted(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, int32_t block) const;
+    ggml_tensor * slots_of(ggml_context * ctx, ggml_tensor * ids, int32_t block) const; // ids: contiguous
+
+    void read_wanted(int32_t * ids) const; // [n_blocks, max_width, n_expert_used] of the last graph
+    uint64_t bytes() const;
+
+private:
+    const ExpertTable &        table_;
+    ggml_backend_buffer_type_t buft_;
+    int32_t                    max_width_;
+    ggml_context_ptr           twin_ctx_;
+    ggml_backend_buffer_ptr    twin_buffer_;
+    std::vector<std::array<ggml_tensor *, n_roles>> twins_; // of each block
+    ggml_context_ptr           ctx_; // of those below, allocated when they are first needed
+    ggml_backend_buffer_ptr    buffer_;
+    ggml_tensor *              mask_   = nullptr; // [n_expert, n_blocks] F32: 0, or far below any score
+    ggml_tensor *              slots_  = nullptr; // [1, n_expert, n_blocks] I32
+    ggml_tensor *              wanted_ = nullptr; // [n_expert_used, max_width, n_blocks] I32
+    std::vector<float>         host_mask_;
+    std::vector<int32_t>       host_slots_;
+};
+
+// probs [n_expert, n_tokens] of a verify step with all but the `budget` experts of most mass over its tokens out of
+// reach (MoE-Spec, arXiv 2602.16052).
+ggml_tensor * within_budget(ggml_context * ctx, ggml_tensor * probs, int32_t budget);
+
+} // namespace edge
