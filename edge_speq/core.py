@@ -9,15 +9,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-OWN_POLICIES = ("auto", "lfru", "twin", "waits", "waits-keep")  # they say which experts have earned a slot
-PUBLISHED_POLICIES = ("lru", "moe-speq", "sp-moe", "moe-spac", "cascade")
+OWN_POLICIES = ("auto", "lfru", "twin", "waits", "waits-keep", "learned")  # they say which experts have earned a slot
+PUBLISHED_POLICIES = ("lru", "moe-speq", "sp-moe", "specmoeoff", "moe-spac", "moe-prism", "moe-spec", "cascade")
 SLOT_POLICIES = (*OWN_POLICIES, *PUBLISHED_POLICIES)  # those with slots, unless everything fits
 POLICIES = (*SLOT_POLICIES, "cpu-moe", "all")
-REPLAYED_POLICIES = {  # and why they do not run live
-    "specmoeoff": "it sends whole layers and computes attention on the CPU, and slots hold single experts",
-    "moe-prism": "it needs a file whose experts are cut in parts, of which a token runs some",
-    "moe-spec": "it leaves out experts that the router chose, and no text may change here",
-}
 COMPUTES = ("auto", "device", "hybrid", "hybrid-ahead")
 
 _UNITS = {"": 1, "B": 1}
@@ -83,11 +78,7 @@ def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def parse_policy(value: str, choices: Sequence[str] = POLICIES) -> str:
-    """The name of a policy that runs live. Raises EdgeError for another one."""
-    if value in REPLAYED_POLICIES:
-        raise EdgeError(
-            f"policy {value} does not run live: {REPLAYED_POLICIES[value]}", "edge-speq simulate replays it", usage=True
-        )
+    """The name of a policy. Raises EdgeError for another one."""
     require_choice("policy", value, choices)
     return value
 
@@ -224,10 +215,12 @@ class Stats:
     device: str
     llama_cpp_commit: str
     edge_speq_version: str
-    foresight: str  # "twin", "counts" or "none"
+    foresight: str  # "twin", "counts", "learned" or "none"
     profile: dict[str, Any] | None = None  # the one that was applied: its path and what it filled in
     policy: str = "none"  # that keeps the slots now: lru after a failure
+    foreseen: dict[str, float] | None = None  # precision, recall, lead_tokens of foresight; None: nothing foresees
     policy_failures: int = 0  # policies that raised, or whose scores were no numbers
+    lossy: bool = False  # a token runs less of its experts than the model's router chose
 
     def to_dict(self) -> dict[str, Any]:
         t, s, e = self.timing, self.speculation, self.experts
@@ -247,8 +240,10 @@ class Stats:
             | {
                 "hit_rate": e.hit_rate,
                 "foresight": self.foresight,
+                "foreseen": self.foreseen,
                 "policy": self.policy,
                 "policy_failures": self.policy_failures,
+                "lossy": self.lossy,
             },
             "memory": {
                 "budget_bytes": self.plan.budget_bytes,

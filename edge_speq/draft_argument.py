@@ -21,11 +21,10 @@ class DraftArgument:
     itself: bool = False  # the target drafts for itself, with the experts of `twin` or with those in slots
     twin: TwinFile | None = None
 
-    def memory(self, n_blocks: int, n_expert: int) -> MemoryUse:
+    @property
+    def memory(self) -> MemoryUse:
         """What drafting for itself takes on the compute device."""
-        if self.twin is not None:
-            return MemoryUse(self.twin.n_bytes)
-        return MemoryUse(2 * 4 * n_blocks * n_expert if self.itself else 0)  # routers' mask, and where experts lie
+        return MemoryUse(self.twin.n_bytes if self.twin is not None else 0)
 
 
 NONE = DraftArgument()

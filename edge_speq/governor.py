@@ -1,101 +1,213 @@
-"""How many tokens to draft next: as many as are likely to be accepted, and none while that does not pay.
+"""How many tokens to draft next: as many as pay, which may be none. Nothing here reads a clock.
 
-The decision between some and none is the utility of Cascade (arXiv 2506.20675) in its simplest test-and-set form.
-Experts make it necessary: each drafted token of a MoE wants experts of its own, so a verify step can cost more than
-its tokens save. Times come in with the steps; nothing here reads a clock.
+Each drafted token of a MoE wants experts of its own, so a verify step can cost more than its tokens save, and only
+measuring tells. A length is worth its utility (Cascade, arXiv 2506.20675): tokens a step over seconds a step. Tokens
+follow from acceptance (edge_speq.acceptance), seconds from what steps took (edge_speq.pace), which begins with a
+roofline (MoE-SpeQ, arXiv 2511.14102) where costs are known.
+
+Test and set: the length in force gives way to one that was tried and is better by HYSTERESIS and some of the doubt.
+Tried is what may be better by as much, all doubt in its favour; so a length that clearly lost is left alone for long.
+A trial ends as soon as there is no such hope. What trials cost more than the length in force would have is counted,
+and bounded to SHARE of all time. Between no draft and a draft trials also back off: each that changes nothing doubles
+the steps until the next. A change of acceptance, which another class of text shows itself by, undoes that.
 """
 
 from __future__ import annotations
 
-WORTH_VERIFYING = 0.3  # least chance of acceptance that a drafted token should have
-SMOOTHING = 0.9
-TRIAL = 6  # steps that decide, the first of which is not counted: it rebuilds graphs, and the draft catches up
-PERIOD = 96  # steps with a draft after which the cost of a step without is measured again
-BACK_OFF, BACK_OFF_MAX = 16, 1024  # steps without a draft before it is tried again; doubles at each failure
-HYSTERESIS = 0.05
+from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 
-class _Mean:
-    """Of the first values the plain mean, then an exponentially weighted one."""
+from edge_speq.acceptance import Acceptance
+from edge_speq.core import EdgeError
+from edge_speq.pace import Pace
 
-    def __init__(self) -> None:
-        self.value = 0.0
-        self._n = 0
+WORTH_VERIFYING = 0.3  # where time does not count: least chance of acceptance that a drafted token should have
+FIRST = 6  # steps without a draft to begin with, after one that is not counted
+TRIAL, TRIAL_LEAST, TRIAL_MOST = 3, 2, 16  # steps of a trial: before it can win, before it can lose, in all
+BACK_OFF, BACK_OFF_MAX = 8, 384  # steps until the other one of draft and no draft is tried; doubles
+HYSTERESIS = 0.03
+AT_ONCE = 8  # steps without a draft
+SURE = 0.5  # standard deviations by which a trial has to win
+HOPE = 1.0  # standard deviations in favour of one
+SHARE, CREDIT = 0.015, 1.5  # of all seconds, that trials may cost; and steps' worth of that to begin with
+TRIAL_LOSS = 1.0  # steps' worth that one trial may cost, as expected
+STEADY = 2.0  # standard deviations of a step's seconds that a latency limit leaves room for
 
-    def add(self, value: float) -> None:
-        self._n += 1
-        self.value += (value - self.value) * max(1 / self._n, 1 - SMOOTHING)
+Values = npt.NDArray[np.float64]
 
 
 class Governor:
-    """Keeps an estimate p of the chance that a drafted token matches, given that those before it did, and drafts while
-    p**i is worth verifying; but none while the utility U = (tokens per step) / (seconds per step / seconds per step
-    without a draft) lies below one. `fixed` lengths stay what they are, and without `timed` only acceptance counts.
-    """
+    """`fixed` lengths stay what they are, and without `timed` only acceptance counts. latency_limit_ms: what a step,
+    draft and verify, should not exceed while there is a shorter one that does not. Raises EdgeError."""
 
-    def __init__(self, k_max: int, *, fixed: bool, timed: bool = True) -> None:
+    def __init__(self, k_max: int, *, fixed: bool, timed: bool = True, latency_limit_ms: float | None = None) -> None:
+        if latency_limit_ms is not None and not latency_limit_ms > 0:
+            raise EdgeError(
+                f"latency_limit_ms={latency_limit_ms} is not a time", "give milliseconds above 0", usage=True
+            )
         self.k_max = k_max
-        self._fixed, self._timed = fixed, timed
-        self._matched = 0.8 * 10  # a prior of ten tokens at 80 %, forgotten as steps come in
-        self._tried = 10.0
-        self._base = _Mean()  # seconds of a step without a draft
-        self._seconds, self._tokens = _Mean(), _Mean()  # of a step with one
-        self._drafting = not timed  # the first steps measure the base
-        self._on_probation = True
-        self._steps, self._length = 0, TRIAL  # of this phase: done, and meant
-        self._back_off = BACK_OFF
+        self.is_timed = timed
+        self._fixed, self._limit_ms = fixed, latency_limit_ms
+        self.acceptance, self.pace = Acceptance(k_max), Pace(k_max)
+        self._set = 0  # the length in force
+        self._trying: int | None = None
+        self._n = 0  # counted steps of the trial
+        self._since, self._back_off = 0, BACK_OFF  # steps since draft or no draft was tried, and until it is again
+        self._confirmed = False  # no draft was tried after a draft: at first slots were being filled
+        self._failed = False  # the last trial of a draft did
+        self._last = -1  # length of the step before
+        self._seconds = self._lost = self._trial_lost = 0.0
+        self._sum, self._n_summed = 0.0, 0  # seconds of steps that were not looked at yet
+
+    def expect(self, relative: Sequence[float]) -> None:
+        """Seconds of steps with 0, 1, ... drafted tokens, relative to the first, as far as costs are known."""
+        self.pace.expect(relative)
+
+    def begin(self) -> None:
+        """A new text."""
+        self.acceptance.begin()
 
     def k(self) -> int:
         """Tokens to draft in the next step."""
         if self._fixed or not self.k_max:
             return self.k_max
-        if not self._drafting:
-            return 0
-        p = self._matched / self._tried
-        k = 1
-        while k < self.k_max and p ** (k + 1) >= WORTH_VERIFYING:
-            k += 1
-        return k
+        if not self.is_timed:
+            return min(self.k_max, max(1, self.acceptance.likely(WORTH_VERIFYING)))
+        return min(self.k_max, self._set if self._trying is None else self._trying)
 
-    def observe(self, accepted: int, *, mismatch: bool, seconds: float | None = None) -> None:
+    def observe(
+        self, accepted: int, *, mismatch: bool, seconds: float | None = None, drafted: int | None = None
+    ) -> None:
         """One verify step. Tokens after the first mismatch, or after the end of the text, say nothing; `seconds` are
-        what draft and verify took, None for a step that says nothing about time (a prompt, or one cut short)."""
-        tried = accepted + mismatch
-        if tried:
-            self._matched = SMOOTHING * self._matched + accepted
-            self._tried = SMOOTHING * self._tried + tried
-        if seconds is not None and self._timed and not self._fixed:
-            self._measure(accepted + 1, seconds)
+        what draft and verify took, None for a step that says nothing about time (a prompt, or one cut short).
+        drafted: tokens, where they are not as many as k() said."""
+        k = self.k() if drafted is None else drafted
+        if (accepted or mismatch) and self.acceptance.observe(accepted, mismatch=mismatch):
+            self._back_off = BACK_OFF
+        if seconds is not None and self.is_timed and not self._fixed and k <= self._longest:
+            self._measure(k, seconds)
+
+    def utility(self, k: int) -> float:
+        """Of k drafted tokens: tokens over seconds, relative to a step without a draft."""
+        value = self._values()
+        return float(np.exp(value[k] - value[0]))
+
+    # --- what steps say ----------------------------------------------------------------------------------
 
     @property
-    def utility(self) -> float:
-        return self._tokens.value * self._base.value / self._seconds.value if self._seconds.value else 1.0
+    def _longest(self) -> int:
+        return len(self.pace.seconds) - 1
 
-    def _measure(self, tokens: int, seconds: float) -> None:
-        self._steps += 1
-        if self._steps > 1 and self._drafting:
-            self._seconds.add(seconds)
-            self._tokens.add(tokens)
-        elif self._steps > 1:
-            self._base.add(seconds)
-        if self._drafting and self._steps >= TRIAL:
-            self._judge()
-        elif self._steps >= self._length:
-            self._turn(drafting=True, length=PERIOD)
+    def _values(self) -> Values:
+        """Logarithms of tokens a second, by length."""
+        tokens: Values = np.log(self.acceptance.tokens()[: self._longest + 1])
+        return tokens - self.pace.logarithms
 
-    def _judge(self) -> None:
-        least = 1 + HYSTERESIS if self._on_probation and self._back_off > BACK_OFF else 1 - HYSTERESIS
-        if self.utility < least:
-            self._turn(drafting=False, length=self._back_off)
-            self._on_probation = True
-            self._back_off = min(2 * self._back_off, BACK_OFF_MAX)
+    def _measure(self, k: int, seconds: float) -> None:
+        self._seconds += seconds
+        if self._trying == k:
+            self._charge(k, seconds)
+        settled, self._last = k == self._last, k
+        if not settled:  # it rebuilds graphs, and the draft reads what was written without it
+            self._sum, self._n_summed = 0.0, 0
             return
-        if self._on_probation:
-            self._on_probation, self._back_off = False, BACK_OFF
-        if self._steps >= self._length:
-            self._turn(drafting=False, length=TRIAL)
+        self._sum, self._n_summed = self._sum + seconds, self._n_summed + 1
+        self._n += 1
+        self._since += 1
+        if self._trying is None and k == self._set and self._n_summed < self._at_once(k):
+            return
+        self.pace.observe(k, self._sum / self._n_summed, self._n_summed)
+        self._sum, self._n_summed = 0.0, 0
+        gain, doubt = self._gains()
+        if self._trying is None:
+            self._choose(gain, doubt)
+        else:
+            self._judge(self._trying, float(gain[self._trying]), float(doubt[self._trying]))
 
-    def _turn(self, *, drafting: bool, length: int) -> None:
-        self._drafting, self._steps, self._length = drafting, 0, length
-        if drafting:
-            self._seconds, self._tokens = _Mean(), _Mean()  # those of long ago say little about now
+    def _at_once(self, k: int) -> int:
+        """Steps that are looked at together: looking takes a tenth of a millisecond, and nothing is to be decided while
+        drafts wait to be tried again."""
+        return AT_ONCE if not k and self._waits_to_draft() else 1
+
+    def _charge(self, k: int, seconds: float) -> None:
+        """What a step of a trial took longer than the length in force would be expected to for as many tokens."""
+        value = self._values()
+        share = max(0.0, 1 - float(np.exp(value[k] - value[self._set])))
+        self._lost += share * seconds
+        self._trial_lost += share * seconds
+
+    def _gains(self) -> tuple[Values, Values]:
+        """By length: what it gains over the one in force, as a logarithm, and how doubtful that is."""
+        value = self._values()
+        doubt = np.hypot(self.pace.doubt(self._set), self.acceptance.doubt()[: self._longest + 1])
+        return np.where(self._allowed(), value - value[self._set], -np.inf), doubt
+
+    def _allowed(self) -> npt.NDArray[np.bool_]:
+        """Lengths of at most twice what was tried, that keep the limit. No draft is always allowed."""
+        k = np.arange(self._longest + 1)
+        tried = int(np.flatnonzero(self.pace.tested).max(initial=0))
+        allowed = (k <= self.k_max) & (k <= max(1, 2 * tried))
+        if self._limit_ms is not None:
+            allowed &= 1e3 * self.pace.seconds * (1 + STEADY * self.pace.noise**0.5) <= self._limit_ms
+        allowed[0] = True
+        return allowed
+
+    # --- test and set ------------------------------------------------------------------------------------
+
+    def _choose(self, gain: Values, doubt: Values) -> None:
+        """Leaves the length in force, or begins a trial of another one."""
+        if self.pace.tested[0] < FIRST:
+            return
+        if not np.isfinite(gain[self._set]):
+            self._put(int(np.argmax(gain)))
+        elif self._set and self._since >= self._back_off:
+            self._confirm()
+        elif not (self._waits_for_base() or self._waits_to_draft()):
+            self._hope(gain, doubt)
+
+    def _waits_for_base(self) -> bool:
+        return self._set > 0 and not self._confirmed
+
+    def _waits_to_draft(self) -> bool:
+        return self._set == 0 and self._failed and self._since < self._back_off
+
+    def _confirm(self) -> None:
+        if not self._confirmed:
+            self._confirmed = True
+            self.pace.distrust(0)
+        self._try(0)
+
+    def _hope(self, gain: Values, doubt: Values) -> None:
+        hope = gain + HOPE * doubt
+        hope[self._set] = -np.inf
+        k = int(np.argmax(hope))
+        if hope[k] <= HYSTERESIS:
+            return
+        step = float(self.pace.seconds[self._set])
+        price = (TRIAL + 1) * step * max(0.0, float(np.exp(-gain[k])) - 1)
+        if self._lost + price <= SHARE * self._seconds + CREDIT * step:
+            self._try(k)
+
+    def _try(self, k: int) -> None:
+        self._trying, self._n, self._trial_lost = k, 0, 0.0
+
+    def _judge(self, k: int, gain: float, doubt: float) -> None:
+        if self._n >= TRIAL and gain > HYSTERESIS + SURE * doubt:
+            self._put(k)
+            return
+        hopeless = self._n >= TRIAL_LEAST and gain + HOPE * doubt < HYSTERESIS
+        if not (
+            hopeless or self._n >= TRIAL_MOST or self._trial_lost > TRIAL_LOSS * float(self.pace.seconds[self._set])
+        ):
+            return
+        self._trying = None
+        if not (self._set and k):
+            self._failed = True
+            self._since, self._back_off = 0, min(2 * self._back_off, BACK_OFF_MAX)
+
+    def _put(self, k: int) -> None:
+        if not (self._set and k):
+            self._since, self._back_off = 0, BACK_OFF
+        self._set, self._trying, self._failed = k, None, False

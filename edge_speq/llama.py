@@ -21,9 +21,11 @@ from edge_speq.budget import Budget
 from edge_speq.cancellation import Cancellation
 from edge_speq.core import EdgeError, ExpertCounters, Stats, Timing, parse_rate
 from edge_speq.drafts import Draft, DraftModel, ObjectDraft
+from edge_speq.foresight import weights
 from edge_speq.governor import Governor
 from edge_speq.grammar import require_grammar
 from edge_speq.lookahead import Lookahead
+from edge_speq.own_draft import OwnDraft
 from edge_speq.request import Request
 from edge_speq.speculate import Tokens
 from edge_speq.turns import Turns
@@ -42,7 +44,9 @@ class EdgeLlama(Bounded):
     """A llama_cpp.Llama with a bounded set of experts on the compute device.
 
     Args (besides those of llama_cpp.Llama, which all keep their meaning; n_gpu_layers defaults to all):
-        draft: path of a draft GGUF with the model's vocabulary.
+        draft: path of a draft GGUF with the model's vocabulary; of a twin's experts alone (`edge-speq convert draft
+            --experts-only`), with which the model drafts for itself, in its own KV cache; "self": it does so with its
+            experts in slots, at no cost in memory; "ngram": what followed the same tokens earlier in the text.
         draft_model: a llama_cpp.llama_speculative.LlamaDraftModel instead, such as LlamaPromptLookupDecoding.
         use_mmap: left out, slots on a GPU read the experts into page-locked memory where there is plenty of it, since
             fetches are then several times faster; True maps the file whatever happens, False never does.
@@ -53,22 +57,21 @@ class EdgeLlama(Bounded):
         speculation: draft tokens per step, or "auto": as many as pay, which may be none.
         policy: "auto" (slots with foresight, or no slots where everything fits or nothing bounds them), "lfru" (slots
             that keep what was demanded often of late), "lru" (slots that keep what was demanded last), "cpu-moe"
-            (experts stay on the CPU) or "all" (everything resident). Published systems, for comparison, also with
-            slots: "moe-speq", "sp-moe" (both look at a twin's routing), "moe-spac" (missing experts on the CPU),
-            "cascade"; docs/presets.md has them, and the parts of "auto": "twin", "waits", "waits-keep".
+            (experts stay on the CPU) or "all" (everything resident). Also with slots, in docs/presets.md: published
+            systems ("moe-speq", ...), of which "moe-prism" and "moe-spec" are lossy, and the parts of "auto".
         compute: "device": missing experts are fetched, and computed on the device; "hybrid": some are fetched while the
             CPU computes the others from where they lie, so that both are done as early as possible; "hybrid-ahead":
-            that, and what a block's input says of the next block is fetched meanwhile (not measured on a GPU yet);
-            "auto": on a GPU whichever of the first two has been faster of late.
+            that, and what a block's input says of the next block is fetched meanwhile; "auto": on a GPU whichever of
+            the first two has been faster of late.
         context_shift: when the context is full, discard half of it and go on, as llama.cpp's server does, instead of
             ending the text. max_tokens may then exceed the context; without it a text ends after n_ctx tokens.
         n_keep: tokens at the front that a shift never discards, -1 for the whole prompt.
         link: bytes per second ("12.5GB/s") that transfers are slowed down to, to stand in for a slower machine.
-        deterministic: transfers take virtual time over a link of that speed (12.5GB/s), and draft lengths do not follow
-            the clock: for one seed, text and counters repeat.
+        deterministic: transfers take virtual time over such a link, and nothing follows the clock: counters repeat.
         profile: what `edge-speq tune` found: "auto" looks for one of this model, draft and device, a path names one. It
-            fills in what is left at its default (speculation, compute, n_threads, bounds), and is not used with link,
-            deterministic, another policy or other bounds than it was made for. stats() says whether it was.
+            fills in what is left at its default, and is not used where it was made for something else: see stats().
+        latency_limit_ms: milliseconds that drafting and verifying a step should take at most with speculation "auto".
+        foresight: a file of `edge-speq tune --learn`, for policies "auto" and "learned".
         on_step: called with a steps.StepRecord after each verify step; an exception of it ends the request.
 
     Raises EdgeError for everything a caller can mend. One instance serves one thread at a time: another one that
@@ -93,6 +96,8 @@ class EdgeLlama(Bounded):
         link: int | str | None = None,
         deterministic: bool = False,
         profile: str | Path | None = None,
+        foresight: str | Path | None = None,
+        latency_limit_ms: float | None = None,
         on_step: OnStep | None = None,
         n_gpu_layers: int = -1,
         verbose: bool = False,
@@ -111,6 +116,8 @@ class EdgeLlama(Bounded):
             "link": link,
             "deterministic": deterministic,
             "profile": profile,
+            "foresight": foresight,
+            "latency_limit_ms": latency_limit_ms,
             "on_step": on_step,
         }
         if n_keep < -1:
@@ -124,6 +131,7 @@ class EdgeLlama(Bounded):
         self._wanted = survey.request(model_path, **asked)
         self._link = parse_rate(link) if link is not None else LAPTOP_LINK if deterministic else 0
         self._deterministic = deterministic
+        self._learned = weights.given(foresight, self._wanted.policy)
         self._share = self._wanted.resident
         self._fixed_bytes = self._slot_bytes = 0
         self._may_page_lock = "use_mmap" not in kwargs
@@ -206,7 +214,12 @@ class EdgeLlama(Bounded):
         draft = self._load_draft(k_max) if k_max else None
         self._lookahead = Lookahead(
             draft=draft,
-            governor=Governor(k_max, fixed=self._wanted.speculation is not None, timed=not self._deterministic),
+            governor=Governor(
+                k_max,
+                fixed=self._wanted.speculation is not None,
+                timed=not self._deterministic,
+                latency_limit_ms=self._edge_arguments["latency_limit_ms"],
+            ),
             policy=self._make_policy(draft, k_max) if self._hook is not None else None,
             hook=self._hook,
             n_vocab=self._n_vocab,
@@ -223,22 +236,24 @@ class EdgeLlama(Bounded):
 
     def _make_policy(self, draft: Draft | None, k_max: int) -> presets.Policy:
         has_twin = draft is not None and foresight.is_twin(self._experts, draft.experts)
-        link = self._link or LAPTOP_LINK
-        setting = presets.Setting.nominal(self._experts, self._plan.slots, k_max, link, has_twin=has_twin)
-        policy = presets.make(self._wanted.policy, setting)
-        if policy.needs_twin and not has_twin:
-            log.warning("policy %s looks at the routing of a low-bit copy as draft: without one it is lru", policy.name)
+        link, learned = self._link or LAPTOP_LINK, self._learned
+        if learned is not None:
+            learned.require(self._experts, None if draft is None else draft.experts)
+        setting = presets.Setting.nominal(self._experts, self._plan.slots, k_max, link, learned, has_twin=has_twin)
         is_fixed = self._wanted.speculation is not None
-        if policy.governor is not None and (is_fixed or (policy.governor.is_timed and self._deterministic)):
-            policy.governor = None
+        policy = presets.live(self._wanted.policy, setting, is_fixed=is_fixed, has_clock=not self._deterministic)
+        if self._hook is not None:
+            self._hook.use_budget(policy.expert_budget)
         return policy
 
     def _load_draft(self, k_max: int) -> Draft | None:
         if self._wanted.draft_model is not None:
             return ObjectDraft(self._wanted.draft_model)
+        if self._wanted.guesses.itself and self._hook is not None:
+            return OwnDraft(self, self._hook, self._wanted.guesses.twin, self._plan.max_width)
         if self._wanted.draft is None:
             return None
-        context_params = engine.copy_params(self.context_params)
+        context_params = survey.draft_contexts(self._wanted, self.context_params)
         context_params.cb_eval = type(context_params.cb_eval)(0)
         context_params.embeddings = False
         draft = DraftModel(self._wanted.draft, self._draft_params, context_params, k_max + 2, self._cancellation)
@@ -366,9 +381,11 @@ class EdgeLlama(Bounded):
             llama_cpp_commit=_native.llama_cpp_commit(),
             edge_speq_version=__version__,
             foresight=self._lookahead.name,
+            foreseen=self._lookahead.foreseen,
             policy=self._lookahead.policy,
             policy_failures=self._lookahead.failures,
             profile=self._profile,
+            lossy=bool(survey.losses(self._wanted, self._experts, self._plan.k_max)),
         )
 
     def __getstate__(self) -> dict[str, Any]:

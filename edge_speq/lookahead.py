@@ -17,6 +17,7 @@ from edge_speq.foresight import Quality
 from edge_speq.foresight.depth import Depth
 from edge_speq.governor import Governor
 from edge_speq.presets.governors import Governor as AnyGovernor
+from edge_speq.presets.governors import roofline
 from edge_speq.presets.policy import NO_ORDERS, Policy, Scores, Slots
 
 log = logging.getLogger("edge_speq")
@@ -68,6 +69,9 @@ class Lookahead:
         self._policy = policy if hook is not None else None
         self._admits, self._virtual, self._n_vocab = admits, virtual, n_vocab
         self._k_max = governor.k_max
+        if self._policy is not None:
+            governor.expect(roofline(self._policy.setting))
+        self._tokens: list[int] = []  # of the step: the last one of text, and those drafted
         self._routing: Routing | None = None  # the draft's, of the tokens drafted last and of some after them
         self._n_drafted = 0
         self._looks_further = False  # the policy has a use for routing beyond the drafted tokens
@@ -91,12 +95,19 @@ class Lookahead:
 
     @property
     def quality(self) -> Quality | None:
-        """How well the twin foresaw the target's experts, None for other foresight."""
+        """How well the target's experts were foreseen, None where nothing foresees them."""
         return self._policy.quality if self._policy is not None else None
+
+    @property
+    def foreseen(self) -> dict[str, float] | None:
+        """That in figures, over all blocks; None until a step was foreseen."""
+        quality = self.quality
+        return quality.summary() if quality is not None and quality.n_steps else None
 
     def begin(self) -> None:
         """A new request begins."""
         self._is_first = True
+        self._governor.begin()
         if self._draft is not None:
             self._draft.begin()
 
@@ -107,24 +118,26 @@ class Lookahead:
         self.counts.steps += 1
         self._routing, self._n_drafted, self._draft_seconds = None, 0, 0.0
         self._waited = self._seconds_waited()
+        self._tokens = [int(token) for token in text[-1:]]
         k = min(room, self._k_max, self._length())
         if self._draft is None or k <= 0:
             return []
         started = time.perf_counter()
         drafted, routing = self._draft.propose(text, k, sampler, self._further(k), self._watcher())
         self._draft_seconds = time.perf_counter() - started
-        if self._has_twin:
+        if self._reads_draft:
             self._routing = routing
         # a draft's vocabulary may be padded further than ours; what comes after such a token is no guess any more
         unknown = next((i for i, token in enumerate(drafted) if not 0 <= token < self._n_vocab), None)
         drafted = drafted[:unknown]
         self._n_drafted = len(drafted)
+        self._tokens += drafted
         self.counts.drafted += len(drafted)
         return drafted
 
     @property
-    def _has_twin(self) -> bool:
-        return self._policy is not None and self._policy.setting.has_twin
+    def _reads_draft(self) -> bool:
+        return self._policy is not None and self._policy.reads_draft
 
     def _length(self) -> int:
         own = self._policy.governor if self._policy is not None else None
@@ -132,7 +145,7 @@ class Lookahead:
 
     def _further(self, k: int) -> int:
         """Tokens that the draft runs on, for their routing."""
-        if self._policy is None or not self._has_twin:
+        if self._policy is None or not self._reads_draft:
             return 0
         wanted = self._safely(self._policy.ahead, k)
         self._looks_further = bool(wanted)
@@ -141,7 +154,7 @@ class Lookahead:
     def _watcher(self) -> Callable[[Routing], None] | None:
         """What a policy does while the draft runs, in which no virtual time passes."""
         policy = self._policy
-        if policy is None or self._virtual or not self._has_twin or type(policy).drafting is Policy.drafting:
+        if policy is None or self._virtual or not self._reads_draft or type(policy).drafting is Policy.drafting:
             return None
 
         def seen(routing: Routing) -> None:
@@ -157,6 +170,7 @@ class Lookahead:
 
     def _foresee_soundly(self, policy: Policy) -> None:
         slots = self._slots(policy)
+        policy.verifying(self._tokens)
         policy.foresee(slots, self._routing, self._n_drafted)
         if not np.isfinite(slots.scores).all():
             raise ValueError("its scores are not finite")
@@ -177,7 +191,7 @@ class Lookahead:
 
     def govern(self, kept: int, *, mismatch: bool, seconds: float | None) -> None:
         own: AnyGovernor | None = self._policy.governor if self._policy is not None else None
-        self._governor.observe(kept, mismatch=mismatch, seconds=seconds)
+        self._governor.observe(kept, mismatch=mismatch, seconds=seconds, drafted=self._n_drafted)
         if own is not None:
             self._safely(lambda: own.observe(kept, mismatch=mismatch, seconds=seconds))
         if seconds is not None and not self._virtual:
@@ -201,7 +215,7 @@ class Lookahead:
 
     def _seconds_waited(self) -> float:
         """That the target waited for experts, or for the CPU's."""
-        if self._hook is None or self._virtual or not self._has_twin:
+        if self._hook is None or self._virtual or not self._reads_draft:
             return 0.0
         counters = self._hook.counters()
         return (counters.stall_ms + counters.cpu_ms) / 1e3

@@ -135,8 +135,10 @@ def budget(vram_budget: int | str | None, device: _native.Device) -> int | None:
 
 
 def _overhead(experts: Experts, k: int) -> int:
-    """Bytes of the routing leaves of target and draft, [n_blocks, k + 1, n_expert_used] int32, and of padding."""
-    return 2 * 4 * experts.n_blocks * (k + 2) * experts.n_expert_used + PADDING
+    """Bytes of the routing leaves of target and draft, [n_blocks, k + 2, n_expert_used] int32, of what graphs need that
+    look up slots themselves, another such leaf and two of [n_blocks, n_expert], and of padding."""
+    leaf = 4 * experts.n_blocks * (k + 2) * experts.n_expert_used
+    return 3 * leaf + 2 * 4 * experts.n_blocks * experts.n_expert + PADDING
 
 
 def _require_budget(what: str, needed: int, budget_bytes: int | None, less: str) -> None:

@@ -70,11 +70,14 @@ def folder() -> Path:
 
 def key(model: str | Path, draft: str | Path | None) -> Key:
     """Reads headers and loads the backends. Raises EdgeError for files that are none."""
-    from edge_speq import gguf_model
+    from edge_speq import gguf_file, gguf_model
     from edge_speq.bench.rows import header_hash
+    from edge_speq.draft_argument import is_file
 
     _native.load_backends()
-    of_draft = None if draft is None else header_hash(gguf_model.check_model(draft, "draft"))
+    of_draft = None if draft is None else str(draft)
+    if draft is not None and is_file(draft):
+        of_draft = header_hash(gguf_file.read(draft, "draft"))
     return Key(header_hash(gguf_model.check_model(model)), of_draft, str(_native.compute_device()))
 
 

@@ -5,11 +5,13 @@ EdgeLlama and `edge-speq plan` decide alike because both come through here.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_speq import _native, engine, plan
+from edge_speq import _native, draft_argument, engine, gguf_model, parts, plan
 from edge_speq.budget import Budget
 from edge_speq.core import (
     COMPUTES,
@@ -25,6 +27,9 @@ from edge_speq.core import (
     parse_speculation,
     require_choice,
 )
+from edge_speq.draft_argument import DraftArgument
+
+log = logging.getLogger("edge_speq")
 
 ARGUMENTS = ("draft", "draft_model", "resident", "vram_budget", "speculation", "policy", "compute")  # of request
 
@@ -44,6 +49,8 @@ class Request:
     is_bounded: bool = True  # by the caller: not only by what the device has free
     shared: Budget | None = None  # whose bytes budget_bytes is
     compute: str = "auto"
+    parts: parts.Parts | None = None  # of the model's experts, where the policy runs some of them
+    guesses: DraftArgument = draft_argument.NONE
 
     @property
     def hybrid(self) -> bool:
@@ -87,8 +94,8 @@ def request(
         raise EdgeError("draft_model is no LlamaDraftModel", "give a draft GGUF as draft=", usage=True)
     wanted_k = parse_speculation(speculation)
     share = None if resident is None else parse_share(resident)
-    draft_path = None if draft is None or wanted_k == 0 else engine.check_model_file(draft, "draft")
-    model_path = engine.check_model_file(model)
+    guesses = draft_argument.read(draft if wanted_k != 0 else None, gguf_model.check_model(model))
+    model_path = Path(model)
     _native.load_backends()
     device = _native.compute_device()
     unbounded = vram_budget is None and share is None and policy == "auto"
@@ -101,16 +108,18 @@ def request(
         draft_model = None
     return Request(
         model_path,
-        draft_path,
+        guesses.path,
         device,
         policy,
         share,
         budget_bytes,
         wanted_k,
-        draft_model,
+        guesses.model or draft_model,
         not unbounded,
         shared,
         compute,
+        parts.read(model_path) if policy == "moe-prism" else None,
+        guesses,
     )
 
 
@@ -130,13 +139,24 @@ def _compute(policy: str, compute: str) -> str:
 
 
 def prepare(wanted: Request, model_params: Any, context_params: Any) -> tuple[Any, Any]:
-    """Sets the native parameters so that experts can be served from slots. Returns the draft's model parameters, and
-    what must outlive the load."""
+    """Sets the native parameters so that experts can be served from slots, and as the policy wants. Returns the draft's
+    model parameters, and what must outlive the load."""
     context_params.swa_full = True  # rolling back drafted tokens needs the whole window
+    if wanted.policy == "specmoeoff":  # the KV cache in host memory, and attention where it lies
+        context_params.offload_kqv = False
     draft_params = engine.copy_params(model_params)
     # repacked weights are copies in RAM, which a budget would have to count
     draft_params.use_extra_bufts = wanted.budget_bytes is None
+    if wanted.parts is not None:
+        wanted.parts.use(model_params)
     return draft_params, engine.experts_on_host(model_params)
+
+
+def draft_contexts(wanted: Request, context_params: Any) -> Any:
+    """A copy for the draft, which keeps its attention on the device where the policy moves the target's."""
+    made = engine.copy_params(context_params)
+    made.offload_kqv = made.offload_kqv or wanted.policy == "specmoeoff"
+    return made
 
 
 def survey(wanted: Request, model_params: Any, draft_params: Any, context_params: Any | None) -> Survey:
@@ -145,10 +165,19 @@ def survey(wanted: Request, model_params: Any, draft_params: Any, context_params
     if contexts is not None and contexts.n_ctx == 0:
         contexts.n_batch = contexts.n_ubatch = 512  # llama_cpp.Llama fills these in after loading
     experts, target = engine.dry_load(wanted.model, model_params, contexts, "model")
-    draft = MemoryUse()
+    draft = wanted.guesses.memory
     if wanted.draft is not None and contexts is not None:
-        _, draft = engine.dry_load(wanted.draft, draft_params, contexts, "draft")
+        _, draft = engine.dry_load(wanted.draft, draft_params, draft_contexts(wanted, contexts), "draft")
     return Survey(experts, target, draft)
+
+
+def losses(wanted: Request, experts: Experts, k_max: int) -> str:
+    """In which way a token runs less of its experts than the model's router chose; "" where it does not."""
+    if wanted.parts is not None and experts.n_expert_used < wanted.parts.all_used:
+        return f"lossy: a token runs {experts.n_expert_used} of its experts' {wanted.parts.all_used} parts"
+    if wanted.policy == "moe-spec" and k_max:
+        return "lossy: a verify step runs a budget of experts, not all that its tokens' routers choose"
+    return ""
 
 
 def decide(wanted: Request, found: Survey) -> Plan:
@@ -161,16 +190,23 @@ def decide(wanted: Request, found: Survey) -> Plan:
         budget_bytes = wanted.shared.admit(wanted, experts, found.fixed_bytes + whole)
         if policy == "auto" and found.experts.n_blocks:
             policy = "lfru"  # what takes slots can give them back
-    return plan.plan(
+    made = plan.plan(
         found.experts,
         policy=policy,
         resident=wanted.resident,
         budget_bytes=budget_bytes,
         fixed_bytes=found.fixed_bytes if wanted.budget_bytes is not None else 0,
         speculation=wanted.speculation,
-        has_draft=wanted.draft is not None or wanted.draft_model is not None,
+        has_draft=wanted.draft is not None or wanted.draft_model is not None or wanted.guesses.itself,
         experts_mapped=not wanted.device.is_gpu,
         draft_bytes=found.draft.total if wanted.budget_bytes is not None else 0,
         shared_memory=not wanted.is_bounded and wanted.device.is_integrated,
         hybrid=wanted.hybrid,
     )
+    if wanted.guesses.itself and made.policy != "slots":
+        made = dataclasses.replace(made, k_max=0, reason=draft_argument.require_slots(made, wanted.policy))
+    lossy = losses(wanted, found.experts, made.k_max)
+    if not lossy:
+        return made
+    log.warning("policy %s is %s", policy, lossy)
+    return dataclasses.replace(made, reason=f"{made.reason}; {lossy}")

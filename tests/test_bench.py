@@ -383,10 +383,14 @@ def test_mean_and_deviation_are_llama_benchs() -> None:
 
 
 def test_speed_ups_refer_to_the_baselines_best_draft_length() -> None:
-    def row(policy: str, speed: float, match: bool | str = True) -> dict[str, Any]:
-        return {"policy": policy, "test": "tg8", "n_threads": 1, "avg_ts": speed, "outputs_match": match}
+    def row(policy: str, speed: float, match: bool | str = True, lossy: bool = False) -> dict[str, Any]:
+        own = {"policy": policy, "avg_ts": speed, "outputs_match": match, "lossy": lossy}
+        return {"test": "tg8", "n_threads": 1} | own
 
     made = [row("cpu-moe", 10.0), row("cpu-moe", 20.0), row("auto", 30.0), row("lru", 30.0, match=False)]
     assert [rows.speedup(r, made, "cpu-moe") for r in made] == [0.5, 1.0, 1.5, None]
     assert rows.speedup(row("auto", 1.0), [row("cpu-moe", 1.0, match=False)], "cpu-moe") is None
     assert rows.speedup(row("auto", 3.0, "near tie"), made, "cpu-moe") == 0.15
+    lossy = row("moe-prism", 3.0, "near tie", lossy=True)
+    assert rows.speedup(lossy, made, "cpu-moe") is None and rows.speedup(made[0], [lossy], "moe-prism") is None
+    assert rows.speedup(row("moe-prism", 3.0, lossy=True), made, "cpu-moe") == 0.15

@@ -81,7 +81,8 @@ def test_a_budget_is_kept() -> None:
 
 
 def test_the_schema_names_every_expert_counter() -> None:
-    names = set(ExpertCounters.__dataclass_fields__) | {"hit_rate", "foresight", "policy", "policy_failures"}
+    names = set(ExpertCounters.__dataclass_fields__)
+    names |= {"hit_rate", "foresight", "foreseen", "policy", "policy_failures", "lossy"}
     assert set(SCHEMA["properties"]["experts"]["properties"]) == names
 
 
@@ -94,7 +95,7 @@ def test_the_schema_names_every_expert_counter() -> None:
         (["run", "--vram-budget", "1MiB"], 1, "for slots are too few"),
         (["run", "--vram-budget", "much"], 2, "not a size"),
         (["run", "--policy", "magic"], 2, "is not known"),
-        (["run", "--policy", "moe-prism"], 2, "does not run live: it needs a file"),
+        (["run", "--policy", "moe-prism"], 2, "has no experts in parts"),
         (["fly"], 2, "invalid choice"),
     ],
 )

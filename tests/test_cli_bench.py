@@ -126,7 +126,6 @@ def test_nothing_finished_prints_nothing() -> None:
     ("options", "cause", "remedy"),
     [
         ("--policy fastest", "policy='fastest' is not known", "choose one of auto"),
-        ("--policy lru,moe-spec", "policy moe-spec does not run live", "edge-speq simulate replays it"),
         ("--policy lru,", "policy='' is not known", "choose one of auto"),
         ("--baseline all --policy lru", "baseline='all' is not known", "choose one of lru"),
         ("-p 5-1", "-p '5-1' runs backwards", "first below last"),

@@ -169,18 +169,16 @@ def test_a_last_block_that_computes_only_the_rows_with_logits(tiny, n_ubatch: in
     check_bit_identical(tiny.moe("qwen3moe"), n_logits=1, n_ubatch=n_ubatch)
 
 
-def test_a_routing_width_per_layer_takes_the_stock_path(tiny) -> None:
-    numbers = {}
-    for used_per_layer in (False, True):
-        path = tiny.moe("qwen3moe", used_per_layer=used_per_layer)
-        with loaded(path) as model:
-            numbers[used_per_layer] = logits(model, None, WIDTHS)
-            experts = _native.model_experts(model.model)
-            if used_per_layer:
-                assert (experts.n_blocks, experts.n_expert) == (0, 8)
-                with pytest.raises(EdgeError, match="no routed experts that the hook knows"):
-                    _native.Hook(model.model, experts, MAX_WIDTH)
-    np.testing.assert_array_equal(numbers[True], numbers[False])
+def test_a_routing_width_per_layer_is_served_where_layers_agree(tiny) -> None:
+    alike, plain, other = (tiny.moe("qwen3moe", used_per_layer=widths) for widths in ((2, 2, 2, 2), (), (2, 2, 1, 2)))
+    assert check_bit_identical(alike)
+    with loaded(alike) as model, loaded(plain) as same:
+        np.testing.assert_array_equal(logits(model, None, WIDTHS), logits(same, None, WIDTHS))
+    with loaded(other) as model:
+        experts = _native.model_experts(model.model)
+        assert (experts.n_blocks, experts.n_expert) == (0, 8)
+        with pytest.raises(EdgeError, match="no routed experts that the hook knows"):
+            _native.Hook(model.model, experts, MAX_WIDTH)
 
 
 def test_bundled_model(bundled: tuple[Path, Path]) -> None:

@@ -2,41 +2,180 @@
 
 from __future__ import annotations
 
-from edge_speq.governor import BACK_OFF, PERIOD, TRIAL, Governor
+import json
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_speq.acceptance import Acceptance
+from edge_speq.core import EdgeError
+from edge_speq.governor import BACK_OFF, FIRST, TRIAL_MOST, Governor
+from edge_speq.pace import Pace
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "docs" / "measurements" / "governor.json"
 
 
 class Steps:
-    """Drives a governor. A step costs `base` seconds and `extra` for each drafted token, of which `accepted` match."""
+    """Drives a governor. A step costs 1 second and `extra` more for each drafted token, each of which matches with the
+    chance p. Seconds scatter as told."""
 
-    def __init__(self, *, extra: float, accepted: int = 64, k_max: int = 4) -> None:
-        self.governor = Governor(k_max, fixed=False)
-        self.base, self.extra, self.accepted = 1.0, extra, accepted
+    def __init__(
+        self, *, extra: float, p: float = 1.0, k_max: int = 4, scatter: float = 0.0, seed: int = 1, **options: Any
+    ) -> None:
+        self.governor = Governor(k_max, fixed=False, **options)
+        self.base, self.extra, self.p, self._scatter = 1.0, extra, p, scatter
+        self._random = np.random.default_rng(seed)
+        self.seconds, self.tokens = list[float](), 0
 
     def run(self, n: int) -> list[int]:
         """The draft lengths of n steps."""
         return [self._step() for _ in range(n)]
 
+    def write(self, n_tokens: int) -> float:
+        """Tokens a second over so many."""
+        done, began = self.tokens, len(self.seconds)
+        while self.tokens < done + n_tokens:
+            self._step()
+        return (self.tokens - done) / sum(self.seconds[began:])
+
     def _step(self) -> int:
         k = self.governor.k()
-        kept = min(k, self.accepted)
-        self.governor.observe(kept, mismatch=kept < k, seconds=self.base + k * self.extra)
+        wrong = np.flatnonzero(self._random.random(k) >= self.p)
+        kept = int(wrong[0]) if len(wrong) else k
+        noise = float(np.exp(self._random.normal(0, self._scatter) - self._scatter**2 / 2)) if self._scatter else 1.0
+        self.seconds.append((self.base + k * self.extra) * noise)
+        self.tokens += kept + 1
+        self.governor.observe(kept, mismatch=kept < k, seconds=self.seconds[-1])
         return k
 
-
-def test_it_drafts_far_when_everything_is_accepted_and_one_when_nothing_is() -> None:
-    assert max(Steps(extra=0.0).run(200)) == 4
-    assert max(Steps(extra=0.0, k_max=8).run(200)) == 8
-    free = Steps(extra=0.0, accepted=0).run(200)
-    assert free[-1] == 1  # worth nothing, but free
+    def best(self) -> float:
+        """Tokens a second of the best fixed length."""
+        tokens = np.cumsum(self.p ** np.arange(self.governor.k_max + 1))
+        return float((tokens / (self.base + self.extra * np.arange(self.governor.k_max + 1))).max())
 
 
-def test_tokens_that_nobody_looked_at_are_not_held_against_the_draft() -> None:
-    steps = Steps(extra=0.0)
-    steps.run(TRIAL)
-    for _ in range(200):
-        steps.governor.observe(2, mismatch=False)  # the text ended after two of four
-        steps.governor.observe(0, mismatch=False)
-    assert steps.governor.k() == 4
+# --- within its bounds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.3, 0.6, 0.85, 0.95])
+@pytest.mark.parametrize("extra", [0.02, 0.2, 0.6, 1.0, 2.0])
+def test_it_is_near_the_best_fixed_length_and_never_far_below_none(extra: float, p: float) -> None:
+    """4096 tokens from nothing, steps that scatter by 15 %, the mean of two users. Where drafts win most, 4096 tokens
+    are few steps and trials weigh the more, so the bound is wider than that of what is stored."""
+    users = [Steps(extra=extra, p=p, scatter=0.15, seed=seed) for seed in range(2)]
+    speed = float(np.mean([user.write(4096) for user in users]))
+    assert speed >= 0.9 * users[0].best()
+    assert speed >= 0.97
+
+
+@pytest.mark.parametrize("k_max", [1, 2, 8, 16])
+def test_lengths_of_all_kinds(k_max: int) -> None:
+    steps = Steps(extra=0.05, p=0.97, k_max=k_max)
+    steps.write(2000)
+    assert steps.write(2000) >= 0.9 * steps.best()
+
+
+def test_short_texts_learn_from_those_before_them() -> None:
+    steps = Steps(extra=0.1, p=0.9, scatter=0.1)
+    for _ in range(6):
+        steps.governor.begin()
+        steps.write(48)
+    steps.governor.begin()
+    assert steps.governor.k() >= 2
+    assert steps.write(64) >= 0.9 * steps.best()
+
+
+def test_what_is_stored_keeps_the_bounds() -> None:
+    """docs/measurements/governor.json, of the simulator; docs/presets.md says which cases miss them."""
+    rows = json.loads(STORED.read_text(encoding="utf-8"))
+    tool = _tool()
+    assert len(rows) == 4 * len(list(tool["cells"]()))
+    for domain in ("prose", "code", "chat", "textbook"):
+        of_best, of_none = (
+            np.array([row[name] for row in rows if row["domain"] == domain]) for name in ("of_best", "of_none")
+        )
+        assert np.median(of_best) >= tool["MEDIAN_OF_BEST"]
+        assert np.mean(of_best >= tool["MOST_OF_BEST"]) >= tool["SHARE_OF_CASES"]
+        assert of_best.min() >= tool["LEAST_OF_BEST"]
+        assert of_none.min() >= tool["LEAST_OF_NONE"]
+    table = tool["table"](rows)
+    text = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    assert all(line in text for line in table.splitlines()), "run tools/governor_table.py --read"
+
+
+def _tool() -> dict[str, Any]:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        return runpy.run_path(str(ROOT / "tools" / "governor_table.py"))
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+
+
+# --- test and set --------------------------------------------------------------------------------------------
+
+
+def test_it_begins_without_a_draft_and_then_tries_one() -> None:
+    lengths = Steps(extra=0.1).run(FIRST + 4)
+    assert lengths[: FIRST + 1] == [0] * (FIRST + 1)
+    assert lengths[FIRST + 1] == 1
+
+
+def test_it_drafts_far_when_everything_is_accepted_and_drafts_are_cheap() -> None:
+    assert Steps(extra=0.01, k_max=8).run(300)[-1] == 8
+
+
+def test_what_costs_more_than_it_saves_is_tried_for_some_steps_and_less_and_less_often() -> None:
+    lengths = Steps(extra=1.5, p=0.5).run(1200)
+    assert 1 <= np.count_nonzero(lengths) <= 24
+    tried = np.flatnonzero(np.diff(np.concatenate([[0], lengths])) > 0)
+    assert np.diff(tried[-2:]).min(initial=999) >= 4 * BACK_OFF
+    assert max(lengths) <= 2
+
+
+def test_no_draft_is_tried_again_and_again_less_and_less_often() -> None:
+    lengths = np.array(Steps(extra=0.1, p=0.95).run(600))
+    began = np.flatnonzero((lengths[1:] == 0) & (lengths[:-1] > 0))
+    assert len(began) >= 3
+    assert (np.diff(began) > 0).all() and np.diff(began)[-1] > 2 * np.diff(began)[0]
+    assert np.count_nonzero(lengths == 0) < FIRST + 40
+
+
+def test_it_is_tried_again_and_kept_once_it_pays() -> None:
+    steps = Steps(extra=1.5, p=0.5)
+    steps.run(200)
+    steps.extra, steps.p = 0.05, 0.95
+    assert np.mean(steps.run(1500)[-200:]) > 3
+    steps.extra = 3.0
+    lengths = steps.run(600)
+    assert lengths[-1] == 0
+
+
+def test_another_class_of_text_is_noticed() -> None:
+    steps = Steps(extra=0.3, p=0.95, k_max=8)
+    steps.run(150)
+    long = steps.governor.k()
+    steps.p = 0.2
+    steps.governor.begin()
+    assert long >= 3
+    assert max(steps.run(60)[-20:]) <= 1
+
+
+def test_a_latency_limit_bounds_the_step() -> None:
+    free = Steps(extra=0.1, k_max=8, scatter=0.05)
+    bounded = Steps(extra=0.1, k_max=8, scatter=0.05, latency_limit_ms=1500.0)
+    assert free.run(400)[-1] == 8
+    assert 1 <= bounded.run(400)[-1] <= 4
+    assert np.mean(np.array(bounded.seconds[50:]) > 1.5) < 0.05
+    assert set(Steps(extra=0.1, latency_limit_ms=900.0).run(100)) == {0}  # none keeps it, and none is shorter
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(EdgeError, match="latency_limit_ms"):
+            Governor(4, fixed=False, latency_limit_ms=wrong)
 
 
 def test_a_fixed_length_stays_and_zero_stays_zero() -> None:
@@ -44,54 +183,38 @@ def test_a_fixed_length_stays_and_zero_stays_zero() -> None:
     for _ in range(100):
         governor.observe(0, mismatch=True, seconds=100.0)
     assert governor.k() == 8
-    assert Governor(0, fixed=False).k() == 0
+    none = Governor(0, fixed=False)
+    for _ in range(20):
+        none.observe(0, mismatch=False, seconds=1.0)
+    assert none.k() == 0
 
 
-def test_the_cost_of_a_step_without_a_draft_is_measured_first_and_again_after_a_period() -> None:
-    lengths = Steps(extra=0.1).run(2 * (TRIAL + PERIOD))
-    assert lengths == ([0] * TRIAL + [4] * PERIOD) * 2
-
-
-def test_a_draft_that_costs_more_than_it_saves_is_left_alone_for_twice_as_long_each_time() -> None:
-    steps = Steps(extra=1.0, accepted=1)  # two tokens or so for the price of three and more
-    assert steps.run(TRIAL) == [0] * TRIAL
-    for failure in range(4):
-        probe = steps.run(TRIAL)
-        assert min(probe) >= 1
-        assert steps.governor.utility < 1
-        assert steps.run(BACK_OFF << failure) == [0] * (BACK_OFF << failure)
-
-
-def test_it_is_tried_again_and_kept_once_it_pays() -> None:
-    steps = Steps(extra=1.0, accepted=1)
-    steps.run(TRIAL + TRIAL + BACK_OFF + TRIAL)
-    steps.extra, steps.accepted = 0.05, 64
-    lengths = steps.run(2 * BACK_OFF + PERIOD)
-    assert min(lengths[2 * BACK_OFF :]) >= 1
-    assert lengths[-1] == 4
-    steps.extra, steps.accepted = 2.0, 0  # and the back-off is short again
-    lengths = steps.run(4 * PERIOD)
-    first = lengths.index(0, TRIAL + 1)
-    assert lengths[first : first + BACK_OFF] == [0] * BACK_OFF
-
-
-def test_just_worth_it_is_enough_to_go_on_but_not_to_begin_again() -> None:
-    break_even = 1.0  # every token accepted, each as dear as a step of its own: utility 1
-    assert min(Steps(extra=break_even).run(TRIAL + PERIOD)[TRIAL:]) == 4
-    steps = Steps(extra=3.0)
-    steps.run(TRIAL + TRIAL + BACK_OFF)
-    steps.extra = break_even
-    assert steps.run(TRIAL + 1)[-1] == 0
+def test_a_lower_bound_that_comes_later_is_kept() -> None:
+    steps = Steps(extra=0.01, k_max=8)
+    steps.run(200)
+    steps.governor.k_max = 3
+    assert max(steps.run(100)) <= 3
 
 
 def test_the_first_step_after_a_change_is_not_counted() -> None:
     """It rebuilds graphs, and the draft reads what was written without it."""
-    steps = Steps(extra=0.1)
-    steps.run(TRIAL)
-    steps.base = 1000.0
-    steps.run(1)
-    steps.base = 1.0
-    assert 0 not in steps.run(PERIOD - 1)
+    governor = Governor(4, fixed=False)
+    governor.observe(0, mismatch=False, seconds=1000.0)
+    assert not governor.pace.tested.any()
+    governor.observe(0, mismatch=False, seconds=1.0)
+    assert governor.pace.seconds[0] == pytest.approx(1.0)
+
+
+def test_what_was_drafted_counts_not_what_was_asked_for() -> None:
+    """A draft may have nothing to say, or the context no room for it."""
+    governor = Governor(8, fixed=False)
+    for _ in range(10):
+        governor.observe(0, mismatch=False, seconds=1.0, drafted=0)
+        governor.observe(2, mismatch=False, seconds=1.5, drafted=2)
+        governor.observe(2, mismatch=False, seconds=1.5, drafted=2)
+    assert governor.pace.tested[2] == 10
+    assert governor.pace.seconds[2] == pytest.approx(1.5, rel=0.05)
+    governor.observe(40, mismatch=False, seconds=1.5, drafted=40)  # more than there are: left out
 
 
 def test_a_step_without_a_time_changes_nothing_but_acceptance() -> None:
@@ -99,3 +222,61 @@ def test_a_step_without_a_time_changes_nothing_but_acceptance() -> None:
     for _ in range(100):
         governor.observe(0, mismatch=False, seconds=None)
     assert governor.k() == 0  # still measuring
+
+
+def test_without_time_acceptance_decides() -> None:
+    def driven(matches: Callable[[int], int]) -> int:
+        governor = Governor(4, fixed=False, timed=False)
+        for _ in range(200):
+            k = governor.k()
+            governor.observe(matches(k), mismatch=matches(k) < k, seconds=5.0)
+        return governor.k()
+
+    assert driven(lambda k: k) == 4
+    assert driven(lambda k: 0) == 1
+
+
+# --- its parts -----------------------------------------------------------------------------------------------
+
+
+def test_acceptance_by_place() -> None:
+    acceptance = Acceptance(3)
+    for _ in range(300):
+        acceptance.observe(1, mismatch=True)  # the first always, the second never
+    assert acceptance.chances() == pytest.approx([1.0, 0.0, 0.0], abs=0.2)
+    assert acceptance.tokens()[:3] == pytest.approx([1.0, 2.0, 2.1], abs=0.2)
+
+
+def test_tokens_that_nobody_looked_at_are_not_held_against_the_draft() -> None:
+    acceptance = Acceptance(4)
+    for _ in range(200):
+        acceptance.observe(2, mismatch=False)  # the text ended after two of four
+    assert acceptance.likely(0.3) == 4
+
+
+@pytest.mark.parametrize(("before", "after"), [((4, False), (0, True)), ((0, True), (4, False))])
+def test_a_change_of_class_is_told_once(before: tuple[int, bool], after: tuple[int, bool]) -> None:
+    acceptance = Acceptance(4)
+
+    def told(steps: Sequence[tuple[int, bool]]) -> int:
+        return sum(acceptance.observe(n, mismatch=mismatch) for n, mismatch in steps)
+
+    told([before] * 100)
+    assert told([before] * 100) == 0
+    assert told([after] * 12) >= 1
+    assert acceptance.chances()[0] == pytest.approx(1.0 if after[0] else 0.0, abs=0.35)
+
+
+def test_one_length_says_something_of_the_others_and_its_pace_of_all() -> None:
+    pace = Pace(8)
+    for _ in range(12):
+        pace.observe(0, 1.0)
+        pace.observe(2, 3.0)
+    assert pace.seconds[[0, 2]] == pytest.approx([1.0, 3.0], rel=0.05)
+    assert pace.seconds[4] > pace.seconds[2] and pace.seconds[1] < pace.seconds[2]
+    assert pace.doubt(0)[2] < pace.doubt(0)[8]
+    for _ in range(200):
+        pace.observe(2, 6.0)  # everything is twice as slow
+    assert pace.seconds[2] == pytest.approx(6.0, rel=0.05)
+    assert pace.seconds[0] > 1.15
+    assert TRIAL_MOST > FIRST

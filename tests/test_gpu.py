@@ -99,8 +99,8 @@ def test_hybrid_is_no_worse_than_experts_on_the_cpu(tiny, arch: str, kind: str) 
 @pytest.mark.parametrize("arch", ["qwen3moe", "mixtral", "gpt-oss"])
 def test_fetching_and_computing_at_once_is_no_worse_either(tiny, arch: str) -> None:
     """Page-locked experts: some misses are fetched while the CPU computes the others. Rows are equal to the bit until
-    an activation is rounded to the next of its 8 bits, sooner or later, and off by some 1e-4 from then on, as with experts
-    on the CPU. A token whose router met a near tie may take another expert: rows before the first one are compared."""
+    an activation is rounded to the next of its 8 bits, sooner or later, and off by some 1e-4 from then on, as with
+    experts on the CPU. A token whose router met a near tie may take another expert: rows before it are compared."""
     path, widths = tiny.moe(arch, "Q8_0"), [1, 4] * 24
     stock, routed, probs = routers_on_device(path, widths)
     with page_locked(path) as model:

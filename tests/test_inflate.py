@@ -189,7 +189,7 @@ def test_what_cannot_be_inflated_is_refused(tiny: TinyModels, tmp_path: Path, mo
 
 def test_layers_that_differ_and_unknown_tensors_are_refused(tiny: TinyModels, tmp_path: Path) -> None:
     with pytest.raises(InflateError, match="from layer to layer"):
-        inflated(tiny.moe("qwen3moe", used_per_layer=True), tmp_path / "out.gguf", ff=2)
+        inflated(tiny.moe("qwen3moe", used_per_layer=(2,) * 4), tmp_path / "out.gguf", ff=2)
     with pytest.raises(InflateError, match=r"ffn_gate_exps\.scale: what it does"):
         inflated(tiny.moe("qwen3moe", scales=True), tmp_path / "out.gguf", ff=2)
 

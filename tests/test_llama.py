@@ -178,13 +178,26 @@ def test_a_batch_narrower_than_a_verify_step(bundled: tuple[Path, Path], stock: 
         assert text == stock(PROMPT, max_tokens=12, temperature=0.0)["choices"][0]["text"]
 
 
-def test_a_model_that_takes_the_stock_path_says_so(
-    bundled: tuple[Path, Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_overrides_say_how_many_experts_a_token_uses(bundled: tuple[Path, Path]) -> None:
     other = {"qwen3moe.expert_used_count": 2}
-    with contextlib.closing(EdgeLlama(str(bundled[0]), resident="1/2", kv_overrides=other, **OPTIONS)) as model:
+    with (
+        contextlib.closing(EdgeLlama(str(bundled[0]), resident="1/2", kv_overrides=other, **OPTIONS)) as model,
+        contextlib.closing(EdgeLlama(str(bundled[0]), policy="cpu-moe", kv_overrides=other, **OPTIONS)) as stock,
+    ):
+        text = model(PROMPT, max_tokens=24, temperature=0.0)["choices"][0]["text"]
+        assert text == stock(PROMPT, max_tokens=24, temperature=0.0)["choices"][0]["text"]
+        experts = model.stats().experts
+        assert experts.hits
+        assert experts.hits + experts.misses == 2 * 6 * 23  # the first token comes with the prompt
+
+
+def test_a_model_that_takes_the_stock_path_says_so(
+    bundled: tuple[Path, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(EdgeLlama(str(bundled[0]), resident="1/2", **OPTIONS)) as model:
+        nothing = model._hook.routing()[:, :0]  # what a graph leaves that has none of the blocks
+        monkeypatch.setattr(model._hook, "routing", lambda: nothing)
         assert model(PROMPT, max_tokens=4, temperature=0.0)["choices"][0]["text"]
-        assert model.stats().experts.hits == 0
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
         "this model takes llama.cpp's stock path: its experts are not served from slots"
     ]

@@ -13,10 +13,12 @@ import pytest
 from test_speculation import llm, prompts, texts
 
 from edge_speq import EdgeError, EdgeLlama, presets
-from edge_speq.core import REPLAYED_POLICIES, SLOT_POLICIES
+from edge_speq.core import POLICIES, SLOT_POLICIES
 from edge_speq.foresight.depth import PERIOD, TRIAL, Depth
 from edge_speq.presets.governors import Cascade, Roofline
 from edge_speq.presets.policy import Policy
+
+NEEDY = ("moe-prism", "moe-spec", "learned")  # experts in parts, a text that may change, a file of foresight
 
 # --- policies -----------------------------------------------------------------------------------------------
 
@@ -27,7 +29,7 @@ def expected(bundled: tuple[Path, Path]) -> list[str]:
         return texts(plain, prompts()[:3])
 
 
-@pytest.mark.parametrize("policy", SLOT_POLICIES)
+@pytest.mark.parametrize("policy", [name for name in SLOT_POLICIES if name not in NEEDY])
 def test_every_policy_writes_the_same_text(
     bundled: tuple[Path, Path], twin: Path, expected: list[str], policy: str
 ) -> None:
@@ -35,11 +37,11 @@ def test_every_policy_writes_the_same_text(
         assert texts(model, prompts()[:3]) == expected
         stats = model.stats()
     assert (stats.policy, stats.policy_failures) == (policy, 0)
-    counts, none = ("lfru", "moe-spac"), ("lru", "cascade")
+    counts, none = ("lfru", "moe-spac"), ("lru", "cascade", "specmoeoff")
     assert stats.foresight == ("counts" if policy in counts else "none" if policy in none else "twin")
     e = stats.experts
     assert bool(e.cpu_computed) == (policy == "moe-spac") != bool(e.fetched)
-    if policy in ("auto", "twin", "waits", "moe-speq", "sp-moe", "moe-spac"):
+    if policy in ("auto", "twin", "waits", "moe-speq", "sp-moe", "specmoeoff", "moe-spac"):
         assert e.prefetched
 
 
@@ -60,11 +62,8 @@ def test_a_published_governor_chooses_lengths_that_are_not_fixed(
             assert made is not None and (made.governor is None) == (policy == "cascade" or "speculation" in options)
 
 
-@pytest.mark.parametrize("policy", REPLAYED_POLICIES)
-def test_what_does_not_run_live_says_why(bundled: tuple[Path, Path], policy: str) -> None:
-    with pytest.raises(EdgeError, match=f"{policy} does not run live: ") as caught, llm(bundled[0], policy=policy):
-        pass
-    assert caught.value.usage and policy in presets.PRESETS
+def test_every_preset_runs_live() -> None:
+    assert set(presets.PRESETS) <= set(POLICIES)
 
 
 @pytest.mark.parametrize(("policy", "compute"), [("moe-spac", "device"), ("moe-speq", "hybrid"), ("lru", "hybrid")])

@@ -16,6 +16,7 @@ openai-moe.cpp, phimoe's graph: phi3.cpp). Shapes below are ggml's (columns firs
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -233,7 +234,7 @@ def write_tiny(
     n_ff: int = 256,
     gate: Gate = "split",
     scales: bool = False,
-    used_per_layer: bool = False,
+    used_per_layer: Sequence[int] = (),
     seed: int = 0,
     dtype: Dtype = "f16",
     vocab: Vocab = "bytes",
@@ -242,8 +243,8 @@ def write_tiny(
 
     n_embd, and n_ff by default, are multiples of 256, so that every K-quant can hold the rows; where n_ff is only one
     of 32, K-quantizing gives down another type. `gate` is up to the architecture: fused for deepseek2, none for
-    granitemoe. `scales` adds a scale for each expert (not gpt-oss), `used_per_layer` stores the routing width as an
-    array.
+    granitemoe. `scales` adds a scale for each expert (not gpt-oss), `used_per_layer` is the routing width of each,
+    stored as an array.
     """
     if n_embd % 256 or n_ff % 32:
         raise ValueError(f"n_embd={n_embd}, n_ff={n_ff}: not multiples of 256 and 32")
@@ -256,7 +257,7 @@ def write_tiny(
     _hyperparameters(writer, **size, **latent)
     writer.add_expert_count(n_expert)
     if used_per_layer:
-        writer.add_array(f"{name}.expert_used_count", [n_expert_used] * n_layer)
+        writer.add_array(f"{name}.expert_used_count", list(used_per_layer))
     else:
         writer.add_expert_used_count(n_expert_used)
     _arch_metadata(writer, arch, n_ff)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The benchmark of docs/performance.md on a GPU machine, most important part first, within a time limit.
 #
-#     tools/device_bench.sh CARRY OUT MINUTES [emulated] [as-is] [qwen3] [mixtral] [record] [draft]
+#     tools/device_bench.sh CARRY OUT MINUTES [emulated] [as-is] [prompts] [qwen3] [mixtral] [record] [draft]
 #
 #   emulated  the bundled model inflated to 9.5 GB, an emulated laptop: link 12.5 GB/s, 6 CPU threads
 #   as-is     the same on the machine's own link, 8 CPU threads
+#   prompts   as-is, prompts of 128 and 512 tokens
 #   qwen3     random weights in the shape of Qwen3-30B-A3B, 12 layers, emulated laptop
 #   mixtral   random weights in the shape of Mixtral-8x7B, 8 layers, emulated laptop
 #   record    the emulated laptop's steps at 1/4, for tools/bench_plot.py: OUT/record.json
@@ -12,7 +13,7 @@
 #
 # CARRY: see device_setup.sh. Without names all of them. OUT/NAME.jsonl gets a share's rows as soon as it is measured, OUT/bench.log
 # the progress and what was skipped. At the end of its time a part is interrupted and writes the repetitions that it has finished.
-# In the environment: SHARES (1/4,1/8,1/2), POLICIES (auto,lru,cpu-moe,all), REPETITIONS (5), LEAST (90: seconds under which no
+# In the environment: SHARES (1/4,1/8,1/2), POLICIES (auto,lru,cpu-moe,all), REPETITIONS (5), TOKENS (32), LEAST (90: seconds under which no
 # part is begun), INFLATE (options of inflate.py), QWEN3_LAYERS, MIXTRAL_LAYERS, EDGE_SPEQ_WORK (a folder for the models).
 set -euo pipefail
 started=$(date +%s)
@@ -46,7 +47,7 @@ bench() { # NAME MODEL OPTIONS...: one part, from the models' folder, so that ro
     say "== $name, at most $left s"
     local status=0
     (cd "$work" && timeout -s INT -k 20 $((left - 10)) python3 -m edge_speq bench -m "$file" --policy "${POLICIES:-auto,lru,cpu-moe,all}" \
-        --resident "${SHARES:-1/4,1/8,1/2}" -p 0 -n 32 -r "${REPETITIONS:-5}" -o jsonl "$@" \
+        --resident "${SHARES:-1/4,1/8,1/2}" -p 0 -n "${TOKENS:-32}" -r "${REPETITIONS:-5}" -o jsonl "$@" \
         >>"$out/$name.jsonl" 2> >(tee -a "$out/bench.log" >&2)) || status=$?
     say "$name ended with $status, $(wc -l <"$out/$name.jsonl") rows"
 }
@@ -61,6 +62,7 @@ for part in "$@"; do
     case $part in
         emulated) big && bench emulated tales-big.gguf "${laptop[@]}" ;;
         as-is) big && bench as-is tales-big.gguf -t 8 ;;
+        prompts) big && SHARES=${PROMPT_SHARES:-1/4} POLICIES=auto,cpu-moe TOKENS=0 bench prompts tales-big.gguf -t 8 -p 128,512 ;;
         qwen3) shape qwen3 "${QWEN3_LAYERS:-12}" && bench qwen3 qwen3.gguf "${laptop[@]}" -d 64 ;;
         mixtral) shape mixtral "${MIXTRAL_LAYERS:-8}" && bench mixtral mixtral.gguf "${laptop[@]}" -d 64 ;;
         record)

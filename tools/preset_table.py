@@ -1,6 +1,7 @@
-"""Every preset on the bundled model: the tables of docs/presets.md.
+"""Every preset on the bundled model, or another one: the tables of docs/presets.md.
 
     python tools/preset_table.py -o docs/measurements/presets.json
+    python tools/preset_table.py -m moe2.gguf -o docs/measurements/presets_moe2.json    # made by tools/train_moe.py
 
 Drafts are twins as MoE-SpeQ has them: the target's own dense weights with its routed experts at fewer bits, Q4_K_M and
 Q2_K, made here (needs the package gguf). They are recorded once over held-out prompts of four classes and replayed
@@ -29,6 +30,7 @@ from edge_speq.trace.record import Recorder
 
 TWINS = {"Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, "Q2_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K}
 CASES = (("1/8", 1), ("1/4", 2), ("1/2", 2), ("1/2", 4))
+NAMES = [name for name in PRESETS if name != "learned"]  # tools/learned_table.py has that
 LINK = 12_500_000_000
 N_TEXTS, N_TOKENS = 4, 64  # of each class, of each text
 
@@ -61,16 +63,16 @@ def make_twin(target: Path, twin: Path, kind: int) -> None:
         writer.close()
 
 
-def record(target: Path, twin: Path, k: int, path: Path) -> trace.Trace:
+def record(target: Path, twin: Path, k: int, path: Path, n_texts: int, n_tokens: int) -> trace.Trace:
     """K drafted tokens a step; the draft runs on for the routing of the K + 1 tokens after the step."""
-    chosen = prompts.bundled(N_TEXTS).chosen
+    chosen = prompts.bundled(n_texts).chosen
     model = Recorder(str(target), draft=str(twin), policy="all", speculation=k, foresee=k + 2, n_ctx=512, n_threads=2)
     about = [{"id": prompt.id, "domain": prompt.domain} for prompt in chosen]
     with contextlib.closing(model), trace.Writer(path, model.meta() | {"prompts": about}) as out:
         model.sink = out.add
         for index, prompt in enumerate(chosen):
             model.begin_passage(index)
-            model.create_completion(prompt.text, max_tokens=N_TOKENS, temperature=0.8, seed=1)
+            model.create_completion(prompt.text, max_tokens=n_tokens, temperature=0.8, seed=1)
         model.write()
         out.meta |= model.meta()
     return trace.read(path)
@@ -81,7 +83,7 @@ def table(rows: Sequence[dict[str, Any]], kind: str) -> str:
     columns = [(share, k) for share, k in CASES]
     heads = " | ".join(f"{share}, K = {k}" for share, k in columns)
     lines = [f"| {kind} twin | {heads} |", "|---" * (len(columns) + 1) + "|"]
-    for name in PRESETS:
+    for name in NAMES:
         cells = []
         for share, k in columns:
             mine = {row["policy"]: row for row in rows if (row["share"], row["k"], row["twin"]) == (share, k, kind)}
@@ -91,8 +93,8 @@ def table(rows: Sequence[dict[str, Any]], kind: str) -> str:
     return "\n".join(lines)
 
 
-def _percent(share: float) -> str:
-    return f"{round(100 * share)} %"
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{round(100 * share)} %"  # None: LRU does as well as Belady
 
 
 def foresight_lines(rows: Sequence[dict[str, Any]]) -> str:
@@ -123,20 +125,24 @@ def stored(rows: list[Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", type=Path, help="a MoE of more bits than the twins (the bundled model)")
     parser.add_argument("-o", "--out", type=Path)
+    parser.add_argument("--texts", type=int, default=N_TEXTS, help="of each class (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=N_TOKENS, help="of each text (%(default)s)")
     arguments = parser.parse_args()
     _native.load_backends()
-    target = demo.path(demo.MODEL)
+    target = arguments.model or demo.path(demo.MODEL)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for kind, ftype in TWINS.items():
             twin = Path(folder) / f"{kind}.gguf"
             make_twin(target, twin, ftype)
-            traces = {k: record(target, twin, k, Path(folder) / f"{kind}-{k}.npz") for _, k in CASES}
+            length = arguments.texts, arguments.tokens
+            traces = {k: record(target, twin, k, Path(folder) / f"{kind}-{k}.npz", *length) for _, k in CASES}
             for share, k in CASES:
                 print(f"{kind}, K = {k}, {share} resident", file=sys.stderr)
                 numerator, denominator = share.split("/")
-                wanted = report.Wanted(list(PRESETS), [int(numerator) / int(denominator)], LINK, by_class=True)
+                wanted = report.Wanted(NAMES, [int(numerator) / int(denominator)], LINK, by_class=True)
                 made = report.simulate([traces[k]], wanted)
                 rows += [row | {"share": share, "twin": kind} for row in made]
     whole = [row for row in rows if row["domain"] == "all"]

@@ -49,6 +49,7 @@ class Sample:
     drafted: int = 0
     accepted: int = 0
     n_steps: int = 0
+    foreseen: dict[str, float] | None = None  # how good foresight was, since the model was loaded
 
     @property
     def speed(self) -> float:
@@ -115,6 +116,7 @@ def _add_events(sample: Sample, before: Stats, after: Stats) -> float:
         was, now = getattr(before.experts, name), getattr(after.experts, name)
         sample.events[name] = None if now is None or was is None else (sample.events.get(name) or 0) + now - was
     _add_speculation(sample, before.speculation, after.speculation)
+    sample.foreseen = after.foreseen
     return (after.experts.stall_ms - before.experts.stall_ms) / 1e3
 
 

@@ -50,7 +50,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         ("params", lambda r: _count(r["model_n_params"]), False),
         ("backend", lambda r: str(r["backends"]), True),
         ("threads", lambda r: str(r["n_threads"]), False),
-        ("policy", lambda r: str(r["policy"]), True),
+        ("policy", lambda r: f"{r['policy']}{' (lossy)' if r['lossy'] else ''}", True),
         ("K", lambda r: str(r["speculation"]), False),
         ("resident", lambda r: _number(r["resident_fraction"], ".2f"), False),
         ("device MiB", lambda r: f"{r['used_bytes'] / 2**20:.1f}{' over' if r['over_budget'] else ''}", False),
@@ -59,6 +59,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         (f"vs {first['baseline']}", lambda r: _number(r["speedup"], ".2f"), False),
         ("of bound", lambda r: _number(r["bound_fraction"], ".0%"), False),
         ("hits", lambda r: _number(r["hit_rate"], ".1%"), False),
+        ("foreseen", lambda r: "/".join(_number(r[f"foresight_{n}"], ".2f") for n in ("precision", "recall")), False),
         ("accepted", lambda r: _number(r["acceptance"], ".1%"), False),
         ("text", lambda r: {True: "equal", False: "DIFFERS"}.get(r["outputs_match"], str(r["outputs_match"])), True),
     ]

@@ -14,6 +14,7 @@ from edge_speq.bench.matrix import Case
 from edge_speq.bench.prompts import Texts
 from edge_speq.bench.watched import Stock, Watched
 from edge_speq.core import SLOT_POLICIES, Experts
+from edge_speq.foresight import weights
 
 COMPUTES = ("device", "hybrid", "hybrid-ahead")
 SLOTS = (*SLOT_POLICIES, *COMPUTES)
@@ -43,6 +44,7 @@ class Settings:
     emulation: str | None = None  # in words, for every row
     load_mode: str = "auto"  # of stock arms: "mmap", "none", or whichever is faster
     warm_up: bool = True
+    foresight: str | None = None  # learned, of the policies that read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class Facts:
     n_ubatch: int
     flash_attn: bool
     is_uncounted: bool  # every expert resident where no GPU is: used_bytes leaves mapped pages out
+    lossy: bool = False  # a token runs less of its experts than the model's router chose
 
 
 def arms(settings: Settings) -> list[Arm]:
@@ -193,6 +196,8 @@ class Fleet:
         policy = arm.policy
         if policy in COMPUTES:  # auto, but for where missing experts are computed
             bounds["compute"], policy = policy, "auto"
+        if policy in weights.READERS:
+            bounds["foresight"] = self._settings.foresight
         return Watched(self._settings.model, policy=policy, **bounds, **self._options(arm))
 
     def _stock(self, arm: Arm) -> Watched:
@@ -204,7 +209,8 @@ class Fleet:
         return self._faster_load(arm) if mapped is None else self._load_stock(arm, mapped)
 
     def _faster_load(self, arm: Arm) -> Stock:
-        """The mapped file or the file read into memory, whichever is faster. Each is tried once."""
+        """The mapped file or the file read into memory, whichever is faster: at generating, or at prompts where nothing
+        else is asked for. Each is tried once."""
         models = dict[bool, Stock]()
         times = dict[bool, float]()
         try:
@@ -213,7 +219,7 @@ class Fleet:
                     models.pop(True).close()
                 models[mapped] = self._load_stock(arm, mapped)
                 self._warm(models[mapped])
-                times[mapped] = self._warm(models[mapped])
+                times[mapped] = self._tried(models[mapped])
             best = self._mapped[arm] = times[True] <= times[False]
             return models.pop(best) if best in models else self._load_stock(arm, best)
         finally:
@@ -238,6 +244,18 @@ class Fleet:
             "n_ctx": self._n_ctx,
         }
         return options | ({"n_threads": arm.threads, "n_threads_batch": arm.threads} if arm.threads else {})
+
+    def _tried(self, model: Watched) -> float:
+        """Seconds of what is going to be measured, in short."""
+        if any(case.n_gen for case in self._settings.cases):
+            return self._warm(model)
+        n = max(case.n_prompt for case in self._settings.cases)
+        tokens = (model.words(self._settings.texts.chosen[0].text, add_bos=True) * n)[:n]
+        model.reset()
+        started = time.perf_counter()
+        with contextlib.closing(model.generate(tokens, temp=0.0)) as stream:
+            next(stream)
+        return time.perf_counter() - started
 
     def _warm(self, model: Watched) -> float:
         """Seconds of some tokens after the first prompt."""
@@ -267,4 +285,5 @@ def _facts(model: Watched) -> Facts:
         n_ubatch=int(model.context_params.n_ubatch),
         flash_attn=bool(model.context_params.flash_attn_type > 0),
         is_uncounted=made.plan.policy != "slots" and not model.device.is_gpu,
+        lossy=made.lossy,
     )

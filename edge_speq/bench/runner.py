@@ -170,7 +170,10 @@ class Bench:
         return LAPTOP_LINK if self.settings.deterministic else bound.link_rate(self.fleet.open(arm))
 
     def _ceiling(self, arm: Arm) -> Watched | None:
+        """Its steps do as much as the arm's: not where the arm runs fewer parts of experts."""
+        used = self.fleet.facts[arm].experts.n_expert_used
         found = [other for other in self.arms if other.policy == "all" and other.threads == arm.threads]
+        found = [other for other in found if self.fleet.facts[other].experts.n_expert_used == used]
         return self.fleet.open(found[0]) if found else None
 
 

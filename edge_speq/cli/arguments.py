@@ -22,7 +22,7 @@ CONTEXT_STEP = 256  # llama_context pads n_ctx to this many cells
 def add_model(p: argparse.ArgumentParser) -> None:
     """What a model is, where it may go and how it computes."""
     p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file; the bundled MoE when left out")
-    p.add_argument("--draft", metavar="D", help="a draft GGUF with the model's vocabulary")
+    p.add_argument("--draft", metavar="D", help="a draft GGUF, a twin's experts alone, self or ngram")
     p.add_argument("--resident", metavar="SHARE", help="share of the expert bytes that slots may hold: 1/4, 0.25")
     p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="ceiling for everything on the device: 6GiB, auto")
     p.add_argument("--speculation", metavar="K", default="auto", help="draft tokens per step, or auto (%(default)s)")
@@ -48,6 +48,7 @@ def add_transfers(p: argparse.ArgumentParser) -> None:
 
 def add_profile(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-profile", action="store_true", help="ignore what edge-speq tune found for this model")
+    p.add_argument("--foresight", metavar="FILE", help="of tune --learn, for policies auto and learned")
 
 
 def add_sampling(p: argparse.ArgumentParser, n_predict: int) -> None:
@@ -81,8 +82,9 @@ def with_demo_defaults(arguments: argparse.Namespace) -> None:
 
 
 def edge_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that EdgeLlama adds to those of llama_cpp.Llama."""
-    names = ("draft", "resident", "vram_budget", "speculation", "policy", "compute")
+    """The arguments that EdgeLlama adds to those of llama_cpp.Llama, and `foresight` where a file was given."""
+    names = ["draft", "resident", "vram_budget", "speculation", "policy", "compute"]
+    names += ["foresight"] if getattr(arguments, "foresight", None) is not None else []
     return {name: getattr(arguments, name) for name in names}
 
 

@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
         f"{RANGES}.",
     )
     p.add_argument("-m", "--model", metavar="MODEL", help="a GGUF file; the bundled pair when left out")
-    p.add_argument("--draft", metavar="D", help="a draft GGUF with the model's vocabulary")
+    p.add_argument("--draft", metavar="D", help="a draft GGUF, a twin's experts alone, self or ngram")
     _add_tests(p)
     _add_competitors(p)
     p.add_argument(
@@ -67,6 +67,7 @@ def _add_tests(p: argparse.ArgumentParser) -> None:
 
 def _add_competitors(p: argparse.ArgumentParser) -> None:
     p.add_argument("--policy", metavar="LIST", default=DEFAULT_POLICIES, help=f"{', '.join(CHOICES)} (%(default)s)")
+    p.add_argument("--foresight", metavar="FILE", help="of tune --learn, for policies auto and learned")
     p.add_argument("--speculation", metavar="LIST", default="auto", help="draft tokens per step (%(default)s)")
     p.add_argument("--resident", metavar="LIST", help="shares of the expert bytes in slots, one after the other (1/4)")
     p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="everything on the device: 6GiB, auto")
@@ -173,7 +174,16 @@ def settings(options: argparse.Namespace) -> Settings:
         emulation=",".join(f"{key}={value}" for key, value in emulated.items()) or None,
         load_mode=options.load_mode,
         warm_up=not options.no_warmup,
+        foresight=_foresight(options.foresight, policies),
     )
+
+
+def _foresight(path: str | None, policies: list[str]) -> str | None:
+    from edge_speq.foresight import weights
+
+    for policy in policies if path is None else ("learned",):
+        weights.given(path, policy)
+    return path
 
 
 def emulation(text: str | None) -> dict[str, str]:
@@ -190,16 +200,14 @@ def emulation(text: str | None) -> dict[str, str]:
 
 
 def _models(options: argparse.Namespace) -> tuple[str, str | None]:
-    from edge_speq.engine import check_model_file
+    from edge_speq import draft_argument, gguf_model
 
     if options.model is None:
         draft = options.draft or str(demo.path(demo.DRAFT))
         options.model = str(demo.path(demo.MODEL))
     else:
         draft = options.draft
-    check_model_file(options.model)
-    if draft is not None:
-        check_model_file(draft, "draft")
+    draft_argument.read(draft, gguf_model.check_model(options.model))
     return options.model, draft
 
 

@@ -32,6 +32,7 @@ NOT_MODULES = re.compile(r"(lib)?ggml-(base|cpu)\b")  # linked in
 EXTRAS = {  # of pyproject.toml, with what is imported of them
     "serve": ("fastapi", "uvicorn"),
     "convert": ("torch", "transformers", "safetensors", "sentencepiece", "google.protobuf", "yaml", "tqdm", "requests"),
+    "train": ("torch",),
     "plot": ("matplotlib",),
     "desktop": ("PySide6",),
 }

@@ -137,7 +137,7 @@ def summarize_plan(wanted: Request, found: Survey, decided: Plan, n_ctx: int) ->
     experts, on_gpu = found.experts, wanted.device.is_gpu
     slots = decided.slots or (0,) * len(experts.groups)
     resident = experts.total_bytes if decided.policy == "all" and on_gpu else decided.slot_bytes
-    drafts = wanted.draft is not None and decided.k_max > 0  # a plan may do without the draft
+    drafts = (wanted.draft is not None or wanted.guesses.itself) and decided.k_max > 0  # a plan may do without
     fixed = found.target.total + (found.draft.total if drafts else 0)
     # the routing leaves and padding that a plan counts besides what was surveyed
     overhead = decided.fixed_bytes - fixed if decided.fixed_bytes else 0

@@ -143,6 +143,11 @@ def report(stats: Stats) -> str:
             f"transfers  {_mib(e.bytes_fetched)} fetched: {e.fetched} on demand, {e.prefetched} prefetched "
             f"({stats.foresight}) of which {e.prefetched_used} used; {_mib(e.bytes_wasted)} wasted",
         ]
+    if stats.foreseen is not None:
+        f = stats.foreseen
+        lines.append(
+            f"foresight  {f['lead_tokens']:.1f} tokens ahead, precision {f['precision']:.2f}, recall {f['recall']:.2f}"
+        )
     if s.drafted:
         lines.append(
             f"draft      {s.accepted} of {s.drafted} draft tokens accepted ({100 * s.acceptance:.1f} %), "

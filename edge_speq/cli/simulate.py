@@ -31,6 +31,7 @@ def add_parser(commands: Any) -> None:
     p.add_argument("-o", "--output", choices=FORMATS, default="md", help="format on stdout (%(default)s)")
     p.add_argument("--json", action="store_const", const="json", dest="output", help="the same as -o json")
     p.add_argument("--csv", action="store_const", const="csv", dest="output", help="the same as -o csv")
+    p.add_argument("--foresight", metavar="FILE", help="of tune --learn, for policies auto and learned")
     p.add_argument("--plot", metavar="FILE", type=Path, help="a picture too: .png, .pdf, .svg")
     p.add_argument("-v", "--verbose", action="store_true", help="show the log")
     p.set_defaults(command=simulate)
@@ -38,14 +39,19 @@ def add_parser(commands: Any) -> None:
 
 def simulate(options: argparse.Namespace) -> int:
     from edge_speq import presets, trace
+    from edge_speq.foresight import weights
     from edge_speq.simulate import report
 
     for name in ("block_ms", "draft_ms", "cpu_ms"):
         value = getattr(options, name)
         if value is not None and not 0 <= value < 1e9:
             raise EdgeError(f"--{name.replace('_', '-')} {value} is not a time", "give milliseconds", usage=True)
+    learned = None if options.foresight is None else weights.read(options.foresight)
+    policies = presets.names(options.policy)
+    if options.policy == "all" and learned is None:
+        policies = [name for name in policies if name != "learned"]
     wanted = report.Wanted(
-        policies=presets.names(options.policy),
+        policies=policies,
         shares=[parse_share(share.strip()) for share in options.resident.split(",")],
         link_bytes_per_s=parse_rate(options.link),
         block_ms=options.block_ms,
@@ -53,6 +59,7 @@ def simulate(options: argparse.Namespace) -> int:
         cpu_ms=options.cpu_ms,
         governed=options.govern,
         by_class=options.by_class,
+        foresight=learned,
     )
     traces = [trace.read(path) for path in options.traces]
     rows = report.simulate(traces, wanted, lambda text: print(f"simulate: {text}", file=sys.stderr))

@@ -1,4 +1,5 @@
-"""edge-speq tune: the parameters that are fastest for a model on this machine, stored for later runs."""
+"""edge-speq tune: the parameters that are fastest for a model on this machine, stored for later runs; with --learn
+foresight, trained on traces."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_speq import interrupt
@@ -13,7 +15,9 @@ from edge_speq.cli import arguments
 from edge_speq.core import EdgeError
 
 if TYPE_CHECKING:
+    from edge_speq.foresight.weights import Weights
     from edge_speq.profile import Profile
+    from edge_speq.trace import Trace
 
 SECONDS = 150.0
 
@@ -24,21 +28,27 @@ def add_parser(commands: Any) -> None:
         help="find the fastest parameters",
         description="Measures what steps, drafted tokens, misses and threads cost here, predicts the fastest draft "
         "length, way to serve misses and number of threads, checks it against a run without a profile, and stores a "
-        "profile that run, chat and serve pick up.",
+        "profile that run, chat and serve pick up. With --learn it measures nothing: it trains foresight on traces of "
+        "the model and its draft (needs torch), for --foresight of run, chat, serve, bench and simulate.",
     )
     p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file; the bundled MoE when left out")
-    p.add_argument("--draft", metavar="D", help="a draft GGUF with the model's vocabulary")
+    p.add_argument("--draft", metavar="D", help="a draft GGUF, a twin's experts alone, self or ngram")
     p.add_argument("--resident", metavar="SHARE", help="share of the expert bytes that slots may hold: 1/4, 0.25")
     p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="ceiling for everything on the device: 6GiB, auto")
     p.add_argument("-c", "--ctx-size", metavar="N", type=int, help="context (the model's, at most 4096)")
     p.add_argument("--mmap", action=argparse.BooleanOptionalAction, help="map the file, or read it into memory")
     p.add_argument("--seconds", metavar="S", type=float, default=SECONDS, help="to take at most (%(default)g)")
     p.add_argument("--dry-run", action="store_true", help="store nothing")
+    p.add_argument("--learn", metavar="TRACE", nargs="+", help="train foresight on files of edge-speq trace")
+    p.add_argument("-o", "--out", metavar="FILE", type=Path, help="where --learn writes it, an npz file")
+    p.add_argument("--seed", metavar="S", type=int, default=1, help="of --learn (%(default)s)")
     arguments.add_output(p, json="print one JSON object")
     p.set_defaults(command=tune, policy="auto", threads=None)
 
 
 def tune(options: argparse.Namespace) -> int:
+    if options.learn is not None or options.out is not None:
+        return learn(options)
     from edge_speq import profile as profiles
     from edge_speq.tune.tuner import Tuner, Wanted
 
@@ -55,6 +65,55 @@ def tune(options: argparse.Namespace) -> int:
     if path is not None and not options.json:
         print(f"stored     {path}: run, chat and serve pick it up (--no-profile ignores it)", file=sys.stderr)
     return 0
+
+
+def learn(options: argparse.Namespace) -> int:
+    if options.learn is None or options.out is None:
+        raise EdgeError("--learn TRACE and -o FILE go together", "give both", usage=True)
+    is_other = options.out.exists() and not options.out.is_file()  # a folder; a device, which a rename would replace
+    if is_other or not options.out.absolute().parent.is_dir():
+        raise EdgeError(f"cannot write {options.out}", "give a file in a folder that exists", usage=True)
+    from edge_speq import trace
+    from edge_speq.foresight import weights
+    from edge_speq.tune import learn as training
+
+    traces = [trace.read(path) for path in options.learn]
+    if options.model is not None:
+        _require_model(options.model, traces)
+    with _Progress(quiet=options.json) as say:
+        made = training.learn(traces, seed=options.seed, say=say)
+    weights.write(made, options.out)
+    print(json.dumps({"foresight": str(options.out), **made.meta}) if options.json else learned(made))
+    if not options.json:
+        print(f"stored     {options.out}: --foresight {options.out} uses it", file=sys.stderr)
+    return 0
+
+
+def _require_model(model: str, traces: list[Trace]) -> None:
+    from edge_speq.gguf_model import check_model, hyperparameter
+
+    file = check_model(model)
+    n_expert = hyperparameter(file, "expert_count")
+    for found in traces:
+        if found.experts.n_expert != n_expert:
+            raise EdgeError(
+                f"{found.path} is of a model with {found.experts.n_expert} experts, {model} has {n_expert}",
+                "record this one: edge-speq trace MODEL",
+                usage=True,
+            )
+
+
+def learned(made: Weights) -> str:
+    """What it was trained on and how good it is, for people."""
+    held, meta = made.meta["held_out"], made.meta
+    knows = "tokens alone" if made.draft is None else "tokens and the draft's routing"
+    return "\n".join(
+        [
+            f"learned    from {meta['steps']} steps, {meta['tokens']} tokens known by name; sees {knows}",
+            f"held out   {held['steps']} steps: of what the coming one demands, precision {held['precision']:.2f}, "
+            f"recall {held['recall']:.2f}",
+        ]
+    )
 
 
 class _Progress:

@@ -28,12 +28,12 @@ from edge_speq.convert.routed import Block
 from edge_speq.core import EdgeError
 from edge_speq.gguf_file import U32, GGUFFile, Tensor
 from edge_speq.gguf_model import MAX_EXPERTS, architecture, check_model, hyperparameter
+from edge_speq.parts import ALL_USED, SUB_EXPERTS
 
 # whose graphs were read and whose split files are compared with their sources in tests/test_convert_split.py
 ARCHITECTURES = ("qwen3moe", "llama", "olmoe", "qwen2moe", "phimoe", "granitemoe", "gpt-oss", "deepseek2")
 N_FF_OF_EXPERTS = ("llama", "olmoe", "phimoe", "granitemoe")  # their feed_forward_length is the experts' own
 SCALED = ("qwen3moe", "llama")  # whose graphs multiply by ffn_down_exps.scale
-SUB_EXPERTS = "edge_speq.sub_experts"  # for whoever reads the file: parts that a parent was split into
 
 Order = npt.NDArray[np.int64]  # [n_expert, n_sub, neurons]: the neurons of each sub-expert
 
@@ -208,6 +208,7 @@ def _rewrite(
         f"{arch}.expert_count": (U32, hyperparameter(file, "expert_count") * n),
         f"{arch}.expert_used_count": (U32, n_used),
         SUB_EXPERTS: (U32, n),
+        ALL_USED: (U32, hyperparameter(file, "expert_used_count") * n),
     }
     own = "feed_forward_length" if arch in N_FF_OF_EXPERTS else "expert_feed_forward_length"
     changes[f"{arch}.{own}"] = (U32, n_ff // n)

@@ -25,6 +25,22 @@ class Quality:
     predicted: npt.NDArray[np.int64]
     demanded: npt.NDArray[np.int64]
     correct: npt.NDArray[np.int64]
+    n_tokens: int = 0  # over all steps, from each step's first token on, about which something was known
+    n_steps: int = 0
+
+    @property
+    def lead_tokens(self) -> float:
+        """Tokens that it looks ahead, those of the coming step included."""
+        return self.n_tokens / self.n_steps if self.n_steps else 0.0
+
+    def summary(self) -> dict[str, float]:
+        """Over all blocks."""
+        predicted, demanded, correct = (int(x.sum()) for x in (self.predicted, self.demanded, self.correct))
+        return {
+            "precision": correct / max(1, predicted),
+            "recall": correct / max(1, demanded),
+            "lead_tokens": self.lead_tokens,
+        }
 
     @property
     def precision(self) -> npt.NDArray[np.float64]:
@@ -42,7 +58,8 @@ class Twin(Counts):
         super().__init__(target)
         self._predicted: npt.NDArray[np.bool_] | None = None
         self._right = 0.9  # chance that a predicted expert is demanded
-        self.quality = Quality(*(np.zeros(target.n_blocks, dtype=np.int64) for _ in range(3)))
+        predicted, demanded, correct = np.zeros((3, target.n_blocks), dtype=np.int64)
+        self.quality = Quality(predicted, demanded, correct)
 
     def observe(self, routing: npt.NDArray[np.int32]) -> None:
         super().observe(routing)
@@ -53,6 +70,7 @@ class Twin(Counts):
         self.quality.predicted += self._predicted.sum(axis=1)
         self.quality.demanded += demanded.sum(axis=1)
         self.quality.correct += correct.sum(axis=1)
+        self.quality.n_steps += 1
         now = float(correct.sum() / max(1, int(self._predicted.sum())))
         self._right = SMOOTHING * self._right + (1 - SMOOTHING) * now
         self._predicted = None
@@ -62,6 +80,7 @@ class Twin(Counts):
         if draft_routing is None or not draft_routing.shape[1]:
             return None
         self._predicted = self._set(draft_routing)
+        self.quality.n_tokens += draft_routing.shape[1]
         expected: npt.NDArray[np.float32] = np.where(self._predicted, np.float32(self._right), np.float32(0))
         return expected
 

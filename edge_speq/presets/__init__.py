@@ -1,23 +1,30 @@
 """Presets: the published systems and ours as policy objects that a replay runs side by side.
 
 policy     what a policy is; LRU, and edge_speq.foresight as one         waits   what `auto` is with a twin
+learned    foresight that was trained, and `auto` with a file of it    duel    what `auto` is without a draft to ask
 published  MoE-SpeQ, SP-MoE, SpecMoEOff, MoE-SpAc, MoE-Prism, MoE-Spec, Cascade    governors   draft lengths
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from edge_speq import foresight
 from edge_speq.core import require_choice
+from edge_speq.presets.duel import Duel
+from edge_speq.presets.learned import Learning
 from edge_speq.presets.policy import CpuMoe, Foreseeing, Policy, Setting, Slots
 from edge_speq.presets.published import CascadePolicy, MoePrism, MoeSpac, MoeSpec, MoeSpeq, SpecMoeOff, SpMoe
 from edge_speq.presets.waits import Waits
 
+log = logging.getLogger("edge_speq")
+
 
 def _auto(setting: Setting) -> Policy:
-    """Without a twin counts miss a little less than waits (docs/presets.md)."""
-    made: Policy = Waits(setting) if setting.has_twin else _lfru(setting)
+    if setting.learned is not None:
+        return Learning(setting)
+    made: Policy = Waits(setting) if setting.has_twin else Duel(setting)
     made.name = "auto"
     return made
 
@@ -35,6 +42,13 @@ def _waits_keep(setting: Setting) -> Policy:
     return Waits(setting, fetches=False)
 
 
+def _learned(setting: Setting) -> Policy:
+    """Without a file it can only count; who takes its name from a user refuses that."""
+    made: Policy = Learning(setting, alone=True) if setting.learned is not None else _lfru(setting)
+    made.name = "learned"
+    return made
+
+
 PRESETS: dict[str, Callable[[Setting], Policy]] = {
     "lru": Policy,
     "lfru": _lfru,
@@ -42,6 +56,7 @@ PRESETS: dict[str, Callable[[Setting], Policy]] = {
     "twin": _twin,
     "waits": Waits,
     "waits-keep": _waits_keep,
+    "learned": _learned,
     "moe-speq": MoeSpeq,
     "sp-moe": SpMoe,
     "specmoeoff": SpecMoeOff,
@@ -59,6 +74,17 @@ def make(name: str, setting: Setting) -> Policy:
     return PRESETS[name](setting)
 
 
+def live(name: str, setting: Setting, *, is_fixed: bool, has_clock: bool) -> Policy:
+    """That policy for the engine: without its own governor where the draft length is fixed, or where it would follow
+    a clock and there is none. Raises EdgeError for another name."""
+    policy = make(name, setting)
+    if policy.needs_twin and not setting.has_twin:
+        log.warning("policy %s looks at the routing of a low-bit copy as draft: without one it is lru", policy.name)
+    if policy.governor is not None and (is_fixed or (policy.governor.is_timed and not has_clock)):
+        policy.governor = None
+    return policy
+
+
 def names(text: str) -> Sequence[str]:
     """The presets of a list like "lru,auto", all of them for "all". Raises EdgeError for a name that is none."""
     found = list(PRESETS) if text == "all" else [name.strip() for name in text.split(",")]
@@ -67,4 +93,4 @@ def names(text: str) -> Sequence[str]:
     return list(dict.fromkeys(found))
 
 
-__all__ = ["PRESETS", "Policy", "Setting", "Slots", "make", "names"]
+__all__ = ["PRESETS", "Policy", "Setting", "Slots", "live", "make", "names"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from edge_speq import _native, foresight
 from edge_speq.core import Experts
+from edge_speq.foresight.weights import Weights
 from edge_speq.presets.governors import Governor
 
 Scores = npt.NDArray[np.float32]
@@ -39,16 +41,24 @@ class Setting:
     block_ms: float  # that a block takes to compute
     draft_ms: float  # that one drafted token takes
     has_twin: bool = False  # the draft's routing maps expert to expert
+    learned: Weights | None = None  # foresight that was trained for this model and draft
 
     @classmethod
     def nominal(
-        cls, experts: Experts, slots: tuple[int, ...], k_max: int, link_bytes_per_s: int, *, has_twin: bool
+        cls,
+        experts: Experts,
+        slots: tuple[int, ...],
+        k_max: int,
+        link_bytes_per_s: int,
+        learned: Weights | None = None,
+        *,
+        has_twin: bool,
     ) -> Setting:
         """A laptop, until something is measured: a block computes half as long as an expert travels, a draft's token
         takes as long as the target's."""
         block_ms = int(5e8 * experts.groups[0].expert_bytes / link_bytes_per_s) / 1e6
         draft_ms = block_ms * experts.n_blocks if k_max else 0.0
-        return cls(experts, slots, k_max, link_bytes_per_s, block_ms, draft_ms, has_twin)
+        return cls(experts, slots, k_max, link_bytes_per_s, block_ms, draft_ms, has_twin, learned)
 
     @property
     def transfer_ms(self) -> float:
@@ -72,9 +82,22 @@ class Policy:
         self.governor: Governor | None = None  # None: as many drafted tokens as the caller likes
 
     @property
+    def reads_draft(self) -> bool:
+        """Whether it can make something of the draft's routing."""
+        return self.setting.has_twin
+
+    @property
     def quality(self) -> foresight.Quality | None:
-        """How well a twin foresaw the target's experts."""
+        """How well it foresaw the target's experts."""
         return None
+
+    def verifying(self, tokens: Sequence[int]) -> None:
+        """Said before `foresee`: the ids of the last token of text and of the drafted ones after it."""
+
+    @property
+    def expert_budget(self) -> int:
+        """Experts that a verify step runs of a block at most, 0 for no such bound: lossy."""
+        return 0
 
     def measured(self, draft_ms: float, block_ms: float) -> None:
         """What this machine takes for a drafted token and a block."""

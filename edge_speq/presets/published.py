@@ -94,20 +94,36 @@ class SpMoe(Policy):
 
 class SpecMoeOff(Policy):
     """SpecMoEOff (arXiv 2508.21706): every layer's experts are all streamed, the next layer's while one computes; the
-    draft length is what costs least for a token."""
+    draft length is what costs least for a token. Where slots hold the experts, whole layers are ordered in layer order,
+    and a layer that is reached runs with what has arrived and fetches the rest. Attention: see survey.prepare."""
 
     name = "specmoeoff"
     place = "stream"
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        layer_ms = max(setting.block_ms, setting.experts.n_expert * setting.transfer_ms)
-        self.governor = Roofline(
-            setting.k_max,
-            draft_ms=setting.draft_ms,
-            transfer_ms=0.0,
-            verify_ms=layer_ms * setting.experts.n_blocks,
-        )
+        experts = setting.experts
+        self._orders = order_of_each(experts)
+        self._orders["priority"] = 1.0  # anything goes for it but what was ordered and is not used yet
+        groups = sorted((block, g) for g, group in enumerate(experts.groups) for block in group.blocks)
+        self._group = np.repeat([g for _, g in groups], experts.n_expert)
+        self.roofline = Roofline(setting.k_max, draft_ms=0.0, transfer_ms=0.0, verify_ms=0.0)
+        self.governor = self.roofline
+        self.measured(setting.draft_ms, setting.block_ms)
+
+    def measured(self, draft_ms: float, block_ms: float) -> None:
+        """A layer takes as long as all its experts travel, where that is longer than it computes."""
+        super().measured(draft_ms, block_ms)
+        experts = self.setting.experts
+        layer_ms = max(block_ms, experts.n_expert * self.setting.transfer_ms)
+        self.roofline.draft_ms, self.roofline.verify_ms = draft_ms, layer_ms * experts.n_blocks
+
+    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+        """Of each group as many absent experts as it has slots: more find no slot that is worth less."""
+        absent = slots.states().reshape(-1) == 0
+        for group, n_slots in enumerate(self.setting.slots):
+            absent[np.flatnonzero(absent & (self._group == group))[n_slots:]] = False
+        slots.prefetch(self._orders[absent])
 
 
 class MoeSpac(Policy):
@@ -166,9 +182,14 @@ class MoeSpec(Policy):
     lossy = True
     BUDGET = 1.5  # of the experts that one token uses
 
+    @property
+    def expert_budget(self) -> int:
+        experts = self.setting.experts
+        return min(math.ceil(self.BUDGET * experts.n_expert_used), experts.n_expert)
+
     def demanded(self, routing: Routing, gates: npt.NDArray[np.float16] | None) -> Routing:
         n_blocks, _, used = routing.shape
-        budget = math.ceil(self.BUDGET * used)
+        budget = self.expert_budget
         mass = np.zeros((n_blocks, self.setting.experts.n_expert))
         weights = (
             gates.astype(np.float64) if gates is not None else np.broadcast_to(1 / (1 + np.arange(used)), routing.shape)

@@ -75,6 +75,7 @@ class Waits(Policy):
         self.name = "waits" if fetches else "waits-keep"
         self.sees = "twin" if setting.has_twin else "counts"
         self._seen = np.zeros((3, experts.total), dtype=np.int64)  # steps that predicted, demanded, both; by key
+        self._n_steps = self._n_tokens = 0  # that were foreseen, and tokens that foresight covered
         self._often = np.full(experts.total, experts.n_expert_used / max(1, experts.n_expert), dtype=np.float32)
         self._turn = np.repeat(np.arange(experts.n_blocks) / experts.n_blocks, experts.n_expert).astype(np.float32)
         self._orders = order_of_each(experts)
@@ -84,8 +85,11 @@ class Waits(Policy):
 
     @property
     def quality(self) -> foresight.Quality | None:
-        by_block = self._seen.reshape(3, self.setting.experts.n_blocks, -1).sum(axis=2)
-        return foresight.Quality(*by_block) if self.setting.has_twin else None
+        return self._quality() if self.reads_draft else None
+
+    def _quality(self) -> foresight.Quality:
+        predicted, demanded, correct = self._seen.reshape(3, self.setting.experts.n_blocks, -1).sum(axis=2)
+        return foresight.Quality(predicted, demanded, correct, self._n_tokens, self._n_steps)
 
     def ahead(self, n_drafted: int) -> int:
         wanted = n_drafted + 2  # this step's last token, and as many as the step has after it
@@ -94,35 +98,45 @@ class Waits(Policy):
     def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         width, often = n_drafted + 1, self._often
         draft_routing = None if draft_routing is None else draft_routing[:, : n_drafted + self.ahead(n_drafted)]
-        shown = 0 if draft_routing is None else draft_routing.shape[1]
-        then, self._then, self._now = self._then, None, None
-        chance = often
-        if draft_routing is not None and shown:
-            now = np.flatnonzero(self._sets.of(draft_routing[:, :width]))
-            chance = self.coming.chances(now, often)
-            self._now = Guess(self.coming, now, often)
+        self._judged, self._then, self._now = self._then, None, None
+        chance = self._coming(draft_routing, width)
         after = often + (1 - DECAY) * (chance - often)
-        next_chance = after
-        if draft_routing is not None and shown > width:
-            then_set = np.flatnonzero(self._sets.of(draft_routing[:, width : 2 * width]))
-            next_chance = self.following.chances(then_set, after)
-            self._then = Guess(self.following, then_set, after)
-        self._judged = then
+        next_chance = self._following(draft_routing, width, after)
         wait = (1 - next_chance) / after
         wait += 1
         np.negative(self._turn + wait, out=slots.scores.reshape(-1))
         self._order(slots, wait)
 
+    def _coming(self, draft_routing: Routing | None, width: int) -> Chances:
+        """Of a demand in the coming step."""
+        if draft_routing is None or not draft_routing.shape[1]:
+            return self._often
+        now = np.flatnonzero(self._sets.of(draft_routing[:, :width]))
+        self._now = Guess(self.coming, now, self._often)
+        self._n_tokens += draft_routing.shape[1]
+        return self.coming.chances(now, self._often)
+
+    def _following(self, draft_routing: Routing | None, width: int, after: Chances) -> Chances:
+        """Of one in the step after it. after: the frequency as the coming step is expected to leave it."""
+        if draft_routing is None or draft_routing.shape[1] <= width:
+            return after
+        then_set = np.flatnonzero(self._sets.of(draft_routing[:, width : 2 * width]))
+        self._then = Guess(self.following, then_set, after)
+        return self.following.chances(then_set, after)
+
     def _order(self, slots: Slots, wait: Chances) -> None:
         if self._now is None:
             slots.prefetch(self._orders[:0], 0)
             return
-        keys = self._now.predicted
+        sure = np.float32(min(self.coming.inside, MOST_INSIDE))
+        self._send(slots, self._now.predicted, sure, wait, fetches=self.coming.inside >= WORTH_FETCHING)
+
+    def _send(self, slots: Slots, keys: Keys, chance: Any, wait: Chances, *, fetches: bool) -> None:
+        """Orders keys, which the coming step demands with that chance."""
         orders = self._orders[keys]
         absent = slots.states().reshape(-1)[keys] == 0
-        orders["priority"] = np.float32(min(self.coming.inside, MOST_INSIDE)) * wait[keys] - MARGIN * absent
-        fetches = self._fetches and self.coming.inside >= WORTH_FETCHING
-        slots.prefetch(orders, _native.NO_BUDGET if fetches else 0)
+        orders["priority"] = chance * wait[keys] - MARGIN * absent
+        slots.prefetch(orders, _native.NO_BUDGET if self._fetches and fetches else 0)
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:
         return foresight.admissions(self._often.reshape(slots.scores.shape), slots.states(), float(MARGIN))
@@ -132,10 +146,7 @@ class Waits(Policy):
     def observe(self, routing: Routing, n_accepted: int) -> None:
         demanded = self._sets.of(routing)
         if self._now is not None:
-            predicted, found, both = self._seen
-            predicted[self._now.predicted] += 1
-            found += demanded
-            both[self._now.predicted] += demanded[self._now.predicted]
+            self._count(self._now.predicted, demanded)
         for guess in (self._now, self._judged):
             if guess is not None:
                 guess.rates.learn(guess.predicted, guess.often, demanded)
@@ -143,3 +154,10 @@ class Waits(Policy):
         often = self._often * DECAY
         often += (1 - DECAY) * demanded
         self._often = np.maximum(often, LEAST, out=often)
+
+    def _count(self, foreseen: Keys, demanded: npt.NDArray[np.bool_]) -> None:
+        predicted, found, both = self._seen
+        predicted[foreseen] += 1
+        found += demanded
+        both[foreseen] += demanded[foreseen]
+        self._n_steps += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,6 +39,7 @@ class Outcome:
     kept_pairs: float = 1.0  # share of the routed pairs that ran; below one in lossy policies
     parts: int = 1  # that experts are counted in
     failed: str | None = None  # why lru took over
+    foreseen: dict[str, float] | None = None  # precision, recall and lead of the policy's foresight
     step_ms: list[float] = field(default_factory=list)
     step_bytes: list[int] = field(default_factory=list)  # fetched, prompts' steps included
 
@@ -76,8 +77,9 @@ class Replay:
 
     def run(self, recorded: Sequence[Step]) -> Outcome:
         out = Outcome(self.name, self._lossy, ExpertCounters())
-        for part in self._parts(recorded):
+        for part, tokens in with_tokens(self._parts(recorded), recorded):
             if part.foresees:
+                self._safely(self.policy.verifying, tokens)
                 self._foresee(part)
             before = self.place.bytes_fetched
             ms = self._step(part)
@@ -88,6 +90,8 @@ class Replay:
                 self._count(out, part, ms)
         out.counters, out.failed = self.place.counters(), self._failed
         out.parts = self._parts_of_expert
+        quality = self.policy.quality
+        out.foreseen = quality.summary() if quality is not None and quality.n_steps else None
         out.kept_pairs = self._pairs[1] / max(1, self._pairs[0])
         return out
 
@@ -97,14 +101,14 @@ class Replay:
         return steps.recorded(recorded)
 
     def _foresee(self, part: Part) -> None:
-        if self._drafts and part.foreseen is not None:
+        if self._drafts and part.foreseen is not None and self.policy.reads_draft:
             for n in range(1, part.n_drafted + 1):
                 self.place.wait(round(1e6 * self.setting.draft_ms))
                 self._safely(self.policy.drafting, self.place, part.foreseen[:, :n])
         self._safely(self._foresee_soundly, part)
 
     def _foresee_soundly(self, part: Part) -> None:
-        self.policy.foresee(self.place, part.foreseen, part.n_drafted)
+        self.policy.foresee(self.place, part.foreseen if self.policy.reads_draft else None, part.n_drafted)
         if not np.isfinite(self.place.scores).all():
             raise ValueError("its scores are not finite")
 
@@ -120,7 +124,7 @@ class Replay:
         on_cpu = self.place.cpu_computed - computed
         stall_ms = (self.place.stall_ns - stalled) / 1e6
         drafted = part.n_drafted
-        if part.foreseen is not None:
+        if part.foreseen is not None and self.policy.reads_draft:
             drafted = min(drafted + self.policy.ahead(drafted), part.foreseen.shape[1])
         return self._costs.step_ms(part.routing.shape[1], drafted, stall_ms, on_cpu)
 
@@ -156,3 +160,13 @@ class Replay:
             self.place.scores[:] = 0
             self.place.prefetch(NO_ORDERS)
             return None
+
+
+def with_tokens(parts: Iterable[Part], recorded: Sequence[Step]) -> Iterator[tuple[Part, list[int]]]:
+    """Each part with the ids of its tokens; parts cover the text of the recorded steps one after the other."""
+    rest, step, at = iter(recorded), None, 0
+    for part in parts:
+        if step is None or at > step.n_accepted:
+            step, at = next(rest), 0
+        yield part, step.tokens[at : at + part.routing.shape[1]].tolist()
+        at += part.n_accepted + 1

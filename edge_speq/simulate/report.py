@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_speq.core import EdgeError
+from edge_speq.foresight.weights import LEARN, Weights
 from edge_speq.presets import Setting
 from edge_speq.simulate.bounds import Bounds, bounds
 from edge_speq.simulate.costs import Costs
@@ -34,11 +35,14 @@ class Wanted:
     cpu_ms: float | None = None  # of an expert on the CPU
     governed: bool = False
     by_class: bool = False
+    foresight: Weights | None = None  # learned
 
 
 def simulate(traces: Sequence[Trace], wanted: Wanted, said: Callable[[str], None] = lambda _: None) -> list[Row]:
     """A row for each policy, and one for Belady's rule, by trace, share and class. A share that is too small for a
     trace's draft length is said and left out. Raises EdgeError when nothing is left."""
+    if "learned" in wanted.policies and wanted.foresight is None:
+        raise EdgeError("policy learned needs a file of learned foresight", LEARN, usage=True)
     rows: list[Row] = []
     refused = None
     for trace in traces:
@@ -60,8 +64,12 @@ def make_setting(trace: Trace, share: float, wanted: Wanted) -> Setting:
     experts = trace.experts
     if not experts.n_blocks:
         raise EdgeError(f"{trace.path} is of a model without routed experts", "record a MoE")
+    learned = wanted.foresight
+    if learned is not None:
+        learned.require(experts, trace.draft_experts)
     slots = slots_for(experts, share, trace.k_max)
-    made = Setting.nominal(experts, slots, trace.k_max, wanted.link_bytes_per_s, has_twin=_has_twin(trace))
+    link = wanted.link_bytes_per_s
+    made = Setting.nominal(experts, slots, trace.k_max, link, learned, has_twin=_has_twin(trace))
     if wanted.block_ms is not None:
         draft_ms = wanted.block_ms * experts.n_blocks if trace.k_max else 0.0
         made = dataclasses.replace(made, block_ms=wanted.block_ms, draft_ms=draft_ms)
@@ -89,7 +97,7 @@ def _rows(
     best = bounds(steps, setting, costs)
     timed = {"governed": wanted.governed, "drafts": wanted.governed}
     lru = Replay("lru", setting, costs).run(steps)
-    quality = window(steps, trace.experts, WINDOW)
+    quality = window(steps, trace.experts, WINDOW) if setting.has_twin else None
     about = {
         "trace": trace.path.name,
         "domain": domain,
@@ -122,6 +130,7 @@ def _row(outcome: Outcome, lru: Outcome, best: Bounds) -> Row:
         "prefetched_used": c.prefetched_used,
         "bytes_fetched": c.bytes_fetched,
         "bytes_wasted": c.bytes_wasted,
+        "prefetch_wasted": 1 - c.prefetched_used / c.prefetched if c.prefetched else None,
         "stall_ms": c.stall_ms,
         "miss_gap": _closed(lru.counters.misses, misses / parts, best.belady.misses),
         "read_gap": _closed(lru.counters.bytes_fetched, c.bytes_fetched, best.belady.bytes_fetched),
@@ -133,6 +142,7 @@ def _row(outcome: Outcome, lru: Outcome, best: Bounds) -> Row:
         "bound_fraction": outcome.tok_per_s / best.tok_per_s if best.tok_per_s else None,
         "kept_pairs": outcome.kept_pairs,
         "failed": outcome.failed,
+        **{f"foresight_{name}": value for name, value in (outcome.foreseen or {}).items()},
     }
 
 
@@ -154,8 +164,8 @@ def _closed(lru: float | None, value: float, best: float | None) -> float | None
 def markdown(rows: Sequence[Row]) -> str:
     lines = [
         "| trace | class | resident | K | policy | hit rate | misses | miss gap closed | read gap closed | MB read "
-        "| wasted | stall, ms | k | tok/s | of bound |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| wasted | foreseen: precision, recall, tokens ahead | stall, ms | k | tok/s | of bound |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         name = row["policy"] + (" (lossy)" if row["lossy"] else "") + (" FAILED" if row["failed"] else "")
@@ -163,12 +173,19 @@ def markdown(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {row['trace']} | {row['domain']} | {row['resident']:.3g} | {row['k']} | {name} "
             f"| {_share(row['hit_rate'])} | {row['misses']} | {_share(row['miss_gap'])} | {_share(row['read_gap'])} "
-            f"| {row['bytes_fetched'] / 1e6:.0f} | {_share(wasted)} | {row['stall_ms']:.1f} "
+            f"| {row['bytes_fetched'] / 1e6:.0f} | {_share(wasted)} | {_foreseen(row)} | {row['stall_ms']:.1f} "
             f"| {row['k_mean']:.2f} | {row['tok_per_s']:.0f} "
             f"| {_share(row['bound_fraction'])} |"
         )
     failed = [f"\n{row['policy']} failed and lru took over: {row['failed']}" for row in rows if row["failed"]]
     return "\n".join(lines + list(dict.fromkeys(failed)))
+
+
+def _foreseen(row: Row) -> str:
+    if "foresight_precision" not in row:
+        return ""
+    figures = (row[f"foresight_{name}"] for name in ("precision", "recall"))
+    return ", ".join([*(f"{figure:.2f}" for figure in figures), f"{row['foresight_lead_tokens']:.1f}"])
 
 
 def _share(value: float | None) -> str:

@@ -37,6 +37,7 @@ class Trace:
     meta: dict[str, Any]
     experts: Experts
     steps: tuple[Step, ...]
+    draft_experts: Experts | None = None  # of a draft that shows its routing
 
     @property
     def k_max(self) -> int:
@@ -62,12 +63,20 @@ def read(path: str | Path) -> Trace:
             if meta["version"] != VERSION:
                 raise EdgeError(f"{path} is a trace of version {meta['version']}, this one reads {VERSION}", HINT)
             experts = _experts(meta["experts"])
-            steps = tuple(_steps(archive, experts))
+            draft = _draft_experts(meta, experts)
+            steps = tuple(_steps(archive, experts, draft or experts))
     except BAD as error:
         raise EdgeError(f"{path} is not a trace: {error}", HINT) from error
     if len(steps) != meta["n_steps"]:
         raise EdgeError(f"{path} is not whole: {len(steps)} of {meta['n_steps']} steps", HINT)
-    return Trace(path, meta, experts, steps)
+    shows = draft is not None and any(step.foreseen is not None for step in steps)
+    return Trace(path, meta, experts, steps, draft if shows else None)
+
+
+def _draft_experts(meta: dict[str, Any], experts: Experts) -> Experts | None:
+    """Older traces do not say; what they show has to be a twin's then."""
+    found = meta.get("draft_experts")
+    return _experts(found) if found is not None else experts
 
 
 def _experts(meta: dict[str, Any]) -> Experts:
@@ -81,23 +90,23 @@ def _array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
     return found
 
 
-def _steps(archive: zipfile.ZipFile, experts: Experts) -> Iterator[Step]:
+def _steps(archive: zipfile.ZipFile, experts: Experts, draft: Experts) -> Iterator[Step]:
     names = set(archive.namelist())
     chunk = 0
     while f"width.{chunk:06d}.npy" in names:
         suffix = f".{chunk:06d}"
         members = [name.removesuffix(f"{suffix}.npy") for name in names if name.endswith(f"{suffix}.npy")]
-        yield from _of_chunk({name: _array(archive, name + suffix) for name in members}, experts)
+        yield from _of_chunk({name: _array(archive, name + suffix) for name in members}, experts, draft)
         chunk += 1
 
 
-def _of_chunk(c: dict[str, npt.NDArray[Any]], experts: Experts) -> Iterator[Step]:
+def _of_chunk(c: dict[str, npt.NDArray[Any]], experts: Experts, draft: Experts) -> Iterator[Step]:
     by_token = [c["routing"], c["tokens"], *([c["gates"]] if "gates" in c else [])]
     n_tokens, largest = int(c["width"].sum()), int(c["routing"].max(initial=0))
     n_seen = int(c["n_foreseen"].clip(min=0).sum())
     if any(len(values) != n_tokens for values in by_token) or (n_seen and len(c["foreseen"]) != n_seen):
         raise ValueError("the lengths of its arrays do not agree")
-    if largest >= experts.n_expert or (n_seen and int(c["foreseen"].max()) >= experts.n_expert):
+    if largest >= experts.n_expert or (n_seen and int(c["foreseen"].max()) >= draft.n_expert):
         raise ValueError("its routing does not fit its experts")
     at = seen = 0
     for i, width in enumerate(c["width"].tolist()):

@@ -142,6 +142,7 @@ class Recorder(EdgeLlama):
             "draft": str(self._wanted.draft) if self._wanted.draft is not None else None,
             "is_twin": self._is_twin(),
             "experts": dataclasses.asdict(self._experts),
+            "draft_experts": None if self._draft_experts is None else dataclasses.asdict(self._draft_experts),
             "k_max": self._plan.k_max,
             "plan": dataclasses.asdict(self._plan),
             "policy": self._wanted.policy,

@@ -84,10 +84,13 @@ class Writer:
     def _flush(self) -> None:
         if not self._steps:
             return
-        for name, values in columns(self._steps, self.meta["experts"]["n_expert"]).items():
+        for name, values in columns(self._steps, self._most_experts()).items():
             self._write(f"{name}.{self._n_chunks:06d}", values)
         self._n_chunks += 1
         self._steps = []
+
+    def _most_experts(self) -> int:
+        return max(int((self.meta.get(name) or {}).get("n_expert", 0)) for name in ("experts", "draft_experts"))
 
     def _write(self, name: str, values: npt.NDArray[Any]) -> None:
         with self._zip.open(f"{name}.npy", "w", force_zip64=True) as member:

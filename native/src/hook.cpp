@@ -81,7 +81,7 @@ void build_hook(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block * block, v
 edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_hook_params & params)
     : model_(model), table_(std::move(table)), max_width_(params.max_width), served_width_(params.max_width),
       block_ids_(static_cast<size_t>(params.max_width) * static_cast<size_t>(table_.n_expert_used)),
-      own_draft_(table_, compute_buffer_type(model), params.max_width) {
+      own_draft_(table_, compute_buffer_type(model), params.max_width, params.n_groups > 0) {
     if (table_.blocks.empty()) {
         throw edge::Error(EDGE_ERR_UNSUPPORTED, "the model has no routed experts that the hook knows");
     }
@@ -180,7 +180,7 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
     block.gate    = store.tensor(group, edge::role_gate);
     block.down    = store.tensor(group, edge::role_down);
     block.gate_up = store.tensor(group, edge::role_gate_up);
-    block.ids     = experts_ == EDGE_EXPERTS_RESIDENT ? own_draft_.slots_of(ctx, route, number) : route;
+    block.ids     = finds_slots() ? own_draft_.slots_of(ctx, route, number) : route;
 }
 
 // What a router chooses by, in graphs that are ours.
@@ -229,7 +229,7 @@ bool edge_hook::use_experts(int32_t which) {
 bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexcept {
     const bool is_output = split_block_ >= 0 && node == chains_[static_cast<size_t>(split_block_)].output;
     if (ask) {
-        return is_output || (experts_ == EDGE_EXPERTS_OWN && is_route(node));
+        return is_output || (experts_ == EDGE_EXPERTS_OWN && !settled_ && is_route(node));
     }
     try {
         if (cancelled_) {
@@ -300,8 +300,11 @@ void edge_hook::end_step() {
     forget_split();
     if (experts_ != EDGE_EXPERTS_OWN) {
         end_draft_step();
+    } else if (settled_) {
+        end_settled_step();
     } else if (residency_) {
         residency_->end_step();
+        settle();
         n_tokens_ = n_served_ == table_.blocks.size() ? width_ : 0;
         n_served_ = 0;
     } else {
@@ -314,6 +317,28 @@ void edge_hook::end_step() {
     if (status_ != EDGE_OK) {
         throw edge::Error(std::exchange(status_, EDGE_OK), std::exchange(error_, {}));
     }
+}
+
+// Where everything is in slots, and so will never leave them, graphs look up the slots themselves from now on: no block waits
+// for the host.
+void edge_hook::settle() {
+    if (residency_->complete()) {
+        own_draft_.tabulate(*residency_);
+        residency_->end_step(); // for what was lent
+        settled_ = true;
+        set_on_model();
+    }
+}
+
+void edge_hook::end_settled_step() {
+    n_tokens_ = width_;
+    if (n_tokens_ > 0) {
+        ggml_backend_tensor_get(leaf_, host_routing_, 0, ggml_nbytes(leaf_));
+        for (int32_t block = 0; block < static_cast<int32_t>(table_.blocks.size()); ++block) {
+            residency_->used(block, routing_of(block), n_tokens_ * table_.n_expert_used);
+        }
+    }
+    residency_->end_step();
 }
 
 // No block of a draft step came by here: its routing is still in the leaf, or, where routers were restricted, beside it.
@@ -339,6 +364,7 @@ int32_t edge_hook::widest_served(const int32_t * slots) const {
 
 void edge_hook::resize(const std::vector<int32_t> & slots) {
     served_width_ = 0;
+    settled_      = false;
     set_on_model();
     residency_->resize(slots);
     served_width_ = widest_served(slots.data());

@@ -45,6 +45,9 @@ struct edge_hook {
 private:
     void set_on_model();
     int32_t widest() const { return experts_ == EDGE_EXPERTS_OWN ? served_width_ : max_width_; } // tokens of a graph of ours
+    bool finds_slots() const { return settled_ || experts_ == EDGE_EXPERTS_RESIDENT; } // graphs do, by themselves
+    void settle();
+    void end_settled_step();
     void end_draft_step();
     void serve(ggml_backend_t backend, ggml_tensor * route, int32_t number);
     bool splits_this_step();
@@ -66,6 +69,7 @@ private:
     size_t                           block_ids_;     // ids of one block in the leaf: max_width * n_expert_used
     edge::OwnDraft                   own_draft_;
     int32_t                          experts_ = EDGE_EXPERTS_OWN; // that graphs compute with
+    bool                             settled_ = false; // everything is in slots
     int32_t                          budget_  = 0; // experts of a block in a verify step, 0: all
     ggml_context_ptr                 ctx_;
     ggml_backend_buffer_ptr          buffer_;

@@ -56,8 +56,19 @@ void read(std::ifstream & file, const std::string & path, uint64_t offset, ggml_
 
 } // namespace
 
-OwnDraft::OwnDraft(const ExpertTable & table, ggml_backend_buffer_type_t buft, int32_t max_width)
-    : table_(table), buft_(buft), max_width_(max_width) {}
+OwnDraft::OwnDraft(const ExpertTable & table, ggml_backend_buffer_type_t buft, int32_t max_width, bool has_slots)
+    : table_(table), buft_(buft) {
+    if (has_slots) {
+        const auto n_blocks = static_cast<int64_t>(table_.blocks.size());
+        ctx_    = make_context(3);
+        mask_   = ggml_new_tensor_2d(ctx_.get(), GGML_TYPE_F32, table_.n_expert, n_blocks);
+        slots_  = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_I32, 1, table_.n_expert, n_blocks);
+        wanted_ = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_I32, table_.n_expert_used, max_width, n_blocks);
+        buffer_ = allocate(ctx_.get(), buft_, "the routers' mask");
+        host_mask_.resize(static_cast<size_t>(ggml_nelements(mask_)));
+        host_slots_.resize(host_mask_.size());
+    }
+}
 
 void OwnDraft::load_twin(const char * path, const edge_twin_tensor * tensors, int32_t n) {
     std::vector<std::array<ggml_tensor *, n_roles>> twins(table_.blocks.size());
@@ -96,31 +107,26 @@ void OwnDraft::load_twin(const char * path, const edge_twin_tensor * tensors, in
     twin_ctx_    = std::move(ctx);
 }
 
-bool OwnDraft::restrict_to(Residency & residency) {
-    const auto n_blocks = static_cast<int64_t>(table_.blocks.size());
-    if (!buffer_) {
-        ggml_context_ptr ctx = make_context(3);
-        ggml_tensor * mask   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, table_.n_expert, n_blocks);
-        ggml_tensor * slots  = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, 1, table_.n_expert, n_blocks);
-        ggml_tensor * wanted = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, table_.n_expert_used, max_width_, n_blocks);
-        buffer_ = allocate(ctx.get(), buft_, "the routers' mask");
-        ctx_    = std::move(ctx);
-        mask_ = mask, slots_ = slots, wanted_ = wanted;
-    }
-    host_mask_.assign(static_cast<size_t>(ggml_nelements(mask_)), out_of_reach);
-    host_slots_.assign(host_mask_.size(), 0);
+void OwnDraft::find_residents(Residency & residency) {
     size_t at = 0;
-    for (int32_t block = 0; block < n_blocks; ++block) {
-        int32_t found = 0;
+    for (int32_t block = 0; block < static_cast<int32_t>(table_.blocks.size()); ++block) {
         for (int32_t expert = 0; expert < table_.n_expert; ++expert, ++at) {
             const int32_t slot = residency.lend(block, expert);
-            if (slot != SlotPool::none) {
-                host_mask_[at]  = 0.0F;
-                host_slots_[at] = slot;
-                ++found;
-            }
+            host_mask_[at]  = slot == SlotPool::none ? out_of_reach : 0.0F;
+            host_slots_[at] = slot == SlotPool::none ? 0 : slot;
         }
-        if (found < table_.n_expert_used) {
+    }
+}
+
+void OwnDraft::tabulate(Residency & residency) {
+    find_residents(residency);
+    ggml_backend_tensor_set(slots_, host_slots_.data(), 0, ggml_nbytes(slots_));
+}
+
+bool OwnDraft::restrict_to(Residency & residency) {
+    find_residents(residency);
+    for (auto row = host_mask_.begin(); row != host_mask_.end(); row += table_.n_expert) {
+        if (std::count(row, row + table_.n_expert, 0.0F) < table_.n_expert_used) {
             return false;
         }
     }

@@ -19,13 +19,15 @@ class Residency;
 // in slots only. Neither needs a word with the host while the graph runs.
 class OwnDraft {
 public:
-    OwnDraft(const ExpertTable & table, ggml_backend_buffer_type_t buft, int32_t max_width);
+    OwnDraft(const ExpertTable & table, ggml_backend_buffer_type_t buft, int32_t max_width, bool has_slots);
 
     // Reads the experts from a file, each tensor at its offset. Throws when one is missing, is none of ours or does not fit.
     void load_twin(const char * path, const edge_twin_tensor * tensors, int32_t n);
     bool has_twin() const { return twin_buffer_ != nullptr; }
     ggml_tensor * twin(int32_t block, Role role) const { return twins_[static_cast<size_t>(block)][static_cast<size_t>(role)]; }
 
+    // Tells where each expert's slot is, for graphs that find it themselves. Slots must stay where they are meanwhile.
+    void tabulate(Residency & residency);
     // Has the routers choose among what is in slots now, which stays there until the step ends. false: a block has too few.
     bool restrict_to(Residency & residency);
     // probs with what is not in a slot out of reach; what the router would have chosen is kept for routing().
@@ -36,13 +38,14 @@ public:
     uint64_t bytes() const;
 
 private:
+    void find_residents(Residency & residency);
+
     const ExpertTable &        table_;
     ggml_backend_buffer_type_t buft_;
-    int32_t                    max_width_;
     ggml_context_ptr           twin_ctx_;
     ggml_backend_buffer_ptr    twin_buffer_;
     std::vector<std::array<ggml_tensor *, n_roles>> twins_; // of each block
-    ggml_context_ptr           ctx_; // of those below, allocated when they are first needed
+    ggml_context_ptr           ctx_; // of those below
     ggml_backend_buffer_ptr    buffer_;
     ggml_tensor *              mask_   = nullptr; // [n_expert, n_blocks] F32: 0, or far below any score
     ggml_tensor *              slots_  = nullptr; // [1, n_expert, n_blocks] I32

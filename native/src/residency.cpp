@@ -253,6 +253,17 @@ int32_t Residency::lend(int32_t number, int32_t expert) {
     return slot;
 }
 
+bool Residency::complete() const {
+    const Lock lock(mutex_);
+    return !clock_ && store_ && flying_ == 0 && std::all_of(pools_.begin(), pools_.end(), [](const SlotPool & pool) { return pool.full(); });
+}
+
+void Residency::used(int32_t number, const int32_t * ids, int32_t n) {
+    const Lock lock(mutex_);
+    begin_block(number);
+    find_missing(block_at(number), ids, n);
+}
+
 bool Residency::fetches_some() const {
     return splits_always_ || (balancer_.overlaps() && store_ && store_->page_locked(table_.blocks.front()));
 }

@@ -56,6 +56,11 @@ public:
     bool fetches_some() const; // whether demand_some ever fetches
     void end_step();
 
+    // Whether every expert is in a slot, so that nothing is ever evicted. Not in virtual time, which passes block by block.
+    bool complete() const;
+    // The experts ids[0..n) of this block were read, all of them in slots.
+    void used(int32_t block, const int32_t * ids, int32_t n);
+
     // The slot of an expert that a graph without slots copies from, pinned until the step ends; none unless it is there.
     int32_t lend(int32_t block, int32_t expert);
 

@@ -119,6 +119,27 @@ void the_same_experts_draft_the_same(llama_model * model, const std::vector<floa
     OK(edge_hook_detach(hook));
 }
 
+// Graphs look up slots that nothing leaves any more: hits go on being counted, and other slot counts are served again.
+void settled_slots_are_not_asked_for(Run & run, llama_model * model, const std::vector<float> & plain, const std::vector<int32_t> & all) {
+    for (const std::vector<int32_t> & slots : { all, slots_of(model, 3), all }) {
+        OK(edge_hook_resize(run.hook, slots.data(), static_cast<int32_t>(slots.size())));
+        Counts before = counts(run.hook);
+        for (int i = 0; i < 3; ++i) {
+            llama_memory_clear(llama_get_memory(run.ctx), true);
+            run.n_past = 0;
+            CHECK(run.feed_text(model) == plain);
+            const Counts after = counts(run.hook);
+            CHECK(after.hits + after.misses > before.hits + before.misses);
+            CHECK(after.misses == before.misses || slots != all || i == 0);
+            before = after;
+        }
+        const int32_t * ids = nullptr;
+        int32_t n = 0;
+        OK(edge_hook_routing(run.hook, &ids, &n));
+        CHECK(n > 0 && ids[0] >= 0);
+    }
+}
+
 // Routers that may choose among everything, since everything is in slots, choose what they would have chosen.
 void everything_in_slots_restricts_nobody(llama_model * model, const std::vector<float> & plain) {
     edge_experts experts{};
@@ -148,6 +169,8 @@ void everything_in_slots_restricts_nobody(llama_model * model, const std::vector
             OK(edge_hook_end_step(hook));
         }
         CHECK(logits_of(run, model) == plain);
+        OK(edge_hook_use_experts(hook, EDGE_EXPERTS_OWN, &ready));
+        settled_slots_are_not_asked_for(run, model, plain, slots);
     }
     OK(edge_hook_detach(hook));
 }

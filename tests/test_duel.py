@@ -1,0 +1,98 @@
+"""`auto` without a draft to ask: rules tried against each other, and the slots follow the one that misses least."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edge_speq import presets
+from edge_speq.core import ExpertGroup, Experts
+from edge_speq.presets import Setting
+from edge_speq.presets.duel import Duel
+from edge_speq.residency import Residency
+
+N_BLOCKS, N_EXPERT, USED = 4, 32, 4
+EXPERTS = Experts(N_BLOCKS, N_EXPERT, USED, (ExpertGroup(N_BLOCKS, N_BLOCKS * N_EXPERT, 1000, tuple(range(N_BLOCKS))),))
+
+
+def setting(share: float) -> Setting:
+    return Setting.nominal(EXPERTS, (int(share * EXPERTS.total),), 0, 10**9, has_twin=False)
+
+
+def loops(n_steps: int) -> np.ndarray:
+    """A few favourites with many visitors in turn, [n_steps, n_blocks, 1, used]: recency forgets the favourites."""
+    steps = np.empty((n_steps, N_BLOCKS, 1, USED), dtype=np.int32)
+    for step in range(n_steps):
+        favourite = [step % 6, (step + 3) % 6]
+        visitor = [6 + (2 * step) % 26, 6 + (2 * step + 1) % 26]
+        steps[step] = favourite + visitor
+    return steps
+
+
+def waves(n_steps: int) -> np.ndarray:
+    """Topics that come once and stay for a while: what was frequent is soon over."""
+    rng = np.random.default_rng(1)
+    steps = np.empty((n_steps, N_BLOCKS, 1, USED), dtype=np.int32)
+    for step in range(n_steps):
+        first = 9 * (step // 9) % N_EXPERT
+        for block in range(N_BLOCKS):
+            steps[step, block, 0] = (first + rng.permutation(10)[:USED]) % N_EXPERT
+    return steps
+
+
+def misses(policy: presets.Policy, steps: np.ndarray, share: float) -> int:
+    slots = Residency(EXPERTS, setting(share).slots, link_bytes_per_s=10**9, block_ns=500)
+    for routing in steps:
+        policy.foresee(slots, None, 0)
+        for block, ids in enumerate(routing):
+            slots.demand(block, ids.ravel().tolist())
+        slots.end_step()
+        policy.observe(routing, 0)
+    counted = slots.counters().misses
+    assert counted is not None
+    return counted
+
+
+@pytest.mark.parametrize(("text", "rule"), [(loops, "frequency"), (waves, "lru")])
+def test_slots_follow_the_rule_that_misses_least(text, rule: str) -> None:
+    steps = text(400)
+    duel = Duel(setting(1 / 4))
+    seen = misses(duel, steps, 1 / 4)
+    others = {name: misses(presets.make(name, setting(1 / 4)), steps, 1 / 4) for name in ("lru", "lfru")}
+    assert duel.rule.startswith(rule)
+    assert seen <= 1.03 * others["lru"]
+    if rule == "frequency":
+        assert seen < 0.85 * others["lru"]
+
+
+def test_the_rule_changes_with_the_text() -> None:
+    duel = Duel(setting(1 / 4))
+    misses(duel, loops(300), 1 / 4)
+    assert duel.rule.startswith("frequency")
+    misses(duel, waves(400), 1 / 4)
+    assert duel.rule == "lru"
+
+
+def test_where_nobody_fetches_on_demand_frequency_admits() -> None:
+    """Recency cannot tell which absent expert has earned a slot."""
+    duel = Duel(setting(1 / 4))
+    slots = Residency(EXPERTS, setting(1 / 4).slots, link_bytes_per_s=10**9, block_ns=500)
+    for routing in loops(40):
+        duel.foresee(slots, None, 0)
+        duel.observe(routing, 0)
+    orders = duel.admissions(slots)
+    assert {(0, 3), (0, 0)} <= {(int(block), int(expert)) for block, expert in orders[["block", "expert"]]}
+    duel.foresee(slots, None, 0)
+    assert slots.scores.max() > 0.5
+
+
+def test_large_models_are_sampled() -> None:
+    large = Experts(48, 128, 8, (ExpertGroup(48, 6144, 1000),))
+    duel = Duel(Setting.nominal(large, (1536,), 0, 10**9, has_twin=False))
+    assert duel._pools[0]._kept.size <= 1024
+    assert duel._pools[0].size == duel._pools[0]._kept.size // 4
+
+
+def test_auto_without_a_twin_is_the_duel() -> None:
+    made = presets.make("auto", setting(1 / 4))
+    assert isinstance(made, Duel) and made.name == "auto" and made.sees == "counts"
