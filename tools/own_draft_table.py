@@ -2,9 +2,9 @@
 
     python tools/own_draft_table.py -o docs/measurements/own_drafts.json
 
-The bundled model on the CPU, in deterministic mode, 16 held-out prompts of four classes, two drafted tokens a step, at
-three budgets: half of the experts in slots without a draft, a quarter of them beside a twin's experts, and beside a whole
-twin. Whatever a draft does not take goes into slots.
+The bundled model on the CPU, in deterministic mode, 16 held-out prompts of four classes, two drafted tokens a step.
+Three budgets: half of the experts in slots without a draft, a quarter of them beside a twin's experts, and beside a
+whole twin. Whatever a draft does not take goes into slots.
 """
 
 from __future__ import annotations
