@@ -16,7 +16,7 @@ python3 -m edge_speq --version
 for what in "$@"; do
     echo "== $what"
     case $what in
-        tests) python3 -m pytest -o addopts=--import-mode=importlib tests/test_gpu.py -rA -p no:cacheprovider 2>&1 | tee "$out/gpu_tests.log" | grep -E "NMSE|texts part|passed|failed|Error" ;;
+        tests) python3 -m pytest -o addopts=--import-mode=importlib tests/test_gpu.py tests/test_gpu_own_draft.py -rA -p no:cacheprovider 2>&1 | tee "$out/gpu_tests.log" | grep -E "NMSE|texts part|passed|failed|Error" ;;
         beside) # the module beside the libraries rather than named
             cp "$work/backends/libggml-cuda.so" "$work/site/llama_cpp/lib/"
             EDGE_SPEQ_BACKENDS="" python3 -m edge_speq --version
