@@ -28,6 +28,8 @@ class Acceptance:
         self._long[:, 0] = BELIEVED, BELIEVED * EXPECTED
         self._more = self._less = 0.0
         self._p: Chances | None = None  # chances(), while they stand
+        self._doubt: Chances | None = None  # doubt(), likewise
+        self._tokens: Chances | None = None  # tokens(), likewise
 
     def observe(self, accepted: int, *, mismatch: bool) -> bool:
         """One step. Whether the class of text seems to have changed."""

@@ -86,6 +86,15 @@ def test_without_a_step_there_is_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no special files here")
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(EdgeError, match="not a file that could be replaced") as caught:
+        Writer(pipe, META)
+    assert caught.value.usage and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(EdgeError, match="no"):
         Writer(tmp_path / "no" / "t.npz", META)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from edge_speq import foresight
 from edge_speq.foresight.learned import Learned
 from edge_speq.presets.policy import Routing, Setting, Slots
-from edge_speq.presets.waits import Chances, Keys, Waits
+from edge_speq.presets.waits import DECAY, Chances, Guess, Keys, Marks, Waits
 
 BINS, DOUBT = 16, 20.0  # experts of one step that count as much as what was learned beforehand
 RELIABILITY = 0.96  # decay, every second step
@@ -78,6 +78,15 @@ def _squared(error: Chances) -> float:
     return float(error @ error) / max(1, len(error))
 
 
+def _chances(guess: Guess, often: Chances) -> Chances:
+    """Of a demand, as `waits` has them."""
+    inside, outside = guess.rates.chances
+    guess.others = float(often.sum()) - float(often[guess.keys].sum())
+    out: Chances = often * np.float32(outside)
+    out[guess.keys] = inside
+    return out
+
+
 class Learning(Waits):
     """`alone`: nothing but the network, which is the preset `learned`."""
 
@@ -97,7 +106,7 @@ class Learning(Waits):
         self._turn_of = 0
         self._absent: Keys | None = None  # what was worth fetching
         self.wasted = 0.0  # share of that which the step did not demand, of late
-        self._foreseen: Keys | None = None
+        self._foreseen: Marks | None = None
 
     @property
     def reads_draft(self) -> bool:
@@ -105,7 +114,7 @@ class Learning(Waits):
 
     @property
     def quality(self) -> foresight.Quality | None:
-        return self._quality()
+        return self._tally.quality()
 
     @property
     def source(self) -> str:
@@ -123,23 +132,37 @@ class Learning(Waits):
         self._given = [None, None, self._given[1]]
         super().foresee(slots, draft_routing, n_drafted)
 
+    def _wait(self, draft_routing: Routing | None, width: int) -> Chances:
+        chance, often = self._coming(draft_routing, width), self._often
+        after = often + (1 - DECAY) * (chance - often)
+        wait: Chances = (1 - self._following(draft_routing, width, after)) / after
+        wait += 1
+        return wait
+
     def _coming(self, draft_routing: Routing | None, width: int) -> Chances:
+        """Chances of a demand in the coming step."""
         shown = None if draft_routing is None else draft_routing[:, :width]
         given = self._learned.coming(self._tokens, shown if self._learned.draft is not None else None)
         self._given[0], ours = given, self._reliable[0].corrected(given)
-        before = self._n_tokens
-        theirs = ours if self._alone else super()._coming(draft_routing if self.setting.has_twin else None, width)
-        self._n_tokens = before + max(width, 0 if draft_routing is None else draft_routing.shape[1])
+        self._tally.n_tokens += max(width, 0 if draft_routing is None else draft_routing.shape[1])
+        theirs = ours if self._alone else self._often
+        if shown is not None and shown.shape[1] and self.setting.has_twin and not self._alone:
+            self._now = self._guess(shown, self.coming)
+            theirs = _chances(self._now, self._often)
         self._chance = self._choose(self.first, self._sources[0], theirs, ours)
         return self._chance
 
     def _following(self, draft_routing: Routing | None, width: int, after: Chances) -> Chances:
+        """Of one in the step after it. after: the frequency as the coming step is expected to leave it."""
         ahead = None if draft_routing is None else draft_routing[:, width : 2 * width]
         given = self._learned.following(ahead if self._learned.draft is not None else None)
         self._given[1], ours = given, self._reliable[1].corrected(given)
         if self._alone:
             return ours
-        theirs = super()._following(draft_routing if self.setting.has_twin else None, width, after)
+        theirs = after
+        if ahead is not None and ahead.shape[1] and self.setting.has_twin:
+            self._then = self._guess(ahead, self.following)
+            theirs = _chances(self._then, after)
         return self._choose(self.second, self._sources[1], theirs, ours)
 
     def _choose(self, useful: Useful, sources: list[Chances], theirs: Chances, ours: Chances) -> Chances:
@@ -153,15 +176,15 @@ class Learning(Waits):
             slots.scores[:] = self._counts.worth()
             slots.prefetch(self._orders[:0], 0)
             return
-        self._foreseen = np.flatnonzero(self._chance >= FORESEEN)
-        keys = self._foreseen[self._chance[self._foreseen] >= WORTH_FETCHING]
+        self._foreseen = self._chance >= FORESEEN
+        keys = np.flatnonzero(self._chance >= WORTH_FETCHING)
         self._absent = keys[slots.states().reshape(-1)[keys] == 0]
         self._send(slots, keys, self._chance[keys], wait, fetches=self.wasted <= MOST_WASTED)
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         demanded = self._sets.of(routing)
         if self._foreseen is not None:
-            self._count(self._foreseen, demanded)
+            self._tally.add(self._foreseen, demanded, self._foreseen & demanded)
         came = demanded.astype(np.float32)
         self._turn_of = 1 - self._turn_of  # one a step: counting takes as long as foreseeing does
         given = self._given[0] if self._turn_of else self._given[2]
@@ -175,7 +198,7 @@ class Learning(Waits):
                 useful.learn(sources, came)
         self._now, now = None, self._now  # what was foreseen is counted, not the twin's set
         if now is not None:
-            now.rates.learn(now.predicted, now.often, demanded)
+            now.learn(demanded, int(np.count_nonzero(demanded)))
         super().observe(routing, n_accepted)
         if self._may_count:
             self._counts.observe(routing)

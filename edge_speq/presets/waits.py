@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_speq import _native, foresight
+from edge_speq.core import Experts
 from edge_speq.presets.policy import Policy, Routing, Sets, Setting, Slots, order_of_each
 
 DECAY = np.float32(0.8)  # per step, of how often an expert is demanded
@@ -32,9 +33,11 @@ MOST_INSIDE, MOST_OUTSIDE = 0.97, 0.9
 SMOOTHING = 0.95  # per step, of the rates
 MARGIN = np.float32(1.0)  # steps
 WORTH_FETCHING = 0.5
+FULL = 255  # what a byte counts
 
 Keys = npt.NDArray[np.intp]
 Chances = npt.NDArray[np.float32]  # [n_blocks * n_expert]
+Marks = npt.NDArray[np.bool_]  # the same
 
 
 @dataclass(slots=True)
@@ -44,25 +47,59 @@ class Rates:
     inside: float
     outside: float = MOST_OUTSIDE
 
-    def learn(self, predicted: Keys, often: Chances, demanded: npt.NDArray[np.bool_]) -> None:
-        both = int(np.count_nonzero(demanded[predicted]))
-        expected = float(often.sum()) - float(often[predicted].sum())
-        if len(predicted):
-            self.inside += (1 - SMOOTHING) * (both / len(predicted) - self.inside)
-        if expected > 0:
-            self.outside += (1 - SMOOTHING) * ((int(np.count_nonzero(demanded)) - both) / expected - self.outside)
-
-    def chances(self, predicted: Keys, often: Chances) -> Chances:
-        out: Chances = often * np.float32(min(self.outside, MOST_OUTSIDE))
-        out[predicted] = min(self.inside, MOST_INSIDE)
-        return out
+    @property
+    def chances(self) -> tuple[float, float]:
+        """Of an expert inside, and what the frequency of one outside is multiplied by."""
+        return min(self.inside, MOST_INSIDE), min(self.outside, MOST_OUTSIDE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Guess:
+    """Experts that a step is expected to demand, and how many others it would if these kept to their frequency."""
+
     rates: Rates
-    predicted: Keys
-    often: Chances
+    found: Marks
+    keys: Keys
+    others: float = 0.0
+
+    def learn(self, demanded: Marks, n_demanded: int) -> Marks:
+        """What came true."""
+        both = self.found & demanded
+        n_both = int(np.count_nonzero(both))
+        if len(self.keys):
+            self.rates.inside += (1 - SMOOTHING) * (n_both / len(self.keys) - self.rates.inside)
+        if self.others > 0:
+            self.rates.outside += (1 - SMOOTHING) * ((n_demanded - n_both) / self.others - self.rates.outside)
+        return both
+
+
+class Tally:
+    """A foresight.Quality while it is counted: bytes by key, summed by block when somebody asks or they are full."""
+
+    def __init__(self, experts: Experts) -> None:
+        self._by_block = experts.n_blocks, experts.n_expert
+        self._sums = np.zeros((3, experts.n_blocks), dtype=np.int64)
+        self._bytes = np.zeros((3, experts.total), dtype=np.uint8)  # predicted, demanded, both
+        self._n = 0  # in the bytes
+        self.n_steps = self.n_tokens = 0  # that were foreseen, and tokens that foresight covered
+
+    def add(self, predicted: Marks, demanded: Marks, both: Marks) -> None:
+        if self._n == FULL:
+            self._sum()
+        for count, marks in zip(self._bytes, (predicted, demanded, both), strict=True):
+            count += marks.view(np.uint8)
+        self._n += 1
+        self.n_steps += 1
+
+    def _sum(self) -> None:
+        self._sums += self._bytes.reshape(3, *self._by_block).sum(axis=2, dtype=np.int64)
+        self._bytes.fill(0)
+        self._n = 0
+
+    def quality(self) -> foresight.Quality:
+        self._sum()
+        predicted, demanded, correct = self._sums.copy()
+        return foresight.Quality(predicted, demanded, correct, self.n_tokens, self.n_steps)
 
 
 class Waits(Policy):
@@ -74,10 +111,10 @@ class Waits(Policy):
         self._sets, self._fetches, self._most_ahead = Sets(experts), fetches, most_ahead
         self.name = "waits" if fetches else "waits-keep"
         self.sees = "twin" if setting.has_twin else "counts"
-        self._seen = np.zeros((3, experts.total), dtype=np.int64)  # steps that predicted, demanded, both; by key
-        self._n_steps = self._n_tokens = 0  # that were foreseen, and tokens that foresight covered
+        self._tally = Tally(experts)
         self._often = np.full(experts.total, experts.n_expert_used / max(1, experts.n_expert), dtype=np.float32)
-        self._turn = np.repeat(np.arange(experts.n_blocks) / experts.n_blocks, experts.n_expert).astype(np.float32)
+        turn = np.repeat(np.arange(experts.n_blocks) / experts.n_blocks, experts.n_expert)
+        self._minus_turn = -turn.astype(np.float32)
         self._orders = order_of_each(experts)
         self.coming, self.following = Rates(0.9), Rates(0.6)
         self._now: Guess | None = None
@@ -85,51 +122,57 @@ class Waits(Policy):
 
     @property
     def quality(self) -> foresight.Quality | None:
-        return self._quality() if self.reads_draft else None
-
-    def _quality(self) -> foresight.Quality:
-        predicted, demanded, correct = self._seen.reshape(3, self.setting.experts.n_blocks, -1).sum(axis=2)
-        return foresight.Quality(predicted, demanded, correct, self._n_tokens, self._n_steps)
+        return self._tally.quality() if self.reads_draft else None
 
     def ahead(self, n_drafted: int) -> int:
         wanted = n_drafted + 2  # this step's last token, and as many as the step has after it
         return wanted if self._most_ahead is None else min(wanted, self._most_ahead)
 
     def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
-        width, often = n_drafted + 1, self._often
         draft_routing = None if draft_routing is None else draft_routing[:, : n_drafted + self.ahead(n_drafted)]
         self._judged, self._then, self._now = self._then, None, None
-        chance = self._coming(draft_routing, width)
-        after = often + (1 - DECAY) * (chance - often)
-        next_chance = self._following(draft_routing, width, after)
-        wait = (1 - next_chance) / after
-        wait += 1
-        np.negative(self._turn + wait, out=slots.scores.reshape(-1))
+        wait = self._wait(draft_routing, n_drafted + 1)
+        np.subtract(self._minus_turn, wait, out=slots.scores.reshape(-1))
         self._order(slots, wait)
 
-    def _coming(self, draft_routing: Routing | None, width: int) -> Chances:
-        """Of a demand in the coming step."""
+    def _wait(self, draft_routing: Routing | None, width: int) -> Chances:
+        """Steps after the block's turn in the coming one. Outside of the predicted sets all chances are the frequency
+        times a number, so what is reckoned for every expert is little: each pass over all of them takes time."""
+        often = self._often
         if draft_routing is None or not draft_routing.shape[1]:
-            return self._often
-        now = np.flatnonzero(self._sets.of(draft_routing[:, :width]))
-        self._now = Guess(self.coming, now, self._often)
-        self._n_tokens += draft_routing.shape[1]
-        return self.coming.chances(now, self._often)
+            return np.reciprocal(often)
+        self._now = now = self._guess(draft_routing[:, :width], self.coming)
+        self._tally.n_tokens += draft_routing.shape[1]
+        inside, outside = now.rates.chances
+        kept = DECAY + (1 - DECAY) * np.float32(outside)
+        after = often * kept  # the frequency as the coming step is expected to leave it
+        foreseen = often[now.keys]
+        foreseen_sum = float(foreseen.sum())
+        now.others = float(often.sum()) - foreseen_sum
+        foreseen *= DECAY
+        foreseen += (1 - DECAY) * np.float32(inside)
+        after[now.keys] = foreseen
+        wait = np.reciprocal(after)
+        if draft_routing.shape[1] > width:
+            self._then = then = self._guess(draft_routing[:, width : 2 * width], self.following)
+            near = after[then.keys]
+            after_sum = float(kept) * now.others + float(foreseen.sum())
+            then.others = after_sum - float(near.sum())
+            inside, outside = then.rates.chances
+            wait += np.float32(1 - outside)
+            wait[then.keys] = 1 + np.float32(1 - inside) / near
+        return wait
 
-    def _following(self, draft_routing: Routing | None, width: int, after: Chances) -> Chances:
-        """Of one in the step after it. after: the frequency as the coming step is expected to leave it."""
-        if draft_routing is None or draft_routing.shape[1] <= width:
-            return after
-        then_set = np.flatnonzero(self._sets.of(draft_routing[:, width : 2 * width]))
-        self._then = Guess(self.following, then_set, after)
-        return self.following.chances(then_set, after)
+    def _guess(self, draft_routing: Routing, rates: Rates) -> Guess:
+        found = self._sets.of(draft_routing)
+        return Guess(rates, found, found.nonzero()[0])
 
     def _order(self, slots: Slots, wait: Chances) -> None:
         if self._now is None:
             slots.prefetch(self._orders[:0], 0)
             return
-        sure = np.float32(min(self.coming.inside, MOST_INSIDE))
-        self._send(slots, self._now.predicted, sure, wait, fetches=self.coming.inside >= WORTH_FETCHING)
+        sure = np.float32(self.coming.chances[0])
+        self._send(slots, self._now.keys, sure, wait, fetches=self.coming.inside >= WORTH_FETCHING)
 
     def _send(self, slots: Slots, keys: Keys, chance: Any, wait: Chances, *, fetches: bool) -> None:
         """Orders keys, which the coming step demands with that chance."""
@@ -145,19 +188,13 @@ class Waits(Policy):
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         demanded = self._sets.of(routing)
+        n_demanded = int(np.count_nonzero(demanded))
         if self._now is not None:
-            self._count(self._now.predicted, demanded)
-        for guess in (self._now, self._judged):
-            if guess is not None:
-                guess.rates.learn(guess.predicted, guess.often, demanded)
+            self._tally.add(self._now.found, demanded, self._now.learn(demanded, n_demanded))
+        if self._judged is not None:
+            self._judged.learn(demanded, n_demanded)
         self._now = self._judged = None
-        often = self._often * DECAY
+        often = self._often
+        often *= DECAY
         often += (1 - DECAY) * demanded
-        self._often = np.maximum(often, LEAST, out=often)
-
-    def _count(self, foreseen: Keys, demanded: npt.NDArray[np.bool_]) -> None:
-        predicted, found, both = self._seen
-        predicted[foreseen] += 1
-        found += demanded
-        both[foreseen] += demanded[foreseen]
-        self._n_steps += 1
+        np.maximum(often, LEAST, out=often)

@@ -29,6 +29,8 @@ class Writer:
     """
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        if path.exists() and not path.is_file():  # a device, which naming the temporary would replace
+            raise EdgeError(f"{path} is not a file that could be replaced", "give another -o FILE", usage=True)
         self._path, self.meta = path, meta
         self._steps: list[Step] = []
         self._n_chunks = self.n_steps = 0
