@@ -256,7 +256,7 @@ class Hook:
         ffi, lib = load()
         tensors = np.ascontiguousarray(tensors, dtype=TWIN_TENSOR)
         pointer = ffi.from_buffer("edge_twin_tensor[]", tensors)
-        check(lib.edge_hook_load_twin(self._handle, path.encode(), pointer, len(tensors)))
+        check(lib.edge_hook_load_twin(self._handle, os.fsencode(path), pointer, len(tensors)))
 
     def use_experts(self, which: str) -> bool:
         """Graphs compute with the model's "own" experts, a "twin"'s, or those that are "resident" now. False: it cannot

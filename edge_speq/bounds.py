@@ -92,3 +92,4 @@ class Bounded(Target):
             finally:
                 self._plan, self._slot_bytes = made, self._hook.slot_bytes()
                 self._lookahead.limit(made.k_max)
+                self._lookahead.resized(made.slots)

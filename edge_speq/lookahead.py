@@ -84,6 +84,11 @@ class Lookahead:
         """Drafts at most k_max tokens a step from now on."""
         self._k_max = self._governor.k_max = k_max
 
+    def resized(self, slots: tuple[int, ...]) -> None:
+        """Each group has so many slots from now on."""
+        if self._policy is not None:
+            self._safely(self._policy.resized, slots)
+
     @property
     def name(self) -> str:
         """What the policy knows of later demands."""

@@ -44,15 +44,24 @@ class OwnDraft:
         if not 0 < len(pending) <= self._max_width or room < k:
             return [], None
         own = clone(sampler)
+        context, batch = self._target.lend_context()
         try:
-            return self._sample(pending, past, k, min(k + ahead, room), own, seen)
+            return self._sample(context, batch, pending, past, k, min(k + ahead, room), own, seen)
         finally:
             llama_cpp.llama_sampler_free(own)
             self._hook.use_experts("own")
             self._target.roll_back(1)
 
     def _sample(
-        self, pending: list[int], past: int, k: int, most: int, sampler: Any, seen: Seen | None
+        self,
+        context: Any,
+        batch: Any,
+        pending: list[int],
+        past: int,
+        k: int,
+        most: int,
+        sampler: Any,
+        seen: Seen | None,
     ) -> tuple[list[int], Routing | None]:
         """k tokens, and the routing of `most`: the last of these is decoded for it only."""
         drafted: list[int] = []
@@ -62,7 +71,6 @@ class OwnDraft:
             self._target.require_running()
             if not self._hook.use_experts(self._uses):  # too few experts of a block are in slots
                 break
-            context, batch = self._target.context()
             engine.decode(context, batch, tokens, past, len(tokens), hook=self._hook)
             past += len(tokens)
             shown.add(self._hook.routing())

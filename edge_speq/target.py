@@ -75,8 +75,12 @@ class Target(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         """Tokens that the context holds at most."""
         return self._size
 
-    def context(self) -> tuple[Any, Any]:
-        """Its llama.cpp context and batch, threads set for narrow graphs."""
+    def lend_context(self) -> tuple[Any, Any]:
+        """Its llama.cpp context and batch, threads set for narrow graphs. What the KV cache holds beyond the text is
+        taken out, and the logits at hand will be the borrower's."""
+        self._require_open()
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        self._requires_eval = True  # until a step is verified
         self._ctx.set_n_threads(self.n_threads, self.n_threads)
         return self._ctx, self._batch
 

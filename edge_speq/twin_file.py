@@ -14,6 +14,7 @@ import numpy.typing as npt
 from edge_speq import _native, gguf_file
 from edge_speq.core import EdgeError
 from edge_speq.gguf_file import TYPES, GGUFFile
+from edge_speq.gguf_model import hyperparameter
 
 KIND, EXPERTS_ONLY = "edge_speq.kind", "twin-experts"
 ROUTERS_HASH = "edge_speq.target.routers_sha256"
@@ -47,6 +48,8 @@ def read(path: str | Path, target: GGUFFile) -> TwinFile:
     rows = []
     for name, span in layout.spans(file).items():
         match = EXPERTS.fullmatch(name)
+        if match and int(match[1]) >= _n_layers(target):
+            continue
         like = wanted.get((int(match[1]), match[2])) if match else None
         if match is None or like is None or span.tensor.ne != target.tensors[name].ne:
             raise _of_another(path, f"{name} is not one of its experts")
@@ -77,7 +80,13 @@ def routers_hash(target: GGUFFile) -> str:
 
 def _experts(target: GGUFFile) -> dict[tuple[int, str], str]:
     matches = (EXPERTS.fullmatch(name) for name in target.tensors)
-    return {(int(match[1]), match[2]): match[0] for match in matches if match}
+    n = _n_layers(target)
+    return {(int(match[1]), match[2]): match[0] for match in matches if match and int(match[1]) < n}
+
+
+def _n_layers(target: GGUFFile) -> int:
+    """Without those that predict further tokens, which no graph of ours has."""
+    return hyperparameter(target, "block_count") - hyperparameter(target, "nextn_predict_layers")
 
 
 def _of_another(path: str | Path, why: str) -> EdgeError:

@@ -8,7 +8,7 @@ import pytest
 from edge_speq import presets
 from edge_speq.core import ExpertGroup, Experts
 from edge_speq.presets import Setting
-from edge_speq.presets.duel import Duel
+from edge_speq.presets.duel import DECAYS, Duel, Pool
 from edge_speq.residency import Residency
 
 N_BLOCKS, N_EXPERT, USED = 4, 32, 4
@@ -93,6 +93,43 @@ def test_large_models_are_sampled() -> None:
     assert duel._pools[0].size == duel._pools[0]._kept.size // 4
 
 
+def test_a_pool_gives_up_what_is_worth_least_and_the_wanted_last() -> None:
+    pool, worth = Pool(6, 3), np.array([5, 1, 4, 0, 3, 2], dtype=np.float32)
+
+    def demand(*wanted: int) -> tuple[int, list[int]]:
+        marks = np.isin(np.arange(6), wanted)
+        return pool.demand(marks, lambda: worth), np.flatnonzero(pool._kept).tolist()
+
+    assert demand(0, 1) == (2, [0, 1])
+    assert demand(1, 2) == (1, [0, 1, 2])
+    assert demand(0, 2) == (0, [0, 1, 2])
+    assert demand(3) == (1, [0, 2, 3])  # worth less than what went
+    assert demand(1, 3, 4, 5) == (3, [1, 4, 5])  # more than it holds
+
+
+def test_what_rules_count_is_what_was_demanded() -> None:
+    """However the pools look at it: here the sample is the whole model."""
+    duel, often = Duel(setting(1 / 8)), np.zeros((N_BLOCKS, N_EXPERT))
+    for routing in loops(60):
+        now = np.zeros_like(often)
+        np.put_along_axis(now, routing[:, 0], 1.0, axis=1)
+        often += (1 - DECAYS[1]) * (now - often)
+        duel.observe(routing, 0)
+    np.testing.assert_allclose(duel._often[1].reshape(often.shape), often, rtol=1e-4)
+
+
 def test_auto_without_a_twin_is_the_duel() -> None:
     made = presets.make("auto", setting(1 / 4))
     assert isinstance(made, Duel) and made.name == "auto" and made.sees == "counts"
+
+
+def test_other_slot_counts_are_followed() -> None:
+    duel = Duel(setting(1 / 4))
+    misses(duel, loops(50), 1 / 4)
+    before = duel._pools[0].size
+    duel.resized((EXPERTS.total // 2,))
+    assert duel.setting.slots == (EXPERTS.total // 2,)
+    assert duel._pools[0].size == 2 * before
+    duel.resized((EXPERTS.total // 8,))
+    misses(duel, loops(50), 1 / 8)
+    assert max(int(pool._kept.sum()) for pool in duel._pools) <= EXPERTS.total // 8

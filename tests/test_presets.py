@@ -96,6 +96,36 @@ def test_waits_scores_are_minus_the_expected_wait() -> None:
     assert (slots.orders["deadline"] == slots.orders["block"]).all() and (np.diff(slots.orders["block"]) >= 0).all()
 
 
+def test_waits_reckons_from_both_sets_what_it_says_of_every_expert() -> None:
+    policy, slots = Waits(setting()), Seen()
+    for step in range(6):
+        policy.observe(ids((step, step + 1), (2, 3)), 1)
+    often, (coming, following) = policy._often.reshape(4, 16).copy(), (policy.coming, policy.following)
+    coming.inside, coming.outside, following.inside, following.outside = 0.8, 0.7, 0.6, 0.5
+    policy.foresee(slots, ids((0, 1), (0, 2), (0, 3), (4, 5), (4, 1)), 2)
+    first, second = often * 0.7, np.full_like(often, np.nan)
+    first[:, [0, 1, 2, 3]] = 0.8
+    after = often + 0.2 * (first - often)
+    second = after * 0.5
+    second[:, [1, 4, 5]] = 0.6
+    wait = 1 + (1 - second) / after
+    np.testing.assert_allclose(slots.scores, -wait - np.arange(4)[:, None] / 4, rtol=1e-5)
+    assert policy._now is not None and policy._then is not None
+    assert policy._now.others == pytest.approx(often[:, 4:].sum(), rel=1e-5)
+    assert policy._then.others == pytest.approx(np.delete(after, [1, 4, 5], axis=1).sum(), rel=1e-5)
+
+
+def test_waits_counts_its_foresight_however_long_it_runs() -> None:
+    policy, slots = Waits(setting()), Seen()
+    for _ in range(600):  # more than a byte holds
+        policy.foresee(slots, ids((0, 1), (0, 2)), 1)
+        policy.observe(ids((0, 1), (1, 5)), 1)
+    quality = policy.quality
+    assert quality is not None and (quality.n_steps, quality.n_tokens) == (600, 1200)
+    assert quality.predicted.tolist() == quality.demanded.tolist() == [1800] * 4
+    assert quality.correct.tolist() == [1200] * 4
+
+
 def test_waits_does_not_fetch_for_a_draft_that_is_mostly_wrong() -> None:
     policy, slots = Waits(setting()), Seen()
     policy.coming.inside = 0.4

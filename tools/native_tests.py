@@ -31,7 +31,7 @@ CORE = (
     *("slots", "slot_store", "residency", "split_demand", "prefetch", "layer_ahead"),
     *("balancer", "gate", "link", "faults", "experts"),
 )
-HOOK = ("hook", "hybrid", "own_draft", "cpu_experts", "vocab", "api")
+HOOK = ("hook", "hybrid", "unwatched", "own_draft", "cpu_experts", "vocab", "api")
 TESTS = {
     "test_slots": ("slots",),
     "test_balancer": ("balancer",),

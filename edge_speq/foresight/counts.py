@@ -25,12 +25,16 @@ class Counts:
         self._blocks = np.arange(target.n_blocks)[:, None, None]
 
     def observe(self, routing: npt.NDArray[np.int32]) -> None:
-        self._last[:] = 0
-        self._last[self._blocks, routing] = 1
-        self._often += (1 - self.decay) * (self._last - self._often)
+        often, last = self._often.reshape(-1), self._last.reshape(-1)
+        keys = (self._blocks * self._often.shape[1] + routing).ravel()
+        last.fill(0)
+        last[keys] = 1
+        often *= np.float32(self.decay)
+        often[keys] += np.float32(1 - self.decay)  # once for a key that is there twice
 
     def worth(self) -> npt.NDArray[np.float32]:
-        worth: npt.NDArray[np.float32] = np.float32(0.5) * (self._often + self._last)
+        worth: npt.NDArray[np.float32] = self._often + self._last
+        worth *= np.float32(0.5)
         return worth
 
     def expect(self, draft_routing: npt.NDArray[np.int32] | None) -> npt.NDArray[np.float32] | None:

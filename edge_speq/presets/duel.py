@@ -12,13 +12,15 @@ with one short memory (`lfru`) 0.87 to 1.06 and 0.97 to 1.15 (docs/presets.md, t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_speq import foresight
-from edge_speq.presets.policy import NO_ORDERS, Policy, Routing, Scores, Setting, Slots
+from edge_speq.presets.policy import NO_ORDERS, Policy, Routing, Scores, Sets, Setting, Slots
 
 DECAYS = (0.95, 0.99)  # per step
 LAST = np.float32(0.2)  # that the last step's demand counts on top
@@ -26,26 +28,39 @@ SAMPLE = 1024  # experts at most
 SMOOTHING = 0.97  # per step, of the share of demands that a rule missed
 HYSTERESIS = 0.01
 
+Marks = npt.NDArray[np.bool_]  # by key: block * n_expert + expert
+NO_KEYS: npt.NDArray[np.intp] = np.zeros(0, dtype=np.intp)
+
 
 class Pool:
     """What one rule would keep of the sampled blocks' experts."""
 
-    def __init__(self, shape: tuple[int, int], size: int) -> None:
-        self._kept = np.zeros(shape, dtype=bool)
+    def __init__(self, n_experts: int, size: int) -> None:
+        self._kept = np.zeros(n_experts, dtype=bool)
+        self._n_kept = 0
         self.size = size
 
-    def demand(self, wanted: npt.NDArray[np.bool_], worth: Scores) -> int:
+    def demand(self, wanted: Marks, worth: Callable[[], Scores]) -> int:
         """Misses of a step. What is worth least makes room, what was wanted last of all."""
-        n = int(np.count_nonzero(wanted & ~self._kept))
+        n = int(np.count_nonzero(wanted > self._kept))
         if not n:
             return 0
-        self._kept |= wanted
-        over = int(np.count_nonzero(self._kept)) - self.size
+        over = self._n_kept + n - self.size
         if over > 0:
-            price = worth + (np.ptp(worth) + np.float32(1)) * wanted
-            price[~self._kept] = np.inf
-            self._kept.ravel()[np.argpartition(price.ravel(), over - 1)[:over]] = False
+            over -= self._drop(over, self._kept > wanted, worth)
+        self._kept |= wanted
+        if over > 0:
+            self._drop(over, self._kept, worth)
+        self._n_kept = min(self._n_kept + n, self.size)
         return n
+
+    def _drop(self, most: int, of: Marks, worth: Callable[[], Scores]) -> int:
+        """How many went."""
+        keys = of.nonzero()[0]
+        if most < len(keys):
+            keys = keys[np.argpartition(worth()[keys], most - 1)[:most]]
+        self._kept[keys] = False
+        return len(keys)
 
 
 class Duel(Policy):
@@ -55,16 +70,16 @@ class Duel(Policy):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         experts = setting.experts
-        shape = experts.n_blocks, experts.n_expert
-        self._often = [np.zeros(shape, dtype=np.float32) for _ in DECAYS]
-        self._used, self._last = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-        self._turn = (np.arange(experts.n_blocks, dtype=np.float32) / max(1, experts.n_blocks))[:, None]
-        self._blocks = np.arange(experts.n_blocks)[:, None, None]
+        self._sets = Sets(experts)
+        self._shape = experts.n_blocks, experts.n_expert
+        self._often = [np.zeros(experts.total, dtype=np.float32) for _ in DECAYS]
+        self._last = NO_KEYS  # that the last step demanded, some perhaps twice
         self._sampled = slice(None, None, max(1, -(-experts.total // SAMPLE)))
-        rows = len(self._used[self._sampled])
-        size = max(experts.n_expert_used, sum(setting.slots) * rows // max(1, experts.n_blocks))
-        self._pools = [Pool((rows, experts.n_expert), size) for _ in range(1 + len(DECAYS))]
-        self._missed = np.zeros(len(self._pools))
+        turn = np.arange(experts.n_blocks, dtype=np.float32)[self._sampled] / np.float32(max(1, experts.n_blocks))
+        self._turn = np.repeat(turn, experts.n_expert)
+        self._used, self._latest = np.zeros_like(self._turn), np.zeros_like(self._turn)  # of the sample
+        self._pools = [Pool(len(self._turn), self._pool_size()) for _ in range(1 + len(DECAYS))]
+        self._missed = [0.0] * len(self._pools)
         self._n_steps, self._weight = 0, 0.0
         self._best = 0
         self._counts = foresight.Counts(experts)
@@ -75,11 +90,27 @@ class Duel(Policy):
         """The one that slots follow now."""
         return "lru" if self._best == 0 else f"frequency over {1 / (1 - DECAYS[self._best - 1]):.0f} steps"
 
+    def _pool_size(self) -> int:
+        """In proportion to the slots."""
+        return max(
+            self.setting.experts.n_expert_used,
+            sum(self.setting.slots) * len(self._turn) // max(1, self.setting.experts.total),
+        )
+
+    def resized(self, slots: tuple[int, ...]) -> None:
+        super().resized(slots)
+        for pool in self._pools:
+            pool.size = self._pool_size()
+
     def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         if self._admits:
             slots.scores[:] = self._counts.worth()
+        elif self._best:
+            scores = slots.scores.reshape(-1)
+            scores[:] = self._often[self._best - 1]
+            scores[self._last] += LAST
         else:
-            slots.scores[:] = self._worth(self._best) if self._best else 0  # among equals the last used stay
+            slots.scores.fill(0)  # among equals the last used stay
         slots.prefetch(NO_ORDERS, 0)
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:
@@ -89,30 +120,39 @@ class Duel(Policy):
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         self._n_steps += 1
-        now = np.zeros_like(self._last)
-        now[self._blocks, routing] = 1
-        self._judge(now[self._sampled] > 0)
+        keys = self._sets.keys(routing)
+        now = np.zeros(self._often[0].shape, dtype=bool)
+        now[keys] = True
+        wanted = self._of_sample(now)
+        self._judge(wanted)
         for decay, often in zip(DECAYS, self._often, strict=True):
-            often[:] += np.float32(1 - decay) * (now - often)
-        np.copyto(self._used, self._n_steps + self._turn, where=now > 0)
-        self._last = now
+            np.multiply(often, np.float32(decay), out=often)
+            often[keys] += np.float32(1 - decay)  # once for a key that is there twice
+        np.copyto(self._used, self._n_steps + self._turn, where=wanted)
+        np.multiply(wanted, LAST, out=self._latest)
+        self._last = keys
         self._counts.observe(routing)
 
-    def _judge(self, wanted: npt.NDArray[np.bool_]) -> None:
+    def _of_sample(self, by_key: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return by_key.reshape(self._shape)[self._sampled].flatten()  # a copy, whatever the sample is
+
+    def _judge(self, wanted: Marks) -> None:
         """By what was known before the step. Where that demands more than the slots hold, LRU gives up just what comes
         next: pools that look at whole steps do not see it."""
         total = max(1, int(np.count_nonzero(wanted)))
-        missed = [pool.demand(wanted, self._worth(i, self._sampled)) / total for i, pool in enumerate(self._pools)]
+        missed = [pool.demand(wanted, partial(self._worth, i)) / total for i, pool in enumerate(self._pools)]
         if total > self._pools[0].size:
             missed[0] = 1.0
         self._weight = min(self._weight + 1, 1 / (1 - SMOOTHING))
-        self._missed += (np.array(missed) - self._missed) / self._weight
-        best = int(np.argmin(self._missed))
+        self._missed = [old + (new - old) / self._weight for old, new in zip(self._missed, missed, strict=True)]
+        best = min(range(len(missed)), key=self._missed.__getitem__)
         if self._missed[best] < (1 - HYSTERESIS) * self._missed[self._best]:
             self._best = best
 
-    def _worth(self, rule: int, rows: slice = slice(None)) -> Scores:
+    def _worth(self, rule: int) -> Scores:
+        """Of the sample."""
         if rule == 0:
-            return self._used[rows]
-        worth: Scores = self._often[rule - 1][rows] + LAST * self._last[rows]
+            return self._used
+        worth: Scores = self._of_sample(self._often[rule - 1])
+        worth += self._latest
         return worth

@@ -94,6 +94,10 @@ class Policy:
     def verifying(self, tokens: Sequence[int]) -> None:
         """Said before `foresee`: the ids of the last token of text and of the drafted ones after it."""
 
+    def resized(self, slots: tuple[int, ...]) -> None:
+        """The slots of each group are others from now on."""
+        self.setting = dataclasses.replace(self.setting, slots=slots)
+
     @property
     def expert_budget(self) -> int:
         """Experts that a verify step runs of a block at most, 0 for no such bound: lossy."""
@@ -175,7 +179,7 @@ NO_ORDERS: npt.NDArray[Any] = np.zeros(0, dtype=_native.ORDER)
 
 
 class Sets:
-    """Sets of experts from routing, as booleans by key."""
+    """Sets of experts from routing, as booleans by key: block * n_expert + expert."""
 
     def __init__(self, experts: Experts) -> None:
         self._total = experts.total
@@ -183,5 +187,10 @@ class Sets:
 
     def of(self, routing: Routing) -> npt.NDArray[np.bool_]:
         found = np.zeros(self._total, dtype=bool)
-        found[(self._first[: len(routing)] + routing).ravel()] = True
+        found[self.keys(routing)] = True
         return found
+
+    def keys(self, routing: Routing) -> npt.NDArray[np.intp]:
+        """Of every choice of every token, so that some come twice."""
+        keys: npt.NDArray[np.intp] = (self._first[: len(routing)] + routing).ravel()
+        return keys

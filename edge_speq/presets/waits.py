@@ -85,20 +85,20 @@ class Tally:
 
     def add(self, predicted: Marks, demanded: Marks, both: Marks) -> None:
         if self._n == FULL:
-            self._sum()
+            self._sums += self._of_blocks()
+            self._bytes.fill(0)
+            self._n = 0
         for count, marks in zip(self._bytes, (predicted, demanded, both), strict=True):
-            count += marks.view(np.uint8)
+            np.add(count, marks.view(np.uint8), out=count)
         self._n += 1
         self.n_steps += 1
 
-    def _sum(self) -> None:
-        self._sums += self._bytes.reshape(3, *self._by_block).sum(axis=2, dtype=np.int64)
-        self._bytes.fill(0)
-        self._n = 0
+    def _of_blocks(self) -> npt.NDArray[np.int64]:
+        sums: npt.NDArray[np.int64] = self._bytes.reshape(3, *self._by_block).sum(axis=2, dtype=np.int64)
+        return sums
 
     def quality(self) -> foresight.Quality:
-        self._sum()
-        predicted, demanded, correct = self._sums.copy()
+        predicted, demanded, correct = self._sums + self._of_blocks()
         return foresight.Quality(predicted, demanded, correct, self.n_tokens, self.n_steps)
 
 
@@ -115,6 +115,7 @@ class Waits(Policy):
         self._often = np.full(experts.total, experts.n_expert_used / max(1, experts.n_expert), dtype=np.float32)
         turn = np.repeat(np.arange(experts.n_blocks) / experts.n_blocks, experts.n_expert)
         self._minus_turn = -turn.astype(np.float32)
+        self._after, self._steps = np.empty_like(self._often), np.empty_like(self._often)  # new memory costs a pass
         self._orders = order_of_each(experts)
         self.coming, self.following = Rates(0.9), Rates(0.6)
         self._now: Guess | None = None
@@ -138,21 +139,21 @@ class Waits(Policy):
     def _wait(self, draft_routing: Routing | None, width: int) -> Chances:
         """Steps after the block's turn in the coming one. Outside of the predicted sets all chances are the frequency
         times a number, so what is reckoned for every expert is little: each pass over all of them takes time."""
-        often = self._often
+        often, after, wait = self._often, self._after, self._steps
         if draft_routing is None or not draft_routing.shape[1]:
-            return np.reciprocal(often)
+            return np.reciprocal(often, out=wait)
         self._now = now = self._guess(draft_routing[:, :width], self.coming)
         self._tally.n_tokens += draft_routing.shape[1]
         inside, outside = now.rates.chances
         kept = DECAY + (1 - DECAY) * np.float32(outside)
-        after = often * kept  # the frequency as the coming step is expected to leave it
+        np.multiply(often, kept, out=after)  # the frequency as the coming step is expected to leave it
         foreseen = often[now.keys]
         foreseen_sum = float(foreseen.sum())
         now.others = float(often.sum()) - foreseen_sum
         foreseen *= DECAY
         foreseen += (1 - DECAY) * np.float32(inside)
         after[now.keys] = foreseen
-        wait = np.reciprocal(after)
+        np.reciprocal(after, out=wait)
         if draft_routing.shape[1] > width:
             self._then = then = self._guess(draft_routing[:, width : 2 * width], self.following)
             near = after[then.keys]
@@ -196,5 +197,5 @@ class Waits(Policy):
         self._now = self._judged = None
         often = self._often
         often *= DECAY
-        often += (1 - DECAY) * demanded
+        often += np.multiply(demanded, 1 - DECAY, out=self._after)
         np.maximum(often, LEAST, out=often)

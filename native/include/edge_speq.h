@@ -181,8 +181,8 @@ EDGE_API int edge_hook_load_twin(edge_hook * hook, const char * path, const edge
 // Between graphs. ready: whether it was done; not where a block has too few experts in slots.
 EDGE_API int edge_hook_use_experts(edge_hook * hook, int32_t which, bool * ready);
 
-// Lossy: graphs of more than one token that slots serve run at most so many experts a block, those that its routers
-// give most to, summed over the tokens. 0: no such bound. Between graphs.
+// Lossy: graphs of more than one token that slots serve run at most so many experts a block, those of the greatest sum,
+// over the tokens, of what routers choose by: probabilities, in gpt-oss and llama4 logits. 0: no such bound. Between graphs.
 EDGE_API int edge_hook_use_budget(edge_hook * hook, int32_t n_experts);
 
 // Tells that the device is idle: the slots of the last block may be reused, and the routing of the last
@@ -190,7 +190,8 @@ EDGE_API int edge_hook_use_budget(edge_hook * hook, int32_t n_experts);
 // the graph, which ended it with llama_decode's status 2, surfaces here.
 EDGE_API int edge_hook_end_step(edge_hook * hook);
 
-// From any thread: ends the graph that runs, or the next one, at its next block. No effect without slots.
+// From any thread: ends the graph that runs, or the next one, at its next block. No effect without slots, on drafting
+// graphs, and once everything is in slots: nothing is asked of the host then, so these run to their end.
 EDGE_API int edge_hook_cancel(edge_hook * hook);
 
 // Routing of the last graph before edge_hook_end_step: ids points to [n_blocks, max_width, n_expert_used] expert

@@ -176,52 +176,15 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
     }
     const int32_t group = table_.blocks[static_cast<size_t>(number)].group;
     const edge::SlotStore & store = residency_->store();
+    if (experts_ == EDGE_EXPERTS_RESIDENT && selected_ != number) { // chosen by something else than a router's scores
+        own_draft_.keep_wanted(ctx, gf, route, number);
+        return; // where they lie
+    }
     block.up      = store.tensor(group, edge::role_up);
     block.gate    = store.tensor(group, edge::role_gate);
     block.down    = store.tensor(group, edge::role_down);
     block.gate_up = store.tensor(group, edge::role_gate_up);
     block.ids     = finds_slots() ? own_draft_.slots_of(ctx, route, number) : route;
-}
-
-// What a router chooses by, in graphs that are ours.
-ggml_tensor * edge_hook::select(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, const ggml_tensor * down) {
-    const int32_t number = table_.find(down);
-    const int64_t width  = probs->ne[1];
-    if (number < 0 || width > widest() || probs->ne[0] != table_.n_expert) {
-        return probs;
-    }
-    if (experts_ == EDGE_EXPERTS_RESIDENT) {
-        return own_draft_.restricted(ctx, gf, probs, number);
-    }
-    return experts_ == EDGE_EXPERTS_OWN && width > 1 && budget_ > 0 ? edge::within_budget(ctx, probs, budget_) : probs;
-}
-
-void edge_hook::use_budget(int32_t n_experts) {
-    if (n_experts != 0 && (n_experts < table_.n_expert_used || n_experts > table_.n_expert)) {
-        throw edge::Error(EDGE_ERR_ARGUMENT, "a verify step cannot do with " + std::to_string(n_experts) + " experts: " +
-                                                 std::to_string(table_.n_expert_used) + " to " + std::to_string(table_.n_expert) + " can");
-    }
-    if (std::exchange(budget_, n_experts) != n_experts) {
-        set_on_model();
-    }
-}
-
-// The two graphs of a drafting model alternate: neither may be taken for the other.
-bool edge_hook::use_experts(int32_t which) {
-    if (which != EDGE_EXPERTS_OWN && (!residency_ || !residency_->serving())) {
-        return false;
-    }
-    if (which == EDGE_EXPERTS_TWIN && !own_draft_.has_twin()) {
-        throw edge::Error(EDGE_ERR_ARGUMENT, "no twin is loaded");
-    }
-    if (which == EDGE_EXPERTS_RESIDENT && !own_draft_.restrict_to(*residency_)) {
-        residency_->end_step(); // what it had begun to hold
-        return false;
-    }
-    if (std::exchange(experts_, which) != which) {
-        set_on_model();
-    }
-    return true;
 }
 
 // Called before any node that follows has been sent to the backend; what is queued here runs before them. Returning
@@ -319,39 +282,6 @@ void edge_hook::end_step() {
     }
 }
 
-// Where everything is in slots, and so will never leave them, graphs look up the slots themselves from now on: no block waits
-// for the host.
-void edge_hook::settle() {
-    if (residency_->complete()) {
-        own_draft_.tabulate(*residency_);
-        residency_->end_step(); // for what was lent
-        settled_ = true;
-        set_on_model();
-    }
-}
-
-void edge_hook::end_settled_step() {
-    n_tokens_ = width_;
-    if (n_tokens_ > 0) {
-        ggml_backend_tensor_get(leaf_, host_routing_, 0, ggml_nbytes(leaf_));
-        for (int32_t block = 0; block < static_cast<int32_t>(table_.blocks.size()); ++block) {
-            residency_->used(block, routing_of(block), n_tokens_ * table_.n_expert_used);
-        }
-    }
-    residency_->end_step();
-}
-
-// No block of a draft step came by here: its routing is still in the leaf, or, where routers were restricted, beside it.
-void edge_hook::end_draft_step() {
-    residency_->end_step();
-    n_tokens_ = width_;
-    if (n_tokens_ > 0 && experts_ == EDGE_EXPERTS_RESIDENT) {
-        own_draft_.read_wanted(host_routing_);
-    } else if (n_tokens_ > 0) {
-        ggml_backend_tensor_get(leaf_, host_routing_, 0, ggml_nbytes(leaf_));
-    }
-}
-
 int32_t edge_hook::widest_served(const int32_t * slots) const {
     int32_t width = max_width_;
     for (size_t g = 0; g < table_.groups.size(); ++g) {
@@ -365,6 +295,7 @@ int32_t edge_hook::widest_served(const int32_t * slots) const {
 void edge_hook::resize(const std::vector<int32_t> & slots) {
     served_width_ = 0;
     settled_      = false;
+    experts_      = EDGE_EXPERTS_OWN; // slots lie elsewhere
     set_on_model();
     residency_->resize(slots);
     served_width_ = widest_served(slots.data());

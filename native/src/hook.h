@@ -33,7 +33,7 @@ struct edge_hook {
     void resize(const std::vector<int32_t> & slots);
     bool use_experts(int32_t which); // from the next graph on; false: it cannot be done now
     void use_budget(int32_t n_experts);
-    void load_twin(const char * path, const edge_twin_tensor * tensors, int32_t n) { own_draft_.load_twin(path, tensors, n); }
+    void load_twin(const char * path, const edge_twin_tensor * tensors, int32_t n);
     void cancel() noexcept { cancelled_ = true; }
 
     const int32_t * routing_ids() const { return routing_; }
@@ -49,6 +49,8 @@ private:
     void settle();
     void end_settled_step();
     void end_draft_step();
+    bool all_known(int32_t n_tokens) const;
+    void forget_routing();
     void serve(ggml_backend_t backend, ggml_tensor * route, int32_t number);
     bool splits_this_step();
     void forget_split();
@@ -90,6 +92,7 @@ private:
     bool                             splits_ = false;    // the running graph between its experts and their sum
     uint64_t                         n_steps_ = 0;
     bool                             graph_fits_ = false; // the graph that is built, or was last, is narrow enough
+    int32_t                          selected_ = -1;      // block whose router select() saw last
     int32_t                          width_ = 0;          // its tokens, 0 unless every block has all of them
     size_t                           n_served_ = 0;      // blocks whose experts the running graph took from slots
     int32_t                          n_tokens_ = 0;      // rows of routing that are complete

@@ -6,15 +6,16 @@
 #include "residency.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
-#include <limits>
 #include <string>
 
 namespace edge {
 
 namespace {
 
-constexpr float out_of_reach = -1e30F;         // finite, so that nothing becomes a NaN
+constexpr float out_of_reach = -1e30F; // finite, so that nothing becomes a NaN
+constexpr float least_score  = -1e20F; // of what a router has ruled out itself, with -INF: still before what is out of reach
 constexpr size_t piece       = size_t{ 4 } << 20; // bytes that are read at once
 
 ggml_context_ptr make_context(size_t n_tensors) {
@@ -34,11 +35,31 @@ ggml_backend_buffer_ptr allocate(ggml_context * ctx, ggml_backend_buffer_type_t 
     return buffer;
 }
 
-void require_type(const edge_twin_tensor & tensor, const ggml_tensor & like) {
+// Whether experts of this type can be multiplied with where they are going to lie.
+bool multiplies(ggml_backend_buffer_type_t buft, ggml_type type, const ggml_tensor & like) {
+    const bool weights = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 ||
+                         (ggml_is_quantized(type) && type != GGML_TYPE_Q8_1 && type != GGML_TYPE_Q8_K); // those two are for activations
+    if (!weights) {
+        return false;
+    }
+    ggml_context_ptr ctx = make_context(4);
+    ggml_tensor * op = ggml_mul_mat_id(ctx.get(), ggml_new_tensor_3d(ctx.get(), type, like.ne[0], like.ne[1], like.ne[2]),
+                                       ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, like.ne[0], 1, 1), ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 1));
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(buft);
+    return device == nullptr || ggml_backend_dev_supports_op(device, op);
+}
+
+void require_type(ggml_backend_buffer_type_t buft, const edge_twin_tensor & tensor, const ggml_tensor & like) {
     const bool known = tensor.type >= 0 && tensor.type < GGML_TYPE_COUNT && ggml_blck_size(static_cast<ggml_type>(tensor.type)) > 0;
-    if (!known || like.ne[0] % ggml_blck_size(static_cast<ggml_type>(tensor.type)) != 0) {
+    if (!known || like.ne[0] % ggml_blck_size(static_cast<ggml_type>(tensor.type)) != 0 ||
+        !multiplies(buft, static_cast<ggml_type>(tensor.type), like)) {
         throw Error(EDGE_ERR_UNSUPPORTED, std::string("a twin of ") + like.name + " cannot be of type " + std::to_string(tensor.type));
     }
+}
+
+// What a router has ruled out is -INF in some architectures.
+ggml_tensor * finite(ggml_context * ctx, ggml_tensor * probs) {
+    return ggml_clamp(ctx, probs, least_score, -least_score);
 }
 
 void read(std::ifstream & file, const std::string & path, uint64_t offset, ggml_tensor * into) {
@@ -81,7 +102,7 @@ void OwnDraft::load_twin(const char * path, const edge_twin_tensor * tensors, in
         if (like == nullptr || twins[static_cast<size_t>(tensor.block)][static_cast<size_t>(tensor.role)] != nullptr) {
             throw Error(EDGE_ERR_ARGUMENT, "the model has no such expert tensor, or the twin has it twice");
         }
-        require_type(tensor, *like);
+        require_type(buft_, tensor, *like);
         made.push_back(ggml_new_tensor_3d(ctx.get(), static_cast<ggml_type>(tensor.type), like->ne[0], like->ne[1], like->ne[2]));
         ggml_format_name(made.back(), "edge_twin-%d-%d", tensor.block, tensor.role);
         twins[static_cast<size_t>(tensor.block)][static_cast<size_t>(tensor.role)] = made.back();
@@ -95,7 +116,7 @@ void OwnDraft::load_twin(const char * path, const edge_twin_tensor * tensors, in
     }
     ggml_backend_buffer_ptr buffer = allocate(ctx.get(), buft_, "the twin's experts");
     ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    std::ifstream file(path, std::ios::binary);
+    std::ifstream file(std::filesystem::u8path(path), std::ios::binary);
     if (!file) {
         throw Error(EDGE_ERR_ARGUMENT, std::string("cannot read ") + path);
     }
@@ -110,11 +131,14 @@ void OwnDraft::load_twin(const char * path, const edge_twin_tensor * tensors, in
 void OwnDraft::find_residents(Residency & residency) {
     size_t at = 0;
     for (int32_t block = 0; block < static_cast<int32_t>(table_.blocks.size()); ++block) {
+        int32_t * slots = host_slots_.data() + at;
+        int32_t some = 0;
         for (int32_t expert = 0; expert < table_.n_expert; ++expert, ++at) {
-            const int32_t slot = residency.lend(block, expert);
-            host_mask_[at]  = slot == SlotPool::none ? out_of_reach : 0.0F;
-            host_slots_[at] = slot == SlotPool::none ? 0 : slot;
+            slots[expert]  = residency.lend(block, expert);
+            host_mask_[at] = slots[expert] == SlotPool::none ? out_of_reach : 0.0F;
+            some = slots[expert] == SlotPool::none ? some : slots[expert];
         }
+        std::replace(slots, slots + table_.n_expert, SlotPool::none, some); // never chosen; were it, one that stays
     }
 }
 
@@ -137,9 +161,17 @@ bool OwnDraft::restrict_to(Residency & residency) {
 
 ggml_tensor * OwnDraft::restricted(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, int32_t block) const {
     const auto at = static_cast<size_t>(block);
-    ggml_tensor * wanted = ggml_view_2d(ctx, wanted_, wanted_->ne[0], probs->ne[1], wanted_->nb[1], at * wanted_->nb[2]);
-    ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_argsort_top_k(ctx, probs, table_.n_expert_used), wanted));
-    return ggml_add(ctx, probs, ggml_view_2d(ctx, mask_, mask_->ne[0], 1, mask_->nb[1], at * mask_->nb[1]));
+    keep_wanted(ctx, gf, ggml_argsort_top_k(ctx, probs, table_.n_expert_used), block);
+    return ggml_add(ctx, finite(ctx, probs), ggml_view_2d(ctx, mask_, mask_->ne[0], 1, mask_->nb[1], at * mask_->nb[1]));
+}
+
+void OwnDraft::keep_wanted(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * ids, int32_t block) const {
+    ggml_tensor * wanted = ggml_view_2d(ctx, wanted_, wanted_->ne[0], ids->ne[1], wanted_->nb[1], static_cast<size_t>(block) * wanted_->nb[2]);
+    ggml_build_forward_expand(gf, ggml_cpy(ctx, ids, wanted));
+}
+
+void OwnDraft::forget_wanted() {
+    ggml_backend_tensor_memset(wanted_, 0xFF, 0, ggml_nbytes(wanted_));
 }
 
 ggml_tensor * OwnDraft::slots_of(ggml_context * ctx, ggml_tensor * ids, int32_t block) const {
@@ -162,11 +194,12 @@ uint64_t OwnDraft::bytes() const {
 
 ggml_tensor * within_budget(ggml_context * ctx, ggml_tensor * probs, int32_t budget) {
     const int64_t n_expert = probs->ne[0];
+    probs = finite(ctx, probs);
     ggml_tensor * by_expert = ggml_cont(ctx, ggml_transpose(ctx, probs));          // [n_tokens, n_expert]
     ggml_tensor * mass      = ggml_reshape_2d(ctx, ggml_sum_rows(ctx, by_expert), n_expert, 1);
     ggml_tensor * chosen    = ggml_argsort_top_k(ctx, mass, budget);              // [budget, 1]
-    ggml_tensor * nothing   = ggml_reshape_2d(ctx, ggml_scale_bias(ctx, mass, 0.0F, out_of_reach), 1, n_expert);
-    ggml_tensor * zeros     = ggml_scale_bias(ctx, ggml_view_2d(ctx, mass, 1, budget, mass->nb[0], 0), 0.0F, 0.0F);
+    ggml_tensor * nothing   = ggml_reshape_2d(ctx, ggml_fill(ctx, mass, out_of_reach), 1, n_expert);
+    ggml_tensor * zeros     = ggml_fill(ctx, ggml_view_2d(ctx, mass, 1, budget, mass->nb[0], 0), 0.0F);
     ggml_tensor * mask      = ggml_set_rows(ctx, nothing, zeros, ggml_reshape_1d(ctx, ggml_cont(ctx, chosen), budget));
     return ggml_add(ctx, probs, ggml_reshape_2d(ctx, mask, n_expert, 1));
 }

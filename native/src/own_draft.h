@@ -32,6 +32,8 @@ public:
     bool restrict_to(Residency & residency);
     // probs with what is not in a slot out of reach; what the router would have chosen is kept for routing().
     ggml_tensor * restricted(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, int32_t block) const;
+    void keep_wanted(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * ids, int32_t block) const; // ids are free of restrictions
+    void forget_wanted(); // ids of -1: a graph that ends early leaves them
     ggml_tensor * slots_of(ggml_context * ctx, ggml_tensor * ids, int32_t block) const; // ids: contiguous
 
     void read_wanted(int32_t * ids) const; // [n_blocks, max_width, n_expert_used] of the last graph

@@ -137,6 +137,8 @@ void settled_slots_are_not_asked_for(Run & run, llama_model * model, const std::
         int32_t n = 0;
         OK(edge_hook_routing(run.hook, &ids, &n));
         CHECK(n > 0 && ids[0] >= 0);
+        OK(edge_hook_end_step(run.hook)); // of no graph
+        CHECK(counts(run.hook) == before);
     }
 }
 
@@ -231,7 +233,27 @@ void bad_twins_are_statuses(llama_model * model, const std::vector<edge_twin_ten
     OK(edge_test_fail(EDGE_FAULT_ALLOCATION, 1));
     CHECK(load(twin, path) == EDGE_ERR_MEMORY);
     CHECK(edge_hook_use_experts(hook, EDGE_EXPERTS_TWIN, &ready) == EDGE_ERR_ARGUMENT); // none of them counts
+    for (const int32_t type : { GGML_TYPE_I8, GGML_TYPE_I32, GGML_TYPE_F64, GGML_TYPE_Q8_1, GGML_TYPE_Q8_K }) { // nothing multiplies with them
+        CHECK(load(changed([&](edge_twin_tensor & t) { t.type = type; }), path) == EDGE_ERR_UNSUPPORTED);
+    }
     OK(load(twin, path));
+    {
+        Run run(model, hook);
+        OK(edge_hook_use_experts(hook, EDGE_EXPERTS_TWIN, &ready));
+        CHECK(ready && run.decode({ text[0] }) == 0);
+        OK(edge_hook_end_step(hook));
+        CHECK(load(twin, path) == EDGE_ERR_ARGUMENT); // while it is in use
+        OK(edge_hook_use_experts(hook, EDGE_EXPERTS_OWN, &ready));
+        OK(load(twin, path)); // in place of the first
+        OK(edge_hook_use_experts(hook, EDGE_EXPERTS_TWIN, &ready));
+        CHECK(ready && run.decode({ text[1] }) == 0);
+        OK(edge_hook_end_step(hook));
+        const std::vector<int32_t> slots = slots_of(model, 1);
+        OK(edge_hook_resize(hook, slots.data(), static_cast<int32_t>(slots.size())));
+        CHECK(run.decode({ text[2] }) == 0); // with its own experts again
+        OK(edge_hook_end_step(hook));
+        CHECK(counts(hook).misses > 0);
+    }
     OK(edge_hook_detach(hook));
 }
 
