@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -27,15 +29,13 @@ class Acceptance:
         self._long, self._short = np.zeros((2, n)), np.zeros((2, n))  # tried, matched; by place
         self._long[:, 0] = BELIEVED, BELIEVED * EXPECTED
         self._more = self._less = 0.0
-        self._p: Chances | None = None  # chances(), while they stand
-        self._doubt: Chances | None = None  # doubt(), likewise
-        self._tokens: Chances | None = None  # tokens(), likewise
+        self._known: dict[str, Chances] = {}  # what follows from the counts, while they stand
 
     def observe(self, accepted: int, *, mismatch: bool) -> bool:
         """One step. Whether the class of text seems to have changed."""
         n = min(accepted + mismatch, self._long.shape[1])
         p = self.chances()
-        self._p = None
+        self._known.clear()
         self._long *= MEMORY
         self._short *= RECENT
         for counts in (self._long, self._short):
@@ -46,7 +46,7 @@ class Acceptance:
         self._less = max(0.0, self._less - surprise - SLACK * n)
         if max(self._more, self._less) < ALARM:
             return False
-        self._long[:], self._p = self._short, None
+        self._long[:] = self._short
         self._more = self._less = 0.0
         return True
 
@@ -55,29 +55,42 @@ class Acceptance:
         tried = self._long[0, 0]
         if tried > AFTER_BREAK:
             self._long *= AFTER_BREAK / tried
-            self._p = None
+            self._known.clear()
 
     def chances(self) -> Chances:
-        if self._p is None:
-            found, before, trust = [], EXPECTED, 1.0
-            for tried, matched in zip(*self._long.tolist(), strict=True):
-                before = (matched + trust * before) / (tried + trust)
-                found.append(before)
-                trust = TRUST
-            self._p = np.array(found)
-        return self._p
+        return self._once("chances", self._chances)
 
-    def tokens(self, shift: float = 0.0) -> Chances:
-        """Expected tokens of a step with 0, 1, ... drafted ones, the target's own included. shift: standard deviations
-        that all chances are moved by."""
-        p = self.chances()
-        if shift:
-            p = (p + shift * np.sqrt(p * (1 - p) / (self._long[0] + TRUST))).clip(0.0, 1.0)
-        return np.concatenate([[1.0], 1.0 + np.cumsum(np.cumprod(p))])
+    def tokens(self) -> Chances:
+        """Expected tokens of a step with 0, 1, ... drafted ones, the target's own included."""
+        return self._once("tokens", lambda: self._tokens(self.chances()))
 
     def doubt(self) -> Chances:
         """Standard deviation of the logarithm of tokens()."""
-        return np.log(self.tokens(1.0) / self.tokens(-1.0)) / 2
+        return self._once("doubt", self._doubt)
+
+    def _once(self, name: str, make: Callable[[], Chances]) -> Chances:
+        """While nothing is drafted nothing here changes."""
+        if name not in self._known:
+            self._known[name] = make()
+        return self._known[name]
+
+    def _chances(self) -> Chances:
+        found, before, trust = [], EXPECTED, 1.0
+        for tried, matched in zip(*self._long.tolist(), strict=True):
+            before = (matched + trust * before) / (tried + trust)
+            found.append(before)
+            trust = TRUST
+        return np.array(found)
+
+    @staticmethod
+    def _tokens(p: Chances) -> Chances:
+        return np.concatenate([[1.0], 1.0 + np.cumsum(np.cumprod(p))])
+
+    def _doubt(self) -> Chances:
+        p = self.chances()
+        deviation = np.sqrt(p * (1 - p) / (self._long[0] + TRUST))
+        more, less = (self._tokens((p + shift).clip(0.0, 1.0)) for shift in (deviation, -deviation))
+        return np.log(more / less) / 2
 
     def likely(self, least: float) -> int:
         """Places whose token is right with at least that chance, all before it included."""

@@ -8,8 +8,10 @@ roofline (MoE-SpeQ, arXiv 2511.14102) where costs are known.
 Test and set: the length in force gives way to one that was tried and is better by HYSTERESIS and some of the doubt.
 Tried is what may be better by as much, all doubt in its favour; so a length that clearly lost is left alone for long.
 A trial ends as soon as there is no such hope. What trials cost more than the length in force would have is counted,
-and bounded to SHARE of all time. Between no draft and a draft trials also back off: each that changes nothing doubles
-the steps until the next. A change of acceptance, which another class of text shows itself by, undoes that.
+and bounded to SHARE of all time. So is what the first step of one takes, in which the draft reads the text; nobody
+knows that before the first trial, so that one is not bounded. Between no draft and a draft trials also back off: each
+that changes nothing doubles the steps until the next. A change of acceptance, which another class of text shows
+itself by, undoes that.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ FIRST = 6  # steps without a draft to begin with, after one that is not counted
 TRIAL, TRIAL_LEAST, TRIAL_MOST = 3, 2, 16  # steps of a trial: before it can win, before it can lose, in all
 BACK_OFF, BACK_OFF_MAX = 8, 384  # steps until the other one of draft and no draft is tried; doubles
 HYSTERESIS = 0.03
-AT_ONCE = 8  # steps without a draft
+AT_ONCE = 16  # steps without a draft
 SURE = 0.5  # standard deviations by which a trial has to win
 HOPE = 1.0  # standard deviations in favour of one
 SHARE, CREDIT = 0.015, 1.5  # of all seconds, that trials may cost; and steps' worth of that to begin with
@@ -59,7 +61,8 @@ class Governor:
         self._failed = False  # the last trial of a draft did
         self._last = -1  # length of the step before
         self._seconds = self._lost = self._trial_lost = 0.0
-        self._sum, self._n_summed = 0.0, 0  # seconds of steps that were not looked at yet
+        self._start = 0.0  # seconds that a trial of a draft took to begin: the draft read the text
+        self._sum, self._squares, self._n_summed = 0.0, 0.0, 0  # seconds of steps that were not looked at yet
 
     def expect(self, relative: Sequence[float]) -> None:
         """Seconds of steps with 0, 1, ... drafted tokens, relative to the first, as far as costs are known."""
@@ -107,34 +110,40 @@ class Governor:
 
     def _measure(self, k: int, seconds: float) -> None:
         self._seconds += seconds
+        settled, before, self._last = k == self._last, self._last, k
         if self._trying == k:
-            self._charge(k, seconds)
-        settled, self._last = k == self._last, k
+            self._charge(k, seconds, begins=not settled and before == 0)
         if not settled:  # it rebuilds graphs, and the draft reads what was written without it
-            self._sum, self._n_summed = 0.0, 0
+            self._sum, self._squares, self._n_summed = 0.0, 0.0, 0
             return
-        self._sum, self._n_summed = self._sum + seconds, self._n_summed + 1
-        self._n += 1
+        self._sum += seconds
+        self._squares += seconds * seconds
+        self._n_summed += 1
+        self._n += k == self._trying
         self._since += 1
-        if self._trying is None and k == self._set and self._n_summed < self._at_once(k):
+        if k != self._trying and self._n_summed < self._at_once(k):
             return
-        self.pace.observe(k, self._sum / self._n_summed, self._n_summed)
-        self._sum, self._n_summed = 0.0, 0
+        self.pace.observe(k, self._sum / self._n_summed, self._n_summed, self._squares / self._n_summed)
+        self._sum, self._squares, self._n_summed = 0.0, 0.0, 0
         gain, doubt = self._gains()
         if self._trying is None:
             self._choose(gain, doubt)
-        else:
+        elif k == self._trying:  # a draft may have had nothing to say
             self._judge(self._trying, float(gain[self._trying]), float(doubt[self._trying]))
 
     def _at_once(self, k: int) -> int:
-        """Steps that are looked at together: looking takes some 50 µs, a few percent of a small model's step, and
-        where no draft is in force and none has hope, seldom is anything to be decided."""
-        return AT_ONCE if not k and self._failed else 1
+        """Steps that are looked at together: looking costs a small model's step some percent, and where no draft is in
+        force and none is tried, it seldom decides anything."""
+        return 1 if k else min(AT_ONCE, int(self.pace.tested[0]) // FIRST)
 
-    def _charge(self, k: int, seconds: float) -> None:
+    def _charge(self, k: int, seconds: float, *, begins: bool) -> None:
         """What a step of a trial took longer than the length in force would be expected to for as many tokens."""
         value = self._values()
         share = max(0.0, 1 - float(np.exp(value[k] - value[self._set])))
+        if begins:
+            self._start = max(0.0, seconds - float(self.pace.seconds[k]))
+            self._lost += self._start
+            seconds -= self._start
         self._lost += share * seconds
         self._trial_lost += share * seconds
 
@@ -186,7 +195,7 @@ class Governor:
         if hope[k] <= HYSTERESIS:
             return
         step = float(self.pace.seconds[self._set])
-        price = (TRIAL + 1) * step * max(0.0, float(np.exp(-gain[k])) - 1)
+        price = (TRIAL + 1) * step * max(0.0, float(np.exp(-gain[k])) - 1) + (0.0 if self._set else self._start)
         if self._lost + price <= SHARE * self._seconds + CREDIT * step:
             self._try(k)
 

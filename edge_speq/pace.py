@@ -45,19 +45,22 @@ class Pace:
         if not self.tested.any():
             self._c = np.log(np.asarray(expected[: len(self._c)], dtype=np.float64))
 
-    def observe(self, k: int, seconds: float, n: int = 1) -> None:
-        """seconds: the mean of n steps."""
+    def observe(self, k: int, seconds: float, n: int = 1, square: float | None = None) -> None:
+        """The means of n steps' seconds and of their squares."""
         self._covariance += n * FADING * self._fading
         if seconds <= 0:
             return
         if not self.tested.any():
             self._c += np.log(seconds) - self._c[k]
-        error = min(seconds / float(np.exp(self._c[k])), OUTLIER) - 1  # its mean is 0 where exp(c) is the mean
+        expected = float(np.exp(self._c[k]))
+        error = min(seconds / expected, OUTLIER) - 1  # its mean is 0 where exp(c) is the mean
+        scatter = error * error if n == 1 or square is None else (square / expected - 2 * seconds) / expected + 1
         gain = self._covariance[k] / (self._covariance[k, k] + self.noise / n)
         self._c += gain * error
         self._covariance -= np.outer(gain, self._covariance[k])
         if self.tested[k]:
-            noise = SMOOTHING * self.noise + (1 - SMOOTHING) * n * error * error
+            kept = SMOOTHING**n
+            noise = kept * self.noise + (1 - kept) * min(scatter, (OUTLIER - 1) ** 2)
             self.noise = min(max(noise, NOISE_LEAST), NOISE_MOST)
         self.tested[k] += n
 

@@ -14,7 +14,7 @@ import pytest
 
 from edge_speq.acceptance import Acceptance
 from edge_speq.core import EdgeError
-from edge_speq.governor import BACK_OFF, FIRST, TRIAL_MOST, Governor
+from edge_speq.governor import BACK_OFF, FIRST, SHARE, TRIAL_MOST, Governor
 from edge_speq.pace import Pace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +138,41 @@ def test_what_costs_more_than_it_saves_is_tried_for_some_steps_and_less_and_less
     assert max(lengths) <= 2
 
 
+def test_a_draft_that_has_to_read_the_text_first_is_tried_less_often() -> None:
+    """What a trial's first step takes counts: after the first trial such steps cost at most their share of the time."""
+
+    def trials(reading: float) -> int:
+        steps = Steps(extra=0.5, p=0.55)
+        before = began = 0
+        for _ in range(3000):
+            k = steps.governor.k()
+            starts, before = k > 0 and not before, k
+            began += starts
+            seconds = 1 + 0.5 * k + reading * starts
+            steps.governor.observe(0, mismatch=k > 0, seconds=seconds, drafted=k)
+        return began
+
+    assert trials(30.0) <= 1 + 3000 * SHARE / 30
+    assert trials(30.0) < trials(0.0)
+
+
+def test_while_drafts_wait_it_looks_at_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look costs a small model's step some percent. No step is lost by it: scatter is known from all of them."""
+    steps = Steps(extra=1.5, p=0.3, scatter=0.15)
+    looks = list[int]()
+    observe = Pace.observe
+
+    def counted(pace: Pace, k: int, seconds: float, n: int = 1, square: float | None = None) -> None:
+        looks.append(n)
+        observe(pace, k, seconds, n, square)
+
+    monkeypatch.setattr(Pace, "observe", counted)
+    steps.run(1500)
+    assert len(looks) < 200
+    assert sum(looks) > 1400
+    assert steps.governor.pace.noise == pytest.approx(0.15**2, rel=0.6)
+
+
 def test_no_draft_is_tried_again_and_again_less_and_less_often() -> None:
     lengths = np.array(Steps(extra=0.1, p=0.95).run(600))
     began = np.flatnonzero((lengths[1:] == 0) & (lengths[:-1] > 0))
@@ -215,6 +250,15 @@ def test_what_was_drafted_counts_not_what_was_asked_for() -> None:
     assert governor.pace.tested[2] == 10
     assert governor.pace.seconds[2] == pytest.approx(1.5, rel=0.05)
     governor.observe(40, mismatch=False, seconds=1.5, drafted=40)  # more than there are: left out
+
+
+def test_a_trial_lasts_until_the_draft_had_something_to_say() -> None:
+    """An n-gram draft is silent most of the time. Steps without drafted tokens say nothing of those with them."""
+    governor = Governor(2, fixed=False)
+    for step in range(400):
+        k = governor.k() if step % 20 >= 15 else 0
+        governor.observe(k, mismatch=False, seconds=1 + 0.05 * k, drafted=k)
+    assert governor.k() == 2
 
 
 def test_a_step_without_a_time_changes_nothing_but_acceptance() -> None:

@@ -86,6 +86,7 @@ OwnDraft::OwnDraft(const ExpertTable & table, ggml_backend_buffer_type_t buft, i
         slots_  = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_I32, 1, table_.n_expert, n_blocks);
         wanted_ = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_I32, table_.n_expert_used, max_width, n_blocks);
         buffer_ = allocate(ctx_.get(), buft_, "the routers' mask");
+        unknown_.assign(static_cast<size_t>(ggml_nelements(wanted_)), -1);
         host_mask_.resize(static_cast<size_t>(ggml_nelements(mask_)));
         host_slots_.resize(host_mask_.size());
     }
@@ -170,8 +171,8 @@ void OwnDraft::keep_wanted(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * i
     ggml_build_forward_expand(gf, ggml_cpy(ctx, ids, wanted));
 }
 
-void OwnDraft::forget_wanted() {
-    ggml_backend_tensor_memset(wanted_, 0xFF, 0, ggml_nbytes(wanted_));
+void OwnDraft::forget(ggml_tensor * ids) const {
+    ggml_backend_tensor_set(ids, unknown_.data(), 0, ggml_nbytes(ids)); // not every backend can fill
 }
 
 ggml_tensor * OwnDraft::slots_of(ggml_context * ctx, ggml_tensor * ids, int32_t block) const {

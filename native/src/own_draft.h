@@ -33,7 +33,8 @@ public:
     // probs with what is not in a slot out of reach; what the router would have chosen is kept for routing().
     ggml_tensor * restricted(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, int32_t block) const;
     void keep_wanted(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * ids, int32_t block) const; // ids are free of restrictions
-    void forget_wanted(); // ids of -1: a graph that ends early leaves them
+    void forget_wanted() const { forget(wanted_); }
+    void forget(ggml_tensor * ids) const; // [n_expert_used, max_width, n_blocks] of -1: a graph that ends early leaves them
     ggml_tensor * slots_of(ggml_context * ctx, ggml_tensor * ids, int32_t block) const; // ids: contiguous
 
     void read_wanted(int32_t * ids) const; // [n_blocks, max_width, n_expert_used] of the last graph
@@ -52,6 +53,7 @@ private:
     ggml_tensor *              mask_   = nullptr; // [n_expert, n_blocks] F32: 0, or far below any score
     ggml_tensor *              slots_  = nullptr; // [1, n_expert, n_blocks] I32
     ggml_tensor *              wanted_ = nullptr; // [n_expert_used, max_width, n_blocks] I32
+    std::vector<int32_t>       unknown_; // ids of -1
     std::vector<float>         host_mask_;
     std::vector<int32_t>       host_slots_;
 };

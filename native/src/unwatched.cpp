@@ -102,7 +102,7 @@ void edge_hook::forget_routing() {
     if (experts_ == EDGE_EXPERTS_RESIDENT) {
         own_draft_.forget_wanted();
     } else {
-        ggml_backend_tensor_memset(leaf_, 0xFF, 0, ggml_nbytes(leaf_));
+        own_draft_.forget(leaf_);
     }
 }
 
