@@ -232,6 +232,7 @@ def test_commands_take_it(bundled: tuple[Path, Path], draft: str) -> None:
     plan = run("plan", str(bundled[0]))
     wanted = 0 if draft == "self" else sum(t.n_bytes for t in gguf_file.read(draft).tensors.values())
     assert plan["memory"]["draft"]["model_bytes"] == wanted
+    assert plan["draft"]["path"] == draft and plan["draft"]["expert_bytes"] == wanted
 
 
 def test_foreseen_sets_are_those_of_free_routers(bundled: tuple[Path, Path]) -> None:

@@ -143,7 +143,7 @@ def summarize_plan(wanted: Request, found: Survey, decided: Plan, n_ctx: int) ->
     overhead = decided.fixed_bytes - fixed if decided.fixed_bytes else 0
     return {
         "model": _file(wanted.model),
-        "draft": None if wanted.draft is None else _file(wanted.draft),
+        "draft": _draft(wanted),
         "n_ctx": n_ctx,
         "device": dataclasses.asdict(wanted.device),
         "memory": {
@@ -169,6 +169,17 @@ def _file(path: Path) -> dict[str, Any]:
         "dense_bytes": summary["dense_bytes"],
         "expert_bytes": summary["experts"]["total_bytes"],
     }
+
+
+def _draft(wanted: Request) -> dict[str, Any] | None:
+    """A file, or what the model drafts for itself with."""
+    if wanted.draft is not None:
+        return _file(wanted.draft)
+    if not wanted.guesses.itself:
+        return None
+    twin = wanted.guesses.twin
+    path, n_bytes = ("self", 0) if twin is None else (str(twin.path), twin.n_bytes)
+    return {"path": path, "dense_bytes": 0, "expert_bytes": n_bytes}
 
 
 def _memory(used: Any) -> dict[str, int]:
@@ -223,7 +234,7 @@ def _parts(summary: dict[str, Any]) -> list[str]:
             parts.append(f"{_mib(memory['draft'][key])} draft")
         if name == "dense" and not summary["device"]["is_gpu"]:
             files = [summary["model"]["dense_bytes"]]
-            if memory["draft"] is not None:
+            if memory["draft"] is not None and summary["draft"]["dense_bytes"]:  # what is copied is counted
                 files.append(summary["draft"]["dense_bytes"] + summary["draft"]["expert_bytes"])
             parts.append(f"{' and '.join(_mib(n) for n in files)} not counted")
         lines.append(f"{name:10} {', '.join(parts)}")
