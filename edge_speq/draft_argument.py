@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_speq import engine, twin_file
+from edge_speq import gguf_file, gguf_model, twin_file
 from edge_speq.core import EdgeError, MemoryUse, Plan
 from edge_speq.gguf_file import GGUFFile
 from edge_speq.ngram import NGramDraft
@@ -38,9 +38,11 @@ def read(draft: str | Path | None, target: GGUFFile) -> DraftArgument:
         return DraftArgument(model=NGramDraft())
     if draft == SELF:
         return DraftArgument(itself=True)
-    if twin_file.is_experts_only(draft):
-        return DraftArgument(itself=True, twin=twin_file.read(draft, target))
-    return DraftArgument(engine.check_model_file(draft, "draft"))
+    file = gguf_file.read(draft, "draft")
+    if twin_file.is_experts_only(file):
+        return DraftArgument(itself=True, twin=twin_file.read(file, target))
+    gguf_model.check(file)
+    return DraftArgument(Path(draft))
 
 
 def is_file(draft: str | Path | None) -> bool:

@@ -19,6 +19,7 @@ from edge_speq.core import EdgeError, Experts
 
 Text = npt.NDArray[np.intc]
 Routing = npt.NDArray[np.int32]
+NO_ROUTING: Routing = np.zeros((0, 0, 0), dtype=np.int32)  # what a dense model has to show
 Seen = Callable[[Routing], None]
 
 log = logging.getLogger("edge_speq")
@@ -139,7 +140,8 @@ class DraftModel:
         own = clone(sampler)
         try:
             self._catch_up(text)
-            return self._sample(k, own, self._room_for(ahead, len(text) + k), seen)
+            most = k + self._room_for(ahead, len(text) + k)
+            return guess(self._context, own, self._step, k, most, seen)
         except EdgeError:
             self._n = 0  # cancelled perhaps in the middle of a context shift: what the KV cache holds is not known
             raise
@@ -151,20 +153,6 @@ class DraftModel:
         if self._hook is None or not self._can_forget:
             return 0
         return max(0, min(ahead, len(self._tokens) - n_cells + 1))
-
-    def _sample(self, k: int, sampler: Any, ahead: int, seen: Seen | None) -> tuple[list[int], Routing | None]:
-        drafted: list[int] = []
-        shown = Shown()
-        for n in range(1, k + ahead + 1):
-            if drafted:
-                self._decode([drafted[-1]])
-            if n <= k or n < k + ahead:  # the last one is decoded for its routing only
-                drafted.append(int(llama_cpp.llama_sampler_sample(sampler, self._context.ctx, -1)))
-            if self._hook is not None:
-                shown.add(self._hook.routing())
-            if seen is not None and n <= k and shown.routing is not None:
-                seen(shown.routing)
-        return drafted[:k], shown.routing
 
     def shift(self, n_keep: int, n_discard: int) -> None:
         """Shifts the KV cache as the target's was, so that the draft need not read half of the text again."""
@@ -201,6 +189,11 @@ class DraftModel:
         if alone:
             yield 1
 
+    def _step(self, drafted: list[int]) -> Routing | None:
+        if drafted:  # else the text was read just now
+            self._decode(drafted[-1:])
+        return NO_ROUTING if self._hook is None else self._hook.routing()
+
     def _decode(self, tokens: Sequence[int]) -> None:
         # without logits for every token the last block would lack rows of routing
         n_logits = len(tokens) if len(tokens) <= self._max_width else 1
@@ -209,7 +202,31 @@ class DraftModel:
         self._n += len(tokens)
 
 
-class Shown:
+def guess(
+    context: internals.LlamaContext,
+    sampler: Any,
+    step: Callable[[list[int]], Routing | None],
+    k: int,
+    most: int,
+    seen: Seen | None,
+) -> tuple[list[int], Routing | None]:
+    """k tokens, and the routing of `most`: the last of these is decoded for it only. step: given what was drafted so
+    far, decodes what comes before the next token and returns its routing, None where it cannot."""
+    drafted: list[int] = []
+    shown = _Shown()
+    for n in range(1, most + 1):
+        routing = step(drafted)
+        if routing is None:
+            break
+        shown.add(routing)
+        if n <= k or n < most:
+            drafted.append(int(llama_cpp.llama_sampler_sample(sampler, context.ctx, -1)))
+        if seen is not None and n <= k and shown.routing is not None:
+            seen(shown.routing)
+    return drafted[:k], shown.routing
+
+
+class _Shown:
     """The routing of tokens that were decoded one after the other, None once it is missing for one of them."""
 
     def __init__(self) -> None:

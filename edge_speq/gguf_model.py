@@ -75,7 +75,11 @@ NO_HEADS = frozenset(("arwkv7", "clip", "mamba", "mamba2", "rwkv6", "rwkv6qwen2"
 
 def check_model(path: str | Path, role: str = "model") -> GGUFFile:
     """A model's file or files. Raises GGUFError when they must not be loaded, EdgeError when they are not there."""
-    file = read(path, role)
+    return check(read(path, role))
+
+
+def check(file: GGUFFile) -> GGUFFile:
+    """The file, which is a model's that may be loaded. Raises GGUFError."""
     _check_types(file)
     _check_numbers(file)
     _check_hyperparameters(file)

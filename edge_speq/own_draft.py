@@ -15,7 +15,7 @@ import llama_cpp
 
 from edge_speq import _native, engine
 from edge_speq.core import Experts
-from edge_speq.drafts import Routing, Seen, Shown, Text, clone
+from edge_speq.drafts import Routing, Seen, Text, clone, guess
 from edge_speq.twin_file import TwinFile
 
 if TYPE_CHECKING:
@@ -45,41 +45,22 @@ class OwnDraft:
             return [], None
         own = clone(sampler)
         context, batch = self._target.lend_context()
+
+        def step(drafted: list[int]) -> Routing | None:
+            self._target.require_running()
+            if not self._hook.use_experts(self._uses):  # too few experts of a block are in slots
+                return None
+            tokens = drafted[-1:] or pending
+            at = past + (len(pending) + len(drafted) - 1 if drafted else 0)
+            engine.decode(context, batch, tokens, at, len(tokens), hook=self._hook)
+            return self._hook.routing()
+
         try:
-            return self._sample(context, batch, pending, past, k, min(k + ahead, room), own, seen)
+            return guess(context, own, step, k, min(k + ahead, room), seen)
         finally:
             llama_cpp.llama_sampler_free(own)
             self._hook.use_experts("own")
             self._target.roll_back(1)
-
-    def _sample(
-        self,
-        context: Any,
-        batch: Any,
-        pending: list[int],
-        past: int,
-        k: int,
-        most: int,
-        sampler: Any,
-        seen: Seen | None,
-    ) -> tuple[list[int], Routing | None]:
-        """k tokens, and the routing of `most`: the last of these is decoded for it only."""
-        drafted: list[int] = []
-        shown = Shown()
-        tokens = pending
-        for n in range(1, most + 1):
-            self._target.require_running()
-            if not self._hook.use_experts(self._uses):  # too few experts of a block are in slots
-                break
-            engine.decode(context, batch, tokens, past, len(tokens), hook=self._hook)
-            past += len(tokens)
-            shown.add(self._hook.routing())
-            if n <= k or n < most:
-                drafted.append(int(llama_cpp.llama_sampler_sample(sampler, context.ctx, -1)))
-                tokens = drafted[-1:]
-            if seen is not None and n <= k and shown.routing is not None:
-                seen(shown.routing)
-        return drafted[:k], shown.routing
 
     def shift(self, n_keep: int, n_discard: int) -> None: ...
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
 
 from edge_speq.core import EdgeError
 from edge_speq.gguf_file import GGUFFile
-from edge_speq.gguf_model import architecture, check_model, hyperparameter
+from edge_speq.gguf_model import architecture, hyperparameter
 from edge_speq.presets.published import MoePrism
 
 SUB_EXPERTS = "edge_speq.sub_experts"  # for whoever reads the file: parts that an expert was cut into
@@ -47,9 +46,9 @@ class Parts:
         return next((override for override in overrides if override.key == self.key.encode()), None)
 
 
-def read(path: Path) -> Parts:
+def read(file: GGUFFile) -> Parts:
     """Raises EdgeError for a model whose experts are whole."""
-    file = check_model(path)
+    path = file.paths[0]
     used = hyperparameter(file, "expert_used_count")
     if SUB_EXPERTS not in file.fields:
         how = f"edge-speq convert split {path.name} -o OUT.gguf --sub-experts {MoePrism.split}"

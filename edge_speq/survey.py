@@ -94,8 +94,8 @@ def request(
         raise EdgeError("draft_model is no LlamaDraftModel", "give a draft GGUF as draft=", usage=True)
     wanted_k = parse_speculation(speculation)
     share = None if resident is None else parse_share(resident)
-    guesses = draft_argument.read(draft if wanted_k != 0 else None, gguf_model.check_model(model))
-    model_path = Path(model)
+    file = gguf_model.check_model(model)
+    guesses = draft_argument.read(draft if wanted_k != 0 else None, file)
     _native.load_backends()
     device = _native.compute_device()
     unbounded = vram_budget is None and share is None and policy == "auto"
@@ -107,7 +107,7 @@ def request(
     if wanted_k == 0:
         draft_model = None
     return Request(
-        model_path,
+        Path(model),
         guesses.path,
         device,
         policy,
@@ -118,7 +118,7 @@ def request(
         not unbounded,
         shared,
         compute,
-        parts.read(model_path) if policy == "moe-prism" else None,
+        parts.read(file) if policy == "moe-prism" else None,
         guesses,
     )
 

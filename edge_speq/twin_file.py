@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import _native, gguf_file
+from edge_speq import _native
 from edge_speq.core import EdgeError
 from edge_speq.gguf_file import TYPES, GGUFFile
-from edge_speq.gguf_model import hyperparameter
+from edge_speq.gguf_model import EXPERTS, ROUTER, hyperparameter
 
 KIND, EXPERTS_ONLY = "edge_speq.kind", "twin-experts"
 ROUTERS_HASH = "edge_speq.target.routers_sha256"
-EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(up|gate|down|gate_up)_exps\.weight")
-ROUTER = re.compile(r"blk\.\d+\.ffn_gate_inp\.weight")
 ROLES = {"up": 0, "gate": 1, "down": 2, "gate_up": 3}  # EDGE_ROLE_...
 
 
@@ -30,17 +27,16 @@ class TwinFile:
     n_bytes: int  # on the compute device
 
 
-def is_experts_only(path: str | Path) -> bool:
-    """Raises EdgeError for what is no GGUF file."""
-    found = gguf_file.read(path, "draft").fields.get(KIND)
+def is_experts_only(file: GGUFFile) -> bool:
+    found = file.fields.get(KIND)
     return found is not None and found.value == EXPERTS_ONLY
 
 
-def read(path: str | Path, target: GGUFFile) -> TwinFile:
+def read(file: GGUFFile, target: GGUFFile) -> TwinFile:
     """The experts of a twin of the target. Raises EdgeError when they are another model's."""
     from edge_speq.convert import layout  # that takes a moment, and most drafts are whole models
 
-    file = gguf_file.read(path, "draft")
+    path, n_layers = file.paths[0], _n_layers(target)
     made_for = file.fields.get(ROUTERS_HASH)
     wanted = _experts(target)
     blocks = {layer: number for number, layer in enumerate(sorted({layer for layer, _ in wanted}))}
@@ -48,7 +44,7 @@ def read(path: str | Path, target: GGUFFile) -> TwinFile:
     rows = []
     for name, span in layout.spans(file).items():
         match = EXPERTS.fullmatch(name)
-        if match and int(match[1]) >= _n_layers(target):
+        if match and int(match[1]) >= n_layers:
             continue
         like = wanted.get((int(match[1]), match[2])) if match else None
         if match is None or like is None or span.tensor.ne != target.tensors[name].ne:
@@ -61,7 +57,7 @@ def read(path: str | Path, target: GGUFFile) -> TwinFile:
     if len(file.paths) > 1:
         raise EdgeError(f"{path} is split", "give the twin's experts as one file")
     n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
-    return TwinFile(Path(path), np.array(rows, dtype=_native.TWIN_TENSOR), n_bytes)
+    return TwinFile(path, np.array(rows, dtype=_native.TWIN_TENSOR), n_bytes)
 
 
 def routers_hash(target: GGUFFile) -> str:
@@ -89,7 +85,7 @@ def _n_layers(target: GGUFFile) -> int:
     return hyperparameter(target, "block_count") - hyperparameter(target, "nextn_predict_layers")
 
 
-def _of_another(path: str | Path, why: str) -> EdgeError:
+def _of_another(path: Path, why: str) -> EdgeError:
     return EdgeError(
         f"the draft {path} holds experts of another model: {why}",
         "make it from this one: edge-speq convert draft MODEL -o DRAFT --experts-only",

@@ -12,7 +12,7 @@ import test_exactness as exactness
 import test_speculation as speculation
 from llama_cpp import _internals as internals
 
-from edge_speq import _native, engine, gguf_model, twin_file
+from edge_speq import _native, engine, gguf_file, gguf_model, twin_file
 from edge_speq.convert import draft as convert_draft
 
 pytestmark = pytest.mark.gpu
@@ -51,7 +51,7 @@ def logits_between_drafts(model: internals.LlamaModel, hook: _native.Hook, uses:
 
 @pytest.mark.parametrize("uses", ["twin", "resident"])
 def test_drafts_leave_no_trace_in_the_logits(bundled: tuple[Path, Path], experts_only: Path, uses: str) -> None:
-    twin = twin_file.read(experts_only, gguf_model.check_model(bundled[0]))
+    twin = twin_file.read(gguf_file.read(experts_only), gguf_model.check_model(bundled[0]))
     seen = []
     with exactness.loaded(bundled[0]) as model:
         experts = _native.model_experts(model.model)

@@ -12,7 +12,6 @@ Live, the same with the policies of `edge-speq bench`: docs/presets.md has the c
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import tempfile
@@ -152,10 +151,7 @@ def _cell(rows: Sequence[dict[str, Any]], name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path)
-    parser.add_argument("--read", type=Path, help="what was stored, instead of measuring")
-    arguments = parser.parse_args()
+    arguments = governor_table.asked(__doc__)
     if arguments.read:
         print(table(json.loads(arguments.read.read_text(encoding="utf-8"))))
         return

@@ -188,11 +188,15 @@ def recordings(folder: Path) -> dict[str, Recording]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--read", type=Path, help="what was stored, instead of measuring")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = asked(__doc__)
     if arguments.read:
         print(table(json.loads(arguments.read.read_text(encoding="utf-8"))))
         return

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         keys = draft.keys(target, content="")
         with atomic.output(options.out, force=True) as temporary:
             container.write(temporary, keys, draft.entries(gguf_file.read(options.twin)))
-        twin_file.read(options.out, target)
+        twin_file.read(gguf_file.read(options.out), target)
     except EdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
