@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -186,10 +185,13 @@ class EdgeLlama(Bounded):
             # a laptop's block computes about half as long as one of its experts travels
             block_ns = int(5e8 * self._experts.groups[0].expert_bytes / self._link) if self._deterministic else 0
             transfers = _native.Transfers(
-                self._link, self._deterministic, block_ns, self._compute, self.context_params.n_threads
+                self._link,
+                self._deterministic,
+                block_ns,
+                self._compute.removesuffix("-ahead"),
+                self.context_params.n_threads,
+                layer_ahead=self._compute in ("auto", "hybrid-ahead"),
             )
-            if self._compute == "hybrid-ahead":
-                transfers = dataclasses.replace(transfers, compute="hybrid", layer_ahead=True)
             self._hook = _native.Hook(
                 self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers
             )

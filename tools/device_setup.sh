@@ -2,6 +2,7 @@
 #
 # $carry holds site.tar.xz (site/ with the unpacked native wheel, built with GGML_NATIVE=OFF), wheels/ (cffi, pycparser, diskcache,
 # gguf for the Python there) and the backend module, libggml-cuda.so or its libggml-cuda.so.xz.* parts; without one it is a CPU run.
+# With libggml-cuda-graphs.so (cuda_graphs.sh) the module's kernels are launched as CUDA graphs, as llama.cpp's own builds do.
 # Sets $here (the repository), $work, PYTHONPATH, EDGE_SPEQ_BACKENDS and LD_LIBRARY_PATH.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=${EDGE_SPEQ_WORK:-/tmp/edge_speq_device}
@@ -12,6 +13,11 @@ if [ ! -e "$work/ready" ]; then
         cp "$carry/libggml-cuda.so" "$work/backends/"
     elif compgen -G "$carry/libggml-cuda.so.xz.*" >/dev/null; then
         cat "$carry"/libggml-cuda.so.xz.* | xz -d >"$work/backends/libggml-cuda.so"
+    fi
+    if [ -e "$carry/libggml-cuda-graphs.so" ]; then
+        mkdir -p "$work/backends/kernels"
+        mv "$work/backends/libggml-cuda.so" "$work/backends/kernels/libggml-cuda-kernels.so"
+        cp "$carry/libggml-cuda-graphs.so" "$work/backends/libggml-cuda.so"
     fi
     python3 -m pip install -q --no-index --no-deps --no-compile --target "$work/wheels" "$carry"/wheels/*.whl
     touch "$work/ready"

@@ -28,7 +28,7 @@ SANITIZERS = {
 }
 # experts.cpp needs a patched llama.cpp to link, which the installed wheel is
 CORE = (
-    *("slots", "slot_store", "residency", "split_demand", "prefetch", "layer_ahead"),
+    *("slots", "slot_store", "residency", "split_demand", "prefetch", "layer_ahead", "under_way"),
     *("balancer", "gate", "link", "faults", "experts"),
 )
 HOOK = ("hook", "hybrid", "unwatched", "own_draft", "cpu_experts", "vocab", "api")

@@ -80,8 +80,9 @@ size_t Balancer::split(std::vector<Miss> & missing, uint64_t expert_bytes, doubl
     for (size_t i = best; i < n; ++i) {
         pairs += static_cast<size_t>(missing[i].pairs);
     }
-    const double ns = block_ns(cpu_ns(n - best, pairs, expert_bytes), link_ns(best, expert_bytes), contention_.value);
-    gain_ += weight * (link_ns(n, expert_bytes) - ns - gain_);
+    const double link = best > 0 ? queued_ns + link_ns(best, expert_bytes) : 0;
+    const double ns = block_ns(cpu_ns(n - best, pairs, expert_bytes), link, contention_.value);
+    gain_ += weight * (queued_ns + link_ns(n, expert_bytes) - ns - gain_);
     const uint32_t turn = blocks_++ % period;
     if (turn < fetched_only) {
         return turn < computed_only ? 0 : n;

@@ -253,9 +253,18 @@ bool edge_hook::lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_te
 }
 
 void edge_hook::serve(ggml_backend_t backend, ggml_tensor * route, int32_t number) {
+    look_ahead(); // while the device computes the block before
+    residency_->await_fetches();
     ggml_backend_tensor_get_async(backend, route, routing_of(number), 0, ggml_nbytes(route));
+    if (sees_next(route, number)) {
+        read_rows_for(number + 1, backend, chains_[static_cast<size_t>(number)].input);
+    }
     ggml_backend_synchronize(backend); // the one wait of a block: everything before it has run, too
     residency_->demand(number, routing_of(number), static_cast<int32_t>(ggml_nelements(route)), slots_of(number));
+    if (residency_->fetching() && !residency_->hold_for_fetches(backend)) { // a slow link that is emulated: we hold the device
+        look_ahead();
+        residency_->await_fetches();
+    }
     ggml_backend_tensor_set_async(backend, route, slots_of(number), 0, ggml_nbytes(route));
 }
 

@@ -54,6 +54,9 @@ private:
     void serve(ggml_backend_t backend, ggml_tensor * route, int32_t number);
     bool splits_this_step();
     void forget_split();
+    void look_ahead();
+    void read_rows_for(int32_t next, ggml_backend_t backend, const ggml_tensor * rows);
+    bool sees_next(const ggml_tensor * route, int32_t number);
     bool find_chain(const ggml_tensor * route, int32_t number);
     void serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_t number);
     void compute_missing();
@@ -89,6 +92,8 @@ private:
     int32_t                          split_block_ = -1;  // whose outputs the graph has not reached yet
     bool                             computed_ = false;  // missing_ has been
     int32_t                          compute_ = EDGE_COMPUTE_DEVICE;
+    int32_t                          ahead_ = -1;        // block that host_input_'s rows tell something of
+    int32_t                          ahead_tokens_ = 0;  // rows of it
     bool                             splits_ = false;    // the running graph between its experts and their sum
     uint64_t                         n_steps_ = 0;
     bool                             graph_fits_ = false; // the graph that is built, or was last, is narrow enough

@@ -17,6 +17,25 @@ bool edge_hook::splits_this_step() {
            (compute_ == EDGE_COMPUTE_AUTO && (step < tried_at_first || step % tried_again == 0 || residency_->balancer().gain_ns() > callback_ns));
 }
 
+// Whether the rows that enter this block say something of the next one's experts.
+bool edge_hook::sees_next(const ggml_tensor * route, int32_t number) {
+    return compute_ != EDGE_COMPUTE_DEVICE && residency_->looks_ahead_to(number + 1) && find_chain(route, number);
+}
+
+void edge_hook::read_rows_for(int32_t next, ggml_backend_t backend, const ggml_tensor * rows) {
+    ggml_backend_tensor_get_async(backend, rows, host_input_, 0, ggml_nbytes(rows));
+    ahead_        = residency_->looks_ahead_to(next) ? next : -1;
+    ahead_tokens_ = static_cast<int32_t>(rows->ne[2]);
+}
+
+// Once for a block's rows, at the first moment at which this thread would wait: for copies, the CPU's part or the device.
+void edge_hook::look_ahead() {
+    const int32_t block = std::exchange(ahead_, -1);
+    if (block >= 0) {
+        residency_->look_ahead(block, host_input_, ahead_tokens_);
+    }
+}
+
 bool edge_hook::find_chain(const ggml_tensor * route, int32_t number) {
     edge::ExpertChain & chain = chains_[static_cast<size_t>(number)];
     try {
@@ -41,16 +60,17 @@ void edge_hook::serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_
     const auto n = static_cast<int32_t>(ggml_nelements(route));
     int32_t * ids   = routing_of(number);
     int32_t * slots = slots_of(number);
+    look_ahead(); // where nothing was computed that it could be done beside
     ggml_backend_tensor_get_async(backend, route, ids, 0, ggml_nbytes(route));
-    ggml_backend_tensor_get_async(backend, chain.input, host_input_, 0, ggml_nbytes(chain.input));
+    read_rows_for(number + 1, backend, chain.input);
     ggml_backend_synchronize(backend); // the one wait of a block: everything before it has run, too
     residency_->demand_some(number, ids, n, slots);
-    residency_->foresee(number + 1, host_input_, static_cast<int32_t>(chain.input->ne[2]), static_cast<size_t>(chain.input->ne[0]));
     give_missing_a_slot(ids, slots, n);
     split_block_ = number; // also when nothing is missing: a graph that is cut elsewhere at every step is launched node by node
     computed_    = false;
     if (residency_->fetching() && !residency_->hold_for_fetches(backend)) { // a slow link that is emulated: we hold the device
         compute_missing();
+        look_ahead();
         residency_->await_fetches();
     }
     ggml_backend_tensor_set_async(backend, route, slots, 0, ggml_nbytes(route));
@@ -77,6 +97,9 @@ void edge_hook::give_missing_a_slot(const int32_t * ids, int32_t * slots, int32_
 void edge_hook::compute_missing() {
     if (std::exchange(computed_, true) || missing_.empty()) {
         return;
+    }
+    if (residency_->link_ends_first()) { // and would idle
+        look_ahead();
     }
     const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(split_block_)];
     const auto began = std::chrono::steady_clock::now();
@@ -108,6 +131,7 @@ void edge_hook::send_computed(ggml_backend_t backend) {
 
 // A graph may end between a block's experts and their sum: what the CPU has for them is of no other graph.
 void edge_hook::forget_split() {
+    ahead_       = -1;
     split_block_ = -1;
     computed_    = false;
     missing_.clear();

@@ -1,8 +1,7 @@
-// The part of Residency that looks one block ahead: rows in, orders out, on the worker's thread.
+// The part of Residency that looks one block ahead, on the decoding thread, while that waits for something else anyway.
 #include "residency.h"
 
 #include <algorithm>
-#include <utility>
 
 namespace edge {
 
@@ -10,61 +9,113 @@ namespace {
 
 constexpr float follow   = 0.02F; // of one block's precision
 constexpr float too_poor = 0.35F; // precision below which bytes are not spent on it
+constexpr double demands = 0.8;   // chance that the coming block demands copies, which wrong ones delay
+
+// What part of a copy has to fall into the link's idle time, at least. One that comes true saves what has travelled by the time
+// that the block asks for it; one that does not delays what it asks for by the rest.
+double least_idle(double precision) {
+    return 1 - precision / (precision + (1 - precision) * demands);
+}
 
 } // namespace
 
 void Residency::use_gate(std::unique_ptr<Gate> gate) {
     const Lock lock(mutex_);
     gate_ = std::move(gate);
+    absent_precision_.assign(table_.blocks.size(), {});
 }
 
-void Residency::foresee(int32_t block, const float * rows, int32_t n_tokens, size_t n_embd) {
+bool Residency::looks_ahead_to(int32_t block) const {
+    return gate_ && !clock_ && gate_->foresees(block) && (!demand_link_.asynchronous() || store_->page_locked(block_at(block)));
+}
+
+// How many experts of that block may be sent: as many as the link is idle for until the block knows its own.
+size_t Residency::room_ahead(int32_t number) const {
+    const double precision = absent_precision_[static_cast<size_t>(number)].value;
+    if (precision < too_poor) {
+        return 0;
+    }
+    const double backlog = std::max(0.0, nanoseconds(link_free_ - Clock::now()));
+    const double idle = block_ns_ + std::max(0.0, cpu_left_ns_ - backlog);
+    return static_cast<size_t>(idle / balancer_.link_ns(1, expert_bytes(block_at(number).group)) + 1 - least_idle(precision));
+}
+
+void Residency::look_ahead(int32_t number, const float * rows, int32_t n_tokens) {
+    const ExpertBlock & block = block_at(number);
+    std::vector<int32_t> experts = gate_->predict(number, rows, n_tokens);
+    const size_t first = ahead_.size();
     {
         const Lock lock(mutex_);
-        if (!gate_ || clock_ || !gate_->foresees(block)) {
+        if (!serving() || last_block_ != number - 1) {
             return;
         }
-        glimpse_.block    = block;
-        glimpse_.n_tokens = n_tokens;
-        glimpse_.rows.assign(rows, rows + static_cast<size_t>(n_tokens) * n_embd);
+        foreseen_ = std::move(experts);
+        foreseen_block_ = number;
+        foreseen_absent_.clear();
+        size_t room = room_ahead(number);
+        for (const int32_t expert : foreseen_) {
+            const int32_t key = block.first_key + expert;
+            int32_t slot = pool(block).find(key);
+            if (slot != SlotPool::none) {
+                pool(block).expect(slot, foresight_precision_);
+                continue;
+            }
+            foreseen_absent_.push_back(expert);
+            if (room > 0 && (slot = pool(block).take_ahead(key, foresight_precision_)) != SlotPool::none) {
+                --room;
+                count_prefetch(expert_bytes(block.group));
+                ahead_.push_back({ block.group, slot, 0, {} });
+            }
+        }
     }
-    ordered_.notify_one();
+    send_ahead(block, first);
 }
 
-// On the worker's thread. The block may begin meanwhile: then it is too late.
-void Residency::order_foreseen(Lock & lock) {
-    std::swap(glimpse_, glimpsed_);
-    glimpse_.block = -1;
-    lock.unlock();
-    std::vector<int32_t> experts = gate_->predict(glimpsed_.block, glimpsed_.rows.data(), glimpsed_.n_tokens);
-    lock.lock();
-    if (!serving() || last_block_ != glimpsed_.block - 1) {
-        return;
-    }
-    const ExpertBlock & block = block_at(glimpsed_.block);
-    foreseen_block_ = glimpsed_.block;
-    foreseen_ = std::move(experts);
-    if (foresight_precision_ < too_poor) {
-        return;
-    }
-    for (auto expert = foreseen_.rbegin(); expert != foreseen_.rend(); ++expert) { // the most urgent order is the last
-        const int32_t slot = pool(block).find(block.first_key + *expert);
-        if (slot != SlotPool::none) {
-            pool(block).expect(slot, foresight_precision_);
-        } else {
-            orders_.push_back({ foreseen_block_, *expert, foreseen_block_, foresight_precision_, 0, true });
+// Those of ahead_ from the first on. One that fails is dropped and counted, with those after it: the demand fetches it.
+void Residency::send_ahead(const ExpertBlock & block, size_t first) {
+    size_t sent = first;
+    try {
+        for (; sent < ahead_.size(); ++sent) {
+            Ahead & one = ahead_[sent];
+            const int32_t expert = pool(block).key_of(one.slot) - block.first_key;
+            store_->send(demand_link_, block, expert, one.slot, 1);
+            note_sent(1, expert_bytes(block.group));
+            one.ticket = demand_link_.last();
+            one.due    = link_free_;
         }
+    } catch (const std::exception &) {
+        demand_link_.wait();
+        const Lock lock(mutex_);
+        for (size_t i = sent; i < ahead_.size(); ++i) {
+            pool(block).drop(ahead_[i].slot);
+            ++counters_.failed;
+        }
+        ahead_.resize(sent);
     }
 }
 
 // The block has begun: wanted_ are its experts.
-void Residency::judge_foresight(int32_t block) {
-    if (foreseen_block_ != block || foreseen_.empty()) {
+void Residency::judge_foresight(int32_t number) {
+    if (foreseen_block_ != number || foreseen_.empty()) {
         return;
     }
     const auto came_true = [this](int32_t expert) { return std::find(wanted_.begin(), wanted_.end(), expert) != wanted_.end(); };
-    const auto right = static_cast<float>(std::count_if(foreseen_.begin(), foreseen_.end(), came_true));
-    foresight_precision_ += follow * (right / static_cast<float>(foreseen_.size()) - foresight_precision_);
+    const auto part_of = [&](const std::vector<int32_t> & experts) {
+        return static_cast<float>(std::count_if(experts.begin(), experts.end(), came_true)) / static_cast<float>(experts.size());
+    };
+    foresight_precision_ += follow * (part_of(foreseen_) - foresight_precision_);
+    if (!foreseen_absent_.empty()) {
+        Precision & precision = absent_precision_[static_cast<size_t>(number)];
+        precision.judged += 1;
+        precision.value += std::max(follow, 1 / precision.judged) * (part_of(foreseen_absent_) - precision.value);
+    }
+    SlotPool & slots = pool(block_at(number));
+    for (const int32_t expert : foreseen_absent_) {
+        const int32_t slot = slots.find(block_at(number).first_key + expert);
+        if (slot != SlotPool::none && slots.prefetched_unused(slot)) {
+            slots.regret(slot);
+        }
+    }
     foreseen_block_ = -1;
 }
 

@@ -33,7 +33,7 @@ int32_t Residency::prefetch(const edge_order * orders, int32_t n, uint64_t byte_
         if (slot != SlotPool::none) {
             pool(block).expect(slot, priority);
         } else {
-            orders_.push_back({ wanted.block, wanted.expert, wanted.deadline, priority, clock_ ? clock_->now() : 0, false });
+            orders_.push_back({ wanted.block, wanted.expert, wanted.deadline, priority, clock_ ? clock_->now() : 0 });
         }
     }
     const auto n_ordered = static_cast<int32_t>(orders_.size());
@@ -52,19 +52,23 @@ std::optional<Residency::InFlight> Residency::begin_prefetch(const Order & order
     const ExpertBlock & block = block_at(order.block);
     const uint64_t bytes = expert_bytes(block.group);
     const int32_t key = block.first_key + order.expert;
-    if (pool(block).find(key) != SlotPool::none || (bytes > byte_budget_ && !order.foreseen)) {
+    if (pool(block).find(key) != SlotPool::none || bytes > byte_budget_) {
         return std::nullopt;
     }
     const int32_t slot = pool(block).prefetch(key, order.priority);
     if (slot == SlotPool::none) {
         return std::nullopt;
     }
-    byte_budget_ -= order.foreseen ? 0 : bytes;
+    byte_budget_ -= bytes;
+    count_prefetch(bytes);
+    ++flying_;
+    return InFlight{ block.group, slot, 0, 0 };
+}
+
+void Residency::count_prefetch(uint64_t bytes) {
     prefetched_bytes_ += bytes;
     counters_.bytes_fetched += bytes;
     ++counters_.prefetched;
-    ++flying_;
-    return InFlight{ block.group, slot, 0, 0 };
 }
 
 void Residency::finish(const InFlight & flight, bool arrived) {
@@ -82,7 +86,7 @@ void Residency::finish(const InFlight & flight, bool arrived) {
 // Sends an order's copies; false when a copy failed, and then none is under way.
 bool Residency::send(const Order & order, InFlight & flight) {
     try {
-        store_->send(prefetch_link_, block_at(order.block), order.expert, flight.slot, true);
+        store_->send(prefetch_link_, block_at(order.block), order.expert, flight.slot, prefetch_marks);
         flight.ticket = prefetch_link_.last();
         return true;
     } catch (const std::exception &) {
@@ -104,11 +108,7 @@ void Residency::work() {
         before.reset();
     };
     while (true) {
-        const auto glimpsed = [&] { return glimpse_.block >= 0; };
-        ordered_.wait(lock, [&] { return stop_ || before || glimpsed() || (!orders_.empty() && !demand_waits_); });
-        if (glimpsed() && !stop_) {
-            order_foreseen(lock);
-        }
+        ordered_.wait(lock, [&] { return stop_ || before || (!orders_.empty() && !demand_waits_); });
         std::optional<InFlight> now;
         bool sent = false;
         if (!stop_ && !orders_.empty() && !demand_waits_) {

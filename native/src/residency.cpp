@@ -113,6 +113,7 @@ void Residency::find_missing(const ExpertBlock & block, const int32_t * ids, int
         slot = pool(block).find(block.first_key + ids[i]);
         if (slot != SlotPool::none) {
             hit(block, slot);
+            adopt_ahead(block.group, slot);
         } else {
             missing_.push_back(ids[i]);
         }
@@ -123,7 +124,7 @@ int32_t Residency::take_for_demand(Lock & lock, const ExpertBlock & block, int32
     SlotPool & slots = pool(block);
     int32_t slot = slots.take(key, SlotPool::any_price);
     while (slot == SlotPool::none) { // only a load in flight can stand in the way: the floor counts it
-        if (!settle_virtual_flight()) {
+        if (!settle_virtual_flight() && !land_ahead()) {
             demand_waits_ = true;
             loaded_.wait(lock);
         }
@@ -144,7 +145,7 @@ void Residency::count_fetch(const ExpertBlock & block, int32_t slot) {
     pool(block).pin(slot);
 }
 
-// Sends every missing expert of the block, then waits once for all of them.
+// Sends every missing expert of the block; where copies do not run beside us, they have arrived on return.
 void Residency::load_missing(Lock & lock, const ExpertBlock & block) {
     SlotPool & slots = pool(block);
     loading_.clear();
@@ -164,26 +165,36 @@ void Residency::load_missing(Lock & lock, const ExpertBlock & block) {
     if (loading_.empty()) {
         return;
     }
-    const auto slot_at = [&](int32_t expert) { return slot_of_[static_cast<size_t>(expert)]; };
+    taken_.clear();
+    for (const int32_t expert : loading_) {
+        taken_.push_back(slot_of_[static_cast<size_t>(expert)]);
+    }
+    begin_fetches();
     lock.unlock();
     try {
-        for (const int32_t expert : loading_) {
-            store_->send(demand_link_, block, expert, slot_at(expert), false);
+        for (size_t i = 0; i < loading_.size(); ++i) {
+            store_->send(demand_link_, block, loading_[i], taken_[i], i + 1 == loading_.size() ? 1 : 0);
         }
-        demand_link_.wait();
+        if (!defers()) {
+            demand_link_.wait();
+        }
     } catch (...) {
         demand_link_.wait();
         lock.lock();
-        for (const int32_t expert : loading_) {
-            slots.drop(slot_at(expert));
+        for (const int32_t slot : taken_) {
+            slots.drop(slot);
         }
         ++counters_.failed;
         loaded_.notify_all();
         throw;
     }
     lock.lock();
-    for (const int32_t expert : loading_) {
-        slots.loaded(slot_at(expert));
+    if (defers()) {
+        fetches_sent(taken_, expert_bytes(block.group));
+        return;
+    }
+    for (const int32_t slot : taken_) {
+        slots.loaded(slot);
     }
     loaded_.notify_all();
 }
@@ -193,13 +204,17 @@ void Residency::settle_late(Lock & lock, const ExpertBlock & block) {
     const auto arrived = [&] {
         return std::none_of(wanted_.begin(), wanted_.end(), [&](int32_t expert) {
             const int32_t slot = pool(block).find(block.first_key + expert);
-            return slot != SlotPool::none && pool(block).loading(slot);
+            return slot != SlotPool::none && pool(block).loading(slot) && !is_ours(block.group, slot);
         });
     };
     if (clock_ && !arrived()) {
         settle_virtual_flight();
     }
-    loaded_.wait(lock, arrived);
+    if (!arrived()) {
+        const auto began = Clock::now();
+        loaded_.wait(lock, arrived);
+        counters_.stall_ns += defers() ? static_cast<uint64_t>(nanoseconds(Clock::now() - began)) : 0;
+    }
     missing_.clear();
     for (const int32_t expert : wanted_) {
         if (pool(block).find(block.first_key + expert) == SlotPool::none) {
@@ -215,12 +230,18 @@ void Residency::settle_late(Lock & lock, const ExpertBlock & block) {
 
 void Residency::demand(int32_t number, const int32_t * ids, int32_t n, int32_t * out) {
     const ExpertBlock & block = block_at(number);
+    land_fetches(); // the device is past them
+    note_block_began(number);
     Lock lock(mutex_);
     begin_block(number);
-    const auto started = std::chrono::steady_clock::now();
+    settle_ahead();
+    fetches_.group = block.group;
+    cpu_left_ns_ = 0;
+    const auto started = Clock::now();
     const uint64_t virtual_started = clock_ ? clock_->now() : 0;
     const uint64_t misses_before = counters_.misses;
     find_missing(block, ids, n);
+    judge_foresight(number);
     while (true) {
         load_missing(lock, block);
         settle_late(lock, block);
@@ -231,10 +252,10 @@ void Residency::demand(int32_t number, const int32_t * ids, int32_t n, int32_t *
     if (clock_) {
         counters_.stall_ns += clock_->now() - virtual_started;
         run_virtual_orders(); // what arrived, or could begin, while this block waited
-    } else if (counters_.misses != misses_before) {
-        const auto waited = std::chrono::steady_clock::now() - started;
-        counters_.stall_ns += static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count());
+    } else if (!defers() && counters_.misses != misses_before) {
+        counters_.stall_ns += static_cast<uint64_t>(nanoseconds(Clock::now() - started));
     }
+    ready_ = Clock::now();
     for (int32_t i = 0; i < n; ++i) {
         out[i] = slot_of_[static_cast<size_t>(ids[i])];
     }
@@ -271,10 +292,12 @@ bool Residency::fetches_some() const {
 void Residency::end_step() {
     land_fetches();
     const Lock lock(mutex_);
+    land_ahead();
     for (SlotPool & pool : pools_) {
         pool.unpin_all();
     }
     last_block_ = -1;
+    ready_ = {};
 }
 
 void Residency::resize(const std::vector<int32_t> & slots) {
@@ -301,7 +324,7 @@ void Residency::refill(int32_t group, const std::vector<int32_t> & keys) {
         const int32_t number = table_.groups[static_cast<size_t>(group)].blocks[static_cast<size_t>(*key / table_.n_expert)];
         const int32_t slot = slots.take(*key, SlotPool::any_price);
         try {
-            store_->send(demand_link_, block_at(number), *key % table_.n_expert, slot, false);
+            store_->send(demand_link_, block_at(number), *key % table_.n_expert, slot, 0);
             demand_link_.wait();
         } catch (...) {
             demand_link_.wait();

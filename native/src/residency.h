@@ -38,17 +38,19 @@ public:
     Residency(const Residency &) = delete;
     Residency & operator=(const Residency &) = delete;
 
-    // The experts ids[0..n) of this block are about to be read: makes each resident, pins it, and writes
-    // its slot to slots[0..n). The device has finished every earlier block.
+    // The experts ids[0..n) of this block are about to be read: takes a slot for each, pins it, and writes it to
+    // slots[0..n). The device has finished every earlier block. On return they are resident, or under way where copies
+    // run beside the caller: await_fetches(), or hold_for_fetches() the backend.
     void demand(int32_t block, const int32_t * ids, int32_t n, int32_t * slots);
-    // The same for a block whose missing experts may be computed on the CPU: the slot of those is none. Those that the
-    // balancer would rather fetch are under way on return: await_fetches(), or hold_for_fetches() the backend.
+    // The same for a block whose missing experts may be computed on the CPU, by the balancer's choice: the slot of those is none.
     void demand_some(int32_t block, const int32_t * ids, int32_t n, int32_t * slots);
     bool fetching() const { return !fetches_.slots.empty() || !fetches_.late.empty(); }
     bool hold_for_fetches(ggml_backend_t backend) { return fetches_.late.empty() && demand_link_.holds(backend); }
     void await_fetches();
-    // Rows [n_embd] that enter the block before this one: what the gate foresees is ordered, where there is a gate.
-    void foresee(int32_t block, const float * rows, int32_t n_tokens, size_t n_embd);
+    // Rows [n_embd] that enter the block before this one: what the gate foresees is sent, as far as the link would idle.
+    void look_ahead(int32_t block, const float * rows, int32_t n_tokens);
+    bool looks_ahead_to(int32_t block) const;
+    bool link_ends_first() const { return nanoseconds(link_free_ - Clock::now()) < cpu_left_ns_; } // before the CPU's part, by estimate
     void use_gate(std::unique_ptr<Gate> gate);
     // The CPU's part of that block took so long.
     void computed(int32_t block, size_t n_experts, size_t n_pairs, double ns);
@@ -88,12 +90,13 @@ private:
         int32_t  deadline;
         float    priority;
         uint64_t ordered_at; // virtual
-        bool     foreseen;   // by the gate: not of the byte budget, which is the caller's
     };
-    struct Glimpse { // of a block to come
-        int32_t            block    = -1; // none
-        int32_t            n_tokens = 0;
-        std::vector<float> rows;
+    using Clock = std::chrono::steady_clock;
+    struct Ahead { // an expert of the coming block, under way behind what was demanded
+        int32_t           group;
+        int32_t           slot;
+        Link::Ticket      ticket;
+        Clock::time_point due; // by estimate
     };
     struct InFlight { // a prefetch whose copies have begun
         int32_t      group;
@@ -102,6 +105,10 @@ private:
         uint64_t     arrives_at; // virtual
     };
     using Lock = std::unique_lock<std::mutex>;
+
+    static double nanoseconds(Clock::duration span) {
+        return static_cast<double>(std::chrono::duration_cast<std::chrono::nanoseconds>(span).count());
+    }
 
     SlotPool & pool(const ExpertBlock & block) { return pools_[static_cast<size_t>(block.group)]; }
     const ExpertBlock & block_at(int32_t block) const { return table_.blocks[static_cast<size_t>(block)]; }
@@ -116,8 +123,20 @@ private:
     void settle_late(Lock & lock, const ExpertBlock & block);
     int32_t take_for_demand(Lock & lock, const ExpertBlock & block, int32_t key);
     void count_fetch(const ExpertBlock & block, int32_t slot);
-    void order_foreseen(Lock & lock);
+    bool defers() const; // copies of demands run beside the caller
+    bool is_ours(int32_t group, int32_t slot) const; // loading by the demand link
+    void settle_ahead();
+    bool land_ahead();
+    bool adopt_ahead(int32_t group, int32_t slot);
+    double left_ns(int32_t group, int32_t slot) const;
+    void begin_fetches();
+    void fetches_sent(const std::vector<int32_t> & slots, uint64_t bytes);
+    size_t room_ahead(int32_t block) const;
+    void send_ahead(const ExpertBlock & block, size_t first);
     void judge_foresight(int32_t block);
+    void count_prefetch(uint64_t bytes);
+    void note_block_began(int32_t number);
+    void note_sent(size_t n_experts, uint64_t bytes);
     bool has_landed(int32_t slot, int32_t key) const;
     void await_late();
     void use_late(const ExpertBlock & block, int32_t slot);
@@ -162,11 +181,15 @@ private:
     edge_counters               counters_{};
     edge_costs                  costs_{};
     std::unique_ptr<Gate>       gate_;
-    Glimpse                     glimpse_;      // for the worker
-    Glimpse                     glimpsed_;     // the worker's, its memory used again
-    std::vector<int32_t>        foreseen_;     // experts of that block
+    std::vector<int32_t>        foreseen_;     // experts of that block, the likeliest first
+    std::vector<int32_t>        foreseen_absent_; // those that were in no slot
     int32_t                     foreseen_block_ = -1;
     float                       foresight_precision_ = 0.7F; // of late
+    struct Precision {
+        float value = 0.6F;
+        float judged = 3; // times, that much of an opinion at first
+    };
+    std::vector<Precision>      absent_precision_; // of each block
     uint64_t                    prefetched_bytes_ = 0;
     uint64_t                    prefetched_used_bytes_ = 0;
 
@@ -176,15 +199,24 @@ private:
     std::vector<int32_t> loading_;  // those that the demand link brings
     std::vector<Miss>    misses_;   // of demand_some: those under way first
 
-    // Fetches of demand_some that nobody has waited for yet.
+    // The decoding thread's: what the running block waits for, and nobody has waited for yet.
     struct Fetches {
-        int32_t group = 0;
+        int32_t group  = 0;
         bool    queued = false; // behind a prefetch
+        size_t  n_sent = 0;     // of slots: the others were sent ahead
+        Link::Ticket ticket = 0;
         std::vector<int32_t> slots;
         std::vector<std::pair<int32_t, int32_t>> late; // slot and key of what prefetches are bringing
-        std::chrono::steady_clock::time_point sent;
+        Clock::time_point sent;
+        Clock::time_point idle_since; // when nothing but them was left to wait for
     };
-    Fetches fetches_;
+    Fetches            fetches_;
+    std::vector<Ahead> ahead_;
+    std::vector<int32_t> taken_;      // slots of the block that its demands are sent to
+    double             cpu_left_ns_ = 0; // that the CPU will need for the running block, from when its experts are known
+    Clock::time_point  link_free_{};  // by estimate
+    Clock::time_point  ready_{};      // when the last block had all its experts
+    double             block_ns_ = 0; // from then until the next block knows its own, average
 
     std::thread worker_;
 };

@@ -42,7 +42,7 @@ uint64_t SlotStore::bytes() const {
     return ggml_backend_buffer_get_size(buffer_.get());
 }
 
-void SlotStore::send(Link & link, const ExpertBlock & block, int32_t expert, int32_t slot, bool tracked) const {
+void SlotStore::send(Link & link, const ExpertBlock & block, int32_t expert, int32_t slot, int marks) const {
     const auto & group = tensors_[static_cast<size_t>(block.group)];
     auto left = std::count_if(group.begin(), group.end(), [](const ggml_tensor * t) { return t != nullptr; });
     for (size_t role = 0; role < group.size(); ++role) {
@@ -50,7 +50,7 @@ void SlotStore::send(Link & link, const ExpertBlock & block, int32_t expert, int
             const ggml_tensor * weight = block.weights[role];
             const size_t bytes = weight->nb[2];
             link.send(group[role], bytes * static_cast<size_t>(slot), static_cast<const char *>(weight->data) + bytes * static_cast<size_t>(expert),
-                      bytes, Link::page_locked(device_, weight), tracked && left <= prefetch_marks);
+                      bytes, Link::page_locked(device_, weight), left <= marks);
             --left;
         }
     }

@@ -10,7 +10,7 @@
 
 namespace edge {
 
-constexpr int prefetch_marks = 2; // of a tracked expert: its last matrices
+constexpr int prefetch_marks = 2; // of an expert that the worker sends
 
 // The memory behind the slots: per group one tensor [ne0, ne1, n_slots] for each weight, on the compute
 // device, zeroed at allocation (kernels may over-read a row's tail) and filled by copies from host weights.
@@ -21,9 +21,9 @@ public:
     ggml_tensor * tensor(int32_t group, Role role) const { return tensors_[static_cast<size_t>(group)][role]; }
     uint64_t bytes() const;
 
-    // Sends gate, up and down of one expert to a slot as one operation, whose last two matrices are marked when it
-    // is tracked. Thread-safe for distinct slots and links.
-    void send(Link & link, const ExpertBlock & block, int32_t expert, int32_t slot, bool tracked) const;
+    // Sends gate, up and down of one expert to a slot as one operation, of which the last matrices are marked, so many.
+    // Thread-safe for distinct slots and links.
+    void send(Link & link, const ExpertBlock & block, int32_t expert, int32_t slot, int marks) const;
     bool page_locked(const ExpertBlock & block) const { return Link::page_locked(device_, block.weights[role_down]); }
     void fill(int32_t group, int32_t slot, uint8_t byte) const;
 

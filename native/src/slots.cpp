@@ -65,7 +65,14 @@ int32_t SlotPool::take(int32_t key, float price) {
 }
 
 int32_t SlotPool::prefetch(int32_t key, float expectation) {
-    const int32_t slot = take(key, scores_[index(key)] + expectation);
+    return mark_prefetch(take(key, scores_[index(key)] + expectation), expectation);
+}
+
+int32_t SlotPool::take_ahead(int32_t key, float expectation) {
+    return mark_prefetch(take(key, any_price), expectation);
+}
+
+int32_t SlotPool::mark_prefetch(int32_t slot, float expectation) {
     if (slot != none) {
         at(slot).unused_prefetch = true;
         expect(slot, expectation);

@@ -33,6 +33,7 @@ public:
     // or drop(). none: every slot is pinned, loading or too dear.
     int32_t take(int32_t key, float price);
     int32_t prefetch(int32_t key, float expectation); // take at the key's own worth, marked as a prefetch
+    int32_t take_ahead(int32_t key, float expectation); // take at any price, marked as a prefetch
     void loaded(int32_t slot) { at(slot).loading = false; }
     void drop(int32_t slot); // nothing arrived: free again
 
@@ -41,6 +42,7 @@ public:
     void use(int32_t slot);                       // the graph reads it now: most recent, its expectation is met
     void expect(int32_t slot, float expectation); // until used or until forget_expected()
     void forget_expected() { ++window_; }
+    void regret(int32_t slot) { at(slot).last_use = 0; } // nothing uses it: the next to go among equals
     void score(int32_t key, float value) { scores_[index(key)] = value; }
     float score_of(int32_t key) const { return scores_[index(key)]; }
 
@@ -65,6 +67,7 @@ private:
     float worth(const Slot & slot) const;
     bool cheaper(const Slot & a, const Slot & b) const;
     int32_t victim(float price) const;
+    int32_t mark_prefetch(int32_t slot, float expectation);
 
     std::vector<Slot>    slots_;
     std::vector<int32_t> free_;   // slots without a key

@@ -252,7 +252,7 @@ void resizing_keeps_what_is_worth_most(const Model & model) {
     demand(residency, 0, { 1, 5, 6, 7, 8, 9, 10, 11 });
 }
 
-// demand_some: what has a slot holds its expert, the rest is the CPU's, and every miss is counted once.
+// Copies beside the caller. What has a slot holds its expert, the rest is demand_some's and the CPU's; every miss is counted once.
 void some_are_fetched(const Model & model, int32_t n_slots) {
     edge::TransferParams params;
     params.splits_always = true;
@@ -274,7 +274,8 @@ void some_are_fetched(const Model & model, int32_t n_slots) {
             for (int32_t & id : ids) {
                 id = static_cast<int32_t>(random() % n_expert);
             }
-            residency.demand_some(block, ids.data(), static_cast<int32_t>(ids.size()), slots.data());
+            const auto demanded = random() % 4 == 0 ? &edge::Residency::demand : &edge::Residency::demand_some;
+            (residency.*demanded)(block, ids.data(), static_cast<int32_t>(ids.size()), slots.data());
             const bool awaited = random() % 2 == 0; // or the next block finds them there
             if (awaited) {
                 residency.await_fetches();

@@ -1,0 +1,176 @@
+// What travels on the decoding thread's link: copies that the running block waits for, and those sent ahead for the next one.
+#include "residency.h"
+
+#include "error.h"
+
+#include <algorithm>
+
+namespace edge {
+
+namespace {
+
+constexpr std::chrono::microseconds noticeable(25); // of waiting: what has long arrived takes up to 10 to find out
+
+} // namespace
+
+// In virtual time a demand takes its time at once, and without a GPU a copy is done when it has been sent.
+bool Residency::defers() const {
+    return !clock_ && (demand_link_.asynchronous() || splits_always_);
+}
+
+bool Residency::is_ours(int32_t group, int32_t slot) const {
+    const auto same = [&](const Ahead & ahead) { return ahead.group == group && ahead.slot == slot; };
+    return std::any_of(ahead_.begin(), ahead_.end(), same) ||
+           (fetches_.group == group && std::find(fetches_.slots.begin(), fetches_.slots.end(), slot) != fetches_.slots.end());
+}
+
+void Residency::note_sent(size_t n_experts, uint64_t bytes) {
+    const auto now = Clock::now();
+    const double ns = demand_link_.asynchronous() ? balancer_.link_ns(n_experts, bytes) : 0;
+    link_free_ = std::max(now, link_free_) + std::chrono::nanoseconds(static_cast<int64_t>(ns));
+}
+
+// The block knows its experts: what lies between two blocks is what the link can be idle for.
+void Residency::note_block_began(int32_t number) {
+    constexpr double weight = 0.1, most_ns = 5e6;
+    if (number > 0 && ready_ != Clock::time_point{}) {
+        block_ns_ += weight * (std::clamp(nanoseconds(Clock::now() - ready_), 0.0, most_ns) - block_ns_);
+    }
+    ready_ = {};
+}
+
+// What was sent ahead and has arrived by now. What comes later stays under way.
+void Residency::settle_ahead() {
+    const auto now = Clock::now();
+    const auto settled = [&](const Ahead & one) {
+        if (one.due > now) {
+            return false;
+        }
+        demand_link_.wait(one.ticket);
+        pools_[static_cast<size_t>(one.group)].loaded(one.slot);
+        return true;
+    };
+    ahead_.erase(std::remove_if(ahead_.begin(), ahead_.end(), settled), ahead_.end());
+}
+
+// All of it; false when there is none.
+bool Residency::land_ahead() {
+    if (ahead_.empty()) {
+        return false;
+    }
+    demand_link_.wait(ahead_.back().ticket);
+    for (const Ahead & one : ahead_) {
+        pools_[static_cast<size_t>(one.group)].loaded(one.slot);
+    }
+    ahead_.clear();
+    return true;
+}
+
+// The running block waits for it; false for what the worker brings.
+bool Residency::adopt_ahead(int32_t group, int32_t slot) {
+    const auto same = [&](const Ahead & one) { return one.group == group && one.slot == slot; };
+    const auto one = std::find_if(ahead_.begin(), ahead_.end(), same);
+    if (one == ahead_.end()) {
+        return false;
+    }
+    if (fetches_.slots.empty()) {
+        fetches_.sent = fetches_.idle_since = Clock::now();
+    }
+    fetches_.slots.push_back(slot);
+    fetches_.ticket = std::max(fetches_.ticket, one->ticket);
+    ahead_.erase(one);
+    return true;
+}
+
+// Nanoseconds until it has arrived, by estimate.
+double Residency::left_ns(int32_t group, int32_t slot) const {
+    const auto same = [&](const Ahead & one) { return one.group == group && one.slot == slot; };
+    const auto one = std::find_if(ahead_.begin(), ahead_.end(), same);
+    return one == ahead_.end() ? balancer_.link_ns(1, expert_bytes(group)) / 2 : nanoseconds(one->due - Clock::now());
+}
+
+// The block's demands are about to be sent.
+void Residency::begin_fetches() {
+    fetches_.queued = flying_ > 0 || link_free_ > Clock::now();
+    fetches_.sent   = Clock::now();
+}
+
+void Residency::fetches_sent(const std::vector<int32_t> & slots, uint64_t bytes) {
+    fetches_.slots.insert(fetches_.slots.end(), slots.begin(), slots.end());
+    fetches_.n_sent += slots.size();
+    fetches_.ticket = demand_link_.last();
+    fetches_.idle_since = Clock::now();
+    note_sent(slots.size(), bytes);
+}
+
+bool Residency::has_landed(int32_t slot, int32_t key) const {
+    const SlotPool & slots = pools_[static_cast<size_t>(fetches_.group)];
+    return slots.key_of(slot) != key || !slots.loading(slot);
+}
+
+// What prefetches are bringing for the block. One that failed is nobody's to fetch any more: the graph ends.
+void Residency::await_late() {
+    if (fetches_.late.empty()) {
+        return;
+    }
+    Lock lock(mutex_);
+    const auto began = Clock::now();
+    loaded_.wait(lock, [this] {
+        return std::all_of(fetches_.late.begin(), fetches_.late.end(), [this](const auto & late) { return has_landed(late.first, late.second); });
+    });
+    counters_.stall_ns += static_cast<uint64_t>(nanoseconds(Clock::now() - began));
+    const SlotPool & slots = pools_[static_cast<size_t>(fetches_.group)];
+    const auto failed = [&](const auto & late) { return slots.key_of(late.first) != late.second; };
+    const bool any_failed = std::any_of(fetches_.late.begin(), fetches_.late.end(), failed);
+    fetches_.late.clear();
+    if (any_failed) {
+        throw Error(EDGE_ERR_BACKEND, "a transfer that a block waited for has failed");
+    }
+}
+
+// A stall is the time in which nothing but the copies was waited for, by this thread or by the device.
+void Residency::await_fetches() {
+    await_late();
+    if (fetches_.slots.empty()) {
+        return;
+    }
+    const auto began = Clock::now();
+    demand_link_.wait(fetches_.ticket);
+    const auto ended = Clock::now();
+    const bool waited = ended - began > noticeable;
+    if (fetches_.n_sent > 0) {
+        balancer_.fetched(fetches_.n_sent, expert_bytes(fetches_.group), nanoseconds(ended - fetches_.sent), waited && !fetches_.queued);
+    }
+    ready_ = ended;
+    {
+        const Lock lock(mutex_);
+        counters_.stall_ns += static_cast<uint64_t>(nanoseconds(ended - (waited ? fetches_.idle_since : began)));
+        note_costs();
+        mark_landed();
+    }
+    loaded_.notify_all();
+}
+
+void Residency::land_fetches() {
+    fetches_.late.clear(); // theirs is the worker's to land
+    if (fetches_.slots.empty()) {
+        return;
+    }
+    demand_link_.wait(fetches_.ticket);
+    {
+        const Lock lock(mutex_);
+        mark_landed();
+    }
+    loaded_.notify_all();
+}
+
+// Their slots can be had by others once the block's pins are gone.
+void Residency::mark_landed() {
+    for (const int32_t slot : fetches_.slots) {
+        pools_[static_cast<size_t>(fetches_.group)].loaded(slot);
+    }
+    fetches_.slots.clear();
+    fetches_.n_sent = 0;
+}
+
+} // namespace edge
