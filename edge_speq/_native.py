@@ -219,6 +219,10 @@ class Hook:
             check(lib.edge_hook_scores(self._handle, scores))
             self._scores = view(scores[0], np.dtype(np.float32), self._scores.shape)
         self._last = ExpertCounters()
+        self._views: dict[int, npt.NDArray[np.int32]] = {}  # of the routing, by tokens: the same array each time
+        self.are_sound: bool | None = None  # whether all scores that the last prefetch() took over are numbers
+        self._prefetch, self._from_buffer, self._no_orders = lib.edge_hook_prefetch, ffi.from_buffer, ffi.NULL
+        self._are_sound: Any = ffi.new("bool *")
 
     def end_step(self) -> None:
         """Call after each synchronised decode. Raises EdgeError for what went wrong inside the graph."""
@@ -233,7 +237,11 @@ class Hook:
         """Expert ids of the last graph, [n_blocks, n_tokens, n_expert_used]; n_tokens is 0 after a graph wider
         than max_width. A view of native memory: the next decode overwrites it."""
         check(load()[1].edge_hook_routing(self._handle, self._ids, self._n))
-        return self._routing[:, : self._n[0], :]
+        n_tokens = self._n[0]
+        view = self._views.get(n_tokens)
+        if view is None:
+            view = self._views[n_tokens] = self._routing[:, :n_tokens, :]
+        return view
 
     @property
     def scores(self) -> npt.NDArray[np.float32]:
@@ -241,15 +249,22 @@ class Hook:
         next prefetch() takes it over. Native memory."""
         return self._scores
 
-    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = NO_BUDGET) -> int:
-        """Orders experts, [n] of ORDER, most urgent first; replaces earlier orders. Returns how many were not yet in
-        a slot."""
-        ffi, lib = load()
-        orders = np.ascontiguousarray(orders, dtype=ORDER)
-        n = ffi.new("int32_t *")
-        pointer = ffi.from_buffer("edge_order[]", orders)
-        check(lib.edge_hook_prefetch(self._handle, pointer, len(orders), byte_budget, n))
-        return int(n[0])
+    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = NO_BUDGET, margin: float = 0.0) -> int:
+        """Orders experts, [n] of ORDER, most urgent first; replaces earlier orders. margin: what the priorities of
+        those that are absent are less by. Returns how many were not yet in a slot."""
+        pointer, n = self._no_orders, len(orders)
+        if n:
+            if orders.dtype is not ORDER:
+                orders = np.ascontiguousarray(orders, dtype=ORDER)
+            try:
+                pointer = self._from_buffer("edge_order[]", orders)
+            except ValueError:  # not contiguous
+                pointer = self._from_buffer("edge_order[]", orders.copy())
+        status = self._prefetch(self._handle, pointer, n, byte_budget, margin, self._n, self._are_sound)
+        if status:
+            check(status)
+        self.are_sound = self._are_sound[0]
+        return int(self._n[0])
 
     def load_twin(self, path: str, tensors: npt.NDArray[Any]) -> None:
         """Copies a twin's experts to the compute device; tensors: [n] of TWIN_TENSOR. Raises EdgeError."""
@@ -337,6 +352,7 @@ class Hook:
     def detach(self) -> None:
         if self._handle is not None:
             self._last = self.counters()
+            self._views.clear()
             self._routing, self._scores = self._routing.copy(), self._scores.copy()  # native memory goes away
             load()[1].edge_hook_detach(self._handle)
             self._handle = None

@@ -39,9 +39,11 @@ class Admitting:
     def states(self) -> npt.NDArray[np.uint8]:
         return self._hook.states()
 
-    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET) -> int:
+    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
         earned = self._policy.admissions(self._hook)
-        return self._hook.prefetch(np.concatenate([orders[: None if byte_budget else 0], earned]))
+        earned["priority"] += margin  # they have one of their own
+        wanted = np.concatenate([orders[: None if byte_budget else 0], earned])
+        return self._hook.prefetch(wanted, _native.NO_BUDGET, margin)
 
 
 class Lookahead:
@@ -174,10 +176,11 @@ class Lookahead:
             self._safely(self._foresee_soundly, self._policy)
 
     def _foresee_soundly(self, policy: Policy) -> None:
-        slots = self._slots(policy)
+        assert self._hook is not None
+        self._hook.are_sound = None
         policy.verifying(self._tokens)
-        policy.foresee(slots, self._routing, self._n_drafted)
-        if not np.isfinite(slots.scores).all():
+        policy.foresee(self._slots(policy), self._routing, self._n_drafted)
+        if not (np.isfinite(self._hook.scores).all() if self._hook.are_sound is None else self._hook.are_sound):
             raise ValueError("its scores are not finite")
 
     def _slots(self, policy: Policy) -> Slots:

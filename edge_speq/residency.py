@@ -38,6 +38,9 @@ class Order:
     priority: float
 
 
+Orders = Sequence[Order] | npt.NDArray[Any]
+
+
 @dataclass(slots=True)
 class _Pool:
     """The slots of one group."""
@@ -183,33 +186,29 @@ class Residency:
 
     # --- what foresight does ---------------------------------------------------------------------------
 
-    def prefetch(self, orders: Sequence[Order] | npt.NDArray[Any], byte_budget: int = NO_BUDGET) -> int:
+    def prefetch(self, orders: Orders, byte_budget: int = NO_BUDGET, margin: float = 0.0) -> int:
         """Takes over the scores and replaces the outstanding orders, given as Order or as an array of _native.ORDER,
-        most urgent first; how many were not yet in a slot."""
+        most urgent first; how many were not yet in a slot. margin: what the priorities of these are less by."""
         scores = self._take_over_scores()
         self._expected = {}
-        absent = self._expect(scores, orders if isinstance(orders, np.ndarray) else _as_array(orders))
+        rows = orders if isinstance(orders, np.ndarray) else _as_array(orders)
+        absent = self._expect(scores, rows, np.float32(margin))
         self._rebuild()
         self._orders = absent[::-1]
         self._ordered_at, self._budget, self._reached = self.now, byte_budget, -1
         self._run_orders()
         return len(absent)
 
-    def _expect(self, scores: Scores, rows: npt.NDArray[Any]) -> list[tuple[Key, int, float]]:
+    def _expect(self, scores: Scores, rows: npt.NDArray[Any], margin: np.float32) -> list[tuple[Key, int, float]]:
         """Notes what orders expect of experts in slots; the others."""
         if not len(rows):
             return []
         keys = rows["block"].astype(np.intp) * self._experts.n_expert + rows["expert"]
-        totals = scores[keys] + _finite(rows["priority"])
         held = np.frombuffer(self._state, dtype=np.uint8)[keys] != ABSENT
-        absent = []
-        columns = keys.tolist(), rows["deadline"].tolist(), totals.tolist(), held.tolist()
-        for key, deadline, total, is_held in zip(*columns, strict=True):
-            if is_held:
-                self._expected[key] = total
-            else:
-                absent.append((key, deadline, total))
-        return absent
+        totals = scores[keys] + (_finite(rows["priority"]) - margin * ~held)
+        self._expected = dict(zip(keys[held].tolist(), totals[held].tolist(), strict=True))
+        columns = keys[~held].tolist(), rows["deadline"][~held].tolist(), totals[~held].tolist()
+        return list(zip(*columns, strict=True))
 
     def wait(self, n: int) -> None:
         """Nanoseconds in which the target does not run, a draft perhaps."""

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from edge_speq import presets
+from edge_speq._reckoning import Pool
 from edge_speq.core import ExpertGroup, Experts
 from edge_speq.presets import Setting
-from edge_speq.presets.duel import DECAYS, Duel, Pool
+from edge_speq.presets.duel import DECAYS, Duel
 from edge_speq.residency import Residency
 
 N_BLOCKS, N_EXPERT, USED = 4, 32, 4
@@ -77,6 +78,7 @@ def test_where_nobody_fetches_on_demand_frequency_admits() -> None:
     """Recency cannot tell which absent expert has earned a slot."""
     duel = Duel(setting(1 / 4))
     slots = Residency(EXPERTS, setting(1 / 4).slots, link_bytes_per_s=10**9, block_ns=500)
+    duel.admissions(slots)  # asked from the first step on
     for routing in loops(40):
         duel.foresee(slots, None, 0)
         duel.observe(routing, 0)
@@ -98,7 +100,7 @@ def test_a_pool_gives_up_what_is_worth_least_and_the_wanted_last() -> None:
 
     def demand(*wanted: int) -> tuple[int, list[int]]:
         marks = np.isin(np.arange(6), wanted)
-        return pool.demand(marks, lambda: worth), np.flatnonzero(pool._kept).tolist()
+        return pool.demand(marks, worth), np.flatnonzero(pool._kept).tolist()
 
     assert demand(0, 1) == (2, [0, 1])
     assert demand(1, 2) == (1, [0, 1, 2])

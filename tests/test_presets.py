@@ -29,10 +29,10 @@ class Seen:
         self.scores = np.zeros((EXPERTS.n_blocks, EXPERTS.n_expert), dtype=np.float32)
         self._states = np.zeros(self.scores.shape, dtype=np.uint8)
         self.orders: Any = None
-        self.budget = -1
+        self.budget, self.margin = -1, 0.0
 
-    def prefetch(self, orders: Any, byte_budget: int = 2**64 - 1) -> int:
-        self.orders, self.budget = orders, byte_budget
+    def prefetch(self, orders: Any, byte_budget: int = 2**64 - 1, margin: float = 0.0) -> int:
+        self.orders, self.budget, self.margin = orders, byte_budget, margin
         return len(orders)
 
     def states(self) -> Any:
@@ -92,7 +92,8 @@ def test_waits_scores_are_minus_the_expected_wait() -> None:
     assert slots.scores[0, 0] == pytest.approx(-wait, rel=1e-5)
     assert slots.scores[2, 0] == pytest.approx(-wait - 2 / 4, rel=1e-5)
     assert sorted(slots.orders["expert"][slots.orders["block"] == 1]) == [0, 1, 2, 3]
-    np.testing.assert_allclose(slots.orders["priority"], 0.9 * wait - 1.0, rtol=1e-5)  # absent: a step's margin
+    np.testing.assert_allclose(slots.orders["priority"], 0.9 * wait, rtol=1e-5)
+    assert slots.margin == 1.0  # absent ones: a step
     assert (slots.orders["deadline"] == slots.orders["block"]).all() and (np.diff(slots.orders["block"]) >= 0).all()
 
 

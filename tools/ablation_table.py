@@ -62,7 +62,7 @@ class _Unscored:
     def states(self) -> npt.NDArray[np.uint8]:
         return self._slots.states()
 
-    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET) -> int:
+    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
         orders["priority"] = 1e-3
         return self._slots.prefetch(orders, byte_budget)
 

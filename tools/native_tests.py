@@ -31,7 +31,7 @@ CORE = (
     *("slots", "slot_store", "residency", "split_demand", "prefetch", "layer_ahead", "under_way"),
     *("balancer", "gate", "link", "faults", "experts"),
 )
-HOOK = ("hook", "hybrid", "unwatched", "own_draft", "cpu_experts", "vocab", "api")
+HOOK = ("hook", "hybrid", "unwatched", "own_draft", "cpu_experts", "vocab", "reckoning", "api")
 TESTS = {
     "test_slots": ("slots",),
     "test_balancer": ("balancer",),

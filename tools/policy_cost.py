@@ -7,7 +7,7 @@ In isolation a policy sees random routing in which some experts are much more fr
 half of the one before, of a draft that is right for nineteen experts of twenty, and slots that only note scores and
 states. In the engine all that it runs around a policy is counted: lookahead, native calls, the check of the scores
 ("native" is what prefetch and states take of that). There a decode has just emptied the caches, and the same code takes
-two to six times as long. Medians, and the ninth of ten in brackets, best on cores that nothing else uses.
+three to four times as long. Medians, and the ninth of ten in brackets, best on cores that nothing else uses.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Slots:
         self.scores = np.zeros((experts.n_blocks, experts.n_expert), dtype=np.float32)
         self._states = (np.random.default_rng(1).random(self.scores.shape) < share).astype(np.uint8) * np.uint8(2)
 
-    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET) -> int:
+    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
         return len(orders)
 
     def states(self) -> npt.NDArray[np.uint8]:

@@ -16,10 +16,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import foresight
+from edge_speq import _native, foresight
+from edge_speq._reckoning import Guess
 from edge_speq.foresight.learned import Learned
-from edge_speq.presets.policy import Routing, Setting, Slots
-from edge_speq.presets.waits import DECAY, Chances, Guess, Keys, Marks, Waits
+from edge_speq.presets.policy import Routing, Sets, Setting, Slots, order_of_each
+from edge_speq.presets.waits import DECAY, MARGIN, Marks, Waits
+
+Chances = npt.NDArray[np.float32]  # [n_blocks * n_expert]
+Keys = npt.NDArray[np.intp]
 
 BINS, DOUBT = 16, 20.0  # experts of one step that count as much as what was learned beforehand
 RELIABILITY = 0.96  # decay, every second step
@@ -78,12 +82,13 @@ def _squared(error: Chances) -> float:
     return float(error @ error) / max(1, len(error))
 
 
-def _chances(guess: Guess, often: Chances) -> Chances:
+def _chances(guess: Guess, found: Marks, often: Chances) -> Chances:
     """Of a demand, as `waits` has them."""
     inside, outside = guess.rates.chances
-    guess.others = float(often.sum()) - float(often[guess.keys].sum())
+    keys = found.nonzero()[0]
+    guess.set(found, float(often.sum()) - float(often[keys].sum()))
     out: Chances = often * np.float32(outside)
-    out[guess.keys] = inside
+    out[keys] = inside
     return out
 
 
@@ -94,8 +99,12 @@ class Learning(Waits):
         super().__init__(setting, fetches=fetches)
         assert setting.learned is not None
         self.name, self.sees = "learned" if alone else "auto", "learned"
+        experts = setting.experts
         self._learned, self._alone = Learned(setting.learned), alone
-        self._counts, self._may_count = foresight.Counts(setting.experts), not alone and not setting.has_twin
+        self._sets, self._orders = Sets(experts), order_of_each(experts)
+        turn = np.repeat(np.arange(experts.n_blocks) / experts.n_blocks, experts.n_expert)
+        self._minus_turn = -turn.astype(np.float32)
+        self._counts, self._may_count = foresight.Counts(experts), not alone and not setting.has_twin
         self.first, self.second = Useful(), Useful()
         self._tokens: Sequence[int] = ()
         self._n_drafted = 0
@@ -114,7 +123,7 @@ class Learning(Waits):
 
     @property
     def quality(self) -> foresight.Quality | None:
-        return self._tally.quality()
+        return self._quality()
 
     @property
     def source(self) -> str:
@@ -130,11 +139,16 @@ class Learning(Waits):
         self._second_judged = self._sources[1]
         self._sources = ([], [])
         self._given = [None, None, self._given[1]]
-        super().foresee(slots, draft_routing, n_drafted)
+        if draft_routing is not None:
+            draft_routing = draft_routing[:, : n_drafted + self.ahead(n_drafted)]
+        self._free = self._turn_over()
+        wait = self._wait(draft_routing, n_drafted + 1)
+        np.subtract(self._minus_turn, wait, out=slots.scores.reshape(-1))
+        self._order(slots, wait)
 
     def _wait(self, draft_routing: Routing | None, width: int) -> Chances:
         chance, often = self._coming(draft_routing, width), self._often
-        after = often + (1 - DECAY) * (chance - often)
+        after = often + np.float32(1 - DECAY) * (chance - often)
         wait: Chances = (1 - self._following(draft_routing, width, after)) / after
         wait += 1
         return wait
@@ -144,11 +158,11 @@ class Learning(Waits):
         shown = None if draft_routing is None else draft_routing[:, :width]
         given = self._learned.coming(self._tokens, shown if self._learned.draft is not None else None)
         self._given[0], ours = given, self._reliable[0].corrected(given)
-        self._tally.n_tokens += max(width, 0 if draft_routing is None else draft_routing.shape[1])
+        self._n_tokens += max(width, 0 if draft_routing is None else draft_routing.shape[1])
         theirs = ours if self._alone else self._often
         if shown is not None and shown.shape[1] and self.setting.has_twin and not self._alone:
-            self._now = self._guess(shown, self.coming)
-            theirs = _chances(self._now, self._often)
+            self._now = self._near
+            theirs = _chances(self._now, self._sets.of(shown), self._often)
         self._chance = self._choose(self.first, self._sources[0], theirs, ours)
         return self._chance
 
@@ -161,8 +175,8 @@ class Learning(Waits):
             return ours
         theirs = after
         if ahead is not None and ahead.shape[1] and self.setting.has_twin:
-            self._then = self._guess(ahead, self.following)
-            theirs = _chances(self._then, after)
+            self._then = self._free
+            theirs = _chances(self._then, self._sets.of(ahead), after)
         return self._choose(self.second, self._sources[1], theirs, ours)
 
     def _choose(self, useful: Useful, sources: list[Chances], theirs: Chances, ours: Chances) -> Chances:
@@ -179,13 +193,13 @@ class Learning(Waits):
         self._foreseen = self._chance >= FORESEEN
         keys = np.flatnonzero(self._chance >= WORTH_FETCHING)
         self._absent = keys[slots.states().reshape(-1)[keys] == 0]
-        self._send(slots, keys, self._chance[keys], wait, fetches=self.wasted <= MOST_WASTED)
+        orders = self._orders[keys]
+        orders["priority"] = self._chance[keys] * wait[keys]
+        fetches = self._fetches and self.wasted <= MOST_WASTED
+        slots.prefetch(orders, _native.NO_BUDGET if fetches else 0, MARGIN)
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
-        demanded = self._sets.of(routing)
-        if self._foreseen is not None:
-            self._tally.add(self._foreseen, demanded, self._foreseen & demanded)
-        came = demanded.astype(np.float32)
+        came = self._sets.of(routing).astype(np.float32)
         self._turn_of = 1 - self._turn_of  # one a step: counting takes as long as foreseeing does
         given = self._given[0] if self._turn_of else self._given[2]
         if given is not None:
@@ -196,10 +210,7 @@ class Learning(Waits):
         for useful, sources in ((self.first, self._sources[0]), (self.second, self._second_judged)):
             if sources:
                 useful.learn(sources, came)
-        self._now, now = None, self._now  # what was foreseen is counted, not the twin's set
-        if now is not None:
-            now.learn(demanded, int(np.count_nonzero(demanded)))
-        super().observe(routing, n_accepted)
+        self._learn(routing, self._foreseen)  # last: a source may be the frequency itself
         if self._may_count:
             self._counts.observe(routing)
         self._learned.observe(routing, self._n_drafted - n_accepted)

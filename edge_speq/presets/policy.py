@@ -25,7 +25,8 @@ class Slots(Protocol):
     @property
     def scores(self) -> Scores: ...
 
-    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = ...) -> int: ...
+    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = ..., margin: float = ...) -> int:
+        """margin: what the priorities of absent experts are less by."""
 
     def states(self) -> npt.NDArray[np.uint8]: ...
 

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define EDGE_ABI_VERSION 5
+#define EDGE_ABI_VERSION 6
 
 #define EDGE_OK 0
 #define EDGE_ERR_ARGUMENT 1
@@ -208,8 +208,9 @@ EDGE_API int edge_hook_scores(edge_hook * hook, float ** out);
 
 // Replaces the outstanding orders by these, most urgent first; none at all cancels them. An ordered expert that is in
 // a slot is worth its priority more until its block has run; the others are loaded by a worker thread, as far as
-// byte_budget goes, and evict only what is worth less than they are.
-EDGE_API int edge_hook_prefetch(edge_hook * hook, const edge_order * orders, int32_t n_orders, uint64_t byte_budget, int32_t * n_ordered);
+// byte_budget goes, and evict only what is worth less than they are, by the margin. n_ordered: those that are in no
+// slot. sound, or null: whether all scores were numbers; others count as 0.
+EDGE_API int edge_hook_prefetch(edge_hook * hook, const edge_order * orders, int32_t n_orders, uint64_t byte_budget, float margin, int32_t * n_ordered, bool * sound);
 EDGE_API int edge_hook_drain(edge_hook * hook); // waits until no order is outstanding
 
 // Other slot counts, [n_groups], in place of the present ones: the experts of most worth are loaded again. Only
@@ -231,6 +232,89 @@ EDGE_API int edge_hook_costs(edge_hook * hook, edge_costs * out);
 EDGE_API int edge_hook_states(edge_hook * hook, uint8_t * out); // [n_blocks, n_expert] of EDGE_ABSENT..EDGE_PINNED
 EDGE_API int edge_hook_bytes(edge_hook * hook, uint64_t * out);      // held on the compute device
 EDGE_API int edge_hook_slot_bytes(edge_hook * hook, uint64_t * out); // of which slots
+
+// --- what policies reckon ----------------------------------------------------------------------------
+
+// The passes over all experts that edge_speq/presets makes before and after each step, in the engine and in a replay:
+// between two decodes each numpy function that is called costs 10 to 25 us, since it has left the caches. Arrays are
+// the caller's and by key, block * n_expert + expert; marks are 0 or 1. Ids out of range are refused.
+typedef struct edge_ids {       // routing
+    const int32_t * ids;        // [n_blocks, n_tokens, n_used]
+    int32_t n_blocks;
+    int32_t n_tokens;
+    int32_t n_used;
+    int32_t stride;             // from one block's ids to the next one's
+} edge_ids;
+
+// A pool is what a rule would keep of n experts.
+typedef struct edge_pool {
+    uint8_t * kept;             // [n] marks
+    int32_t n;
+    int32_t n_kept;
+    int32_t size;               // experts that it holds at most
+} edge_pool;
+
+// missed: wanted ones, [n] marks, that it did not hold. What is worth least makes room, wanted ones last; of equal worth
+// it is the first.
+EDGE_API int edge_pool_demand(edge_pool * pool, const uint8_t * wanted, const float * worth, int32_t * missed);
+
+// Rules are tried against each other on a sample, every stride-th block; followed is the one that missed least of late. The first rule is recency, each other one how
+// often steps demanded an expert, decaying, and `last` more where the last step did.
+typedef struct edge_duel {
+    int32_t n_blocks;
+    int32_t n_expert;
+    int32_t stride;
+    int32_t n_rules;
+    float   last;
+    int32_t n_steps;
+    const float * decays;       // [n_rules - 1]
+    float * often;              // [n_rules - 1, n_blocks * n_expert]
+    uint8_t * latest;           // marks of what the last step demanded
+    float * used;               // of the sample: when it was demanded last, in steps
+    edge_pool * pools;          // [n_rules], of the sample
+    double * missed;            // [n_rules] share of a step's demands that each missed, of late
+    double  smoothing;          // per step, of that
+    double  hysteresis;         // by which part of it another rule must miss less
+    double  weight;             // of the steps so far
+    int32_t best;               // the rule that is followed
+} edge_duel;
+
+EDGE_API int edge_duel_score(const edge_duel * duel, float * scores);
+EDGE_API int edge_duel_observe(edge_duel * duel, const edge_ids * routing);
+
+// presets/waits.py has the formula of the wait.
+typedef struct edge_rates {     // what predicted sets have been worth
+    double inside;              // share of a set that was demanded
+    double outside;             // demands of others, relative to their frequency
+    double most_inside;         // what they are taken for at most
+    double most_outside;
+    double smoothing;           // per step
+} edge_rates;
+
+typedef struct edge_guess {     // experts that a step is expected to demand
+    uint8_t * found;            // marks
+    edge_rates * rates;         // observe() teaches them
+    double others;              // out: demands of those outside, if these kept to their frequency
+    int32_t n_found;            // out
+    int32_t n_came;             // out: of those found that the step demanded
+} edge_guess;
+
+typedef struct edge_waits {
+    int32_t n_blocks;
+    int32_t n_expert;
+    float   decay;              // per step, of `often`
+    float   least;
+    float * often;              // how often a step demands each expert, decaying
+    uint8_t * demanded;         // out: marks of what the step demanded
+    int64_t * tally;            // [3, n_blocks] foreseen, demanded, both; added to
+    edge_order * orders;        // [n_blocks * n_expert], out: for what `now` found, by key
+    int32_t n_demanded;         // out
+} edge_waits;
+
+// Writes scores. now: the routing's first `width` tokens; then: as many after them. Both null: there is no routing.
+EDGE_API int edge_waits_foresee(edge_waits * waits, const edge_ids * routing, int32_t width, edge_guess * now, edge_guess * then, float * scores);
+// Learns from a step's routing. now, then: the guesses about it, or null; foreseen: marks to tally, or null.
+EDGE_API int edge_waits_observe(edge_waits * waits, const edge_ids * routing, edge_guess * now, edge_guess * then, const uint8_t * foreseen);
 
 // Fills every slot that holds no expert with NaN patterns. For tests: results must not change.
 EDGE_API int edge_hook_poison_free_slots(edge_hook * hook);

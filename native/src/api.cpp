@@ -4,6 +4,7 @@
 #include "error.h"
 #include "faults.h"
 #include "hook.h"
+#include "reckoning.h"
 #include "vocab.h"
 
 #include "ggml-backend.h"
@@ -76,6 +77,12 @@ void require_slots(const edge::ExpertTable & table, const int32_t * slots, int32
                                                    " tokens need at least " + std::to_string(floor));
         }
     }
+}
+
+constexpr const char * bad_routing = "the routing is of another shape, or of experts that there are not";
+
+void require_guesses(const edge_guess * now, const edge_guess * then) {
+    require((now == nullptr || now->rates != nullptr) && (then == nullptr || then->rates != nullptr), "a guess has no rates");
 }
 
 } // namespace
@@ -269,7 +276,8 @@ int edge_hook_scores(edge_hook * hook, float ** out) {
     });
 }
 
-int edge_hook_prefetch(edge_hook * hook, const edge_order * orders, int32_t n_orders, uint64_t byte_budget, int32_t * n_ordered) {
+int edge_hook_prefetch(edge_hook * hook, const edge_order * orders, int32_t n_orders, uint64_t byte_budget, float margin,
+                       int32_t * n_ordered, bool * sound) {
     return guarded([&] {
         edge::Residency & residency = residency_of(hook);
         require(n_orders >= 0 && (orders != nullptr || n_orders == 0) && n_ordered != nullptr, "orders or out is null");
@@ -278,7 +286,7 @@ int edge_hook_prefetch(edge_hook * hook, const edge_order * orders, int32_t n_or
             require(orders[i].block >= 0 && orders[i].block < n_blocks, "no block has this index");
             require(orders[i].expert >= 0 && orders[i].expert < hook->table().n_expert, "no expert has this index");
         }
-        *n_ordered = residency.prefetch(orders, n_orders, byte_budget);
+        *n_ordered = residency.prefetch(orders, n_orders, byte_budget, margin, sound);
     });
 }
 
@@ -332,6 +340,50 @@ int edge_hook_slot_bytes(edge_hook * hook, uint64_t * out) {
 
 int edge_hook_poison_free_slots(edge_hook * hook) {
     return guarded([&] { residency_of(hook).poison_free_slots(); });
+}
+
+int edge_pool_demand(edge_pool * pool, const uint8_t * wanted, const float * worth, int32_t * missed) {
+    return guarded([&] {
+        require(pool != nullptr && wanted != nullptr && worth != nullptr && missed != nullptr, "pool, wanted, worth or out is null");
+        *missed = edge::demand_of_pool(*pool, wanted, worth);
+    });
+}
+
+int edge_duel_score(const edge_duel * duel, float * scores) {
+    return guarded([&] {
+        require(duel != nullptr && scores != nullptr, "duel or scores is null");
+        edge::score_by_best(*duel, scores);
+    });
+}
+
+int edge_duel_observe(edge_duel * duel, const edge_ids * routing) {
+    return guarded([&] {
+        require(duel != nullptr, "duel is null");
+        require(routing != nullptr && edge::is_sound(*routing, duel->n_blocks, duel->n_expert), bad_routing);
+        edge::observe_duel(*duel, *routing);
+    });
+}
+
+int edge_waits_foresee(edge_waits * waits, const edge_ids * routing, int32_t width, edge_guess * now, edge_guess * then, float * scores) {
+    return guarded([&] {
+        require(waits != nullptr && scores != nullptr, "waits or scores is null");
+        require((routing == nullptr) == (now == nullptr) && (now != nullptr || then == nullptr), "routing and guesses do not go together");
+        if (routing != nullptr) {
+            require(routing != nullptr && edge::is_sound(*routing, waits->n_blocks, waits->n_expert), bad_routing);
+            require(width > 0 && (then == nullptr || width < routing->n_tokens), "no routing is that wide");
+        }
+        require_guesses(now, then);
+        edge::foresee_waits(*waits, routing, width, now, then, scores);
+    });
+}
+
+int edge_waits_observe(edge_waits * waits, const edge_ids * routing, edge_guess * now, edge_guess * then, const uint8_t * foreseen) {
+    return guarded([&] {
+        require(waits != nullptr, "waits is null");
+        require(routing != nullptr && edge::is_sound(*routing, waits->n_blocks, waits->n_expert), bad_routing);
+        require_guesses(now, then);
+        edge::observe_waits(*waits, *routing, now, then, foreseen);
+    });
 }
 
 int edge_test_fail(int32_t kind, int64_t nth) {

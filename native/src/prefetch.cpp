@@ -6,45 +6,66 @@
 
 namespace edge {
 
-void Residency::commit_scores() {
-    const float * score = shared_scores_.data();
+bool Residency::commit_scores() {
+    const float * scores = shared_scores_.data();
+    bool sound = true;
     for (const ExpertBlock & block : table_.blocks) {
-        for (int32_t expert = 0; expert < table_.n_expert; ++expert, ++score) {
-            pool(block).score(block.first_key + expert, std::isfinite(*score) ? *score : 0.0F);
-        }
+        sound &= pool(block).score(block.first_key, scores, table_.n_expert);
+        scores += table_.n_expert;
     }
+    return sound;
 }
 
-int32_t Residency::prefetch(const edge_order * orders, int32_t n, uint64_t byte_budget) {
-    const Lock lock(mutex_);
+// Between two decodes, when all that it touches has left the caches: one thing after the other, and the worker is not
+// woken for nothing.
+int32_t Residency::prefetch(const edge_order * orders, int32_t n, uint64_t byte_budget, float margin, bool * sound) {
+    Lock lock(mutex_);
     orders_.clear();
+    const bool are_numbers = !serving() || commit_scores();
+    if (sound != nullptr) {
+        *sound = are_numbers;
+    }
     if (!serving()) {
         return 0;
     }
-    commit_scores();
     for (SlotPool & pool : pools_) {
         pool.forget_expected();
     }
+    const uint64_t now = clock_ ? clock_->now() : 0;
+    int32_t n_absent = 0;
+    SlotPool * slots = nullptr;
+    int32_t number = -1;
+    int32_t first_key = 0;
     for (int32_t i = 0; i < n; ++i) {
         const edge_order & wanted = orders[i];
-        const ExpertBlock & block = block_at(wanted.block);
-        const int32_t slot = pool(block).find(block.first_key + wanted.expert);
+        if (wanted.block != number) { // mostly that of the order before
+            number    = wanted.block;
+            slots     = &pool(block_at(number));
+            first_key = block_at(number).first_key;
+        }
+        const int32_t slot = slots->find(first_key + wanted.expert);
         const float priority = std::isfinite(wanted.priority) ? wanted.priority : 0.0F;
         if (slot != SlotPool::none) {
-            pool(block).expect(slot, priority);
-        } else {
-            orders_.push_back({ wanted.block, wanted.expert, wanted.deadline, priority, clock_ ? clock_->now() : 0 });
+            slots->expect(slot, priority);
+            continue;
+        }
+        ++n_absent;
+        if (byte_budget > 0) { // else none would ever begin
+            orders_.push_back({ wanted.block, wanted.expert, wanted.deadline, priority - margin, now });
         }
     }
-    const auto n_ordered = static_cast<int32_t>(orders_.size());
     std::reverse(orders_.begin(), orders_.end()); // the most urgent last
     byte_budget_ = byte_budget;
     if (clock_) {
         run_virtual_orders();
     }
-    ordered_.notify_one();
+    const bool has_orders = !orders_.empty();
+    lock.unlock(); // a worker that wakes finds it free
+    if (has_orders) {
+        ordered_.notify_one();
+    }
     loaded_.notify_all();
-    return n_ordered;
+    return n_absent;
 }
 
 // Takes a slot for an order; nothing when it came in meanwhile, costs more than it is worth or than is left to spend.

@@ -66,8 +66,9 @@ public:
     // The slot of an expert that a graph without slots copies from, pinned until the step ends; none unless it is there.
     int32_t lend(int32_t block, int32_t expert);
 
-    // Takes over scores() and replaces the outstanding orders, of which at most byte_budget bytes are begun.
-    int32_t prefetch(const edge_order * orders, int32_t n, uint64_t byte_budget);
+    // Takes over scores() and replaces the outstanding orders, of which at most byte_budget bytes are begun. margin: what
+    // absent experts' priorities are less by. sound: whether all scores were numbers.
+    int32_t prefetch(const edge_order * orders, int32_t n, uint64_t byte_budget, float margin = 0.0F, bool * sound = nullptr);
     void drain();
 
     // Other slot counts, while no graph runs: the experts of most worth that fit are loaded again. When the new slots
@@ -148,7 +149,7 @@ private:
     void mark_landed();
     void refill(int32_t group, const std::vector<int32_t> & keys);
 
-    void commit_scores();
+    bool commit_scores(); // whether all were numbers
     std::optional<InFlight> begin_prefetch(const Order & order);
     bool send(const Order & order, InFlight & flight);
     void finish(const InFlight & flight, bool arrived);

@@ -1,11 +1,13 @@
 #include "slots.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 
 namespace edge {
 
 SlotPool::SlotPool(int32_t n_slots, int32_t n_keys)
-    : slots_(index(n_slots)), slot_of_(index(n_keys), none), scores_(index(n_keys), 0.0F) {
+    : slots_(index(n_slots)), slot_of_(index(n_keys), none), scores_(index(n_keys), 0.0F), expected_(index(n_slots), 0.0F) {
     free_.reserve(slots_.size());
     pinned_.reserve(slots_.size());
     for (int32_t slot = n_slots - 1; slot >= 0; --slot) {
@@ -24,25 +26,40 @@ SlotState SlotPool::state(int32_t key) const {
     return at(slot).pinned ? SlotState::pinned : SlotState::resident;
 }
 
-float SlotPool::worth(const Slot & slot) const {
-    return scores_[index(slot.key)] + (slot.expected_window == window_ ? slot.expectation : 0.0F);
+// The bits of a float say whether it is a number, and comparing them takes many at once.
+bool SlotPool::score(int32_t first, const float * values, int32_t n) {
+    constexpr uint32_t exponent = 0x7F800000U; // all ones in what is infinite or no number
+    float * scores = scores_.data() + index(first);
+    uint32_t odd = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        uint32_t bits = 0;
+        std::memcpy(&bits, values + i, sizeof bits);
+        odd |= static_cast<uint32_t>((bits & exponent) == exponent);
+    }
+    std::copy(values, values + n, scores);
+    if (odd != 0) {
+        std::replace_if(scores, scores + n, [](float value) { return !std::isfinite(value); }, 0.0F);
+    }
+    return odd == 0;
 }
 
-bool SlotPool::cheaper(const Slot & a, const Slot & b) const {
+void SlotPool::forget_expected() { std::fill(expected_.begin(), expected_.end(), 0.0F); }
+
+bool SlotPool::cheaper(int32_t a, int32_t b) const {
     const float worth_a = worth(a);
     const float worth_b = worth(b);
-    return worth_a < worth_b || (worth_a == worth_b && a.last_use < b.last_use);
+    return worth_a < worth_b || (worth_a == worth_b && at(a).last_use < at(b).last_use);
 }
 
 int32_t SlotPool::victim(float price) const {
     int32_t best = none;
     for (int32_t i = 0; i < n_slots(); ++i) {
         const Slot & slot = at(i);
-        if (!slot.loading && !slot.pinned && (best == none || cheaper(slot, at(best)))) {
+        if (!slot.loading && !slot.pinned && (best == none || cheaper(i, best))) {
             best = i;
         }
     }
-    return best != none && (price == any_price || worth(at(best)) < price) ? best : none;
+    return best != none && (price == any_price || worth(best) < price) ? best : none;
 }
 
 int32_t SlotPool::take(int32_t key, float price) {
@@ -60,6 +77,7 @@ int32_t SlotPool::take(int32_t key, float price) {
     slot.key             = key;
     slot.loading         = true;
     slot.last_use        = ++clock_;
+    expected_[index(i)]  = 0.0F;
     slot_of_[index(key)] = i;
     return i;
 }
@@ -83,6 +101,7 @@ int32_t SlotPool::mark_prefetch(int32_t slot, float expectation) {
 void SlotPool::drop(int32_t slot) {
     slot_of_[index(at(slot).key)] = none;
     at(slot) = Slot{};
+    expected_[index(slot)] = 0.0F;
     free_.push_back(slot);
 }
 
@@ -100,27 +119,22 @@ void SlotPool::unpin_all() {
 
 void SlotPool::use(int32_t slot) {
     at(slot).last_use        = ++clock_;
-    at(slot).expected_window = 0;
     at(slot).unused_prefetch = false;
-}
-
-void SlotPool::expect(int32_t slot, float expectation) {
-    at(slot).expectation     = expectation;
-    at(slot).expected_window = window_;
+    expected_[index(slot)]   = 0.0F;
 }
 
 std::vector<int32_t> SlotPool::most_worth(int32_t n) const {
-    std::vector<const Slot *> held;
-    for (const Slot & slot : slots_) {
-        if (slot.key != none && !slot.loading) {
-            held.push_back(&slot);
+    std::vector<int32_t> held;
+    for (int32_t slot = 0; slot < n_slots(); ++slot) {
+        if (at(slot).key != none && !at(slot).loading) {
+            held.push_back(slot);
         }
     }
-    std::sort(held.begin(), held.end(), [this](const Slot * a, const Slot * b) { return cheaper(*b, *a); });
+    std::sort(held.begin(), held.end(), [this](int32_t a, int32_t b) { return cheaper(b, a); });
     held.resize(std::min(held.size(), index(std::max(n, 0))));
     std::vector<int32_t> keys;
-    for (const Slot * slot : held) {
-        keys.push_back(slot->key);
+    for (const int32_t slot : held) {
+        keys.push_back(key_of(slot));
     }
     return keys;
 }

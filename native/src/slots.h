@@ -40,10 +40,11 @@ public:
     void pin(int32_t slot);
     void unpin_all();
     void use(int32_t slot);                       // the graph reads it now: most recent, its expectation is met
-    void expect(int32_t slot, float expectation); // until used or until forget_expected()
-    void forget_expected() { ++window_; }
+    void expect(int32_t slot, float expectation) { expected_[index(slot)] = expectation; } // until used or until forget_expected()
+    void forget_expected();
     void regret(int32_t slot) { at(slot).last_use = 0; } // nothing uses it: the next to go among equals
     void score(int32_t key, float value) { scores_[index(key)] = value; }
+    bool score(int32_t first, const float * values, int32_t n); // of that key and those after it; false: some were no numbers, and are 0
     float score_of(int32_t key) const { return scores_[index(key)]; }
 
     bool prefetched_unused(int32_t slot) const { return at(slot).unused_prefetch; }
@@ -54,8 +55,6 @@ private:
     struct Slot {
         int32_t  key             = none;
         uint64_t last_use        = 0;
-        uint64_t expected_window = 0;
-        float    expectation     = 0.0F;
         bool     loading         = false;
         bool     pinned          = false;
         bool     unused_prefetch = false;
@@ -64,8 +63,8 @@ private:
     static size_t index(int32_t i) { return static_cast<size_t>(i); }
     Slot & at(int32_t slot) { return slots_[index(slot)]; }
     const Slot & at(int32_t slot) const { return slots_[index(slot)]; }
-    float worth(const Slot & slot) const;
-    bool cheaper(const Slot & a, const Slot & b) const;
+    float worth(int32_t slot) const { return scores_[index(at(slot).key)] + expected_[index(slot)]; }
+    bool cheaper(int32_t a, int32_t b) const;
     int32_t victim(float price) const;
     int32_t mark_prefetch(int32_t slot, float expectation);
 
@@ -74,8 +73,8 @@ private:
     std::vector<int32_t> pinned_; // pinned slots, some perhaps twice
     std::vector<int32_t> slot_of_;
     std::vector<float>   scores_;
-    uint64_t             clock_  = 0;
-    uint64_t             window_ = 1;
+    std::vector<float>   expected_; // of each slot, apart from it: a step expects hundreds, far apart in a cache that is cold
+    uint64_t             clock_ = 0;
 };
 
 } // namespace edge

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <thread>
 #include <vector>
@@ -21,7 +22,7 @@ void logits_are_those_without_a_hook(llama_model * model, const std::vector<floa
         for (int32_t i = 0; !done; ++i) {
             const edge_order orders[] = { { i % 4, i % 8, 99, 1.0F }, { (i + 1) % 4, i % 5, 99, 0.5F } };
             int32_t n = 0;
-            OK(edge_hook_prefetch(hook, orders, 2, UINT64_MAX, &n));
+            OK(edge_hook_prefetch(hook, orders, 2, UINT64_MAX, 0.0F, &n, nullptr));
         }
     });
     {
@@ -51,7 +52,15 @@ void missing_experts_are_computed_where_they_lie(llama_model * model, const std:
             orders.push_back({ expert % 4, expert, 99, 1.0F });
         }
         int32_t n = 0;
-        OK(edge_hook_prefetch(hook, orders.data(), static_cast<int32_t>(orders.size()), UINT64_MAX, &n));
+        float * scores = nullptr;
+        OK(edge_hook_scores(hook, &scores));
+        for (const float score : { std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity(), 0.0F }) {
+            bool sound = score != 0.0F;
+            scores[5] = score;
+            OK(edge_hook_prefetch(hook, nullptr, 0, 0, 0.0F, &n, &sound));
+            CHECK(sound == (score == 0.0F));
+        }
+        OK(edge_hook_prefetch(hook, orders.data(), static_cast<int32_t>(orders.size()), UINT64_MAX, 0.0F, &n, nullptr));
         llama_memory_clear(llama_get_memory(run.ctx), true);
         run.n_past = 0;
         CHECK(run.feed_text(model) == plain); // while they come in
@@ -149,7 +158,7 @@ void bad_arguments_are_statuses(llama_model * model) {
     params.n_groups = 0;
     OK(edge_hook_attach(model, &params, &hook)); // routing only
     int32_t n = 0;
-    CHECK(edge_hook_prefetch(hook, nullptr, 0, 0, &n) == EDGE_ERR_ARGUMENT);
+    CHECK(edge_hook_prefetch(hook, nullptr, 0, 0, 0.0F, &n, nullptr) == EDGE_ERR_ARGUMENT);
     CHECK(edge_hook_drain(hook) == EDGE_ERR_ARGUMENT && std::strlen(edge_last_error()) > 0);
     OK(edge_hook_detach(hook));
     CHECK(edge_test_fail(17, 1) == EDGE_ERR_ARGUMENT);

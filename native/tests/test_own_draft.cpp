@@ -160,7 +160,7 @@ void everything_in_slots_restricts_nobody(llama_model * model, const std::vector
         }
     }
     int32_t n = 0;
-    OK(edge_hook_prefetch(hook, orders.data(), static_cast<int32_t>(orders.size()), UINT64_MAX, &n));
+    OK(edge_hook_prefetch(hook, orders.data(), static_cast<int32_t>(orders.size()), UINT64_MAX, 0.0F, &n, nullptr));
     OK(edge_hook_drain(hook));
     {
         Run run(model, hook);

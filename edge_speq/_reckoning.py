@@ -1,0 +1,269 @@
+"""The passes over all experts that policies make, in native code (native/src/reckoning.cpp), typed.
+
+Arrays are numpy's, by key: block * n_expert + expert. What crosses is prepared once, since between two decodes every
+function costs what it takes to bring it back into the caches. Raises EdgeError where the patched build is missing, and
+for routing that is none of these experts'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_speq._library import check, load
+from edge_speq._native import ORDER
+from edge_speq.core import Experts
+
+Routing = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+Marks = npt.NDArray[np.bool_]
+
+MOST_LASTING = 64  # arrays whose places are remembered
+_KINDS = {"f": "float[]", "d": "double[]", "?": "uint8_t[]", "l": "int64_t[]", "q": "int64_t[]", "V": "edge_order[]"}
+
+
+def _pointer(array: npt.NDArray[Any]) -> Any:
+    return load()[0].from_buffer(_KINDS[array.dtype.char], array)
+
+
+class _Ids:
+    """Routing as native code takes it."""
+
+    def __init__(self) -> None:
+        self._ffi, _ = load()
+        self._once: Any = self._ffi.new("edge_ids *")
+        self._kept: Any = None
+        self._lasting: dict[int, tuple[Any, Routing]] = {}
+
+    def lasting(self, routing: Routing) -> Any:
+        """Of an array that may be given again, with other contents: the engine has one for each width."""
+        known = self._lasting.get(id(routing))  # which nothing else has as long as it is kept here
+        if known is not None:
+            return known[0]
+        made = self._ffi.new("edge_ids *")
+        if not self._point(made, routing):
+            return self.once(routing)
+        if len(self._lasting) >= MOST_LASTING:
+            self._lasting.clear()
+        self._lasting[id(routing)] = made, routing
+        return made
+
+    def once(self, routing: Routing) -> Any:
+        """Of an array that was made for this step. It must outlive the call."""
+        made, shape = self._once, routing.shape
+        try:
+            pointer = self._ffi.from_buffer("int32_t[]", routing)
+        except ValueError:  # not contiguous
+            pointer = b""
+        n_ids = shape[1] * shape[2]
+        if len(pointer) != shape[0] * n_ids:  # or not of int32: asking for the dtype would take as long again
+            pointer = self._ffi.from_buffer("int32_t[]", np.ascontiguousarray(routing, dtype=np.int32))
+        made.ids = self._kept = pointer
+        made.n_blocks, made.n_tokens, made.n_used = shape
+        made.stride = n_ids
+        return made
+
+    def _point(self, made: Any, routing: Routing) -> bool:
+        """False: its memory is not in an order that native code reads."""
+        (n_blocks, n_tokens, n_used), (stride, *inner) = routing.shape, routing.strides
+        if routing.dtype != np.int32 or inner != [4 * n_used, 4] or stride % 4 or stride < 4 * n_tokens * n_used:
+            return False
+        made.ids = self._ffi.cast("int32_t *", routing.__array_interface__["data"][0])
+        made.n_blocks, made.n_tokens, made.n_used, made.stride = n_blocks, n_tokens, n_used, stride // 4
+        return True
+
+
+class _Scores:
+    """Where scores are written to; slots keep theirs at one address."""
+
+    def __init__(self) -> None:
+        self._array: Floats | None = None
+        self._pointer: Any = None
+
+    def of(self, scores: Floats) -> Any:
+        if scores is not self._array:
+            self._array, self._pointer = scores, _pointer(scores)
+        return self._pointer
+
+
+class Rates:
+    """How often experts of a predicted set are demanded, and others relative to their frequency; learned step by step.
+    Taken for `most` at most, which is one number for each."""
+
+    def __init__(self, inside: float, most: tuple[float, float], smoothing: float) -> None:
+        given = {"inside": inside, "outside": most[1], "most_inside": most[0], "most_outside": most[1]}
+        self.struct: Any = load()[0].new("edge_rates *", {**given, "smoothing": smoothing})
+
+    @property
+    def inside(self) -> float:
+        return float(self.struct.inside)
+
+    @inside.setter
+    def inside(self, inside: float) -> None:
+        self.struct.inside = inside
+
+    @property
+    def outside(self) -> float:
+        return float(self.struct.outside)
+
+    @outside.setter
+    def outside(self, outside: float) -> None:
+        self.struct.outside = outside
+
+    @property
+    def chances(self) -> tuple[float, float]:
+        """Of an expert inside, and what the frequency of one outside is multiplied by."""
+        s = self.struct
+        return min(s.inside, s.most_inside), min(s.outside, s.most_outside)
+
+
+class Guess:
+    """Experts that a step is expected to demand."""
+
+    def __init__(self, n_keys: int, rates: Rates) -> None:
+        self.found: Marks = np.zeros(n_keys, dtype=bool)
+        self.rates, self.marks = rates, _pointer(self.found)
+        self.struct: Any = load()[0].new("edge_guess *", {"found": self.marks, "rates": rates.struct})
+
+    @property
+    def others(self) -> float:
+        """Demands of those outside, if these kept to their frequency."""
+        return float(self.struct.others)
+
+    @property
+    def keys(self) -> npt.NDArray[np.intp]:
+        return self.found.nonzero()[0]
+
+    def set(self, found: Marks, others: float) -> None:
+        self.found[:] = found
+        self.struct.n_found, self.struct.others = int(np.count_nonzero(found)), others
+
+
+class Waits:
+    """What `waits` counts of all experts."""
+
+    def __init__(self, experts: Experts, decay: float, least: float, often: Floats) -> None:
+        ffi, self._lib = load()
+        self._none = ffi.NULL
+        n_keys = experts.total
+        self.often = often
+        self.demanded: Marks = np.zeros(n_keys, dtype=bool)  # by the last step
+        self.tally = np.zeros((3, experts.n_blocks), dtype=np.int64)  # foreseen, demanded, both
+        self.orders: npt.NDArray[Any] = np.zeros(n_keys, dtype=ORDER)
+        arrays = {"often": self.often, "demanded": self.demanded, "tally": self.tally, "orders": self.orders}
+        self._pointers = {name: _pointer(array) for name, array in arrays.items()}
+        sizes = {"n_blocks": experts.n_blocks, "n_expert": experts.n_expert, "decay": decay, "least": least}
+        self._struct: Any = ffi.new("edge_waits *", {**sizes, **self._pointers})
+        self._ids, self._scores = _Ids(), _Scores()
+
+    def foresee(
+        self, routing: Routing | None, width: int, now: Guess | None, then: Guess | None, scores: Floats
+    ) -> npt.NDArray[Any]:
+        """Writes scores. Orders for what `now` found, by key; the next call overwrites them."""
+        none = self._none
+        status = self._lib.edge_waits_foresee(
+            self._struct,
+            none if routing is None else self._ids.once(routing),
+            width,
+            none if now is None else now.struct,
+            none if then is None else then.struct,
+            self._scores.of(scores),
+        )
+        if status:
+            check(status)
+        return self.orders[: 0 if now is None else now.struct.n_found]
+
+    def observe(self, routing: Routing, now: Guess | None, then: Guess | None, foreseen: Marks | None) -> None:
+        """What a step demanded; the guesses' rates learn from it. foreseen: what is tallied."""
+        none = self._none
+        marks = none
+        if foreseen is not None:
+            marks = now.marks if now is not None and foreseen is now.found else _pointer(foreseen)
+        status = self._lib.edge_waits_observe(
+            self._struct,
+            self._ids.lasting(routing),
+            none if now is None else now.struct,
+            none if then is None else then.struct,
+            marks,
+        )
+        if status:
+            check(status)
+
+
+class Pool:
+    """What one rule would keep of some experts. Of equal worth the first goes first."""
+
+    def __init__(self, n_experts: int, size: int, struct: Any = None) -> None:
+        """struct: where it lies, if that is part of something larger."""
+        self._kept: Marks = np.zeros(n_experts, dtype=bool)
+        self._pointer = _pointer(self._kept)
+        self._struct: Any = load()[0].new("edge_pool *") if struct is None else struct
+        self._struct.kept, self._struct.n = self._pointer, n_experts
+        self.size = size
+
+    @property
+    def size(self) -> int:
+        """Experts that it holds at most."""
+        return int(self._struct.size)
+
+    @size.setter
+    def size(self, size: int) -> None:
+        self._struct.size = size
+
+    def demand(self, wanted: Marks, worth: Floats) -> int:
+        """Misses of a step. What is worth least makes room, what was wanted last of all."""
+        ffi, lib = load()
+        missed = ffi.new("int32_t *")
+        check(lib.edge_pool_demand(self._struct, _pointer(wanted), _pointer(worth), missed))
+        return int(missed[0])
+
+
+class Duel:
+    """Pools of rules, and what the rules go by: recency, or how often steps demanded an expert, decaying."""
+
+    def __init__(
+        self,
+        experts: Experts,
+        stride: int,
+        decays: Sequence[float],
+        *,
+        last: float,
+        smoothing: float,
+        hysteresis: float,
+    ) -> None:
+        ffi, self._lib = load()
+        n_rules = 1 + len(decays)
+        self.n_sampled = len(range(0, experts.n_blocks, stride)) * experts.n_expert
+        self.often = np.zeros((len(decays), experts.total), dtype=np.float32)
+        arrays = {
+            "decays": np.array(decays, dtype=np.float32),
+            "often": self.often,
+            "latest": np.zeros(experts.total, dtype=bool),
+            "used": np.zeros(self.n_sampled, dtype=np.float32),
+            "missed": np.zeros(n_rules, dtype=np.float64),
+        }
+        self._pointers = {name: _pointer(array) for name, array in arrays.items()}  # which keep them
+        self._native_pools = ffi.new("edge_pool[]", n_rules)
+        self.pools = [Pool(self.n_sampled, 0, ffi.addressof(self._native_pools, i)) for i in range(n_rules)]
+        shape = {"n_blocks": experts.n_blocks, "n_expert": experts.n_expert, "stride": stride, "n_rules": n_rules}
+        given = {"last": last, "smoothing": smoothing, "hysteresis": hysteresis, "pools": self._native_pools}
+        self._struct: Any = ffi.new("edge_duel *", {**shape, **given, **self._pointers})
+        self._ids, self._scores = _Ids(), _Scores()
+
+    @property
+    def best(self) -> int:
+        """The rule that is followed."""
+        return int(self._struct.best)
+
+    def score(self, scores: Floats) -> None:
+        status = self._lib.edge_duel_score(self._struct, self._scores.of(scores))
+        if status:
+            check(status)
+
+    def observe(self, routing: Routing) -> None:
+        status = self._lib.edge_duel_observe(self._struct, self._ids.lasting(routing))
+        if status:
+            check(status)

@@ -1,0 +1,333 @@
+// What policies reckon over all experts. Each array is passed over once, block by block, in loops that a compiler
+// vectorises: between two decodes all of it comes from far.
+#include "reckoning.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <vector>
+
+namespace edge {
+
+namespace {
+
+size_t count(int32_t n) { return static_cast<size_t>(n); }
+
+// Marks the experts of a block that tokens [from, to) chose.
+void mark(uint8_t * marks, int32_t n_expert, const edge_ids & routing, int32_t block, int32_t from, int32_t to) {
+    std::memset(marks, 0, count(n_expert));
+    const int32_t * row = routing.ids + count(block) * count(routing.stride);
+    for (const int32_t * id = row + count(from) * count(routing.n_used); id < row + count(to) * count(routing.n_used); ++id) {
+        marks[*id] = 1;
+    }
+}
+
+int32_t sum(const uint8_t * marks, int32_t n) {
+    int32_t out = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        out += marks[i];
+    }
+    return out;
+}
+
+int32_t overlap(const uint8_t * a, const uint8_t * b, int32_t n) {
+    int32_t out = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        out += a[i] & b[i];
+    }
+    return out;
+}
+
+// Of what is not marked, in eight lines of adding: a compiler may not change the order of additions by itself.
+float sum_outside(const float * values, const uint8_t * marks, int32_t n) {
+    constexpr int32_t lanes = 8;
+    float sums[lanes] = {};
+    int32_t i = 0;
+    for (; i + lanes <= n; i += lanes) {
+        for (int32_t lane = 0; lane < lanes; ++lane) {
+            sums[lane] += values[i + lane] * (1.0F - static_cast<float>(marks[i + lane]));
+        }
+    }
+    for (; i < n; ++i) {
+        sums[0] += values[i] * (1.0F - static_cast<float>(marks[i]));
+    }
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+// to = from * (outside, or inside of the marks) + (added, inside of the marks). Products instead of branches: which way
+// these go is as good as random.
+void scale_and_add(float * to, const float * from, const uint8_t * marks, int32_t n, float outside, float inside, float added) {
+    for (int32_t i = 0; i < n; ++i) {
+        const auto is_inside = static_cast<float>(marks[i]);
+        to[i] = from[i] * (outside + is_inside * (inside - outside)) + is_inside * added;
+    }
+}
+
+void invert(float * to, const float * from, int32_t n) {
+    for (int32_t i = 0; i < n; ++i) {
+        to[i] = 1.0F / from[i];
+    }
+}
+
+void subtract_from(float * to, float from, const float * values, int32_t n) {
+    for (int32_t i = 0; i < n; ++i) {
+        to[i] = from - values[i];
+    }
+}
+
+// Their places; room for one more than there are.
+template <typename Marked> int32_t places(int32_t * to, int32_t n, Marked && marked) {
+    int32_t found = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        to[found] = i;
+        found += static_cast<int32_t>(marked(i));
+    }
+    return found;
+}
+
+// Integers that are in the order of floats, and where these are equal in that of places.
+uint64_t rank(float worth, int32_t place) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, &worth, sizeof bits);
+    bits ^= (bits >> 31U) != 0 ? 0xFFFFFFFFU : 0x80000000U;
+    return uint64_t{ bits } << 32U | static_cast<uint32_t>(place);
+}
+
+// Drops at most n of these places from a pool, those of least worth; how many. n is small beside their number.
+int32_t drop(edge_pool & pool, const int32_t * candidates, int32_t n_candidates, const float * worth, int32_t n) {
+    std::vector<uint64_t> least; // a heap, the dearest at the front
+    least.reserve(count(n));
+    int32_t i = 0;
+    for (; i < std::min(n, n_candidates); ++i) {
+        least.push_back(rank(worth[candidates[i]], candidates[i]));
+    }
+    std::make_heap(least.begin(), least.end());
+    for (; i < n_candidates; ++i) {
+        const uint64_t next = rank(worth[candidates[i]], candidates[i]);
+        if (next < least.front()) {
+            std::pop_heap(least.begin(), least.end());
+            least.back() = next;
+            std::push_heap(least.begin(), least.end());
+        }
+    }
+    for (const uint64_t gone : least) {
+        pool.kept[gone & 0xFFFFFFFFU] = 0;
+    }
+    return static_cast<int32_t>(least.size());
+}
+
+// Teaches the rates what came true of a guess.
+void learn(const edge_guess & guess, int32_t n_demanded) {
+    edge_rates & rates = *guess.rates;
+    const double gain = 1.0 - rates.smoothing;
+    if (guess.n_found > 0) {
+        rates.inside += gain * (static_cast<double>(guess.n_came) / guess.n_found - rates.inside);
+    }
+    if (guess.others > 0.0) {
+        rates.outside += gain * ((n_demanded - guess.n_came) / guess.others - rates.outside);
+    }
+}
+
+double chance_inside(const edge_guess & guess) { return std::min(guess.rates->inside, guess.rates->most_inside); }
+double share_outside(const edge_guess & guess) { return std::min(guess.rates->outside, guess.rates->most_outside); }
+
+// What a rule says of the sample.
+void worth_by_rule(const edge_duel & duel, int32_t rule, float * worth) {
+    for (int32_t block = 0; block < duel.n_blocks; block += duel.stride, worth += duel.n_expert) {
+        const size_t first = count(block) * count(duel.n_expert);
+        const float * often = duel.often + count(rule - 1) * count(duel.n_blocks) * count(duel.n_expert) + first;
+        scale_and_add(worth, often, duel.latest + first, duel.n_expert, 1.0F, 1.0F, duel.last);
+    }
+}
+
+// By what was known before the step. Where that demands more than the slots hold, LRU gives up just what comes next:
+// pools that look at whole steps do not see it.
+void judge(edge_duel & duel, const std::vector<uint8_t> & wanted) {
+    std::vector<float> worth(wanted.size());
+    const int32_t n_wanted = sum(wanted.data(), static_cast<int32_t>(wanted.size()));
+    duel.weight = std::min(duel.weight + 1.0, 1.0 / (1.0 - duel.smoothing));
+    int32_t best = 0;
+    for (int32_t rule = 0; rule < duel.n_rules; ++rule) {
+        if (rule > 0) {
+            worth_by_rule(duel, rule, worth.data());
+        }
+        const int32_t missed = demand_of_pool(duel.pools[rule], wanted.data(), rule > 0 ? worth.data() : duel.used);
+        const bool all = rule == 0 && n_wanted > duel.pools[rule].size;
+        const double share = all ? 1.0 : static_cast<double>(missed) / std::max(1, n_wanted);
+        duel.missed[rule] += (share - duel.missed[rule]) / duel.weight;
+        best = duel.missed[rule] < duel.missed[best] ? rule : best;
+    }
+    if (duel.missed[best] < (1.0 - duel.hysteresis) * duel.missed[duel.best]) {
+        duel.best = best;
+    }
+}
+
+} // namespace
+
+bool is_sound(const edge_ids & routing, int32_t n_blocks, int32_t n_expert) {
+    const int64_t n = int64_t{ routing.n_tokens } * routing.n_used;
+    if (routing.ids == nullptr || routing.n_blocks != n_blocks || routing.n_tokens < 0 || routing.n_used < 0 || routing.stride < n) {
+        return false;
+    }
+    uint32_t most = 0; // negative ones are large
+    for (int32_t block = 0; block < n_blocks; ++block) {
+        const int32_t * ids = routing.ids + count(block) * count(routing.stride);
+        for (int64_t i = 0; i < n; ++i) {
+            most = std::max(most, static_cast<uint32_t>(ids[i]));
+        }
+    }
+    return n == 0 || most < static_cast<uint32_t>(n_expert);
+}
+
+int32_t demand_of_pool(edge_pool & pool, const uint8_t * wanted, const float * worth) {
+    const int32_t n = pool.n;
+    int32_t missed = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        missed += wanted[i] & (pool.kept[i] ^ 1);
+    }
+    if (missed == 0) {
+        return 0;
+    }
+    std::vector<int32_t> candidates(count(n) + 1);
+    int32_t over = pool.n_kept + missed - pool.size;
+    if (over > 0) {
+        const int32_t found = places(candidates.data(), n, [&](int32_t i) { return pool.kept[i] & (wanted[i] ^ 1); });
+        over -= drop(pool, candidates.data(), found, worth, over);
+    }
+    for (int32_t i = 0; i < n; ++i) {
+        pool.kept[i] |= wanted[i];
+    }
+    if (over > 0) {
+        const int32_t found = places(candidates.data(), n, [&](int32_t i) { return pool.kept[i]; });
+        drop(pool, candidates.data(), found, worth, over);
+    }
+    pool.n_kept = std::min(pool.n_kept + missed, pool.size);
+    return missed;
+}
+
+void score_by_best(const edge_duel & duel, float * scores) {
+    const size_t n_keys = count(duel.n_blocks) * count(duel.n_expert);
+    if (duel.best == 0) { // among equals the last used stay
+        std::fill(scores, scores + n_keys, 0.0F);
+        return;
+    }
+    const float * often = duel.often + count(duel.best - 1) * n_keys;
+    scale_and_add(scores, often, duel.latest, static_cast<int32_t>(n_keys), 1.0F, 1.0F, duel.last);
+}
+
+void observe_duel(edge_duel & duel, const edge_ids & routing) {
+    const int32_t n_expert = duel.n_expert;
+    const size_t n_keys = count(duel.n_blocks) * count(n_expert);
+    const int32_t n_sampled = (duel.n_blocks + duel.stride - 1) / duel.stride;
+    std::vector<uint8_t> wanted(count(n_sampled) * count(n_expert));
+    for (int32_t i = 0; i < n_sampled; ++i) {
+        mark(wanted.data() + count(i) * count(n_expert), n_expert, routing, i * duel.stride, 0, routing.n_tokens);
+    }
+    judge(duel, wanted);
+    ++duel.n_steps;
+    for (int32_t i = 0; i < n_sampled; ++i) {
+        const float now = static_cast<float>(duel.n_steps) + static_cast<float>(i * duel.stride) / static_cast<float>(duel.n_blocks);
+        float * used = duel.used + count(i) * count(n_expert);
+        const uint8_t * marks = wanted.data() + count(i) * count(n_expert);
+        scale_and_add(used, used, marks, n_expert, 1.0F, 0.0F, now);
+    }
+    for (int32_t block = 0; block < duel.n_blocks; ++block) {
+        mark(duel.latest + count(block) * count(n_expert), n_expert, routing, block, 0, routing.n_tokens);
+    }
+    for (int32_t rule = 1; rule < duel.n_rules; ++rule) {
+        const float decay = duel.decays[rule - 1];
+        float * often = duel.often + count(rule - 1) * n_keys;
+        scale_and_add(often, often, duel.latest, static_cast<int32_t>(n_keys), decay, decay, 1.0F - decay);
+    }
+}
+
+void foresee_waits(edge_waits & waits, const edge_ids * routing, int32_t width, edge_guess * now, edge_guess * then, float * scores) {
+    const int32_t n = waits.n_expert;
+    std::vector<float> of_block(2 * count(n));
+    std::vector<int32_t> ordered(count(n) + 1);
+    float * after = of_block.data(); // the frequency as the coming step is expected to leave it
+    float * wait  = after + n;
+    for (edge_guess * guess : { now, then }) {
+        if (guess) {
+            guess->others  = 0.0;
+            guess->n_found = 0;
+        }
+    }
+    edge_order * order = waits.orders;
+    for (int32_t block = 0; block < waits.n_blocks; ++block) {
+        const size_t first = count(block) * count(n);
+        const float * often = waits.often + first;
+        const auto turn = static_cast<float>(static_cast<double>(block) / waits.n_blocks);
+        if (!now) {
+            invert(wait, often, n);
+            subtract_from(scores + first, -turn, wait, n);
+            continue;
+        }
+        const auto inside = static_cast<float>(chance_inside(*now));
+        const float gained = 1.0F - waits.decay;
+        uint8_t * found = now->found + first;
+        mark(found, n, *routing, block, 0, std::min(width, routing->n_tokens));
+        now->others += static_cast<double>(sum_outside(often, found, n));
+        scale_and_add(after, often, found, n, waits.decay + gained * static_cast<float>(share_outside(*now)), waits.decay, gained * inside);
+        invert(wait, after, n);
+        if (then) {
+            uint8_t * later = then->found + first;
+            mark(later, n, *routing, block, width, std::min(2 * width, routing->n_tokens));
+            then->others += static_cast<double>(sum_outside(after, later, n));
+            then->n_found += sum(later, n);
+            const auto spared = static_cast<float>(1.0 - share_outside(*then));
+            // outside: 1 / after + spared; inside: 1 + (1 - chance) / after
+            for (int32_t i = 0; i < n; ++i) {
+                wait[i] += spared * (1.0F - static_cast<float>(later[i]));
+            }
+            scale_and_add(wait, wait, later, n, 1.0F, static_cast<float>(1.0 - chance_inside(*then)), 1.0F);
+        }
+        subtract_from(scores + first, -turn, wait, n);
+        const int32_t n_found = places(ordered.data(), n, [found](int32_t i) { return found[i]; });
+        for (int32_t i = 0; i < n_found; ++i) {
+            *order++ = { block, ordered[count(i)], block, inside * wait[ordered[count(i)]] };
+        }
+        now->n_found += n_found;
+    }
+}
+
+void observe_waits(edge_waits & waits, const edge_ids & routing, edge_guess * now, edge_guess * then, const uint8_t * foreseen) {
+    const int32_t n = waits.n_expert;
+    const float gained = 1.0F - waits.decay;
+    waits.n_demanded = 0;
+    for (edge_guess * guess : { now, then }) {
+        if (guess) {
+            guess->n_came = 0;
+        }
+    }
+    for (int32_t block = 0; block < waits.n_blocks; ++block) {
+        const size_t first = count(block) * count(n);
+        uint8_t * demanded = waits.demanded + first;
+        mark(demanded, n, routing, block, 0, routing.n_tokens);
+        float * often = waits.often + first;
+        scale_and_add(often, often, demanded, n, waits.decay, waits.decay, gained);
+        for (int32_t i = 0; i < n; ++i) {
+            often[i] = std::max(often[i], waits.least);
+        }
+        const int32_t n_demanded = sum(demanded, n);
+        waits.n_demanded += n_demanded;
+        for (edge_guess * guess : { now, then }) {
+            if (guess) {
+                guess->n_came += overlap(guess->found + first, demanded, n);
+            }
+        }
+        if (foreseen) {
+            int64_t * tally = waits.tally + block;
+            tally[0] += sum(foreseen + first, n);
+            tally[waits.n_blocks] += n_demanded;
+            tally[2 * waits.n_blocks] += overlap(foreseen + first, demanded, n);
+        }
+    }
+    for (const edge_guess * guess : { now, then }) {
+        if (guess) {
+            learn(*guess, waits.n_demanded);
+        }
+    }
+}
+
+} // namespace edge
