@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +57,30 @@ def test_a_model_agrees_with_itself_in_everything(bundled: tuple[Path, Path]) ->
     assert found.token_agreement == found.expert_agreement == found.expert_set_agreement == 1
 
 
+def test_sums_of_pieces_are_those_of_the_whole_without_copies_of_it() -> None:
+    random, n, n_vocab = np.random.default_rng(0), 130, 20000
+    a = random.standard_normal((n, n_vocab), dtype=np.float32)
+    b = a + random.standard_normal((n, n_vocab), dtype=np.float32) / 2
+    following = random.integers(0, n_vocab, n - 1).astype(np.int32)
+    sums = agreement._Sums()
+    tracemalloc.start()
+    for start in range(0, n, 64):  # as a reader gives them
+        sums.add_logits(following[start : start + 64], a[start : start + 64], b[start : start + 64])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * agreement.ROWS * 8 * n_vocab
+    p, q = (x.astype(np.float64) - np.log(np.exp(x.astype(np.float64)).sum(axis=1, keepdims=True)) for x in (a, b))
+    found, rows = sums.result(), np.arange(n - 1)
+    assert found.n_tokens == n
+    assert found.nmse == pytest.approx(
+        np.square(a.astype(np.float64) - b).sum() / np.square(a.astype(np.float64)).sum()
+    )
+    assert found.kl == pytest.approx((np.exp(p) * (p - q)).sum() / n)
+    assert found.token_agreement == (a.argmax(axis=1) == b.argmax(axis=1)).mean()
+    assert found.perplexity == pytest.approx(np.exp(-p[rows, following].mean()))
+    assert found.perplexity_other == pytest.approx(np.exp(-q[rows, following].mean()))
+
+
 def test_agreement_with_a_dense_model_has_no_experts(bundled: tuple[Path, Path]) -> None:
     found = agreement.measure(bundled[0], bundled[1], TEXT, most=100)
     assert found.expert_agreement is None and found.expert_set_agreement is None
@@ -65,7 +90,7 @@ def test_agreement_with_a_dense_model_has_no_experts(bundled: tuple[Path, Path])
 def test_routing_and_logits_are_what_the_engine_sees(bundled: tuple[Path, Path]) -> None:
     with contextlib.closing(reader.Reader(bundled[0])) as opened:
         tokens = opened.tokens(TEXT)[:8]
-        logits = opened.logits(tokens).copy()
+        logits = opened.logits(tokens)
         routing = np.stack([opened.routing[block] for block in sorted(opened.routing)])
     model = EdgeLlama(str(bundled[0]), n_ctx=256, n_threads=1, n_threads_batch=1, logits_all=True, resident="3/4")
     with contextlib.closing(model):

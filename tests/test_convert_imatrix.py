@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
+from edge_speq import gguf_model, machine
 from edge_speq.convert import container, graph, imatrix, reader
 from edge_speq.core import EdgeError
 
@@ -57,6 +59,21 @@ def test_sums_are_those_of_a_plain_loop(bundled: tuple[Path, Path]) -> None:
     assert ids is None
     expected = np.square(rows.astype(np.float64)).sum(axis=(0, 1))
     np.testing.assert_allclose(found.sums["blk.2.attn_output.weight"][0], expected, rtol=1e-9)
+
+
+def test_no_copy_of_what_all_experts_saw_is_made() -> None:
+    n_expert, columns = 32, 4096
+    ids = np.random.default_rng(0).permuted(np.tile(np.arange(n_expert, dtype=np.int32), (512, 1)), axis=1)[:, :4]
+    rows = np.random.default_rng(1).standard_normal((512, 4, columns), dtype=np.float32)
+    weight, found = graph.Tensor(), imatrix.Importance()
+    weight.ne[:] = (columns, 8, n_expert, 1)
+    found.observe("blk.0.ffn_down_exps.weight", weight, rows, ids)  # now the sums are there
+    tracemalloc.start()
+    found.observe("blk.0.ffn_down_exps.weight", weight, rows, ids)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < rows.nbytes / 4
+    assert found.counts["blk.0.ffn_down_exps.weight"].sum() == 2 * ids.size
 
 
 def test_the_file_is_as_llama_imatrix_writes_it(collected: imatrix.Importance, tmp_path: Path) -> None:
@@ -112,6 +129,32 @@ def test_short_and_missing_texts_are_refused(bundled: tuple[Path, Path], tmp_pat
     for name, message in (("absent.txt", "cannot read the text"), ("empty.txt", "is empty")):
         with pytest.raises(EdgeError, match=message):
             reader.read_text(tmp_path / name)
+
+
+def test_a_window_in_pieces_is_the_window(bundled: tuple[Path, Path]) -> None:
+    with (
+        contextlib.closing(reader.Reader(bundled[0], piece=reader.WINDOW)) as whole,
+        contextlib.closing(reader.Reader(bundled[0])) as pieces,
+    ):
+        window = next(reader.windows(whole.tokens(reader.read_text(None)), 200))
+        for _ in range(2):  # the second starts from an empty context too
+            expected, found = whole.logits(window), pieces.logits(window)
+            assert [len(piece) for piece in pieces.read(window)] == [128, 72]
+        assert [len(piece) for piece in whole.read(window)] == [200]
+    assert np.square(found - expected).sum() < 1e-5 * np.square(expected).sum()
+    assert whole.routing.keys() == pieces.routing.keys() == set(range(6))
+    for block, ids in whole.routing.items():
+        assert (ids == pieces.routing[block]).mean() > 0.98
+
+
+def test_a_model_that_does_not_fit_in_memory_is_not_read_again_for_each_piece(
+    bundled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, n_bytes = gguf_model.check_model(bundled[0]), bundled[0].stat().st_size
+    for memory, most in ((None, 2), ((n_bytes, 0), 0), ((2 * n_bytes, 0), 1), ((3 * n_bytes, 0), 2)):
+        monkeypatch.setattr(machine, "memory", lambda memory=memory: memory)
+        for n in (1, 2):
+            assert reader.piece_of(*[model] * n) == (reader.PIECE if n <= most else reader.WINDOW)
 
 
 def test_an_error_in_the_callback_comes_out(bundled: tuple[Path, Path]) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edge_speq.bench import prompts
 from edge_speq.convert import Progress, graph, silent
-from edge_speq.convert.reader import Reader, Tokens, read_text, windows
+from edge_speq.convert.reader import WINDOW, Reader, Tokens, read_text, windows
 from edge_speq.core import EdgeError
 
 MAX_TOKENS = 8192  # of one text
@@ -66,7 +66,8 @@ def chunks(reader: Reader, texts: Sequence[str]) -> list[Tokens]:
 def watch(
     path: Path, texts: Sequence[str], watch: Watch, progress: Progress = silent, inputs: Inputs | None = None
 ) -> int:
-    """Reads the texts and calls watch, and inputs, for each block of each window. Returns the number of tokens."""
+    """Reads the texts and calls watch, and inputs, for each block of each piece of a window; with inputs a window is
+    one piece. Returns the number of tokens."""
 
     def observe(name: str, _weight: graph.Tensor, rows: graph.Rows, ids: graph.Ids | None) -> None:
         down, router = DOWN.fullmatch(name), ROUTER.fullmatch(name)
@@ -78,12 +79,14 @@ def watch(
     def wanted(name: str) -> bool:
         return DOWN.fullmatch(name) is not None or (inputs is not None and ROUTER.fullmatch(name) is not None)
 
-    reader = Reader(path, wanted=wanted, observe=observe)
+    # of a router's inputs a sample of each window is kept: they come a window at a time
+    reader = Reader(path, wanted=wanted, observe=observe, piece=None if inputs is None else WINDOW)
     with contextlib.closing(reader):
         found = chunks(reader, texts)
         total, done = sum(map(len, found)), 0
         for window in found:
-            reader.logits(window)
+            for _ in reader.read(window):
+                pass
             done += len(window)
             progress(done, total)
     return total
@@ -99,11 +102,17 @@ def losses(path: Path, texts: Mapping[str, Sequence[str]]) -> dict[str, npt.NDAr
 
 
 def _loss(reader: Reader, window: Tokens) -> npt.NDArray[np.float64]:
-    logits = reader.logits(window)[:-1].astype(np.float64)
-    peak = logits.max(axis=1)
-    norm = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1))
-    loss: npt.NDArray[np.float64] = norm - logits[np.arange(len(logits)), window[1:]]
-    return loss
+    found, following = [], window[1:]
+    for piece in reader.read(window):
+        found += [_row_loss(logits, token) for logits, token in zip(piece, following, strict=False)]
+        following = following[len(piece) :]
+    return np.array(found)
+
+
+def _row_loss(row: npt.NDArray[np.float32], token: int) -> float:
+    logits = row.astype(np.float64)
+    peak = logits.max()
+    return float(peak + np.log(np.exp(logits - peak).sum()) - logits[token])
 
 
 def perplexity(path: Path, texts: Sequence[str]) -> float:

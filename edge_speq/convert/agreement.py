@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_speq import gguf_model
 from edge_speq.convert import Progress, reader, silent
 from edge_speq.core import EdgeError
+
+ROWS = 4  # of logits in double precision at a time: 5 MB an array for a vocabulary of 151,936
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +40,28 @@ class Agreement:
 
 
 class _Sums:
+    """Of logits of a window's tokens, piece by piece."""
+
     def __init__(self) -> None:
         self.n = self.scored = 0
         self.error = self.power = self.kl = self.same = 0.0
         self.loss = self.loss_other = 0.0
         self.shared = self.chosen = self.equal_sets = self.sets = 0
 
-    def add_logits(self, tokens: reader.Tokens, a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> None:
-        x, y = a.astype(np.float64), b.astype(np.float64)
+    def add_logits(self, following: reader.Tokens, a: reader.Logits, b: reader.Logits) -> None:
+        """`following`: for each row of logits the token that came next; of a window's last row there is none."""
+        for start in range(0, len(a), ROWS):
+            rows = slice(start, start + ROWS)
+            self._add(following[rows], a[rows].astype(np.float64), b[rows].astype(np.float64))
+
+    def _add(self, following: reader.Tokens, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> None:
         self.error += float(np.square(x - y).sum())
         self.power += float(np.square(x).sum())
         self.same += float((x.argmax(axis=1) == y.argmax(axis=1)).sum())
         p, q = _log_softmax(x), _log_softmax(y)
         self.kl += float((np.exp(p) * (p - q)).sum())
-        self.n += len(tokens)
-        rows, following = np.arange(len(tokens) - 1), tokens[1:]
+        self.n += len(x)
+        rows = np.arange(len(following))
         self.loss -= float(p[rows, following].sum())
         self.loss_other -= float(q[rows, following].sum())
         self.scored += len(following)
@@ -88,9 +98,11 @@ def measure(
 ) -> Agreement:
     """Reads at most `most` tokens of the text with both. Raises EdgeError when they make other tokens of it or have
     vocabularies of different sizes. progress counts tokens."""
+    files = gguf_model.check_model(model), gguf_model.check_model(other, "other model")
+    options: dict[str, Any] = {"n_threads": n_threads, "piece": reader.piece_of(*files)}
     with (
-        contextlib.closing(reader.Reader(model, n_threads=n_threads)) as first,
-        contextlib.closing(reader.Reader(other, "other model", n_threads=n_threads)) as second,
+        contextlib.closing(reader.Reader(model, **options)) as first,
+        contextlib.closing(reader.Reader(other, "other model", **options)) as second,
     ):
         tokens = first.tokens(text)
         if first.n_vocab != second.n_vocab or not np.array_equal(tokens, second.tokens(text)):
@@ -101,7 +113,10 @@ def measure(
             raise EdgeError(f"the text has fewer than {reader.LEAST} tokens", "give a longer text", usage=True)
         total, sums = sum(map(len, windows)), _Sums()
         for window in windows:
-            sums.add_logits(window, first.logits(window), second.logits(window))
+            following = window[1:]
+            for a, b in zip(first.read(window), second.read(window), strict=True):
+                sums.add_logits(following[: len(a)], a, b)
+                following = following[len(a) :]
             if {b: ids.shape for b, ids in first.routing.items()} == {b: v.shape for b, v in second.routing.items()}:
                 sums.add_routing(first.routing, second.routing)
             progress(sums.n, total)

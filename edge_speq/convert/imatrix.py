@@ -46,12 +46,11 @@ class Importance:
             sums[0] += np.square(rows, dtype=np.float64).sum(axis=(0, 1))
             counts[0] += rows.shape[0] * rows.shape[1]
             return
-        squares = np.broadcast_to(np.square(rows, dtype=np.float64), (*ids.shape, columns)).reshape(-1, columns)
-        chosen = ids.ravel()
-        order = np.argsort(chosen, kind="stable")
-        experts, starts = np.unique(chosen[order], return_index=True)
-        sums[experts] += np.add.reduceat(squares[order], starts, axis=0)
-        counts[experts] += np.diff(starts, append=len(chosen))
+        seen = np.broadcast_to(rows, (*ids.shape, columns))
+        for expert in np.unique(ids):
+            chosen = seen[ids == expert]
+            sums[expert] += np.square(chosen, dtype=np.float64).sum(axis=0)
+            counts[expert] += len(chosen)
 
     def means(self) -> dict[str, npt.NDArray[np.float32]]:
         """[n_expert or 1, columns] by weight. An expert's are drawn towards those of all experts by PRIOR tokens: few
@@ -89,7 +88,8 @@ def collect(
             raise EdgeError(f"the text has fewer than {reader.LEAST} tokens", "give a longer text", usage=True)
         total, done = sum(map(len, windows)), 0
         for window in windows:
-            opened.logits(window)
+            for _ in opened.read(window):
+                pass
             found.chunks += 1
             done += len(window)
             progress(done, total)
@@ -99,10 +99,15 @@ def collect(
 def entries(importance: Importance) -> list[container.Entry]:
     made = []
     for name in sorted(importance.sums):
-        sums, counts = importance.sums[name].astype("<f4"), importance.counts[name].astype("<f4")
-        made.append(container.Entry(name + SUMS, (sums.shape[1], sums.shape[0]), F32, sums.nbytes, [sums.tobytes()]))
-        made.append(container.Entry(name + COUNTS, (1, len(counts)), F32, counts.nbytes, [counts.tobytes()]))
+        sums, counts = importance.sums[name], importance.counts[name]
+        made.append(container.Entry(name + SUMS, (sums.shape[1], sums.shape[0]), F32, 4 * sums.size, _data(sums)))
+        made.append(container.Entry(name + COUNTS, (1, len(counts)), F32, 4 * counts.size, _data(counts)))
     return made
+
+
+def _data(values: Array) -> Iterator[bytes]:
+    """Converted when it is written: of a model with many experts all sums together are some hundred MB."""
+    yield values.astype("<f4").tobytes()
 
 
 def size(importance: Importance) -> int:

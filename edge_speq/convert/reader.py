@@ -1,4 +1,8 @@
-"""A model that reads a text on the CPU, window by window, and shows its logits and its routing."""
+"""A model that reads a text on the CPU, window by window, and shows its logits and its routing.
+
+A window is read in pieces of PIECE tokens, each after the other in one context: what is held (logits, activations of
+all experts that the tokens chose) grows with a piece, not with the window.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_speq import gguf_file, gguf_model, machine
 from edge_speq.convert import graph
 from edge_speq.core import EdgeError
 
 WINDOW = 512  # tokens that are read from an empty context
+PIECE = 128  # tokens that are decoded together: fewer take longer, and below it attention rounds otherwise (64: 1e-4)
+FITS = 0.8  # of the machine's memory: what models may take; the rest is the program's and the system's
 LEAST = 16  # tokens of a window that is worth reading
 
 Tokens = npt.NDArray[np.int32]
@@ -35,15 +42,19 @@ class Reader:
         n_threads: int | None = None,
         wanted: Callable[[str], bool] | None = None,
         observe: graph.Observer | None = None,
+        piece: int | None = None,
     ) -> None:
+        """`piece`: tokens decoded together, piece_of(the model) by default."""
         import llama_cpp
         from llama_cpp import _internals as internals
 
-        from edge_speq import _native, engine, machine
+        from edge_speq import _native, engine
 
         _native.load_backends()
-        checked = engine.check_model_file(path, role)
+        checked = gguf_model.check_model(path, role)
         self.routing: dict[int, graph.Ids] = {}
+        self._routed: dict[int, graph.Ids] = {}  # of the last piece: blocks are met twice where gate and up are two
+        self._piece = piece or piece_of(checked)
         self._callback = graph.Callback(wanted or self._is_routed, observe or self._keep_routing)
         model_params = llama_cpp.llama_model_default_params()
         # no GPU: what is observed must lie in memory; nothing is repacked, which would only take time and space
@@ -51,14 +62,14 @@ class Reader:
         model_params.devices = ctypes.addressof(self._no_devices)
         model_params.n_gpu_layers, model_params.use_extra_bufts = 0, False
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = WINDOW
+        params.n_ctx, params.n_batch, params.n_ubatch = WINDOW, self._piece, self._piece
         params.n_threads = params.n_threads_batch = n_threads or machine.usable_cpus()
         params.op_offload = params.offload_kqv = False
         params.cb_eval = self._callback.function
         with contextlib.ExitStack() as stack:
-            self._model = stack.enter_context(contextlib.closing(engine.load_model(checked, model_params, role)))
+            self._model = stack.enter_context(contextlib.closing(engine.load_model(Path(path), model_params, role)))
             self._context = stack.enter_context(contextlib.closing(engine.create_context(self._model, params)))
-            batch = internals.LlamaBatch(n_tokens=WINDOW, embd=0, n_seq_max=1, verbose=True)
+            batch = internals.LlamaBatch(n_tokens=self._piece, embd=0, n_seq_max=1, verbose=True)
             self._batch: Any = stack.enter_context(contextlib.closing(batch))
             self.close = stack.pop_all().close
         self.n_vocab = int(self._model.n_vocab())
@@ -66,23 +77,35 @@ class Reader:
     def tokens(self, text: str) -> Tokens:
         return np.array(self._model.tokenize(text.encode(), self._adds_bos(), True), dtype=np.int32)
 
+    def read(self, window: Tokens) -> Iterator[Logits]:
+        """[n, n_vocab] of the pieces of a window of at most WINDOW tokens. Views of native memory: the next piece
+        overwrites it."""
+        self._context.kv_cache_clear()
+        self.routing.clear()
+        for start in range(0, len(window), self._piece):
+            yield self._decode(window[start : start + self._piece], start)
+
     def logits(self, window: Tokens) -> Logits:
-        """[n, n_vocab] of a window of at most WINDOW tokens. A view of native memory: the next window overwrites it."""
+        """[n, n_vocab] of a whole window, a copy."""
+        return np.concatenate([logits.copy() for logits in self.read(window)])
+
+    def _decode(self, tokens: Tokens, n_past: int) -> Logits:
         import llama_cpp
 
         from edge_speq import engine
 
-        self._context.kv_cache_clear()
-        self.routing.clear()
+        self._routed.clear()
         try:
             # logits of every token: without them the last block would not see the others
-            engine.decode(self._context, self._batch, window.tolist(), 0, len(window), logits_all=True)
+            engine.decode(self._context, self._batch, tokens.tolist(), n_past, len(tokens), logits_all=True)
         except EdgeError:
             if self._callback.error is not None:
                 raise self._callback.error from None
             raise
+        for block, ids in self._routed.items():
+            self.routing[block] = np.concatenate([self.routing[block], ids]) if n_past else ids
         pointer = llama_cpp.llama_get_logits(self._context.ctx)
-        found: Logits = np.ctypeslib.as_array(pointer, (len(window), self.n_vocab))
+        found: Logits = np.ctypeslib.as_array(pointer, (len(tokens), self.n_vocab))
         return found
 
     def _adds_bos(self) -> bool:
@@ -97,7 +120,14 @@ class Reader:
     def _keep_routing(self, name: str, _weight: graph.Tensor, _rows: graph.Rows, ids: graph.Ids | None) -> None:
         match = _EXPERTS.fullmatch(name)
         if ids is not None and match is not None:
-            self.routing[int(match[1])] = ids.copy()
+            self._routed[int(match[1])] = ids.copy()
+
+
+def piece_of(*models: gguf_file.GGUFFile) -> int:
+    """Tokens that are decoded together where these models are read side by side: PIECE, but WINDOW where they do not
+    fit in memory, since they are then read from disk again for each piece."""
+    total, memory = sum(path.stat().st_size for model in models for path in model.paths), machine.memory()
+    return WINDOW if memory is not None and total > FITS * memory[0] else PIECE
 
 
 def windows(tokens: Tokens, most: int | None = None) -> Iterator[Tokens]:
