@@ -126,6 +126,31 @@ def test_fetching_and_computing_at_once_is_no_worse_either(tiny, arch: str) -> N
             assert nearness > 0.95
 
 
+def test_experts_sent_ahead_change_no_bit(bundled: tuple[Path, Path]) -> None:
+    """Everything is computed on the device, demands are not waited for by the host, and the next block's experts travel
+    behind them."""
+    widths = [1, 4] * 12
+    ahead = _native.Transfers(compute="auto", n_threads=1, layer_ahead=True)  # a CPU that is not worth asking
+    with page_locked(bundled[0]) as model:
+        experts = _native.model_experts(model.model)
+        quarter = [max(1 + exactness.MAX_WIDTH * experts.n_expert_used, g.n_experts // 4) for g in experts.groups]
+        hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, quarter)
+        expected = exactness.logits(model, hook, widths)
+        demanded = hook.counters()
+        hook.detach()
+        hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, quarter, ahead)
+        hook.poison_free_slots()
+        exactness.logits(model, hook, widths)  # in which it finds that out
+        before = hook.counters()
+        got = exactness.logits(model, hook, widths)
+        counters = hook.counters()
+        hook.detach()
+    assert counters.cpu_computed == before.cpu_computed
+    np.testing.assert_array_equal(got, expected)
+    assert counters.prefetched_used - before.prefetched_used > 20
+    assert demanded.prefetched == 0 < demanded.stall_ms
+
+
 def row_nmse(x: np.ndarray, like: np.ndarray) -> np.ndarray:
     return ((x - like) ** 2).sum(axis=1) / (like**2).sum(axis=1)
 
