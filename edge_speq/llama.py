@@ -60,8 +60,8 @@ class EdgeLlama(Bounded):
             systems ("moe-speq", ...), of which "moe-prism" and "moe-spec" are lossy, and the parts of "auto".
         compute: "device": missing experts are fetched, and computed on the device; "hybrid": some are fetched while the
             CPU computes the others from where they lie, so that both are done as early as possible; "hybrid-ahead":
-            that, and what a block's input says of the next block is fetched meanwhile; "auto": on a GPU whichever of
-            the first two has been faster of late.
+            that, and experts that a block's input says the next will want are fetched meanwhile; "auto": on a GPU
+            the same, with whichever of the first two has been faster of late.
         context_shift: when the context is full, discard half of it and go on, as llama.cpp's server does, instead of
             ending the text. max_tokens may then exceed the context; without it a text ends after n_ctx tokens.
         n_keep: tokens at the front that a shift never discards, -1 for the whole prompt.

@@ -271,3 +271,13 @@ def test_drivers_are_named_with_their_versions(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Path, "is_dir", lambda path: path.name in ("nvidia", "xe"))
     monkeypatch.setattr(machine, "_read", lambda path: "570.1\n" if "nvidia" in path else "")
     assert doctor.driver().text == "nvidia 570.1, xe"
+
+
+def test_a_cuda_module_without_graphs_is_named() -> None:
+    cpu, cuda = "CPU : SSE3 = 1 | AVX = 1 |", " CUDA : ARCHS = 900 |"
+    assert doctor.built_for(cpu).status == "ok"
+    assert doctor.built_for(f"{cuda} USE_GRAPHS = 1 | {cpu}").status == "ok"
+    slow = doctor.built_for(f"{cuda} {cpu}")
+    assert slow.status == "warn"
+    assert "GGML_CUDA_GRAPHS=ON" in slow.remedy
+    assert slow.values == {"features": ["SSE3", "AVX"]}
