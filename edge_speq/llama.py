@@ -184,14 +184,9 @@ class EdgeLlama(Bounded):
         if self._plan.policy == "slots":
             # a laptop's block computes about half as long as one of its experts travels
             block_ns = int(5e8 * self._experts.groups[0].expert_bytes / self._link) if self._deterministic else 0
-            transfers = _native.Transfers(
-                self._link,
-                self._deterministic,
-                block_ns,
-                self._compute.removesuffix("-ahead"),
-                self.context_params.n_threads,
-                layer_ahead=self._compute in ("auto", "hybrid-ahead"),
-            )
+            compute, threads = self._compute, self.context_params.n_threads
+            place, ahead = compute.removesuffix("-ahead"), compute in ("auto", "hybrid-ahead")
+            transfers = _native.Transfers(self._link, self._deterministic, block_ns, place, threads, ahead)
             self._hook = _native.Hook(
                 self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers
             )

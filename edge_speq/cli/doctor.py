@@ -175,7 +175,9 @@ def built_for(info: str) -> Finding:
     found = re.findall(r"(\w+) = 1\b", info)
     text, values = ", ".join(found) or "no instruction set extensions", {"features": found}
     if re.search(r"\bCUDA\b", info) and "USE_GRAPHS" not in found:
-        return Finding("built for", "warn", f"{text}; CUDA without graphs", "build it with -DGGML_CUDA_GRAPHS=ON", values)
+        return Finding(
+            "built for", "warn", f"{text}; CUDA without graphs", "build it with -DGGML_CUDA_GRAPHS=ON", values
+        )
     return Finding("built for", "ok", text, values=values)
 
 
