@@ -23,6 +23,7 @@ from edge_speq.convert import draft
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes")
+    parser.addoption("--long", action="store_true", help="run the tests that take many seconds")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -30,6 +31,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+        if "long" in item.keywords and not (config.getoption("--long") or config.getoption("--slow")):
+            item.add_marker(pytest.mark.skip(reason="takes many seconds: run with --long, as CI does"))
         if "gpu" in item.keywords:
             has_gpu = _has_gpu() if has_gpu is None else has_gpu
             if not has_gpu:

@@ -73,6 +73,7 @@ def check_state(model: EdgeLlama, text: list[int]) -> None:
     assert last < model.n_tokens + 5  # cells of refused tokens go with the next step
 
 
+@pytest.mark.long
 def test_a_text_is_cancelled_within_a_tenth_of_a_second(bundled: tuple[Path, Path]) -> None:
     """200 times at random moments, over all placements."""
     rng = random.Random(1)

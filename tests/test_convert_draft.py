@@ -133,6 +133,7 @@ def test_experts_alone_are_the_twins_experts_and_name_their_target(
     assert fields[twin_file.KIND].contents() == twin_file.EXPERTS_ONLY
 
 
+@pytest.mark.long
 def test_low_bits_take_an_importance_matrix(tiny, tmp_path: Path) -> None:
     target = tiny.moe("qwen3moe")
     with pytest.raises(EdgeError, match="iq2_xs needs an importance matrix"):
@@ -223,6 +224,7 @@ def test_draft_foretells_writes_and_reports(bundled: tuple[Path, Path], tmp_path
     assert done.returncode == 0 and "the experts alone at q3_k" in done.stdout and "experts: 9" in done.stdout
 
 
+@pytest.mark.long
 def test_quantize_says_what_it_did(bundled: tuple[Path, Path], tmp_path: Path) -> None:
     arguments = [
         str(bundled[0]),

@@ -47,7 +47,7 @@ def convert(checkpoint: Path, out: Path, *arguments: str) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("outtype", ["f32", "q8_0"])
+@pytest.mark.parametrize("outtype", [pytest.param("f32", marks=pytest.mark.long), "q8_0"])
 def test_the_file_is_that_of_llama_cpps_own_converter(checkpoint: Path, outtype: str, tmp_path: Path) -> None:
     foretold = convert(checkpoint, tmp_path / "ours.gguf", "--outtype", outtype, "--dry-run")
     assert list(tmp_path.iterdir()) == []
@@ -62,7 +62,14 @@ def test_the_file_is_that_of_llama_cpps_own_converter(checkpoint: Path, outtype:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("outtype", "nmse"), [("f32", 1e-6), ("q8_0", 1e-3), ("q6_k", 1e-2)])
+@pytest.mark.parametrize(
+    ("outtype", "nmse"),
+    [
+        pytest.param("f32", 1e-6, marks=pytest.mark.long),
+        ("q8_0", 1e-3),
+        pytest.param("q6_k", 1e-2, marks=pytest.mark.long),
+    ],
+)
 def test_tokens_and_logits_are_those_of_transformers(
     checkpoint: Path, outtype: str, nmse: float, tmp_path: Path
 ) -> None:

@@ -123,6 +123,7 @@ def kill_often(made: list[Conversion], times: int) -> int:
 
 
 @posix
+@pytest.mark.long
 def test_killed_conversions_leave_whole_files_or_none(bundled: tuple[Path, Path], tmp_path: Path) -> None:
     kill_often(conversions(bundled, tmp_path), 6)
 

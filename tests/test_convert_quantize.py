@@ -122,6 +122,7 @@ def test_a_pattern_that_matches_nothing_is_a_mistake(bundled: tuple[Path, Path])
         quantize.plan(bundled[0], quantize.recipe("q8_0", ["attn_w=q8_0"]))
 
 
+@pytest.mark.long
 def test_low_bits_need_an_importance_matrix(
     bundled: tuple[Path, Path], importance: imatrix.Importance, tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_an_importance_matrix_of_another_model_is_an_error_of_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_the_most_sensitive_blocks_are_those_that_lose_most(bundled: tuple[Path, Path], tmp_path: Path) -> None:
     found = sensitivity.measure(bundled[0], tmp_path / "out", "q2_k", reader.read_text(None), most=128)
     assert sorted(found) == list(range(6)) and min(found.values()) > 0

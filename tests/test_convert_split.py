@@ -212,6 +212,7 @@ def test_slots_hold_sub_experts(whole: Path, tmp_path: Path) -> None:
     assert sizes[2].total == 4 * 6 * 32
 
 
+@pytest.mark.long
 def test_fewer_parts_lose_some_and_read_less(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "split.gguf"
     made = split.split(whole, out, Wanted(4, used=12, **AS_IT_IS))
@@ -240,6 +241,7 @@ def test_tilts_weigh_as_much_as_none_and_the_constant_is_one() -> None:
     assert np.abs(x[200:] @ u - 1).mean() < 0.1
 
 
+@pytest.mark.long
 def test_a_tilted_router_drops_what_matters_less(whole: Path, tmp_path: Path) -> None:
     """Of the same bytes a token, a tilt loses less than dropping whole experts; with all parts it loses a little."""
     out, texts = tmp_path / "split.gguf", [text for some in activations.held_out().values() for text in some]

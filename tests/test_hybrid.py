@@ -70,8 +70,8 @@ def test_text_is_that_of_compute_device_and_slots_may_be_few(bundled: tuple[Path
             assert speculation.texts(model, prompts) == expected
             stats = model.stats()
             assert stats.plan.k_max == 4
-            assert stats.experts.fetched == 0
-            assert stats.experts.cpu_computed == stats.experts.misses
+            assert stats.experts.fetched <= stats.experts.late  # those that were under way, and waited for
+            assert stats.experts.cpu_computed + stats.experts.fetched == stats.experts.misses
             assert stats.experts.hits  # what earned a slot was fetched meanwhile
             assert stats.experts.prefetched
 

@@ -26,6 +26,7 @@ def duration() -> float:
         return time.monotonic() - started
 
 
+@pytest.mark.long
 def test_a_run_may_be_interrupted_at_any_time() -> None:
     """Random moments of importing, loading, prefill, decoding and leaving."""
     moments, longest, codes = random.Random(5), duration(), []

@@ -179,6 +179,7 @@ def descriptors() -> set[str]:
     return links
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
 def test_restarts_leave_nothing_behind(bundled: tuple[Path, Path]) -> None:
     gc.collect()

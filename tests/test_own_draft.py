@@ -32,7 +32,7 @@ def draft(request: pytest.FixtureRequest, experts_only: Path) -> str:
 
 
 @pytest.mark.parametrize("options", [{}, {"compute": "hybrid", "resident": "1/4"}, {"deterministic": True}])
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_texts_are_those_without_a_draft(
     bundled: tuple[Path, Path], draft: str, k: int, options: dict[str, object]
 ) -> None:

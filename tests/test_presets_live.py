@@ -203,6 +203,7 @@ def test_the_commands_say_what_is_lossy(cut: tuple[Path, Path], capfd: pytest.Ca
     assert "lossy: a token runs 6 of its experts' 8 parts" in json.loads(capfd.readouterr().out)["plan"]["reason"]
 
 
+@pytest.mark.long
 def test_rows_of_a_benchmark_are_marked(cut: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
     asked = ["bench", "-m", str(cut[1]), "--policy", "moe-prism,specmoeoff,lru,all", "--resident", "3/4"]
     assert main([*asked, "-p", "0", "-n", "4", "-r", "1", "--texts", "1", "-t", "1", "-o", "json"]) == 0
@@ -217,6 +218,7 @@ def test_rows_of_a_benchmark_are_marked(cut: tuple[Path, Path], capfd: pytest.Ca
     assert all(row["speedup"] and row["misses"] for row in rows[:3])
 
 
+@pytest.mark.long
 def test_a_budget_of_experts_bounds_verify_steps_and_says_that_it_is_lossy(
     bundled: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -27,6 +27,7 @@ def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.long
 def test_two_hundred_requests(soak: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Too few to see a small leak: memory settles over the first thousand."""
     path = tmp_path / "soak.json"

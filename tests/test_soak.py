@@ -52,6 +52,7 @@ def pair(tiny) -> list[str]:
     return [str(tiny.moe("qwen3moe", n_layer=2)), "--draft", str(tiny.moe("qwen3moe", "Q4_K_M", n_layer=2))]
 
 
+@pytest.mark.long
 def test_a_short_run(soak: ModuleType, pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Too short to see a small leak: memory settles over the first thousand generations."""
     path = tmp_path / "soak.json"
@@ -64,6 +65,7 @@ def test_a_short_run(soak: ModuleType, pair: list[str], tmp_path: Path, capsys: 
     assert "150 generations" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_leak_is_found(
     soak: ModuleType, pair: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

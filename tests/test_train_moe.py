@@ -117,6 +117,7 @@ def test_prepared_text_is_balanced_and_packed(tmp_path: Path) -> None:
     assert decoded.count("a says") == 20 < decoded.count("b says")
 
 
+@pytest.mark.long
 def test_llama_cpp_computes_the_same(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     for package in ("transformers", "sentencepiece", "tokenizers"):
         pytest.importorskip(package, reason=f"needs {package}, of the extra edge-speq[convert]")

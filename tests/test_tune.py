@@ -118,6 +118,7 @@ def test_without_a_draft_its_bytes_are_slots() -> None:
 # --- the whole -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_real_model_is_tuned_within_its_time(bundled: tuple[Path, Path]) -> None:
     said: list[str] = []
     wanted = Wanted(str(bundled[0]), str(bundled[1]), {"resident": "1/2", "vram_budget": None}, {"n_ctx": 512}, 30.0)
