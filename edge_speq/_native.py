@@ -198,6 +198,7 @@ class Hook:
         self.experts = experts
         self.max_width = max_width
         self.n_slots = sum(slots)
+        self.decoding = False  # a decode has begun, and end_step() not been called for it
         self._has_slots = bool(slots)
         counts = ffi.new("int32_t[]", list(slots) or [0])
         params = ffi.new("edge_hook_params *", {"max_width": max_width, "n_groups": len(slots), "slots": counts})
@@ -226,7 +227,12 @@ class Hook:
 
     def end_step(self) -> None:
         """Call after each synchronised decode. Raises EdgeError for what went wrong inside the graph."""
-        check(load()[1].edge_hook_end_step(self._handle))
+        check(self._end_step())
+
+    def _end_step(self) -> int:
+        status: int = load()[1].edge_hook_end_step(self._handle)
+        self.decoding = False
+        return status
 
     def cancel(self) -> None:
         """From any thread: ends the decode that runs, or the next one, at its next block."""
@@ -289,6 +295,8 @@ class Hook:
         """Other slot counts for each group, between steps. Raises EdgeError for slots under the floor of one token,
         which changes nothing, and for slots that cannot be allocated: then the experts are computed on the CPU."""
         ffi, lib = load()
+        if self.decoding:  # a Ctrl-C skipped its end: copies may travel to slots that are about to go
+            self._end_step()
         status = lib.edge_hook_resize(self._handle, ffi.new("int32_t[]", list(slots)), len(slots))
         if status not in (lib.EDGE_ERR_ARGUMENT, lib.EDGE_ERR_BUDGET):
             self.n_slots = sum(slots) if status == lib.EDGE_OK else 0
@@ -351,6 +359,8 @@ class Hook:
 
     def detach(self) -> None:
         if self._handle is not None:
+            if self.decoding:
+                self._end_step()
             self._last = self.counters()
             self._views.clear()
             self._routing, self._scores = self._routing.copy(), self._scores.copy()  # native memory goes away

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from edge_speq._library import check, load
 from edge_speq._native import ORDER
-from edge_speq.core import Experts
+from edge_speq.core import EdgeError, Experts
 
 Routing = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -27,6 +27,12 @@ _KINDS = {"f": "float[]", "d": "double[]", "?": "uint8_t[]", "l": "int64_t[]", "
 
 def _pointer(array: npt.NDArray[Any]) -> Any:
     return load()[0].from_buffer(_KINDS[array.dtype.char], array)
+
+
+def _require(array: npt.NDArray[Any], n: int, kind: type) -> None:
+    """Native code trusts lengths."""
+    if array.size != n or array.dtype != kind:
+        raise EdgeError(f"{array.size} values of {array.dtype} where a policy needs {n} of {np.dtype(kind)}")
 
 
 class _Ids:
@@ -79,12 +85,14 @@ class _Ids:
 class _Scores:
     """Where scores are written to; slots keep theirs at one address."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_keys: int) -> None:
+        self._n_keys = n_keys
         self._array: Floats | None = None
         self._pointer: Any = None
 
     def of(self, scores: Floats) -> Any:
         if scores is not self._array:
+            _require(scores, self._n_keys, np.float32)
             self._array, self._pointer = scores, _pointer(scores)
         return self._pointer
 
@@ -156,14 +164,18 @@ class Waits:
         arrays = {"often": self.often, "demanded": self.demanded, "tally": self.tally, "orders": self.orders}
         self._pointers = {name: _pointer(array) for name, array in arrays.items()}
         sizes = {"n_blocks": experts.n_blocks, "n_expert": experts.n_expert, "decay": decay, "least": least}
+        _require(often, n_keys, np.float32)
         self._struct: Any = ffi.new("edge_waits *", {**sizes, **self._pointers})
-        self._ids, self._scores = _Ids(), _Scores()
+        self._ids, self._scores = _Ids(), _Scores(n_keys)
 
     def foresee(
         self, routing: Routing | None, width: int, now: Guess | None, then: Guess | None, scores: Floats
     ) -> npt.NDArray[Any]:
         """Writes scores. Orders for what `now` found, by key; the next call overwrites them."""
         none = self._none
+        for guess in (now, then):
+            if guess is not None and guess.found.size != self.demanded.size:
+                raise EdgeError(f"a guess of {guess.found.size} experts for {self.demanded.size}")
         status = self._lib.edge_waits_foresee(
             self._struct,
             none if routing is None else self._ids.once(routing),
@@ -180,8 +192,11 @@ class Waits:
         """What a step demanded; the guesses' rates learn from it. foreseen: what is tallied."""
         none = self._none
         marks = none
-        if foreseen is not None:
-            marks = now.marks if now is not None and foreseen is now.found else _pointer(foreseen)
+        if now is not None and foreseen is now.found:
+            marks = now.marks
+        elif foreseen is not None:
+            _require(foreseen, self.demanded.size, np.bool_)
+            marks = _pointer(foreseen)
         status = self._lib.edge_waits_observe(
             self._struct,
             self._ids.lasting(routing),
@@ -216,6 +231,8 @@ class Pool:
     def demand(self, wanted: Marks, worth: Floats) -> int:
         """Misses of a step. What is worth least makes room, what was wanted last of all."""
         ffi, lib = load()
+        _require(wanted, self._kept.size, np.bool_)
+        _require(worth, self._kept.size, np.float32)
         missed = ffi.new("int32_t *")
         check(lib.edge_pool_demand(self._struct, _pointer(wanted), _pointer(worth), missed))
         return int(missed[0])
@@ -251,7 +268,7 @@ class Duel:
         shape = {"n_blocks": experts.n_blocks, "n_expert": experts.n_expert, "stride": stride, "n_rules": n_rules}
         given = {"last": last, "smoothing": smoothing, "hysteresis": hysteresis, "pools": self._native_pools}
         self._struct: Any = ffi.new("edge_duel *", {**shape, **given, **self._pointers})
-        self._ids, self._scores = _Ids(), _Scores()
+        self._ids, self._scores = _Ids(), _Scores(experts.total)
 
     @property
     def best(self) -> int:

@@ -124,12 +124,17 @@ def decode(
     batch.set_batch(batch=tokens, n_past=n_past, logits_all=logits_all)
     for i in range(len(tokens) - n_logits, len(tokens)):
         batch.batch.logits[i] = True
-    status = llama_cpp.llama_decode(context.ctx, batch.batch)
-    if status != 0:
-        context.kv_cache_seq_rm(-1, n_past, -1)
+    status = ABORTED
     if hook is not None:
-        llama_cpp.llama_synchronize(context.ctx)
-        hook.end_step()
+        hook.decoding = True
+    try:
+        status = llama_cpp.llama_decode(context.ctx, batch.batch)
+        if status != 0:
+            context.kv_cache_seq_rm(-1, n_past, -1)
+    finally:  # Ctrl-C is raised where the native call returns; copies may be under way
+        if hook is not None:
+            llama_cpp.llama_synchronize(context.ctx)
+            hook.end_step()
     if status == ABORTED:  # only a cancellation aborts: what the hook ended has just raised
         raise EdgeError(CANCELLED)
     if status != 0:

@@ -41,6 +41,7 @@ class Admitting:
 
     def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
         earned = self._policy.admissions(self._hook)
+        earned = earned.copy()  # the policy's
         earned["priority"] += margin  # they have one of their own
         wanted = np.concatenate([orders[: None if byte_budget else 0], earned])
         return self._hook.prefetch(wanted, _native.NO_BUDGET, margin)

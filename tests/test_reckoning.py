@@ -65,3 +65,22 @@ def test_ids_that_no_expert_has_are_refused(bad: int) -> None:
         with pytest.raises(EdgeError, match="routing"):
             act()
     assert not native.demanded.any()
+
+
+def test_arrays_of_another_length_or_type_are_refused() -> None:
+    native, routing = waits(), np.zeros((3, 2, 2), dtype=np.int32)
+    rates, pool = _reckoning.Rates(0.9, (0.97, 0.9), 0.95), _reckoning.Pool(30, 5)
+    duel = _reckoning.Duel(EXPERTS, 1, (0.9,), last=0.2, smoothing=0.9, hysteresis=0.01)
+    few, many = _reckoning.Guess(8, rates), np.zeros(30, dtype=np.float32)
+    for act in (
+        lambda: native.foresee(routing, 2, _reckoning.Guess(30, rates), None, np.zeros(4, dtype=np.float32)),
+        lambda: native.foresee(routing, 2, few, None, many),
+        lambda: native.foresee(routing, 2, None, few, many),
+        lambda: native.observe(routing, None, None, few.found),
+        lambda: duel.score(np.zeros(30)),
+        lambda: pool.demand(few.found, many),
+        lambda: pool.demand(np.zeros(30, dtype=bool), many[:8]),
+        lambda: _reckoning.Waits(EXPERTS, 0.8, 0.02, many[:8]),
+    ):
+        with pytest.raises(EdgeError):
+            act()

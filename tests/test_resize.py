@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import pytest
 import test_speculation as speculation
 
@@ -209,3 +210,26 @@ def test_a_budget_needs_a_size() -> None:
     for size in ("much", "-1"):
         with pytest.raises(EdgeError):
             Budget(size)
+
+
+@pytest.mark.parametrize("where", ["llama_decode", "llama_synchronize"])  # native calls that Ctrl-C is raised after
+def test_a_step_that_ctrl_c_left_is_ended_before_slots_go(
+    pair: EdgeLlama, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, native = text(pair), getattr(llama_cpp, where)
+
+    def interrupted(*arguments: Any) -> Any:
+        native(*arguments)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    pair.reset()
+    monkeypatch.setattr(llama_cpp, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        text(pair)
+    hook = pair._hook
+    assert hook is not None
+    assert hook.decoding is (where == "llama_synchronize")  # then the end itself was left out
+    pair.resize(resident="1/8")
+    assert not hook.decoding
+    assert text(pair) == expected
