@@ -141,10 +141,6 @@ class Guess:
         """Demands of those outside, if these kept to their frequency."""
         return float(self.struct.others)
 
-    @property
-    def keys(self) -> npt.NDArray[np.intp]:
-        return self.found.nonzero()[0]
-
     def set(self, found: Marks, others: float) -> None:
         self.found[:] = found
         self.struct.n_found, self.struct.others = int(np.count_nonzero(found)), others

@@ -65,23 +65,16 @@ def prune(target: Path, path: Path) -> None:
     """The target with every second expert of each block."""
     import gguf
 
+    def halved(tensor: Any) -> Any:
+        is_by_expert = "_exps" in tensor.name or "ffn_gate_inp" in tensor.name
+        return np.ascontiguousarray(tensor.data[::2]) if is_by_expert else tensor.data
+
+    def fewer(name: str, value: Any) -> Any:
+        return value // 2 if name.endswith(".expert_count") else value
+
     whole = gguf.GGUFReader(str(target))
-    architecture = whole.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(str(path), architecture)
-    for name, field in whole.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
-            continue
-        kinds = {"sub_type": field.types[-1]} if field.types[0] == gguf.GGUFValueType.ARRAY else {}
-        value = field.contents() // 2 if name.endswith(".expert_count") else field.contents()
-        writer.add_key_value(name, value, field.types[0], **kinds)
-    for tensor in whole.tensors:
-        halved = "_exps" in tensor.name or "ffn_gate_inp" in tensor.name
-        data = np.ascontiguousarray(tensor.data[::2]) if halved else tensor.data
-        writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tensors = ((tensor.name, halved(tensor), tensor.tensor_type) for tensor in whole.tensors)
+    preset_table.write_like(whole, path, tensors, fewer)
 
 
 def record(

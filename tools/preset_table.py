@@ -16,7 +16,7 @@ import ctypes
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +46,31 @@ def make_twin(target: Path, twin: Path, kind: int) -> None:
         if llama_cpp.llama_model_quantize(bytes(target), bytes(low), ctypes.byref(params)):
             raise SystemExit(f"cannot quantize {target}")
         whole, few = gguf.GGUFReader(str(target)), gguf.GGUFReader(str(low))
-        architecture = whole.fields["general.architecture"].contents()
-        writer = gguf.GGUFWriter(str(twin), architecture)
-        for name, field in whole.fields.items():
-            if name.startswith("GGUF.") or name == "general.architecture":
-                continue
-            kinds = {"sub_type": field.types[-1]} if field.types[0] == gguf.GGUFValueType.ARRAY else {}
-            writer.add_key_value(name, field.contents(), field.types[0], **kinds)
         experts = {tensor.name: tensor for tensor in few.tensors if "_exps" in tensor.name}
-        for tensor in whole.tensors:
-            chosen = experts.get(tensor.name, tensor)
-            writer.add_tensor(tensor.name, chosen.data, raw_dtype=chosen.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        chosen = (experts.get(tensor.name, tensor) for tensor in whole.tensors)
+        write_like(whole, twin, ((tensor.name, tensor.data, tensor.tensor_type) for tensor in chosen))
+
+
+def write_like(
+    whole: Any, path: Path, tensors: Iterable[tuple[str, Any, Any]], changed: Callable[[str, Any], Any] | None = None
+) -> None:
+    """A file with the metadata of a gguf.GGUFReader's, values as `changed` has them by name, and these tensors: name,
+    data, type."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), whole.fields["general.architecture"].contents())
+    for name, field in whole.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        kinds = {"sub_type": field.types[-1]} if field.types[0] == gguf.GGUFValueType.ARRAY else {}
+        value = field.contents() if changed is None else changed(name, field.contents())
+        writer.add_key_value(name, value, field.types[0], **kinds)
+    for name, data, kind in tensors:
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def record(target: Path, twin: Path, k: int, path: Path, n_texts: int, n_tokens: int) -> trace.Trace:
