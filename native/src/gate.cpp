@@ -95,32 +95,37 @@ bool Gate::foresees(int32_t block) const {
     return block > 0 && static_cast<size_t>(block) < routers_.size() && !routers_[static_cast<size_t>(block)].weights.empty();
 }
 
-void Gate::choose(const Router & router, const float * row, std::vector<int32_t> & chosen) const {
-    std::vector<std::pair<float, int32_t>> scores;
-    scores.reserve(static_cast<size_t>(n_expert_));
+// An expert's weights are read once for all rows: they come from memory, the rows do not.
+void Gate::score(const Router & router, const float * rows, int32_t n_tokens) {
+    scores_.resize(static_cast<size_t>(n_tokens) * static_cast<size_t>(n_expert_));
     for (int32_t expert = 0; expert < n_expert_; ++expert) {
         const auto e = static_cast<size_t>(expert);
-        float score = dot(router.weights.data() + e * n_embd_, row, n_embd_) + (router.bias.empty() ? 0.0F : router.bias[e]);
-        if (!router.choice.empty()) {
-            score = 1.0F / (1.0F + std::exp(-score)) + router.choice[e];
-        }
-        scores.emplace_back(std::isfinite(score) ? -score : HUGE_VALF, expert);
-    }
-    std::partial_sort(scores.begin(), scores.begin() + n_used_, scores.end());
-    for (int32_t i = 0; i < n_used_; ++i) {
-        const int32_t expert = scores[static_cast<size_t>(i)].second;
-        if (std::find(chosen.begin(), chosen.end(), expert) == chosen.end()) {
-            chosen.push_back(expert);
+        for (size_t token = 0; token < static_cast<size_t>(n_tokens); ++token) {
+            float score = dot(router.weights.data() + e * n_embd_, rows + token * n_embd_, n_embd_) + (router.bias.empty() ? 0.0F : router.bias[e]);
+            if (!router.choice.empty()) {
+                score = 1.0F / (1.0F + std::exp(-score)) + router.choice[e];
+            }
+            scores_[token * static_cast<size_t>(n_expert_) + e] = { std::isfinite(score) ? -score : HUGE_VALF, expert };
         }
     }
 }
 
-std::vector<int32_t> Gate::predict(int32_t block, const float * rows, int32_t n_tokens) const {
-    std::vector<int32_t> chosen;
-    for (int32_t token = 0; token < n_tokens; ++token) {
-        choose(routers_[static_cast<size_t>(block)], rows + static_cast<size_t>(token) * n_embd_, chosen);
+void Gate::choose(int32_t token, std::vector<int32_t> & chosen) {
+    const auto first = scores_.begin() + static_cast<std::ptrdiff_t>(token) * n_expert_;
+    std::partial_sort(first, first + n_used_, first + n_expert_);
+    for (auto score = first; score != first + n_used_; ++score) {
+        if (std::find(chosen.begin(), chosen.end(), score->second) == chosen.end()) {
+            chosen.push_back(score->second);
+        }
     }
-    return chosen;
+}
+
+void Gate::predict(int32_t block, const float * rows, int32_t n_tokens, std::vector<int32_t> & chosen) {
+    chosen.clear();
+    score(routers_[static_cast<size_t>(block)], rows, n_tokens);
+    for (int32_t token = 0; token < n_tokens; ++token) {
+        choose(token, chosen);
+    }
 }
 
 } // namespace edge

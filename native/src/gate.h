@@ -3,6 +3,7 @@
 #include "experts.h"
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 struct llama_model;
@@ -20,8 +21,8 @@ public:
     bool foresees(int32_t block) const; // whether the rows of the block before it say anything
 
     // Experts of a block that n_tokens rows [n_embd] of the block before it would be routed to: n_expert_used of each, the
-    // likeliest of the first row first, none twice. Thread-safe.
-    std::vector<int32_t> predict(int32_t block, const float * rows, int32_t n_tokens) const;
+    // likeliest of the first row first, none twice.
+    void predict(int32_t block, const float * rows, int32_t n_tokens, std::vector<int32_t> & chosen);
 
 private:
     struct Router {
@@ -30,12 +31,14 @@ private:
         std::vector<float> choice;  // [n_expert] added to the logits' sigmoid for the choice alone, or empty
     };
     void read(const llama_model * model, Router & router, int layer, int layer_before) const;
-    void choose(const Router & router, const float * row, std::vector<int32_t> & chosen) const;
+    void score(const Router & router, const float * rows, int32_t n_tokens);
+    void choose(int32_t token, std::vector<int32_t> & chosen);
 
     int32_t             n_expert_;
     int32_t             n_used_;
     size_t              n_embd_;
     std::vector<Router> routers_; // of each block
+    std::vector<std::pair<float, int32_t>> scores_; // [n_tokens, n_expert], minus a score first
 };
 
 } // namespace edge

@@ -9,6 +9,7 @@ namespace {
 
 constexpr float follow   = 0.02F; // of one block's precision
 constexpr float too_poor = 0.35F; // precision below which bytes are not spent on it
+constexpr uint32_t seldom = 16; // times: what is not worth it is looked at again
 constexpr double demands = 0.8;   // chance that the coming block demands copies, which wrong ones delay
 
 // What part of a copy has to fall into the link's idle time, at least. One that comes true saves what has travelled by the time
@@ -37,41 +38,67 @@ size_t Residency::room_ahead(int32_t number) const {
     }
     const double backlog = std::max(0.0, nanoseconds(link_free_ - Clock::now()));
     const double idle = block_ns_ + std::max(0.0, cpu_left_ns_ - backlog);
-    return static_cast<size_t>(idle / balancer_.link_ns(1, expert_bytes(block_at(number).group)) + 1 - least_idle(precision));
+    const double room = idle / balancer_.link_ns(1, expert_bytes(block_at(number).group)) + 1 - least_idle(precision);
+    const size_t marks = demand_link_.free_marks(); // one is for the demands of that block
+    return std::min(static_cast<size_t>(room), marks > 0 ? marks - 1 : 0);
+}
+
+// Whether it is worth what the gate takes: less than this thread would wait, and seldom where guesses come to nothing.
+bool Residency::asks_gate(int32_t number) {
+    Precision & precision = absent_precision_[static_cast<size_t>(number)];
+    if (precision.value < too_poor && ++precision.skipped % seldom != 0) {
+        return false;
+    }
+    const double backlog = std::max(0.0, nanoseconds(link_free_ - Clock::now()));
+    return gate_ns_ <= block_ns_ + std::max(backlog, cpu_left_ns_) || ++gate_skipped_ % seldom == 0;
 }
 
 void Residency::look_ahead(int32_t number, const float * rows, int32_t n_tokens) {
+    if (!asks_gate(number)) {
+        return;
+    }
     const ExpertBlock & block = block_at(number);
-    std::vector<int32_t> experts = gate_->predict(number, rows, n_tokens);
+    const auto asked = Clock::now();
+    gate_->predict(number, rows, n_tokens, foreseen_);
+    gate_ns_ += (gate_ns_ > 0 ? follow : 1) * (nanoseconds(Clock::now() - asked) - gate_ns_);
     const size_t first = ahead_.size();
     {
         const Lock lock(mutex_);
         if (!serving() || last_block_ != number - 1) {
             return;
         }
-        foreseen_ = std::move(experts);
         foreseen_block_ = number;
-        foreseen_absent_.clear();
-        size_t room = room_ahead(number);
-        for (const int32_t expert : foreseen_) {
-            const int32_t key = block.first_key + expert;
-            int32_t slot = pool(block).find(key);
-            if (slot != SlotPool::none) {
-                pool(block).expect(slot, foresight_precision_);
-                continue;
-            }
-            foreseen_absent_.push_back(expert);
-            if (room > 0 && (slot = pool(block).take_ahead(key, foresight_precision_)) != SlotPool::none) {
-                --room;
-                count_prefetch(expert_bytes(block.group));
-                ahead_.push_back({ block.group, slot, 0, {} });
-            }
-        }
+        keep_foreseen(block);
+        take_foreseen(block, room_ahead(number));
     }
     send_ahead(block, first);
 }
 
-// Those of ahead_ from the first on. One that fails is dropped and counted, with those after it: the demand fetches it.
+// Those in slots stay there until the block begins, and the others are noted.
+void Residency::keep_foreseen(const ExpertBlock & block) {
+    foreseen_absent_.clear();
+    for (const int32_t expert : foreseen_) {
+        const int32_t slot = pool(block).find(block.first_key + expert);
+        if (slot == SlotPool::none) {
+            foreseen_absent_.push_back(expert);
+        } else if (pool(block).state(block.first_key + expert) == SlotState::resident) {
+            pool(block).pin(slot);
+        }
+    }
+}
+
+void Residency::take_foreseen(const ExpertBlock & block, size_t room) {
+    for (size_t i = 0; i < std::min(room, foreseen_absent_.size()); ++i) {
+        const int32_t slot = pool(block).take_ahead(block.first_key + foreseen_absent_[i], foresight_precision_);
+        if (slot == SlotPool::none) {
+            return;
+        }
+        count_prefetch(expert_bytes(block.group));
+        ahead_.push_back({ block.group, slot, 0, {} });
+    }
+}
+
+// Those of ahead_ from the first on. One that fails is dropped and counted, those after it never were: the demand fetches them.
 void Residency::send_ahead(const ExpertBlock & block, size_t first) {
     size_t sent = first;
     try {
@@ -86,9 +113,12 @@ void Residency::send_ahead(const ExpertBlock & block, size_t first) {
     } catch (const std::exception &) {
         demand_link_.wait();
         const Lock lock(mutex_);
+        ++counters_.failed;
         for (size_t i = sent; i < ahead_.size(); ++i) {
             pool(block).drop(ahead_[i].slot);
-            ++counters_.failed;
+            if (i > sent) {
+                forget_prefetch(expert_bytes(block.group));
+            }
         }
         ahead_.resize(sent);
     }

@@ -47,6 +47,9 @@ public:
     void wait(Ticket ticket); // everything up to it has arrived
     void wait();              // everything has, marked or not
 
+    size_t free_marks() const { return cells_.size() - static_cast<size_t>(sent_ - arrived_); } // before one has to be waited for
+    Throttle::Time due() const { return due_; } // of the last send, over a link that is emulated
+    bool is_emulated() const { return throttle_.on(); }
     bool asynchronous() const { return backend_ != nullptr; } // page-locked bytes travel while the caller goes on
     // What the backend is given from now on runs after everything sent so far has arrived. False: wait() for it instead,
     // since copies are synchronous or the slower link that is emulated is nothing that a device could wait for.

@@ -92,6 +92,12 @@ void Residency::count_prefetch(uint64_t bytes) {
     ++counters_.prefetched;
 }
 
+void Residency::forget_prefetch(uint64_t bytes) {
+    prefetched_bytes_ -= bytes;
+    counters_.bytes_fetched -= bytes;
+    --counters_.prefetched;
+}
+
 void Residency::finish(const InFlight & flight, bool arrived) {
     SlotPool & slots = pools_[static_cast<size_t>(flight.group)];
     if (arrived) {

@@ -45,6 +45,7 @@ Residency::~Residency() {
     if (worker_.joinable()) {
         worker_.join();
     }
+    demand_link_.wait(); // before the slots go
 }
 
 void Residency::make_slots(const std::vector<int32_t> & slots) {
@@ -190,6 +191,9 @@ void Residency::load_missing(Lock & lock, const ExpertBlock & block) {
     }
     lock.lock();
     if (defers()) {
+        if (!store_->page_locked(block)) { // this thread copied them into what can be sent
+            counters_.stall_ns += static_cast<uint64_t>(nanoseconds(Clock::now() - fetches_.sent));
+        }
         fetches_sent(taken_, expert_bytes(block.group));
         return;
     }
@@ -297,10 +301,12 @@ void Residency::end_step() {
         pool.unpin_all();
     }
     last_block_ = -1;
+    foreseen_block_ = -1;
     ready_ = {};
 }
 
 void Residency::resize(const std::vector<int32_t> & slots) {
+    end_step(); // it may have been left out: copies travel to slots that are about to go
     Lock lock(mutex_);
     orders_.clear();
     settle_virtual_flight();

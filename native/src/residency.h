@@ -133,9 +133,13 @@ private:
     void begin_fetches();
     void fetches_sent(const std::vector<int32_t> & slots, uint64_t bytes);
     size_t room_ahead(int32_t block) const;
+    bool asks_gate(int32_t block);
+    void keep_foreseen(const ExpertBlock & block);
+    void take_foreseen(const ExpertBlock & block, size_t room);
     void send_ahead(const ExpertBlock & block, size_t first);
     void judge_foresight(int32_t block);
     void count_prefetch(uint64_t bytes);
+    void forget_prefetch(uint64_t bytes); // it was counted, and never begun
     void note_block_began(int32_t number);
     void note_sent(size_t n_experts, uint64_t bytes);
     bool has_landed(int32_t slot, int32_t key) const;
@@ -189,6 +193,7 @@ private:
     struct Precision {
         float value = 0.6F;
         float judged = 3; // times, that much of an opinion at first
+        uint32_t skipped = 0;
     };
     std::vector<Precision>      absent_precision_; // of each block
     uint64_t                    prefetched_bytes_ = 0;
@@ -215,6 +220,8 @@ private:
     std::vector<Ahead> ahead_;
     std::vector<int32_t> taken_;      // slots of the block that its demands are sent to
     double             cpu_left_ns_ = 0; // that the CPU will need for the running block, from when its experts are known
+    double             gate_ns_ = 0;  // that asking the gate takes, average
+    uint32_t           gate_skipped_ = 0;
     Clock::time_point  link_free_{};  // by estimate
     Clock::time_point  ready_{};      // when the last block had all its experts
     double             block_ns_ = 0; // from then until the next block knows its own, average

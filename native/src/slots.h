@@ -42,7 +42,7 @@ public:
     void use(int32_t slot);                       // the graph reads it now: most recent, its expectation is met
     void expect(int32_t slot, float expectation) { expected_[index(slot)] = expectation; } // until used or until forget_expected()
     void forget_expected();
-    void regret(int32_t slot) { at(slot).last_use = 0; } // nothing uses it: the next to go among equals
+    void regret(int32_t slot) { at(slot).last_use = 0; expect(slot, 0.0F); } // nothing uses it: the next to go among equals
     void score(int32_t key, float value) { scores_[index(key)] = value; }
     bool score(int32_t first, const float * values, int32_t n); // of that key and those after it; false: some were no numbers, and are 0
     float score_of(int32_t key) const { return scores_[index(key)]; }

@@ -25,9 +25,12 @@ bool Residency::is_ours(int32_t group, int32_t slot) const {
 }
 
 void Residency::note_sent(size_t n_experts, uint64_t bytes) {
-    const auto now = Clock::now();
+    if (demand_link_.is_emulated()) {
+        link_free_ = demand_link_.due();
+        return;
+    }
     const double ns = demand_link_.asynchronous() ? balancer_.link_ns(n_experts, bytes) : 0;
-    link_free_ = std::max(now, link_free_) + std::chrono::nanoseconds(static_cast<int64_t>(ns));
+    link_free_ = std::max(Clock::now(), link_free_) + std::chrono::nanoseconds(static_cast<int64_t>(ns));
 }
 
 // The block knows its experts: what lies between two blocks is what the link can be idle for.
@@ -39,9 +42,13 @@ void Residency::note_block_began(int32_t number) {
     ready_ = {};
 }
 
-// What was sent ahead and has arrived by now. What comes later stays under way.
+// What was sent ahead and has arrived by now, by estimate. What comes later stays under way.
 void Residency::settle_ahead() {
     const auto now = Clock::now();
+    const auto count_stall = [&] {
+        const auto waited = Clock::now() - now;
+        counters_.stall_ns += waited > noticeable ? static_cast<uint64_t>(nanoseconds(waited)) : 0;
+    };
     const auto settled = [&](const Ahead & one) {
         if (one.due > now) {
             return false;
@@ -51,6 +58,7 @@ void Residency::settle_ahead() {
         return true;
     };
     ahead_.erase(std::remove_if(ahead_.begin(), ahead_.end(), settled), ahead_.end());
+    count_stall();
 }
 
 // All of it; false when there is none.
@@ -142,6 +150,7 @@ void Residency::await_fetches() {
         balancer_.fetched(fetches_.n_sent, expert_bytes(fetches_.group), nanoseconds(ended - fetches_.sent), waited && !fetches_.queued);
     }
     ready_ = ended;
+    link_free_ = ahead_.empty() ? std::min(link_free_, ended) : link_free_;
     {
         const Lock lock(mutex_);
         counters_.stall_ns += static_cast<uint64_t>(nanoseconds(ended - (waited ? fetches_.idle_since : began)));
