@@ -163,6 +163,10 @@ class Transfers:
 TWIN_TENSOR: npt.DTypeLike = np.dtype(  # edge_twin_tensor
     [("block", np.int32), ("role", np.int32), ("type", np.int32), ("offset", np.uint64)], align=True
 )
+SPAN: npt.DTypeLike = np.dtype(  # edge_span
+    [("kind", np.int32), ("block", np.int32), ("begin_ns", np.uint64), ("end_ns", np.uint64)], align=True
+)
+SPANS = ("device", "decide", "cpu", "copies", "ahead")  # EDGE_SPAN_...: what kinds are, by number
 _USES = {"own": 0, "twin": 1, "resident": 2}  # EDGE_EXPERTS_...
 _COMPUTES = {"device": 0, "hybrid": 1, "auto": 2}  # EDGE_COMPUTE_...
 
@@ -333,6 +337,17 @@ class Hook:
         c = ffi.new("edge_costs *")
         check(lib.edge_hook_costs(self._handle, c))
         return Costs(c.cpu_bytes_per_s, c.link_bytes_per_s, c.contention, c.layer_ahead_precision, bool(c.fetches_some))
+
+    def record(self, n: int) -> None:
+        """Keeps the next n spans of what the decoding thread does, 0: none any more. Between steps."""
+        check(load()[1].edge_hook_record(self._handle, n))
+
+    def spans(self) -> npt.NDArray[Any]:
+        """Those kept, [n] of SPAN, as they ended; nanoseconds of time.monotonic_ns()."""
+        ffi, lib = load()
+        spans = ffi.new("edge_span **")
+        check(lib.edge_hook_spans(self._handle, spans, self._n))
+        return view(spans[0], np.dtype(SPAN), (self._n[0],)).copy() if self._n[0] else np.empty(0, dtype=SPAN)
 
     def states(self) -> npt.NDArray[np.uint8]:
         """[n_blocks, n_expert] of 0 absent, 1 loading, 2 resident, 3 pinned."""

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define EDGE_ABI_VERSION 6
+#define EDGE_ABI_VERSION 7
 
 #define EDGE_OK 0
 #define EDGE_ERR_ARGUMENT 1
@@ -230,6 +230,24 @@ typedef struct edge_costs {
 
 EDGE_API int edge_hook_costs(edge_hook * hook, edge_costs * out);
 EDGE_API int edge_hook_states(edge_hook * hook, uint8_t * out); // [n_blocks, n_expert] of EDGE_ABSENT..EDGE_PINNED
+
+#define EDGE_SPAN_DEVICE 0  // waited for the device: it computed up to this block's routing
+#define EDGE_SPAN_DECIDE 1  // gave the block its slots and queued its copies
+#define EDGE_SPAN_CPU 2     // the CPU computed missing experts
+#define EDGE_SPAN_COPIES 3  // waited for copies
+#define EDGE_SPAN_AHEAD 4   // looked at the coming block and queued copies for it
+
+typedef struct edge_span { // of the decoding thread
+    int32_t  kind;
+    int32_t  block;
+    uint64_t begin_ns; // steady clock
+    uint64_t end_ns;
+} edge_span;
+
+// Keeps the next spans, so many; 0: none any more. Between steps, as is reading them; they stay until the next call.
+EDGE_API int edge_hook_record(edge_hook * hook, int32_t n);
+EDGE_API int edge_hook_spans(edge_hook * hook, const edge_span ** spans, int32_t * n);
+
 EDGE_API int edge_hook_bytes(edge_hook * hook, uint64_t * out);      // held on the compute device
 EDGE_API int edge_hook_slot_bytes(edge_hook * hook, uint64_t * out); // of which slots
 

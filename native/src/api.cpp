@@ -317,6 +317,21 @@ int edge_hook_costs(edge_hook * hook, edge_costs * out) {
     });
 }
 
+int edge_hook_record(edge_hook * hook, int32_t n) {
+    return guarded([&] {
+        require(hook != nullptr && n >= 0, "hook is null or n negative");
+        hook->timeline().begin(static_cast<size_t>(n));
+    });
+}
+
+int edge_hook_spans(edge_hook * hook, const edge_span ** spans, int32_t * n) {
+    return guarded([&] {
+        require(hook != nullptr && spans != nullptr && n != nullptr, "hook, spans or n is null");
+        *spans = hook->timeline().spans().data();
+        *n = static_cast<int32_t>(hook->timeline().spans().size());
+    });
+}
+
 int edge_hook_states(edge_hook * hook, uint8_t * out) {
     return guarded([&] {
         require(out != nullptr, "out is null");

@@ -50,8 +50,12 @@ bool eval_hook(ggml_backend_t backend, ggml_tensor * node, bool ask, void * hook
     return static_cast<edge_hook *>(hook)->eval(backend, node, ask);
 }
 
-bool lend_hook(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool pad, void * hook) {
-    return static_cast<edge_hook *>(hook)->lend(backend, weight, copy, expert, pad);
+bool lend_hook(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool ask, bool pad, void * hook) {
+    return static_cast<edge_hook *>(hook)->lend(backend, weight, copy, expert, ask, pad);
+}
+
+bool offload_hook(const ggml_tensor * node, void * hook) {
+    return static_cast<edge_hook *>(hook)->offload(node);
 }
 
 void copy_on_device(ggml_backend_t backend, ggml_tensor * from, size_t from_offset, ggml_tensor * to, size_t to_offset, size_t bytes) {
@@ -131,11 +135,20 @@ void edge_hook::allocate_host(ggml_backend_buffer_type_t buft) {
 
 // With a new epoch, so no graph goes on that was built before.
 void edge_hook::set_on_model() {
-    llama_model_set_moe_hook(model_, build_hook, residency_ ? select_hook : nullptr, residency_ ? eval_hook : nullptr, residency_ ? lend_hook : nullptr, this);
+    llama_moe_callbacks callbacks;
+    callbacks.fn = build_hook;
+    if (residency_) {
+        callbacks.select  = select_hook;
+        callbacks.eval    = eval_hook;
+        callbacks.lend    = lend_hook;
+        callbacks.offload = offload_hook;
+    }
+    llama_model_set_moe_hook(model_, &callbacks, this);
 }
 
 edge_hook::~edge_hook() {
-    llama_model_set_moe_hook(model_, nullptr, nullptr, nullptr, nullptr, nullptr);
+    const llama_moe_callbacks none;
+    llama_model_set_moe_hook(model_, &none, nullptr);
 }
 
 void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block) {
@@ -224,8 +237,15 @@ bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexc
     return false;
 }
 
+// llama.cpp has a device compute with experts in host memory from 32 tokens on. A graph of fewer that slots do not serve is a short
+// prompt, or a long one's last block, of which only the last row is wanted: the copies may cost less than the CPU, too.
+bool edge_hook::offload(const ggml_tensor * node) noexcept {
+    const int32_t number = node->op == GGML_OP_MUL_MAT_ID ? table_.find(node->src[0]) : -1;
+    return number >= 0 && residency_->copies_pay(number, static_cast<int32_t>(ggml_nelements(node->src[2])));
+}
+
 // A wide graph (a prompt) copies all its experts to the device: those in slots are there already, a copy on the device away.
-bool edge_hook::lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool pad) noexcept {
+bool edge_hook::lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool ask, bool pad) noexcept {
     const int32_t number = table_.find(weight);
     if (number < 0) {
         return false;
@@ -241,8 +261,8 @@ bool edge_hook::lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_te
         return false;
     }
     const int32_t slot = residency_->lend(number, expert);
-    if (slot == edge::SlotPool::none) {
-        return false;
+    if (slot == edge::SlotPool::none || ask) {
+        return slot != edge::SlotPool::none;
     }
     const size_t from = static_cast<size_t>(slot) * bytes, to = static_cast<size_t>(expert) * bytes;
     copy_on_device(backend, slots, from, copy, to, bytes);
@@ -254,18 +274,34 @@ bool edge_hook::lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_te
 
 void edge_hook::serve(ggml_backend_t backend, ggml_tensor * route, int32_t number) {
     look_ahead(); // while the device computes the block before
-    residency_->await_fetches();
+    await_copies(number - 1);
     ggml_backend_tensor_get_async(backend, route, routing_of(number), 0, ggml_nbytes(route));
     if (sees_next(route, number)) {
         read_rows_for(number + 1, backend, chains_[static_cast<size_t>(number)].input);
     }
-    ggml_backend_synchronize(backend); // the one wait of a block: everything before it has run, too
-    residency_->demand(number, routing_of(number), static_cast<int32_t>(ggml_nelements(route)), slots_of(number));
+    await_device(backend, number);
+    {
+        const edge::Timeline::Span span(timeline_, EDGE_SPAN_DECIDE, number);
+        residency_->demand(number, routing_of(number), static_cast<int32_t>(ggml_nelements(route)), slots_of(number));
+    }
     if (residency_->fetching() && !residency_->hold_for_fetches(backend)) { // a slow link that is emulated: we hold the device
         look_ahead();
-        residency_->await_fetches();
+        await_copies(number);
     }
     ggml_backend_tensor_set_async(backend, route, slots_of(number), 0, ggml_nbytes(route));
+}
+
+// The one wait of a block: everything before its routing has run, too.
+void edge_hook::await_device(ggml_backend_t backend, int32_t number) {
+    const edge::Timeline::Span span(timeline_, EDGE_SPAN_DEVICE, number);
+    ggml_backend_synchronize(backend);
+}
+
+void edge_hook::await_copies(int32_t number) {
+    if (residency_->fetching()) {
+        const edge::Timeline::Span span(timeline_, EDGE_SPAN_COPIES, number);
+        residency_->await_fetches();
+    }
 }
 
 void edge_hook::end_step() {

@@ -5,6 +5,7 @@
 #include "experts.h"
 #include "own_draft.h"
 #include "residency.h"
+#include "timeline.h"
 
 #include "ggml-cpp.h"
 
@@ -28,7 +29,8 @@ struct edge_hook {
     void build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & block);
     ggml_tensor * select(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, const ggml_tensor * down);
     bool eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexcept;
-    bool lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool pad) noexcept;
+    bool lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool ask, bool pad) noexcept;
+    bool offload(const ggml_tensor * node) noexcept;
     void end_step();
     void resize(const std::vector<int32_t> & slots);
     bool use_experts(int32_t which); // from the next graph on; false: it cannot be done now
@@ -40,6 +42,7 @@ struct edge_hook {
     int32_t routing_tokens() const { return n_tokens_; }
     const edge::ExpertTable & table() const { return table_; }
     edge::Residency * residency() const { return residency_.get(); }
+    edge::Timeline & timeline() { return timeline_; }
     uint64_t bytes() const;
 
 private:
@@ -55,6 +58,8 @@ private:
     bool splits_this_step();
     void forget_split();
     void look_ahead();
+    void await_device(ggml_backend_t backend, int32_t number);
+    void await_copies(int32_t number);
     void read_rows_for(int32_t next, ggml_backend_t backend, const ggml_tensor * rows);
     bool sees_next(const ggml_tensor * route, int32_t number);
     bool find_chain(const ggml_tensor * route, int32_t number);
@@ -101,6 +106,7 @@ private:
     int32_t                          width_ = 0;          // its tokens, 0 unless every block has all of them
     size_t                           n_served_ = 0;      // blocks whose experts the running graph took from slots
     int32_t                          n_tokens_ = 0;      // rows of routing that are complete
+    edge::Timeline                   timeline_;
     std::string                      error_;
     int                              status_ = EDGE_OK;
     std::atomic<bool>                cancelled_{ false };

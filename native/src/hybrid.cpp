@@ -32,6 +32,7 @@ void edge_hook::read_rows_for(int32_t next, ggml_backend_t backend, const ggml_t
 void edge_hook::look_ahead() {
     const int32_t block = std::exchange(ahead_, -1);
     if (block >= 0) {
+        const edge::Timeline::Span span(timeline_, EDGE_SPAN_AHEAD, block);
         residency_->look_ahead(block, host_input_, ahead_tokens_);
     }
 }
@@ -63,15 +64,18 @@ void edge_hook::serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_
     look_ahead(); // where nothing was computed that it could be done beside
     ggml_backend_tensor_get_async(backend, route, ids, 0, ggml_nbytes(route));
     read_rows_for(number + 1, backend, chain.input);
-    ggml_backend_synchronize(backend); // the one wait of a block: everything before it has run, too
-    residency_->demand_some(number, ids, n, slots);
+    await_device(backend, number);
+    {
+        const edge::Timeline::Span span(timeline_, EDGE_SPAN_DECIDE, number);
+        residency_->demand_some(number, ids, n, slots);
+    }
     give_missing_a_slot(ids, slots, n);
     split_block_ = number; // also when nothing is missing: a graph that is cut elsewhere at every step is launched node by node
     computed_    = false;
     if (residency_->fetching() && !residency_->hold_for_fetches(backend)) { // a slow link that is emulated: we hold the device
         compute_missing();
         look_ahead();
-        residency_->await_fetches();
+        await_copies(number);
     }
     ggml_backend_tensor_set_async(backend, route, slots, 0, ggml_nbytes(route));
 }
@@ -102,6 +106,7 @@ void edge_hook::compute_missing() {
         look_ahead();
     }
     const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(split_block_)];
+    const edge::Timeline::Span span(timeline_, EDGE_SPAN_CPU, split_block_);
     const auto began = std::chrono::steady_clock::now();
     cpu_experts_->compute(chains_[static_cast<size_t>(split_block_)], block, residency_->store(), host_input_, missing_, host_computed_);
     const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - began).count();
@@ -116,7 +121,7 @@ void edge_hook::compute_missing() {
 // The device runs the block's experts meanwhile. Rows that follow one another travel as one.
 void edge_hook::send_computed(ggml_backend_t backend) {
     compute_missing();
-    residency_->await_fetches();
+    await_copies(split_block_);
     ggml_tensor * output = chains_[static_cast<size_t>(std::exchange(split_block_, -1))].output;
     const size_t row = output->nb[1];
     for (size_t i = 0, n = 0; i < missing_.size(); i += n) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <string>
 #include <utility>
 
@@ -276,6 +277,21 @@ int32_t Residency::lend(int32_t number, int32_t expert) {
         pool(block).pin(slot);
     }
     return slot;
+}
+
+bool Residency::copies_pay(int32_t number, int32_t n_pairs) const {
+    const ExpertBlock & block = block_at(number);
+    const Lock lock(mutex_);
+    if (!serving() || !demand_link_.asynchronous() || !store_->page_locked(block)) {
+        return false; // a thread that copies is no faster than threads that compute
+    }
+    const double experts = table_.n_expert, used = table_.n_expert_used;
+    const double wanted = experts * (1 - std::pow(1 - used / experts, n_pairs / used)); // were all equally likely
+    const auto n = std::min(static_cast<size_t>(std::lround(wanted)), static_cast<size_t>(n_pairs));
+    const SlotPool & slots = pools_[static_cast<size_t>(block.group)];
+    const double absent = 1 - static_cast<double>(slots.n_slots()) / static_cast<double>(slots.n_keys());
+    const uint64_t bytes = expert_bytes(block.group);
+    return absent * balancer_.link_ns(n, bytes) < balancer_.cpu_ns(n, static_cast<size_t>(n_pairs), bytes);
 }
 
 bool Residency::complete() const {

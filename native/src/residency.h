@@ -65,6 +65,9 @@ public:
 
     // The slot of an expert that a graph without slots copies from, pinned until the step ends; none unless it is there.
     int32_t lend(int32_t block, int32_t expert);
+    // Whether a graph without slots, n_pairs of whose tokens and experts are this block's, takes less time with copies of those
+    // that are in no slot than on the CPU, by estimate.
+    bool copies_pay(int32_t block, int32_t n_pairs) const;
 
     // Takes over scores() and replaces the outstanding orders, of which at most byte_budget bytes are begun. margin: what
     // absent experts' priorities are less by. sound: whether all scores were numbers.
