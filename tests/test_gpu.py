@@ -245,6 +245,24 @@ def test_prompts_that_borrow_from_slots_read_the_same(tiny, arch: str, kind: str
         np.testing.assert_array_equal(other, seen[0])
 
 
+@pytest.mark.parametrize("arch", ["qwen3moe", "olmoe", "gpt-oss"])
+def test_short_prompts_are_computed_on_the_device(tiny, arch: str) -> None:
+    """llama.cpp leaves experts in host memory to the CPU up to 31 tokens, and its kernels round otherwise."""
+    path, widths = tiny.moe(arch, "Q4_K_M"), [17, 31, 9]
+    stock = all_on_device(path, widths)
+    with page_locked(path) as model:
+        experts = _native.model_experts(model.model)
+        hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, [g.n_experts * 3 // 4 for g in experts.groups])
+        got = exactness.logits(model, hook, widths)
+        hook.detach()
+    with exactness.loaded(path) as model:  # mapped: one thread would copy
+        hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, [g.n_experts * 3 // 4 for g in experts.groups])
+        on_cpu = exactness.logits(model, hook, widths)
+        hook.detach()
+    np.testing.assert_array_equal(got, stock)
+    assert not np.array_equal(on_cpu, stock)
+
+
 def test_greedy_text_with_a_draft_differs_only_at_near_ties(bundled: tuple[Path, Path]) -> None:
     """A verify pass may take other kernels than a single token does, so a near tie may fall the other way."""
     target, draft = bundled

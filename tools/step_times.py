@@ -4,7 +4,9 @@
 
 all       everything on the compute device
 cpu-moe   every expert on the CPU (llama.cpp's --cpu-moe), for each thread count, mapped and with load mode none
-slots-all slots for every expert, warmed up: what the hook itself costs
+slots-all slots for every expert, and every expert in one: what the hook itself costs
+slots-all but one
+          the same, filled by what steps demand: what a block's wait and look-up cost while any expert may still be missing
 slots-1/4 a quarter of the experts in slots, every miss fetched (demand loads only), from the mapped file or, "pinned",
           from page-locked memory (load mode none)
 
@@ -51,7 +53,7 @@ class Placement:
         self.n_vocab = self._model.n_vocab()
         self._transfers = _native.Transfers(compute="hybrid" if load.get("hybrid") else "device", n_threads=threads)
         self.hook = self._slots(share) if share is not None else None
-        if load.get("hybrid") and self.hook is not None:
+        if load.get("filled") and self.hook is not None:
             self._fill(self.hook)
         contexts = llama_cpp.llama_context_default_params()
         contexts.n_ctx, contexts.n_threads, contexts.n_threads_batch = 2048, threads, threads
@@ -110,18 +112,20 @@ class Placement:
         return {"hit_rate": self.hook.counters().hit_rate, "used_bytes": used + self.hook.bytes_held()}
 
 
-def placements(model: Path, threads: list[int]) -> list[Placement]:
-    made = [
-        Placement("all", model, max(threads)),
-        Placement("slots-all", model, max(threads), share=1.0),
-        Placement("slots-1/4", model, max(threads), share=0.25),
-        Placement("slots-1/4 pinned", model, max(threads), share=0.25, mmap=False),
+def placements(model: Path, threads: list[int], only: list[str]) -> list[Placement]:
+    most = max(threads)
+    named: list[tuple[str, int, dict[str, Any]]] = [
+        ("all", most, {}),
+        ("slots-all", most, {"share": 1.0, "filled": True}),
+        ("slots-all but one", most, {"share": 1.0}),
+        ("slots-1/4", most, {"share": 0.25}),
+        ("slots-1/4 pinned", most, {"share": 0.25, "mmap": False}),
     ]
     for n in threads:
-        made += [Placement(f"hybrid-{s} {n} threads", model, n, share=v, mmap=False, hybrid=True) for s, v in SHARES]
-        made.append(Placement(f"cpu-moe mmap {n} threads", model, n, experts_on_cpu=True))
-        made.append(Placement(f"cpu-moe none {n} threads", model, n, experts_on_cpu=True, mmap=False))
-    return made
+        named += [(f"hybrid-{s} {n} threads", n, {"share": v, "mmap": False, "hybrid": True, "filled": True}) for s, v in SHARES]
+        named.append((f"cpu-moe mmap {n} threads", n, {"experts_on_cpu": True}))
+        named.append((f"cpu-moe none {n} threads", n, {"experts_on_cpu": True, "mmap": False}))
+    return [Placement(name, model, n, **how) for name, n, how in named if not only or name in only]
 
 
 def main() -> None:
@@ -130,11 +134,12 @@ def main() -> None:
     parser.add_argument("--threads", type=lambda s: [int(n) for n in s.split(",")], default=[8, 16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--only", type=lambda s: s.split(","), default=[], help="placements, the first the reference")
     parser.add_argument("-o", "--out", type=Path)
     arguments = parser.parse_args()
 
     _native.load_backends()
-    made = placements(arguments.model, arguments.threads)
+    made = placements(arguments.model, arguments.threads, arguments.only)
     tokens = np.random.default_rng(2).integers(4, made[0].n_vocab, 1024)
     reference = made[0].logits([int(t) for t in tokens[:16]])
     rows: list[dict[str, Any]] = []
