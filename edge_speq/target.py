@@ -81,8 +81,15 @@ class Target(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         self._require_open()
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         self._requires_eval = True  # until a step is verified
-        self._ctx.set_n_threads(self.n_threads, self.n_threads)
+        self._ctx.set_n_threads(self._narrow_threads, self._narrow_threads)
         return self._ctx, self._batch
+
+    @property
+    def _narrow_threads(self) -> int:
+        """Threads of llama.cpp for graphs that slots serve. On a GPU the CPU looks up embeddings and no more, missing
+        experts being computed by threads of the hook's, beside which llama.cpp's would only spin."""
+        served = self._hook is not None and self._hook.n_slots > 0 and not self._unserved
+        return 1 if served and self.device.is_gpu else self.n_threads
 
     def serves(self, request: object) -> bool:
         return self._ctx.ctx is not None and self._turns.holds(request)
@@ -100,7 +107,8 @@ class Target(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
         # llama.cpp takes its batch threads from two tokens on; a verify step is as narrow as a decode step, and
         # more threads than that only wait for each other
         narrow = len(tokens) <= self._plan.max_width
-        self._ctx.set_n_threads(self.n_threads, self.n_threads if narrow else self.n_threads_batch)
+        threads = self._narrow_threads
+        self._ctx.set_n_threads(threads, threads if narrow else self.n_threads_batch)
         past, end = self.n_tokens, self.n_tokens + len(text)
         width = self.n_batch if narrow else self.context_params.n_ubatch  # a cancellation waits for one ubatch
         # aborted, the rotation of shifted keys would leave some of them at their old positions

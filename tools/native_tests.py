@@ -22,6 +22,7 @@ from _build import source  # noqa: E402
 from _build.patches import apply_patches  # noqa: E402
 from _build.upstream import Upstream  # noqa: E402
 
+TIMEOUT = 600  # seconds: what waits for something that never comes is a failure, too
 SANITIZERS = {
     "address,undefined": ["-fno-sanitize-recover=all"],
     "thread": [],
@@ -31,10 +32,22 @@ CORE = (
     *("slots", "slot_store", "residency", "split_demand", "prefetch", "layer_ahead", "under_way"),
     *("balancer", "gate", "link", "faults", "experts"),
 )
-HOOK = ("hook", "hybrid", "unwatched", "own_draft", "cpu_experts", "vocab", "reckoning", "api")
+HOOK = (
+    "hook",
+    "hybrid",
+    "unwatched",
+    "own_draft",
+    "cpu_experts",
+    "expert_matrices",
+    "workers",
+    "vocab",
+    "reckoning",
+    "api",
+)
 TESTS = {
     "test_slots": ("slots",),
     "test_balancer": ("balancer",),
+    "test_workers": ("workers",),
     "test_residency": CORE,
     "test_under_way": tuple(name for name in CORE if name != "gate"),  # has a gate of its own, with a script
     "test_hook": (*CORE, *HOOK),
@@ -65,7 +78,15 @@ def compiler_command(tree: Path) -> list[str]:
 def compile_test(compiler: list[str], test: str, sanitizer: str, out: Path) -> Path:
     libraries = installed_libraries()
     program = out / f"{test}-{sanitizer.partition(',')[0]}"
-    link = [f"-L{libraries}", "-lllama", "-lggml", "-l:libggml-base.so.0", f"-Wl,-rpath,{libraries}", "-pthread"]
+    link = [
+        f"-L{libraries}",
+        "-lllama",
+        "-lggml",
+        "-lggml-cpu",
+        "-l:libggml-base.so.0",
+        f"-Wl,-rpath,{libraries}",
+        "-pthread",
+    ]
     sources = [str(NATIVE / "src" / f"{name}.cpp") for name in TESTS[test]] + [str(NATIVE / "tests" / f"{test}.cpp")]
     sanitize = [f"-fsanitize={sanitizer}", *SANITIZERS[sanitizer]]
     subprocess.run([*compiler, *sanitize, *sources, "-o", str(program), *link], check=True)
@@ -86,7 +107,12 @@ def main() -> int:
             for test in TESTS:
                 program = compile_test(compiler, test, sanitizer, out)
                 print(f"{test} under {sanitizer}: ", end="", flush=True)
-                if subprocess.run([str(program), str(MODEL)], check=False).returncode:
+                try:
+                    run = subprocess.run([str(program), str(MODEL)], check=False, timeout=TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    print(f"no end after {TIMEOUT} s")
+                    return 1
+                if run.returncode:
                     print("FAILED")
                     return 1
                 passed += 1

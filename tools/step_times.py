@@ -6,7 +6,7 @@ all       everything on the compute device
 cpu-moe   every expert on the CPU (llama.cpp's --cpu-moe), for each thread count, mapped and with load mode none
 slots-all slots for every expert, and every expert in one: what the hook itself costs
 slots-all but one
-          the same, filled by what steps demand: what a block's wait and look-up cost while any expert may still be missing
+          the same, filled by what steps demand: what a block's wait and look-up cost while one may be missing
 slots-1/4 a quarter of the experts in slots, every miss fetched (demand loads only), from the mapped file or, "pinned",
           from page-locked memory (load mode none)
 
@@ -122,7 +122,10 @@ def placements(model: Path, threads: list[int], only: list[str]) -> list[Placeme
         ("slots-1/4 pinned", most, {"share": 0.25, "mmap": False}),
     ]
     for n in threads:
-        named += [(f"hybrid-{s} {n} threads", n, {"share": v, "mmap": False, "hybrid": True, "filled": True}) for s, v in SHARES]
+        named += [
+            (f"hybrid-{s} {n} threads", n, {"share": v, "mmap": False, "hybrid": True, "filled": True})
+            for s, v in SHARES
+        ]
         named.append((f"cpu-moe mmap {n} threads", n, {"experts_on_cpu": True}))
         named.append((f"cpu-moe none {n} threads", n, {"experts_on_cpu": True, "mmap": False}))
     return [Placement(name, model, n, **how) for name, n, how in named if not only or name in only]

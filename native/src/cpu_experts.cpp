@@ -6,7 +6,9 @@
 #include "llama-moe-hook.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <functional>
 #include <string>
 
 namespace edge {
@@ -29,24 +31,25 @@ std::string original_name(const ggml_tensor * leaf) {
     return first == std::string::npos || first == last ? name : name.substr(first + 1, last - first - 1);
 }
 
-void set_threads(ggml_backend_t backend, int32_t n_threads) {
+void use_one_thread(ggml_backend_t backend) {
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
     auto * set = reinterpret_cast<ggml_backend_set_n_threads_t>(ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
-    if (set && n_threads > 0) {
-        set(backend, n_threads);
+    if (set) {
+        set(backend, 1);
     }
 }
 
 } // namespace
 
 CpuExperts::CpuExperts(const llama_model * model, int32_t n_threads)
-    : model_(model), backend_(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr)),
-      nodes_(ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false)),
+    : model_(model), matrices_(static_cast<size_t>(std::max(1, n_threads))),
+      backend_(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr)),
+      nodes_(ggml_tensor_overhead() * max_nodes + 2 * ggml_graph_overhead_custom(max_nodes, false)),
       ctx_(ggml_init({ nodes_.size(), nodes_.data(), true })) {
     if (!backend_) {
         throw Error(EDGE_ERR_BACKEND, "no CPU backend to compute missing experts with");
     }
-    set_threads(backend_.get(), n_threads);
+    use_one_thread(backend_.get());
 }
 
 // Clones the nodes between a chain's ends for other tokens.
@@ -118,6 +121,9 @@ struct CpuExperts::Clone {
         for (const Role role : { role_up, role_gate, role_down, role_gate_up }) {
             if (slots == store.tensor(block.group, role)) {
                 reached_down = reached_down || role == role_down;
+                if (!ExpertMatrices::knows(block.weights[role])) {
+                    unsupported(block.weights[role]);
+                }
                 return const_cast<ggml_tensor *>(block.weights[role]);
             }
         }
@@ -210,8 +216,47 @@ void CpuExperts::compute(const ExpertChain & chain, const ExpertBlock & block, c
         std::memcpy(static_cast<float *>(rows->data) + i * n_embd, input + static_cast<size_t>(pairs[i].token) * n_embd, n_embd * sizeof(float));
         static_cast<int32_t *>(ids->data)[i] = pairs[i].expert;
     }
-    if (ggml_backend_graph_compute(backend_.get(), graph) != GGML_STATUS_SUCCESS) {
-        throw Error(EDGE_ERR_BACKEND, "computing missing experts on the CPU failed");
+    matrices_.begin(static_cast<const int32_t *>(ids->data), pairs.size());
+    compute_nodes(graph, ggml_new_graph_custom(ctx_.get(), max_nodes, false));
+}
+
+// In turn all products whose rows are there, and what lies between them and the next.
+void CpuExperts::compute_nodes(ggml_cgraph * graph, ggml_cgraph * between) {
+    const int n = ggml_graph_n_nodes(graph);
+    std::array<bool, max_nodes> done{};
+    const auto is_there = [&](const ggml_tensor * source) {
+        for (int i = 0; i < n; ++i) {
+            if (ggml_graph_node(graph, i) == source) {
+                return done[static_cast<size_t>(i)];
+            }
+        }
+        return true; // weights, and what was given
+    };
+    const auto is_ready = [&](const ggml_tensor * node) { return std::all_of(node->src, node->src + GGML_MAX_SRC, [&](const ggml_tensor * s) { return !s || is_there(s); }); };
+    for (int left = n; left > 0;) {
+        std::array<bool, max_nodes> ready{};
+        for (int i = 0; i < n; ++i) {
+            ggml_tensor * node = ggml_graph_node(graph, i);
+            if (!done[static_cast<size_t>(i)] && node->op == GGML_OP_MUL_MAT_ID && is_ready(node)) {
+                ready[static_cast<size_t>(i)] = true;
+                matrices_.add(node);
+                --left;
+            }
+        }
+        matrices_.run();
+        std::transform(done.begin(), done.end(), ready.begin(), done.begin(), std::logical_or<>());
+        ggml_graph_clear(between);
+        for (int i = 0; i < n; ++i) {
+            ggml_tensor * node = ggml_graph_node(graph, i);
+            if (!done[static_cast<size_t>(i)] && node->op != GGML_OP_MUL_MAT_ID && is_ready(node)) {
+                done[static_cast<size_t>(i)] = true;
+                ggml_graph_add_node(between, node);
+                --left;
+            }
+        }
+        if (ggml_graph_n_nodes(between) > 0 && ggml_backend_graph_compute(backend_.get(), between) != GGML_STATUS_SUCCESS) {
+            throw Error(EDGE_ERR_BACKEND, "computing missing experts on the CPU failed");
+        }
     }
 }
 

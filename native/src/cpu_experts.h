@@ -1,5 +1,6 @@
 #pragma once
 
+#include "expert_matrices.h"
 #include "experts.h"
 #include "slot_store.h"
 
@@ -36,6 +37,8 @@ public:
     // The chain that follows a block's route node. Throws EDGE_ERR_UNSUPPORTED for an operation that cannot be cloned.
     ExpertChain find(ggml_cgraph * graph, const ggml_tensor * route, const ExpertBlock & block, const SlotStore & store);
 
+    void wake() { matrices_.wake(); } // compute() is about to be called
+
     // Writes the experts' outputs, [n_embd] of each pair in turn, to out. input: [n_embd] of each token.
     void compute(const ExpertChain & chain, const ExpertBlock & block, const SlotStore & store, const float * input,
                  const std::vector<Pair> & pairs, float * out);
@@ -44,7 +47,8 @@ private:
     struct Clone;
 
     const llama_model *   model_;
-    ggml_backend_ptr      backend_;
+    ExpertMatrices        matrices_;
+    ggml_backend_ptr      backend_; // one thread, for what lies between two products
     // Biases that lie on the device, copied once.
     struct Leaf {
         ggml_context_ptr     ctx;
@@ -53,6 +57,7 @@ private:
     };
     ggml_tensor * on_host(const ggml_tensor * tensor);
     void place(ggml_cgraph * graph, ggml_tensor * rows, ggml_tensor * ids, ggml_tensor * output, float * out);
+    void compute_nodes(ggml_cgraph * graph, ggml_cgraph * between);
 
     std::unordered_map<const ggml_tensor *, Leaf> leaves_;
     std::vector<std::pair<const ggml_tensor *, ggml_tensor *>> made_; // by the clone that is made

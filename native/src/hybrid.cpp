@@ -70,6 +70,9 @@ void edge_hook::serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_
         residency_->demand_some(number, ids, n, slots);
     }
     give_missing_a_slot(ids, slots, n);
+    if (!missing_.empty()) {
+        cpu_experts_->wake();
+    }
     split_block_ = number; // also when nothing is missing: a graph that is cut elsewhere at every step is launched node by node
     computed_    = false;
     if (residency_->fetching() && !residency_->hold_for_fetches(backend)) { // a slow link that is emulated: we hold the device

@@ -95,7 +95,7 @@ inline std::vector<int32_t> slots_of(const llama_model * model, int32_t extra) {
 inline edge_hook * attach(llama_model * model, const std::vector<int32_t> & slots, bool hybrid = false, bool layer_ahead = false) {
     edge_hook_params params{};
     params.compute   = hybrid ? EDGE_COMPUTE_HYBRID : EDGE_COMPUTE_DEVICE;
-    params.n_threads = 1;
+    params.n_threads = 3; // ours
     params.layer_ahead = layer_ahead;
     params.max_width = max_width;
     params.n_groups  = static_cast<int32_t>(slots.size());

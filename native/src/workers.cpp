@@ -1,0 +1,111 @@
+#include "workers.h"
+
+#include <chrono>
+
+namespace edge {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr std::chrono::microseconds look_out_for(50); // about what it takes to wake a thread up
+constexpr int bits = 20;
+constexpr uint64_t mask = (uint64_t{ 1 } << bits) - 1;
+
+uint64_t number(uint64_t word) { return word >> (2 * bits); }
+uint64_t n_chunks_of(uint64_t word) { return (word >> bits) & mask; }
+uint64_t chunk_of(uint64_t word) { return word & mask; }
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+} // namespace
+
+Workers::Workers(size_t n_threads) {
+    for (size_t i = 1; i < n_threads; ++i) {
+        threads_.emplace_back([this] { work(); });
+    }
+}
+
+Workers::~Workers() {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+    }
+    called_.notify_all();
+    for (std::thread & thread : threads_) {
+        thread.join();
+    }
+}
+
+void Workers::wake() {
+    if (asleep_ > 0) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            ++calls_;
+        }
+        called_.notify_all();
+    }
+}
+
+void Workers::run(size_t n_chunks, Chunk chunk, void * job) {
+    if (threads_.empty() || n_chunks < 2) {
+        for (size_t i = 0; i < n_chunks; ++i) {
+            chunk(job, i);
+        }
+        return;
+    }
+    chunk_ = chunk;
+    job_   = job;
+    finished_.store(0, std::memory_order_relaxed);
+    next_.store((number(next_) + 1) << (2 * bits) | static_cast<uint64_t>(n_chunks) << bits);
+    wake();
+    take_part();
+    for (int turn = 1; finished_.load(std::memory_order_acquire) < n_chunks; ++turn) {
+        turn % 4096 ? relax() : std::this_thread::yield(); // there may be fewer cores than threads
+    }
+}
+
+// Chunks until there are none; the number of the job that has none left.
+uint64_t Workers::take_part() {
+    while (true) {
+        const uint64_t word = next_.fetch_add(1);
+        if (chunk_of(word) >= n_chunks_of(word)) {
+            return number(word);
+        }
+        chunk_(job_, static_cast<size_t>(chunk_of(word)));
+        finished_.fetch_add(1, std::memory_order_release);
+    }
+}
+
+// Until there is another job than that; false when there will be none.
+bool Workers::look_out(uint64_t seen) {
+    const auto is_due = [&] { return number(next_) != seen || stop_; };
+    auto until = Clock::now() + look_out_for;
+    for (int turn = 1; !is_due(); ++turn) {
+        relax();
+        if (turn % 32 || Clock::now() < until) {
+            continue;
+        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        const uint64_t heard = calls_;
+        ++asleep_; // before is_due() is asked: who publishes a job and sees nobody asleep has been seen
+        called_.wait(lock, [&] { return is_due() || calls_ != heard; });
+        --asleep_;
+        until = Clock::now() + look_out_for;
+    }
+    return !stop_;
+}
+
+void Workers::work() {
+    for (uint64_t seen = 0; look_out(seen);) {
+        seen = take_part();
+    }
+}
+
+} // namespace edge

@@ -1,0 +1,53 @@
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace edge {
+
+// Threads that compute beside the caller, for jobs of some 10 us, hundreds a step. Waking a thread that sleeps takes as long as such a
+// job, and threads that never sleep take a laptop's power from those that compute. So after a job they look out for the next one
+// for a moment, then sleep; and the caller says so when work is coming.
+class Workers {
+public:
+    using Chunk = void (*)(void * job, size_t chunk);
+
+    explicit Workers(size_t n_threads); // the caller among them
+    ~Workers();
+    Workers(const Workers &) = delete;
+    Workers & operator=(const Workers &) = delete;
+
+    size_t n_threads() const { return threads_.size() + 1; }
+    void wake(); // those that sleep look out again
+
+    // Each of fewer than 2^20 chunks once, on all threads, the caller's among them; on return all are done. One caller at a time.
+    void run(size_t n_chunks, Chunk chunk, void * job);
+    template <typename F> void run(size_t n_chunks, const F & each) {
+        run(n_chunks, [](void * job, size_t chunk) { (*static_cast<const F *>(job))(chunk); }, const_cast<F *>(&each));
+    }
+
+private:
+    uint64_t take_part();
+    bool look_out(uint64_t seen);
+    void work();
+
+    // The job's number, its chunks and the next of them, in one word: a thread that is late for one job takes a chunk of the next.
+    std::atomic<uint64_t> next_{ 0 };
+    std::atomic<size_t>   finished_{ 0 }; // chunks
+    Chunk                 chunk_ = nullptr; // of that job: read by who has a chunk of it, written when all are finished
+    void *                job_   = nullptr;
+
+    std::atomic<bool>        stop_{ false };
+    std::atomic<int>         asleep_{ 0 };
+    std::mutex               mutex_; // guards calls_
+    std::condition_variable  called_;
+    uint64_t                 calls_ = 0;
+    std::vector<std::thread> threads_;
+};
+
+} // namespace edge
