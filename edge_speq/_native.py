@@ -227,6 +227,7 @@ class Hook:
         self._views: dict[int, npt.NDArray[np.int32]] = {}  # of the routing, by tokens: the same array each time
         self.are_sound: bool | None = None  # whether all scores that the last prefetch() took over are numbers
         self._prefetch, self._from_buffer, self._no_orders = lib.edge_hook_prefetch, ffi.from_buffer, ffi.NULL
+        self._prefetch_waits, self._find_routing = lib.edge_waits_prefetch, lib.edge_hook_routing
         self._are_sound: Any = ffi.new("bool *")
 
     def end_step(self) -> None:
@@ -246,7 +247,9 @@ class Hook:
     def routing(self) -> npt.NDArray[np.int32]:
         """Expert ids of the last graph, [n_blocks, n_tokens, n_expert_used]; n_tokens is 0 after a graph wider
         than max_width. A view of native memory: the next decode overwrites it."""
-        check(load()[1].edge_hook_routing(self._handle, self._ids, self._n))
+        status = self._find_routing(self._handle, self._ids, self._n)
+        if status:
+            check(status)
         n_tokens = self._n[0]
         view = self._views.get(n_tokens)
         if view is None:
@@ -275,6 +278,16 @@ class Hook:
             check(status)
         self.are_sound = self._are_sound[0]
         return int(self._n[0])
+
+    def prefetch_waits(
+        self, waits: Any, ids: Any, width: int, now: Any, then: Any, least: float, margin: float
+    ) -> None:
+        """Scores and orders of a _reckoning.Waits, which has pointers to all that it takes: edge_waits_prefetch."""
+        are_sound = self._are_sound
+        status = self._prefetch_waits(waits, self._handle, ids, width, now, then, least, margin, self._n, are_sound)
+        if status:
+            check(status)
+        self.are_sound = are_sound[0]
 
     def load_twin(self, path: str, tensors: npt.NDArray[Any]) -> None:
         """Copies a twin's experts to the compute device; tensors: [n] of TWIN_TENSOR. Raises EdgeError."""

@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_speq._library import check, load
-from edge_speq._native import ORDER
+from edge_speq._native import ORDER, Hook
 from edge_speq.core import EdgeError, Experts
 
 Routing = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Marks = npt.NDArray[np.bool_]
 
-MOST_LASTING = 64  # arrays whose places are remembered
+MOST_KNOWN = 64  # arrays whose places are remembered
 _KINDS = {"f": "float[]", "d": "double[]", "?": "uint8_t[]", "l": "int64_t[]", "q": "int64_t[]", "V": "edge_order[]"}
 
 
@@ -36,40 +36,26 @@ def _require(array: npt.NDArray[Any], n: int, kind: type) -> None:
 
 
 class _Ids:
-    """Routing as native code takes it."""
+    """Routing as native code takes it. The hook and a draft have one array for each width, which they give again with
+    other contents: where it lies is found once, since between two decodes that takes 17 us."""
 
     def __init__(self) -> None:
         self._ffi, _ = load()
-        self._once: Any = self._ffi.new("edge_ids *")
-        self._kept: Any = None
-        self._lasting: dict[int, tuple[Any, Routing]] = {}
+        self._known: dict[int, tuple[Any, Routing]] = {}
+        self._copy: Routing | None = None
 
-    def lasting(self, routing: Routing) -> Any:
-        """Of an array that may be given again, with other contents: the engine has one for each width."""
-        known = self._lasting.get(id(routing))  # which nothing else has as long as it is kept here
+    def of(self, routing: Routing) -> Any:
+        known = self._known.get(id(routing))  # which nothing else has as long as it is kept here
         if known is not None:
             return known[0]
         made = self._ffi.new("edge_ids *")
         if not self._point(made, routing):
-            return self.once(routing)
-        if len(self._lasting) >= MOST_LASTING:
-            self._lasting.clear()
-        self._lasting[id(routing)] = made, routing
-        return made
-
-    def once(self, routing: Routing) -> Any:
-        """Of an array that was made for this step. It must outlive the call."""
-        made, shape = self._once, routing.shape
-        try:
-            pointer = self._ffi.from_buffer("int32_t[]", routing)
-        except ValueError:  # not contiguous
-            pointer = b""
-        n_ids = shape[1] * shape[2]
-        if len(pointer) != shape[0] * n_ids:  # or not of int32: asking for the dtype would take as long again
-            pointer = self._ffi.from_buffer("int32_t[]", np.ascontiguousarray(routing, dtype=np.int32))
-        made.ids = self._kept = pointer
-        made.n_blocks, made.n_tokens, made.n_used = shape
-        made.stride = n_ids
+            self._copy = np.array(routing, dtype=np.int32, order="C")  # outlives the call
+            self._point(made, self._copy)
+            return made
+        if len(self._known) >= MOST_KNOWN:
+            self._known.clear()
+        self._known[id(routing)] = made, routing
         return made
 
     def _point(self, made: Any, routing: Routing) -> bool:
@@ -132,6 +118,7 @@ class Guess:
     """Experts that a step is expected to demand."""
 
     def __init__(self, n_keys: int, rates: Rates) -> None:
+        self.n_keys = n_keys
         self.found: Marks = np.zeros(n_keys, dtype=bool)
         self.rates, self.marks = rates, _pointer(self.found)
         self.struct: Any = load()[0].new("edge_guess *", {"found": self.marks, "rates": rates.struct})
@@ -152,7 +139,7 @@ class Waits:
     def __init__(self, experts: Experts, decay: float, least: float, often: Floats) -> None:
         ffi, self._lib = load()
         self._none = ffi.NULL
-        n_keys = experts.total
+        self._n_keys = n_keys = experts.total
         self.often = often
         self.demanded: Marks = np.zeros(n_keys, dtype=bool)  # by the last step
         self.tally = np.zeros((3, experts.n_blocks), dtype=np.int64)  # foreseen, demanded, both
@@ -168,21 +155,33 @@ class Waits:
         self, routing: Routing | None, width: int, now: Guess | None, then: Guess | None, scores: Floats
     ) -> npt.NDArray[Any]:
         """Writes scores. Orders for what `now` found, by key; the next call overwrites them."""
-        none = self._none
-        for guess in (now, then):
-            if guess is not None and guess.found.size != self.demanded.size:
-                raise EdgeError(f"a guess of {guess.found.size} experts for {self.demanded.size}")
-        status = self._lib.edge_waits_foresee(
-            self._struct,
-            none if routing is None else self._ids.once(routing),
-            width,
-            none if now is None else now.struct,
-            none if then is None else then.struct,
-            self._scores.of(scores),
-        )
-        if status:
-            check(status)
+        given = self._given(routing, width, now, then)
+        check(self._lib.edge_waits_foresee(self._struct, *given, self._scores.of(scores)))
         return self.orders[: 0 if now is None else now.struct.n_found]
+
+    def prefetch(
+        self,
+        hook: Hook,
+        routing: Routing | None,
+        width: int,
+        now: Guess | None,
+        then: Guess | None,
+        least: float,
+        margin: float,
+    ) -> None:
+        """The same with the engine's scores, and its prefetch() of the orders; nothing is fetched where less than
+        `least` of such sets was demanded."""
+        hook.prefetch_waits(self._struct, *self._given(routing, width, now, then), least, margin)
+
+    def _given(
+        self, routing: Routing | None, width: int, now: Guess | None, then: Guess | None
+    ) -> tuple[Any, int, Any, Any]:
+        """As native code takes it."""
+        none, n = self._none, self._n_keys
+        if (now is not None and now.n_keys != n) or (then is not None and then.n_keys != n):
+            raise EdgeError(f"a guess of other experts than these {n}")
+        ids = none if routing is None else self._ids.of(routing)
+        return ids, width, none if now is None else now.struct, none if then is None else then.struct
 
     def observe(self, routing: Routing, now: Guess | None, then: Guess | None, foreseen: Marks | None) -> None:
         """What a step demanded; the guesses' rates learn from it. foreseen: what is tallied."""
@@ -195,7 +194,7 @@ class Waits:
             marks = _pointer(foreseen)
         status = self._lib.edge_waits_observe(
             self._struct,
-            self._ids.lasting(routing),
+            self._ids.of(routing),
             none if now is None else now.struct,
             none if then is None else then.struct,
             marks,
@@ -277,6 +276,6 @@ class Duel:
             check(status)
 
     def observe(self, routing: Routing) -> None:
-        status = self._lib.edge_duel_observe(self._struct, self._ids.lasting(routing))
+        status = self._lib.edge_duel_observe(self._struct, self._ids.of(routing))
         if status:
             check(status)

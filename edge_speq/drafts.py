@@ -35,9 +35,9 @@ class Draft(Protocol):
         self, text: Text, k: int, sampler: Any, ahead: int = 0, seen: Seen | None = None
     ) -> tuple[list[int], Routing | None]:
         """At most k tokens that may continue text, and the routing [n_blocks, n, n_expert_used] of the last text token
-        and all drafted ones but the last; and of at most `ahead` tokens more, the first of which is that last one.
-        `seen` is told the routing so far after each of the k tokens. `sampler` is the target's llama_cpp LlamaSampler,
-        which stays as it is."""
+        and all drafted ones but the last; and of at most `ahead` tokens more, the first of which is that last one. The
+        next call may overwrite it. `seen` is told the routing so far after each of the k tokens. `sampler` is the
+        target's llama_cpp LlamaSampler, which stays as it is."""
 
     def shift(self, n_keep: int, n_discard: int) -> None:
         """The context shifted: of its tokens, n_discard after the first n_keep are gone."""
@@ -116,6 +116,7 @@ class DraftModel:
             self.close = stack.pop_all().close
         self._tokens: Text = np.zeros(self._context.n_ctx(), dtype=np.intc)
         self._n = 0
+        self._shown = Shown()
         self._can_shift = engine.can_shift(self._model, self._context)
         recurrent, hybrid = llama_cpp.llama_model_is_recurrent, llama_cpp.llama_model_is_hybrid
         self._can_forget = not recurrent(self._model.model) and not hybrid(self._model.model)
@@ -141,7 +142,7 @@ class DraftModel:
         try:
             self._catch_up(text)
             most = k + self._room_for(ahead, len(text) + k)
-            return guess(self._context, own, self._step, k, most, seen)
+            return guess(self._context, own, self._step, k, most, self._shown, seen)
         except EdgeError:
             self._n = 0  # cancelled perhaps in the middle of a context shift: what the KV cache holds is not known
             raise
@@ -208,12 +209,13 @@ def guess(
     step: Callable[[list[int]], Routing | None],
     k: int,
     most: int,
+    shown: Shown,
     seen: Seen | None,
 ) -> tuple[list[int], Routing | None]:
     """k tokens, and the routing of `most`: the last of these is decoded for it only. step: given what was drafted so
     far, decodes what comes before the next token and returns its routing, None where it cannot."""
     drafted: list[int] = []
-    shown = _Shown()
+    shown.begin()
     for n in range(1, most + 1):
         routing = step(drafted)
         if routing is None:
@@ -226,18 +228,35 @@ def guess(
     return drafted[:k], shown.routing
 
 
-class _Shown:
-    """The routing of tokens that were decoded one after the other, None once it is missing for one of them."""
+class Shown:
+    """The routing of tokens that a draft decodes one after the other, None once it is missing for one of them. A step's
+    overwrites the one before, and for as many tokens it is the same array: what that costs to find is paid once."""
 
     def __init__(self) -> None:
-        self._parts: list[Routing] = []
+        self._views: list[Routing] = []  # of the first token, the first two, ...
+        self._n = 0
         self._is_whole = True
+
+    def begin(self) -> None:
+        self._n, self._is_whole = 0, True
 
     def add(self, routing: Routing) -> None:
         """routing: of a graph, whose last token counts; without tokens where the graph hid it."""
         self._is_whole = self._is_whole and routing.shape[1] > 0
-        self._parts.append(routing[:, -1:, :].copy())
+        if not self._is_whole:
+            return
+        if self._n == len(self._views):
+            self._grow(routing)
+        self._views[self._n][:, self._n] = routing[:, -1]
+        self._n += 1
+
+    def _grow(self, routing: Routing) -> None:
+        n_blocks, _, n_used = routing.shape
+        room = np.zeros((n_blocks, max(8, 2 * self._n), n_used), dtype=np.int32)
+        if self._n:
+            room[:, : self._n] = self._views[-1]
+        self._views = [room[:, : n + 1] for n in range(room.shape[1])]
 
     @property
     def routing(self) -> Routing | None:
-        return np.concatenate(self._parts, axis=1) if self._parts and self._is_whole else None
+        return self._views[self._n - 1] if self._n and self._is_whole else None

@@ -173,16 +173,17 @@ class Lookahead:
 
     def foresee(self) -> None:
         """Orders the experts that verifying is expected to need."""
-        if self._policy is not None and type(self._policy) is not Policy:
-            self._safely(self._foresee_soundly, self._policy)
-
-    def _foresee_soundly(self, policy: Policy) -> None:
-        assert self._hook is not None
-        self._hook.are_sound = None
-        policy.verifying(self._tokens)
-        policy.foresee(self._slots(policy), self._routing, self._n_drafted)
-        if not (np.isfinite(self._hook.scores).all() if self._hook.are_sound is None else self._hook.are_sound):
-            raise ValueError("its scores are not finite")
+        policy, hook = self._policy, self._hook
+        if policy is None or hook is None or type(policy) is Policy:
+            return
+        hook.are_sound = None
+        try:  # here and not by _safely: between two decodes a call of a function takes a microsecond and more
+            policy.verifying(self._tokens)
+            policy.foresee(self._slots(policy) if self._admits else hook, self._routing, self._n_drafted)
+            if not (np.isfinite(hook.scores).all() if hook.are_sound is None else hook.are_sound):
+                raise ValueError("its scores are not finite")
+        except Exception as error:  # a policy may be anybody's
+            self._replace(f"{type(error).__name__}: {error}")
 
     def _slots(self, policy: Policy) -> Slots:
         assert self._hook is not None
@@ -192,11 +193,16 @@ class Lookahead:
 
     def observe(self, n_tokens: int, n_accepted: int) -> None:
         """The target decoded n_tokens in one step, of which n_accepted drafted ones became text."""
-        if self._policy is None or self._hook is None or type(self._policy) is Policy:
+        policy, hook = self._policy, self._hook
+        if policy is None or hook is None or type(policy) is Policy:
             return
-        routing = self._hook.routing()
-        if routing.shape[1] == n_tokens:  # a prompt in several batches leaves only the last
-            self._safely(self._policy.observe, routing, n_accepted)
+        routing = hook.routing()
+        if routing.shape[1] != n_tokens:  # a prompt in several batches leaves only the last
+            return
+        try:
+            policy.observe(routing, n_accepted)
+        except Exception as error:
+            self._replace(f"{type(error).__name__}: {error}")
 
     def govern(self, kept: int, *, mismatch: bool, seconds: float | None) -> None:
         own: AnyGovernor | None = self._policy.governor if self._policy is not None else None

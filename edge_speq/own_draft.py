@@ -15,7 +15,7 @@ import llama_cpp
 
 from edge_speq import _native, engine
 from edge_speq.core import Experts
-from edge_speq.drafts import Routing, Seen, Text, clone, guess
+from edge_speq.drafts import Routing, Seen, Shown, Text, clone, guess
 from edge_speq.twin_file import TwinFile
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class OwnDraft:
     def __init__(self, target: Target, hook: _native.Hook, twin: TwinFile | None, max_width: int) -> None:
         self.experts: Experts | None = hook.experts
         self._target, self._hook, self._max_width = target, hook, max_width
+        self._shown = Shown()
         self._uses = "resident" if twin is None else "twin"
         if twin is not None:
             hook.load_twin(str(twin.path), twin.tensors)
@@ -56,7 +57,7 @@ class OwnDraft:
             return self._hook.routing()
 
         try:
-            return guess(context, own, step, k, min(k + ahead, room), seen)
+            return guess(context, own, step, k, min(k + ahead, room), self._shown, seen)
         finally:
             llama_cpp.llama_sampler_free(own)
             self._hook.use_experts("own")

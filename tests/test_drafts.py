@@ -13,6 +13,7 @@ from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecodi
 from test_speculation import llm, prompts, texts
 
 from edge_speq import EdgeError, EdgeLlama
+from edge_speq.drafts import NO_ROUTING, Shown
 
 N = 24
 
@@ -190,3 +191,27 @@ def test_a_draft_model_that_is_not_to_speculate_is_not_asked(bundled: tuple[Path
     with llm(bundled[0], draft_model=draft, speculation=0) as model:
         texts(model, prompts()[:1])
     assert draft.n_calls == 0
+
+
+# --- what a draft shows -------------------------------------------------------------------------------------
+
+
+def test_routing_is_shown_in_the_same_arrays_each_time() -> None:
+    """Also beyond the room that there was at first; without some token's routing there is none."""
+    shown, lasting = Shown(), {}
+    for text in range(3):
+        graphs = np.random.default_rng(text).integers(0, 99, (20, 3, 2, 4), dtype=np.int32)  # of two tokens each
+        shown.begin()
+        assert shown.routing is None
+        for n, graph in enumerate(graphs, start=1):
+            shown.add(graph)
+            seen = shown.routing
+            assert seen is not None
+            np.testing.assert_array_equal(seen, graphs[:n, :, -1].transpose(1, 0, 2))
+            assert text < 1 or lasting.setdefault(n, seen) is seen
+    shown.add(graphs[0][:, :0])
+    shown.add(graphs[1])
+    assert shown.routing is None
+    shown.begin()
+    shown.add(NO_ROUTING)
+    assert shown.routing is None

@@ -153,7 +153,7 @@ def shown(model: EdgeLlama, prompt: str, n: int) -> list[tuple[int, int, np.ndar
 
     def noted(text: Any, k: int, sampler: Any, ahead: int = 0, seen: Any = None) -> Any:
         drafted, routing = propose(text, k, sampler, ahead, seen)
-        calls.append((len(drafted), ahead, routing))
+        calls.append((len(drafted), ahead, None if routing is None else routing.copy()))
         return drafted, routing
 
     draft.propose = noted  # type: ignore[method-assign]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from test_speculation import llm, prompts, texts
 
-from edge_speq import _reckoning
+from edge_speq import EdgeLlama, _reckoning
 from edge_speq.core import EdgeError, ExpertGroup, Experts
 
 EXPERTS = Experts(3, 10, 2, (ExpertGroup(3, 30, 1000, (0, 1, 2)),))
@@ -84,3 +88,94 @@ def test_arrays_of_another_length_or_type_are_refused() -> None:
     ):
         with pytest.raises(EdgeError):
             act()
+
+
+@pytest.mark.parametrize("n_expert", [7, 8, 13, 128, 2100])  # also where bytes that count marks would overflow
+def test_marks_are_counted_and_added_up_whatever_their_number(n_expert: int) -> None:
+    random, used = np.random.default_rng(n_expert), max(1, n_expert - 2)
+    experts = Experts(2, n_expert, used, (ExpertGroup(2, 2 * n_expert, 1000, (0, 1)),))
+    often = random.random(experts.total, dtype=np.float32) + np.float32(0.02)
+    native = _reckoning.Waits(experts, 0.8, 0.02, often.copy())
+    chosen = [[random.permutation(n_expert)[:used] for _ in range(2)] for _ in range(2)]
+    routing = np.array(chosen, dtype=np.int32)
+    rates = _reckoning.Rates(0.9, (0.97, 0.9), 0.95), _reckoning.Rates(0.6, (0.97, 0.9), 0.95)
+    now, then = (_reckoning.Guess(experts.total, rate) for rate in rates)
+    scores = np.zeros((2, n_expert), dtype=np.float32)
+    orders = native.foresee(routing, 1, now, then, scores)
+    after = often * np.where(now.found, 0.8, 0.8 + 0.2 * 0.9) + np.where(now.found, 0.2 * 0.9, 0)
+    wait = np.where(then.found, 1 + 0.4 / after, 1 / after + 1 - 0.9)
+    np.testing.assert_allclose(scores.ravel(), -np.repeat([0, 0.5], n_expert) - wait, rtol=1e-5)
+    np.testing.assert_allclose(orders["priority"], 0.9 * wait[now.found], rtol=1e-5)
+    assert (now.struct.n_found, then.struct.n_found) == (2 * used, 2 * used)
+    others = [often[~now.found].sum(), after[~then.found].sum()]
+    np.testing.assert_allclose([now.others, then.others], others, rtol=1e-5)
+    native.observe(routing[:, 1:], now, then, now.found)
+    both = (now.found & then.found).reshape(2, -1).sum(axis=1)
+    np.testing.assert_array_equal(native.tally, [[used] * 2, [used] * 2, both])
+
+
+class Wrapped:
+    """Looks like the engine's slots."""
+
+    def __init__(self, hook: Any) -> None:
+        self.scores, self.prefetch, self.states = hook.scores, hook.prefetch, hook.states
+
+
+def run(model: EdgeLlama, *, wraps: bool) -> tuple[list[Any], Any]:
+    """What was in slots before each step and what experts were worth; the counters at the end."""
+    lookahead, hook, made = model._lookahead, model._hook, []
+    policy = lookahead._policy
+    assert policy is not None and hook is not None
+    foresee, calls = policy.foresee, [_count(hook, name) for name in ("prefetch_waits", "prefetch")]
+
+    def noted(slots: Any, *given: Any) -> None:
+        made.append(hook.states())
+        foresee(Wrapped(hook) if wraps else slots, *given)
+        made.append(hook.scores.copy())
+
+    policy.foresee = noted  # type: ignore[method-assign]
+    texts(model, prompts()[:2])
+    assert not lookahead.failures and [bool(n) for n in calls] == [not wraps, wraps]
+    return made, hook.counters()
+
+
+def _count(holder: Any, name: str) -> list[None]:
+    act, calls = getattr(holder, name), []
+
+    def counted(*given: Any) -> Any:
+        calls.append(None)
+        return act(*given)
+
+    setattr(holder, name, counted)
+    return calls
+
+
+def test_in_one_call_or_in_two_the_same_is_foreseen(bundled: tuple[Path, Path], twin: Path) -> None:
+    seen = []
+    for wraps in (False, True):
+        options: dict[str, Any] = {"policy": "waits", "resident": "1/4", "deterministic": True}
+        with llm(bundled[0], draft=twin, speculation=2, **options) as model:
+            seen.append(run(model, wraps=wraps))
+    (one, counters), (two, others) = seen
+    for mine, theirs in zip(one, two, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert counters == others and counters.prefetched_used
+
+
+def test_one_call_refuses_what_two_refuse(bundled: tuple[Path, Path], twin: Path) -> None:
+    rates = _reckoning.Rates(0.9, (0.97, 0.9), 0.95)
+    with llm(bundled[0], draft=twin, speculation=2, policy="waits", resident="1/4") as model:
+        hook, experts = model._hook, model._experts
+        often = np.full(experts.total, 0.2, dtype=np.float32)
+        native, guess = _reckoning.Waits(experts, 0.8, 0.02, often), _reckoning.Guess(experts.total, rates)
+        routing = np.zeros((experts.n_blocks, 2, experts.n_expert_used), dtype=np.int32)
+        with pytest.raises(EdgeError, match="other experts"):
+            waits().prefetch(hook, None, 1, None, None, 0.5, 1.0)
+        with pytest.raises(EdgeError, match="other experts"):
+            native.prefetch(hook, routing, 2, _reckoning.Guess(8, rates), None, 0.5, 1.0)
+        routing[-1, -1, -1] = experts.n_expert
+        with pytest.raises(EdgeError, match="routing"):
+            native.prefetch(hook, routing, 2, guess, None, 0.5, 1.0)
+        often[3] = np.nan
+        native.prefetch(hook, None, 1, None, None, 0.5, 1.0)
+        assert hook.are_sound is False

@@ -33,16 +33,8 @@ CORE = (
     *("balancer", "gate", "link", "faults", "experts"),
 )
 HOOK = (
-    "hook",
-    "hybrid",
-    "unwatched",
-    "own_draft",
-    "cpu_experts",
-    "expert_matrices",
-    "workers",
-    "vocab",
-    "reckoning",
-    "api",
+    *("hook", "hybrid", "unwatched", "own_draft", "cpu_experts", "expert_matrices", "workers"),
+    *("vocab", "reckoning", "reckoning_api", "api"),
 )
 TESTS = {
     "test_slots": ("slots",),

@@ -17,6 +17,7 @@ docs/presets.md has what was measured, and what was tried and did no better.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class Waits(Policy):
         super().__init__(setting)
         experts = setting.experts
         self._fetches, self._most_ahead = fetches, most_ahead
+        self._least = WORTH_FETCHING if fetches else math.inf  # share of what is foreseen that steps must have demanded
         self.name = "waits" if fetches else "waits-keep"
         self.sees = "twin" if setting.has_twin else "counts"
         self._often = np.full(experts.total, experts.n_expert_used / max(1, experts.n_expert), dtype=np.float32)
@@ -74,20 +76,20 @@ class Waits(Policy):
         return second if self._judged is first else first
 
     def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
-        then = self._turn_over()
-        width, n_shown = n_drafted + 1, 0
-        if draft_routing is not None:
-            n_shown = min(draft_routing.shape[1], n_drafted + self.ahead(n_drafted))
-        if draft_routing is None or not n_shown:
-            slots.prefetch(self._native.foresee(None, width, None, None, slots.scores), 0)
-            return
-        if n_shown < draft_routing.shape[1]:
-            draft_routing = draft_routing[:, :n_shown]
-        self._now = now = self._near
-        self._then = then if n_shown > width else None
+        then: Guess | None = self._turn_over()
+        width, most = n_drafted + 1, n_drafted + self.ahead(n_drafted)
+        if draft_routing is not None and draft_routing.shape[1] > most:
+            draft_routing = draft_routing[:, :most]
+        n_shown = 0 if draft_routing is None else draft_routing.shape[1]
+        routing = draft_routing if n_shown else None
+        self._now = now = self._near if n_shown else None
+        self._then = then = then if n_shown > width else None
         self._n_tokens += n_shown
-        orders = self._native.foresee(draft_routing, width, now, self._then, slots.scores)
-        fetches = self._fetches and self.coming.inside >= WORTH_FETCHING
+        if isinstance(slots, _native.Hook):  # the engine's: in one native call
+            self._native.prefetch(slots, routing, width, now, then, self._least, MARGIN)
+            return
+        orders = self._native.foresee(routing, width, now, then, slots.scores)
+        fetches = now is not None and now.rates.inside >= self._least
         slots.prefetch(orders, _native.NO_BUDGET if fetches else 0, MARGIN)
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:

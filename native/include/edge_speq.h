@@ -331,6 +331,9 @@ typedef struct edge_waits {
 
 // Writes scores. now: the routing's first `width` tokens; then: as many after them. Both null: there is no routing.
 EDGE_API int edge_waits_foresee(edge_waits * waits, const edge_ids * routing, int32_t width, edge_guess * now, edge_guess * then, float * scores);
+// The same into the hook's own scores, and edge_hook_prefetch of the orders, all while they are in the caches. Nothing is
+// fetched where the rates of `now` say that less than `least` of such sets was demanded.
+EDGE_API int edge_waits_prefetch(edge_waits * waits, edge_hook * hook, const edge_ids * routing, int32_t width, edge_guess * now, edge_guess * then, double least, float margin, int32_t * n_ordered, bool * sound);
 // Learns from a step's routing. now, then: the guesses about it, or null; foreseen: marks to tally, or null.
 EDGE_API int edge_waits_observe(edge_waits * waits, const edge_ids * routing, edge_guess * now, edge_guess * then, const uint8_t * foreseen);
 

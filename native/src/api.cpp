@@ -1,10 +1,8 @@
 // The C ABI: arguments checked, exceptions turned into a status and a text.
 #include "edge_speq.h"
 
-#include "error.h"
 #include "faults.h"
-#include "hook.h"
-#include "reckoning.h"
+#include "guarded.h"
 #include "vocab.h"
 
 #include "ggml-backend.h"
@@ -13,42 +11,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <string>
 #include <utility>
 
 namespace {
 
-std::string & last_error() {
-    thread_local std::string text;
-    return text;
-}
-
-void require(bool ok, const char * what) {
-    if (!ok) {
-        throw edge::Error(EDGE_ERR_ARGUMENT, what);
-    }
-}
-
-template <typename F> int guarded(F && body) noexcept {
-    try {
-        last_error().clear();
-        body();
-        return EDGE_OK;
-    } catch (const edge::Error & e) {
-        last_error() = e.what();
-        return e.status;
-    } catch (const std::bad_alloc &) {
-        last_error() = "out of memory";
-        return EDGE_ERR_MEMORY;
-    } catch (const std::exception & e) {
-        last_error() = e.what();
-        return EDGE_ERR_INTERNAL;
-    } catch (...) {
-        last_error() = "an exception of unknown type";
-        return EDGE_ERR_INTERNAL;
-    }
-}
+using namespace edge::api;
 
 template <size_t n> void copy_text(char (&to)[n], const char * from) {
     std::strncpy(to, from ? from : "", n - 1);
@@ -58,12 +26,6 @@ template <size_t n> void copy_text(char (&to)[n], const char * from) {
 bool is_gpu(ggml_backend_dev_t device) {
     const auto type = ggml_backend_dev_type(device);
     return type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
-}
-
-edge::Residency & residency_of(const edge_hook * hook) {
-    require(hook != nullptr, "hook is null");
-    require(hook->residency() != nullptr, "the hook keeps routing only, it has no slots");
-    return *hook->residency();
 }
 
 void require_slots(const edge::ExpertTable & table, const int32_t * slots, int32_t n_groups, int32_t width) {
@@ -77,12 +39,6 @@ void require_slots(const edge::ExpertTable & table, const int32_t * slots, int32
                                                    " tokens need at least " + std::to_string(floor));
         }
     }
-}
-
-constexpr const char * bad_routing = "the routing is of another shape, or of experts that there are not";
-
-void require_guesses(const edge_guess * now, const edge_guess * then) {
-    require((now == nullptr || now->rates != nullptr) && (then == nullptr || then->rates != nullptr), "a guess has no rates");
 }
 
 } // namespace
@@ -355,50 +311,6 @@ int edge_hook_slot_bytes(edge_hook * hook, uint64_t * out) {
 
 int edge_hook_poison_free_slots(edge_hook * hook) {
     return guarded([&] { residency_of(hook).poison_free_slots(); });
-}
-
-int edge_pool_demand(edge_pool * pool, const uint8_t * wanted, const float * worth, int32_t * missed) {
-    return guarded([&] {
-        require(pool != nullptr && wanted != nullptr && worth != nullptr && missed != nullptr, "pool, wanted, worth or out is null");
-        *missed = edge::demand_of_pool(*pool, wanted, worth);
-    });
-}
-
-int edge_duel_score(const edge_duel * duel, float * scores) {
-    return guarded([&] {
-        require(duel != nullptr && scores != nullptr, "duel or scores is null");
-        edge::score_by_best(*duel, scores);
-    });
-}
-
-int edge_duel_observe(edge_duel * duel, const edge_ids * routing) {
-    return guarded([&] {
-        require(duel != nullptr, "duel is null");
-        require(routing != nullptr && edge::is_sound(*routing, duel->n_blocks, duel->n_expert), bad_routing);
-        edge::observe_duel(*duel, *routing);
-    });
-}
-
-int edge_waits_foresee(edge_waits * waits, const edge_ids * routing, int32_t width, edge_guess * now, edge_guess * then, float * scores) {
-    return guarded([&] {
-        require(waits != nullptr && scores != nullptr, "waits or scores is null");
-        require((routing == nullptr) == (now == nullptr) && (now != nullptr || then == nullptr), "routing and guesses do not go together");
-        if (routing != nullptr) {
-            require(routing != nullptr && edge::is_sound(*routing, waits->n_blocks, waits->n_expert), bad_routing);
-            require(width > 0 && (then == nullptr || width < routing->n_tokens), "no routing is that wide");
-        }
-        require_guesses(now, then);
-        edge::foresee_waits(*waits, routing, width, now, then, scores);
-    });
-}
-
-int edge_waits_observe(edge_waits * waits, const edge_ids * routing, edge_guess * now, edge_guess * then, const uint8_t * foreseen) {
-    return guarded([&] {
-        require(waits != nullptr, "waits is null");
-        require(routing != nullptr && edge::is_sound(*routing, waits->n_blocks, waits->n_expert), bad_routing);
-        require_guesses(now, then);
-        edge::observe_waits(*waits, *routing, now, then, foreseen);
-    });
 }
 
 int edge_test_fail(int32_t kind, int64_t nth) {

@@ -96,6 +96,7 @@ private:
     std::vector<edge::Pair>          missing_;           // pairs of the running block that the CPU computes
     int32_t                          split_block_ = -1;  // whose outputs the graph has not reached yet
     bool                             computed_ = false;  // missing_ has been
+    float                            computing_ = 0;     // part of the blocks that have something for the CPU, of late
     int32_t                          compute_ = EDGE_COMPUTE_DEVICE;
     int32_t                          ahead_ = -1;        // block that host_input_'s rows tell something of
     int32_t                          ahead_tokens_ = 0;  // rows of it

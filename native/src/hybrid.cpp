@@ -7,6 +7,13 @@
 #include <chrono>
 #include <utility>
 
+namespace {
+
+constexpr float of_late = 0.05F;
+constexpr float worth_waking = 0.25F; // part of the blocks that the CPU computes something of
+
+} // namespace
+
 // A graph that is split waits for one more callback a block, some 10 us. Where fetches are so cheap that it does not pay,
 // it is tried again now and then, as what is missing changes. Bytes that a thread has to stage are never that cheap.
 bool edge_hook::splits_this_step() {
@@ -64,12 +71,16 @@ void edge_hook::serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_
     look_ahead(); // where nothing was computed that it could be done beside
     ggml_backend_tensor_get_async(backend, route, ids, 0, ggml_nbytes(route));
     read_rows_for(number + 1, backend, chain.input);
+    if (computing_ > worth_waking) {
+        cpu_experts_->wake(); // its threads are up when the device has come here
+    }
     await_device(backend, number);
     {
         const edge::Timeline::Span span(timeline_, EDGE_SPAN_DECIDE, number);
         residency_->demand_some(number, ids, n, slots);
     }
     give_missing_a_slot(ids, slots, n);
+    computing_ += of_late * (static_cast<float>(!missing_.empty()) - computing_);
     if (!missing_.empty()) {
         cpu_experts_->wake();
     }

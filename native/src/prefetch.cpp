@@ -2,6 +2,7 @@
 #include "residency.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 namespace edge {
@@ -33,26 +34,32 @@ int32_t Residency::prefetch(const edge_order * orders, int32_t n, uint64_t byte_
     }
     const uint64_t now = clock_ ? clock_->now() : 0;
     int32_t n_absent = 0;
-    SlotPool * slots = nullptr;
-    int32_t number = -1;
-    int32_t first_key = 0;
-    for (int32_t i = 0; i < n; ++i) {
-        const edge_order & wanted = orders[i];
-        if (wanted.block != number) { // mostly that of the order before
-            number    = wanted.block;
-            slots     = &pool(block_at(number));
-            first_key = block_at(number).first_key;
+    constexpr int32_t most = 64; // that are sorted at once, into those in slots and the others: which is as good as random,
+    std::array<int32_t, most> slot_of; // and a branch that is guessed wrong costs more than all else here
+    std::array<int32_t, most> held;
+    std::array<int32_t, most> absent;
+    const auto number = [](float priority) { return std::isfinite(priority) ? priority : 0.0F; };
+    for (int32_t from = 0; from < n; from += most) {
+        const int32_t to = std::min(n, from + most);
+        size_t n_held = 0;
+        size_t n_missing = 0;
+        for (int32_t i = from; i < to; ++i) {
+            const ExpertBlock & block = block_at(orders[i].block);
+            const int32_t slot = pool(block).find(block.first_key + orders[i].expert);
+            slot_of[n_held] = slot; // of the next one that is held
+            held[n_held] = absent[n_missing] = i;
+            n_held    += static_cast<size_t>(slot != SlotPool::none);
+            n_missing += static_cast<size_t>(slot == SlotPool::none);
         }
-        const int32_t slot = slots->find(first_key + wanted.expert);
-        const float priority = std::isfinite(wanted.priority) ? wanted.priority : 0.0F;
-        if (slot != SlotPool::none) {
-            slots->expect(slot, priority);
-            continue;
+        for (size_t k = 0; k < n_held; ++k) {
+            const edge_order & wanted = orders[held[k]];
+            pool(block_at(wanted.block)).expect(slot_of[k], number(wanted.priority));
         }
-        ++n_absent;
-        if (byte_budget > 0) { // else none would ever begin
-            orders_.push_back({ wanted.block, wanted.expert, wanted.deadline, priority - margin, now });
+        for (size_t k = 0; k < n_missing && byte_budget > 0; ++k) { // else none would ever begin
+            const edge_order & wanted = orders[absent[k]];
+            orders_.push_back({ wanted.block, wanted.expert, wanted.deadline, number(wanted.priority) - margin, now });
         }
+        n_absent += static_cast<int32_t>(n_missing);
     }
     std::reverse(orders_.begin(), orders_.end()); // the most urgent last
     byte_budget_ = byte_budget;

@@ -45,10 +45,6 @@ void Residency::note_block_began(int32_t number) {
 // What was sent ahead and has arrived by now, by estimate. What comes later stays under way.
 void Residency::settle_ahead() {
     const auto now = Clock::now();
-    const auto count_stall = [&] {
-        const auto waited = Clock::now() - now;
-        counters_.stall_ns += waited > noticeable ? static_cast<uint64_t>(nanoseconds(waited)) : 0;
-    };
     const auto settled = [&](const Ahead & one) {
         if (one.due > now) {
             return false;
@@ -57,8 +53,12 @@ void Residency::settle_ahead() {
         pools_[static_cast<size_t>(one.group)].loaded(one.slot);
         return true;
     };
-    ahead_.erase(std::remove_if(ahead_.begin(), ahead_.end(), settled), ahead_.end());
-    count_stall();
+    const auto left = std::remove_if(ahead_.begin(), ahead_.end(), settled);
+    const auto waited = Clock::now() - now;
+    if (left != ahead_.end() && waited > noticeable) {
+        counters_.stall_ns += static_cast<uint64_t>(nanoseconds(waited));
+    }
+    ahead_.erase(left, ahead_.end());
 }
 
 // All of it; false when there is none.

@@ -8,7 +8,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::chrono::microseconds look_out_for(50); // about what it takes to wake a thread up
+constexpr std::chrono::microseconds after_a_job(30); // until the next one of the same block
+constexpr std::chrono::microseconds after_a_call(300); // that announced one
 constexpr int bits = 20;
 constexpr uint64_t mask = (uint64_t{ 1 } << bits) - 1;
 
@@ -85,21 +86,23 @@ uint64_t Workers::take_part() {
 
 // Until there is another job than that; false when there will be none.
 bool Workers::look_out(uint64_t seen) {
-    const auto is_due = [&] { return number(next_) != seen || stop_; };
-    auto until = Clock::now() + look_out_for;
-    for (int turn = 1; !is_due(); ++turn) {
+    auto until = Clock::now() + after_a_job;
+    for (int turn = 1; number(next_) == seen && !stop_; ++turn) {
         relax();
-        if (turn % 32 || Clock::now() < until) {
-            continue;
+        if (turn % 32 == 0 && Clock::now() > until) {
+            sleep(seen);
+            until = Clock::now() + after_a_call;
         }
-        std::unique_lock<std::mutex> lock(mutex_);
-        const uint64_t heard = calls_;
-        ++asleep_; // before is_due() is asked: who publishes a job and sees nobody asleep has been seen
-        called_.wait(lock, [&] { return is_due() || calls_ != heard; });
-        --asleep_;
-        until = Clock::now() + look_out_for;
     }
     return !stop_;
+}
+
+void Workers::sleep(uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const uint64_t heard = calls_;
+    ++asleep_; // before it looks: who publishes a job after that sees it asleep
+    called_.wait(lock, [&] { return number(next_) != seen || stop_ || calls_ != heard; });
+    --asleep_;
 }
 
 void Workers::work() {

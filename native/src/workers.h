@@ -12,7 +12,7 @@ namespace edge {
 
 // Threads that compute beside the caller, for jobs of some 10 us, hundreds a step. Waking a thread that sleeps takes as long as such a
 // job, and threads that never sleep take a laptop's power from those that compute. So after a job they look out for the next one
-// for a moment, then sleep; and the caller says so when work is coming.
+// for a moment, then sleep, until the caller says that work is coming.
 class Workers {
 public:
     using Chunk = void (*)(void * job, size_t chunk);
@@ -23,7 +23,7 @@ public:
     Workers & operator=(const Workers &) = delete;
 
     size_t n_threads() const { return threads_.size() + 1; }
-    void wake(); // those that sleep look out again
+    void wake(); // those that sleep look out for a job that comes within some 100 us
 
     // Each of fewer than 2^20 chunks once, on all threads, the caller's among them; on return all are done. One caller at a time.
     void run(size_t n_chunks, Chunk chunk, void * job);
@@ -34,6 +34,7 @@ public:
 private:
     uint64_t take_part();
     bool look_out(uint64_t seen);
+    void sleep(uint64_t seen);
     void work();
 
     // The job's number, its chunks and the next of them, in one word: a thread that is late for one job takes a chunk of the next.
