@@ -39,6 +39,9 @@ class Draft(Protocol):
         next call may overwrite it. `seen` is told the routing so far after each of the k tokens. `sampler` is the
         target's llama_cpp LlamaSampler, which stays as it is."""
 
+    def unread(self, text: Text) -> int:
+        """Tokens of text that it would have to read to continue it, none where that takes no time."""
+
     def shift(self, n_keep: int, n_discard: int) -> None:
         """The context shifted: of its tokens, n_discard after the first n_keep are gone."""
 
@@ -80,6 +83,9 @@ class ObjectDraft:
             self._failed = True
             log.warning("the draft_model raised, so this request goes on without a draft", exc_info=True)
             return [], None
+
+    def unread(self, text: Text) -> int:
+        return 0
 
     def shift(self, n_keep: int, n_discard: int) -> None: ...
 
@@ -165,9 +171,15 @@ class DraftModel:
         self._tokens[n_keep : n - n_discard] = self._tokens[gone:n].copy()
         self._n = n - n_discard
 
+    def unread(self, text: Text) -> int:
+        return len(text) - self._shared(text)
+
+    def _shared(self, text: Text) -> int:
+        return engine.shared_prefix(self._tokens[: self._n], text[:-1])
+
     def _catch_up(self, text: Text) -> None:
         """Makes the KV cache hold text, its last token decoded just now so that logits are at hand."""
-        shared = engine.shared_prefix(self._tokens[: self._n], text[:-1])
+        shared = self._shared(text)
         if not self._context.kv_cache_seq_rm(-1, shared, -1):  # a recurrent draft cannot go back part of the way
             self._context.kv_cache_clear()
             shared = 0

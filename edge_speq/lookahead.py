@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,10 @@ class Lookahead:
         self._k_max = governor.k_max
         if self._policy is not None:
             governor.expect(roofline(self._policy.setting))
+        me = weakref.ref(self)  # else the two would wait for the garbage collector, and with them a draft
+        governor.unread = lambda: 0 if (own := me()) is None else own._unread()
+        self._text: Text = np.zeros(0, dtype=np.intc)  # before the step
+        self._seen_from: int | None = None  # where the text begins that a draft sees which only glances at it
         self._tokens: list[int] = []  # of the step: the last one of text, and those drafted
         self._routing: Routing | None = None  # the draft's, of the tokens drafted last and of some after them
         self._n_drafted = 0
@@ -114,7 +119,7 @@ class Lookahead:
 
     def begin(self) -> None:
         """A new request begins."""
-        self._is_first = True
+        self._is_first, self._seen_from = True, None
         self._governor.begin()
         if self._draft is not None:
             self._draft.begin()
@@ -126,12 +131,14 @@ class Lookahead:
         self.counts.steps += 1
         self._routing, self._n_drafted, self._draft_seconds = None, 0, 0.0
         self._waited = self._seconds_waited()
+        self._text = text
         self._tokens = [int(token) for token in text[-1:]]
         k = min(room, self._k_max, self._length())
         if self._draft is None or k <= 0:
+            self._seen_from = None
             return []
         started = time.perf_counter()
-        drafted, routing = self._draft.propose(text, k, sampler, self._further(k), self._watcher())
+        drafted, routing = self._draft.propose(self._shown(text), k, sampler, self._further(k), self._watcher())
         self._draft_seconds = time.perf_counter() - started
         if self._reads_draft:
             self._routing = routing
@@ -142,6 +149,20 @@ class Lookahead:
         self._tokens += drafted
         self.counts.drafted += len(drafted)
         return drafted
+
+    def _shown(self, text: Text) -> Text:
+        """What the draft sees of it: all, but for a glance."""
+        if not self._governor.glances:
+            self._seen_from = None
+            return text
+        if self._seen_from is None:
+            self._seen_from = len(text) - 1
+        return text[self._seen_from :]
+
+    def _unread(self) -> int:
+        """Tokens of the text that the draft would have to read if the governor asked it now."""
+        own = self._policy.governor if self._policy is not None else None
+        return 0 if self._draft is None or own is not None else self._draft.unread(self._text)
 
     @property
     def _reads_draft(self) -> bool:
@@ -252,6 +273,7 @@ class Lookahead:
         self._hook.prefetch(NO_ORDERS)
 
     def shift(self, n_keep: int, n_discard: int) -> None:
+        self._seen_from = None
         if self._draft is not None:
             self._draft.shift(n_keep, n_discard)
 

@@ -63,6 +63,9 @@ class OwnDraft:
             self._hook.use_experts("own")
             self._target.roll_back(1)
 
+    def unread(self, text: Text) -> int:
+        return 0  # the target read it
+
     def shift(self, n_keep: int, n_discard: int) -> None: ...
 
     def memory_used(self) -> int:

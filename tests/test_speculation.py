@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,6 +153,30 @@ def test_auto_drafts_as_long_as_it_pays(tiny, monkeypatch: pytest.MonkeyPatch, e
         assert sum(on[2 * FIRST :]) > 0.6 * len(on[2 * FIRST :])
     else:
         assert sum(on) <= TRIAL_MOST and not any(on[-BACK_OFF:])
+
+
+@pytest.mark.parametrize(("extra", "pays"), [(0.01, True), (3.0, False)])
+def test_a_draft_reads_a_long_text_only_where_a_glance_leaves_hope(
+    tiny, monkeypatch: pytest.MonkeyPatch, extra: float, pays: bool
+) -> None:
+    """At a glance it reads the last token, and is mostly wrong. Texts stay what they are."""
+    model, prompt = tiny.moe("qwen3moe"), [5 + i % 50 for i in range(60)]
+    decoded: list[int] = []
+    decode = drafts.DraftModel._decode
+    monkeypatch.setattr(
+        drafts.DraftModel, "_decode", lambda self, tokens: [decoded.append(len(tokens)), decode(self, tokens)]
+    )
+    with llm(model) as plain, llm(model, draft=model, resident="3/4") as speculating:
+        expected = [t for t, _ in zip(plain.generate(prompt, temp=0.0), range(100), strict=False)]
+        fake = FakeTime(monkeypatch, extra)
+        assert [t for t, _ in zip(speculating.generate(prompt, temp=0.0), range(100), strict=False)] == expected
+        governor = speculating._lookahead._governor
+        alive = weakref.ref(speculating._lookahead)
+    assert decoded and decoded[0] == 1
+    assert (max(decoded) >= len(prompt)) == pays
+    assert any(width > 0 for width in fake.widths[1:])
+    del speculating
+    assert alive() is None and governor.unread() == 0  # no cycle keeps the draft
 
 
 def test_a_fixed_number_of_draft_tokens_stays_whatever_it_costs(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
