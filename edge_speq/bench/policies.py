@@ -209,8 +209,8 @@ class Fleet:
         return self._faster_load(arm) if mapped is None else self._load_stock(arm, mapped)
 
     def _faster_load(self, arm: Arm) -> Stock:
-        """The mapped file or the file read into memory, whichever is faster: at generating, or at prompts where nothing
-        else is asked for. Each is tried once."""
+        """The mapped file or the file read into memory, whichever is faster: at prompts, and at generating where that is
+        asked for. Each is tried once."""
         models = dict[bool, Stock]()
         times = dict[bool, float]()
         try:
@@ -246,28 +246,27 @@ class Fleet:
         return options | ({"n_threads": arm.threads, "n_threads_batch": arm.threads} if arm.threads else {})
 
     def _tried(self, model: Watched) -> float:
-        """Seconds of what is going to be measured, in short."""
-        if any(case.n_gen for case in self._settings.cases):
-            return self._warm(model)
-        n = max(case.n_prompt for case in self._settings.cases)
-        tokens = (model.words(self._settings.texts.chosen[0].text, add_bos=True) * n)[:n]
+        """Seconds of what is going to be measured, in short: a prompt, and tokens after it where they are asked for."""
+        tokens = model.words(self._settings.texts.chosen[0].text, add_bos=True)
+        generates = any(case.n_gen for case in self._settings.cases)
+        if not generates:
+            n = max(case.n_prompt for case in self._settings.cases)
+            tokens = (tokens * n)[:n]
         model.reset()
         started = time.perf_counter()
         with contextlib.closing(model.generate(tokens, temp=0.0)) as stream:
-            next(stream)
+            for _ in range(1 + WARM_UP * generates):
+                next(stream)
         return time.perf_counter() - started
 
-    def _warm(self, model: Watched) -> float:
-        """Seconds of some tokens after the first prompt."""
+    def _warm(self, model: Watched) -> None:
+        """Some tokens after the first prompt's first."""
         model.reset()
         prompt = self._settings.texts.chosen[0].text
         stream = model.generate(model.words(prompt, add_bos=True)[:WARM_UP], temp=0.0)
         with contextlib.closing(stream):
-            next(stream)
-            started = time.perf_counter()
-            for _ in range(WARM_UP):
+            for _ in range(1 + WARM_UP):
                 next(stream)
-            return time.perf_counter() - started
 
 
 def _facts(model: Watched) -> Facts:

@@ -12,6 +12,7 @@ constexpr double link_start = 8e3;  // ns: copies queued, their end noticed
 constexpr double weight     = 0.1;  // of what is averaged
 constexpr double falling    = 0.2;  // of a measurement below the estimate
 constexpr double rising     = 0.05; // above it
+constexpr int    first_ones = 8;    // measurements, of which the least is believed
 
 constexpr uint32_t period        = 2048; // blocks, of which the first
 constexpr uint32_t computed_only = 12;   // teach the CPU's rate by itself,
@@ -23,7 +24,8 @@ constexpr double least_cost      = 1e-3; // ns a byte: what is faster than a ter
 
 void Balancer::Cost::follow(double measurement) {
     measured = std::min(measured + 1, 1000);
-    value += std::max(measurement < value ? falling : rising, 1.0 / measured) * (measurement - value);
+    const bool lower = measurement < value;
+    value += (measured == 1 || (lower && measured <= first_ones) ? 1 : lower ? falling : rising) * (measurement - value);
 }
 
 Balancer::Balancer(uint64_t link_bytes_per_s, bool overlaps)

@@ -47,8 +47,8 @@ public:
     double contention() const { return contention_.value; }
 
 private:
-    // A cost that follows its measurements, the first ones fast, and falls faster than it rises: threads that had to be
-    // woken and pages read for the first time are not what the next block will cost.
+    // A cost that follows its measurements and falls faster than it rises, to the least of the first ones: threads that had to
+    // be woken and pages read for the first time are not what the next block will cost.
     struct Cost {
         double value;
         int    measured = 0; // the first ones only
