@@ -209,7 +209,7 @@ class Fleet:
         return self._faster_load(arm) if mapped is None else self._load_stock(arm, mapped)
 
     def _faster_load(self, arm: Arm) -> Stock:
-        """The mapped file or the file read into memory, whichever is faster: at prompts, and at generating where that is
+        """The mapped file or the file read into memory, whichever is faster at prompts, and at generating where that is
         asked for. Each is tried once."""
         models = dict[bool, Stock]()
         times = dict[bool, float]()

@@ -92,6 +92,11 @@ size_t Balancer::split(std::vector<Miss> & missing, uint64_t expert_bytes, doubl
     return turn < divided && n > 1 ? best_split(missing, expert_bytes, 1, n - 1, 0, queued_ns) : best;
 }
 
+void Balancer::learn_cpu_again() {
+    blocks_ = 0;
+    cpu_byte_.measured = 0;
+}
+
 void Balancer::computed(size_t n_experts, size_t n_pairs, uint64_t expert_bytes, double ns, double link_ns) {
     const double alone = cpu_ns(n_experts, n_pairs, expert_bytes);
     const double shared = std::min(alone, link_ns);

@@ -34,6 +34,9 @@ public:
     void computed(size_t n_experts, size_t n_pairs, uint64_t expert_bytes, double ns, double link_ns);
     void fetched(size_t n_experts, uint64_t expert_bytes, double ns, bool is_exact);
 
+    // As at the beginning: for when nothing is computed any more that would tell what it costs.
+    void learn_cpu_again();
+
     // Nanoseconds until the last of them is there. pairs: of the n_computed experts.
     double cpu_ns(size_t n_computed, size_t pairs, uint64_t expert_bytes) const;
     double link_ns(size_t n_fetched, uint64_t expert_bytes) const;

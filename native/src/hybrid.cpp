@@ -15,13 +15,23 @@ constexpr float worth_waking = 0.25F; // part of the blocks that the CPU compute
 } // namespace
 
 // A graph that is split waits for one more callback a block, some 10 us. Where fetches are so cheap that it does not pay,
-// it is tried again now and then, as what is missing changes. Bytes that a thread has to stage are never that cheap.
+// it is tried again now and then, soon at first, as what is missing changes and as costs may have been learned while threads were
+// still waking up. Bytes that a thread has to stage are never that cheap.
 bool edge_hook::splits_this_step() {
     constexpr uint64_t tried_at_first = 16, tried_again = 256; // steps
     constexpr double callback_ns = 10e3;
     const uint64_t step = n_steps_++;
-    return compute_ == EDGE_COMPUTE_HYBRID || (compute_ == EDGE_COMPUTE_AUTO && !residency_->fetches_some()) ||
-           (compute_ == EDGE_COMPUTE_AUTO && (step < tried_at_first || step % tried_again == 0 || residency_->balancer().gain_ns() > callback_ns));
+    if (compute_ != EDGE_COMPUTE_AUTO) {
+        return compute_ == EDGE_COMPUTE_HYBRID;
+    }
+    if (!residency_->fetches_some() || step < tried_at_first || residency_->balancer().gain_ns() > callback_ns) {
+        return true;
+    }
+    const bool is_due = step % tried_again == 0 || (step < tried_again && (step & (step - 1)) == 0);
+    if (is_due) {
+        residency_->learn_cpu_again();
+    }
+    return is_due;
 }
 
 // Whether the rows that enter this block say something of the next one's experts.

@@ -55,6 +55,7 @@ public:
     // The CPU's part of that block took so long.
     void computed(int32_t block, size_t n_experts, size_t n_pairs, double ns);
     const Balancer & balancer() const { return balancer_; }
+    void learn_cpu_again() { balancer_.learn_cpu_again(); }
     bool fetches_some() const; // whether demand_some ever fetches
     void end_step();
 

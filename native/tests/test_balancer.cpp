@@ -153,6 +153,33 @@ void a_hiccup_is_forgotten() {
 }
 
 // Two tokens for every missing expert: the price of the weights shows only together with that of a further token.
+// Threads that wake up: fifty times as slow at first. And on a machine that was busy all that time it is asked again.
+void what_was_slow_while_threads_woke_up_is_not_believed() {
+    constexpr double usual = 1e5; // nanoseconds of one expert
+    edge::Balancer balancer(12'500'000'000, true);
+    for (int block = 0; block < 8; ++block) {
+        balancer.computed(1, 1, expert_bytes, block < 6 ? 50 * usual : usual, 0.0);
+    }
+    CHECK(std::abs(balancer.cpu_ns(1, 1, expert_bytes) - usual) < 0.01 * usual);
+
+    edge::Balancer busy(12'500'000'000, true);
+    std::vector<edge::Miss> misses;
+    const auto split = [&] {
+        misses = { { 4, 1, 0.1F }, { 9, 1, 0.9F }, { 2, 1, 0.5F }, { 7, 1, 0.3F } };
+        return busy.split(misses, expert_bytes);
+    };
+    for (int block = 0; block < 200; ++block) {
+        if (split() == 0) {
+            busy.computed(4, 4, expert_bytes, 200 * usual, 0.0);
+        }
+    }
+    CHECK(split() == 4 && busy.gain_ns() < usual / 100); // so nothing is computed that would tell better
+    busy.learn_cpu_again();
+    CHECK(split() == 0);
+    busy.computed(4, 4, expert_bytes, 4 * usual, 0.0);
+    CHECK(std::abs(busy.cpu_ns(1, 1, expert_bytes) - usual) < 0.2 * usual);
+}
+
 void several_tokens_teach_the_cpu_too() {
     const Machine machine{ 1.0 / 60, 0.2 / 60, 1.0 / 20, 0.1 };
     edge::Balancer balancer(0, true);
@@ -217,6 +244,7 @@ int main() {
     learned_costs_come_within_a_twentieth_of_the_best();
     a_machine_that_changes_is_learned_again();
     a_hiccup_is_forgotten();
+    what_was_slow_while_threads_woke_up_is_not_believed();
     several_tokens_teach_the_cpu_too();
     costs_stay_finite();
     among_equals_the_most_worth_is_fetched();
