@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The benchmark of docs/performance.md on a GPU machine, most important part first, within a time limit.
 #
-#     tools/device_bench.sh CARRY OUT MINUTES [emulated] [as-is] [prompts] [qwen3] [mixtral] [record] [draft]
+#     tools/device_bench.sh CARRY OUT MINUTES [emulated] [as-is] [prompts] [qwen3] [mixtral] [record] [timeline] [draft]
 #
 #   emulated  the bundled model inflated to 9.5 GB, an emulated laptop: link 12.5 GB/s, 6 CPU threads
 #   as-is     the same on the machine's own link, 8 CPU threads
@@ -9,6 +9,7 @@
 #   qwen3     random weights in the shape of Qwen3-30B-A3B, 12 layers, emulated laptop
 #   mixtral   random weights in the shape of Mixtral-8x7B, 8 layers, emulated laptop
 #   record    the emulated laptop's steps at 1/4, for tools/bench_plot.py: OUT/record.json
+#   timeline  what a step does when (tools/step_timeline.py), emulated and as it is: OUT/timeline_laptop.json, OUT/timeline_link.json
 #   draft     as emulated, with the bundled draft, draft lengths auto and 0
 #
 # CARRY: see device_setup.sh. Without names all of them. OUT/NAME.jsonl gets a share's rows as soon as it is measured, OUT/bench.log
@@ -53,7 +54,7 @@ bench() { # NAME MODEL OPTIONS...: one part, from the models' folder, so that ro
 }
 
 python3 -m edge_speq --version
-[ $# -gt 0 ] || set -- emulated as-is qwen3 mixtral record draft
+[ $# -gt 0 ] || set -- emulated as-is qwen3 mixtral record timeline draft
 for part in "$@"; do
     if [ "$(date +%s)" -ge $((deadline - ${LEAST:-90})) ]; then
         say "skipped $part: no time left"
@@ -68,6 +69,10 @@ for part in "$@"; do
         record)
             big && python3 "$here/tools/step_record.py" "$work/tales-big.gguf" "${laptop[@]}" --policy auto,hybrid,device,lru -n 32 \
                 -o "$out/record.json" || say "$part failed"
+            ;;
+        timeline)
+            big && python3 "$here/tools/step_timeline.py" "$work/tales-big.gguf" "${laptop[@]}" -o "$out/timeline_laptop.json" &&
+                python3 "$here/tools/step_timeline.py" "$work/tales-big.gguf" --policy auto -o "$out/timeline_link.json" || say "$part failed"
             ;;
         draft) big && bench draft tales-big.gguf "${laptop[@]}" --draft "$draft" --speculation auto,0 ;;
         *) say "$part is not known" ;;
