@@ -42,6 +42,7 @@ TESTS = {
     "test_workers": ("workers",),
     "test_residency": CORE,
     "test_under_way": tuple(name for name in CORE if name != "gate"),  # has a gate of its own, with a script
+    "test_allocations": (*(name for name in CORE if name != "gate"), "expert_matrices", "workers"),
     "test_hook": (*CORE, *HOOK),
     "test_own_draft": (*CORE, *HOOK),
 }
