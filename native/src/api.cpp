@@ -167,6 +167,7 @@ int edge_hook_attach(llama_model * model, const edge_hook_params * params, edge_
     return guarded([&] {
         require(model != nullptr && params != nullptr && out != nullptr, "model, params or out is null");
         require(params->max_width > 0, "max_width must be positive");
+        require(params->n_threads >= 0 && params->n_threads <= 4096, "n_threads must be 0 to 4096");
         require(params->compute >= EDGE_COMPUTE_DEVICE && params->compute <= EDGE_COMPUTE_AUTO, "compute is none of EDGE_COMPUTE_...");
         edge::ExpertTable table(model);
         // what the CPU computes needs no slot, only other ids than the token's own

@@ -94,7 +94,7 @@ size_t Balancer::split(std::vector<Miss> & missing, uint64_t expert_bytes, doubl
 
 void Balancer::learn_cpu_again() {
     blocks_ = 0;
-    cpu_byte_.measured = 0;
+    cpu_byte_.measured = pair_byte_.measured = 0;
 }
 
 void Balancer::computed(size_t n_experts, size_t n_pairs, uint64_t expert_bytes, double ns, double link_ns) {

@@ -42,7 +42,7 @@ void use_one_thread(ggml_backend_t backend) {
 } // namespace
 
 CpuExperts::CpuExperts(const llama_model * model, int32_t n_threads)
-    : model_(model), matrices_(static_cast<size_t>(std::max(1, n_threads))),
+    : model_(model), matrices_(static_cast<size_t>(n_threads > 0 ? n_threads : GGML_DEFAULT_N_THREADS)),
       backend_(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr)),
       nodes_(ggml_tensor_overhead() * max_nodes + 2 * ggml_graph_overhead_custom(max_nodes, false)),
       ctx_(ggml_init({ nodes_.size(), nodes_.data(), true })) {

@@ -289,7 +289,7 @@ bool Residency::copies_pay(int32_t number, int32_t n_pairs) const {
     const double wanted = experts * (1 - std::pow(1 - used / experts, n_pairs / used)); // were all equally likely
     const auto n = std::min(static_cast<size_t>(std::lround(wanted)), static_cast<size_t>(n_pairs));
     const SlotPool & slots = pools_[static_cast<size_t>(block.group)];
-    const double absent = 1 - static_cast<double>(slots.n_slots()) / static_cast<double>(slots.n_keys());
+    const double absent = 1 - static_cast<double>(slots.n_slots() - slots.n_free()) / static_cast<double>(slots.n_keys());
     const uint64_t bytes = expert_bytes(block.group);
     return absent * balancer_.link_ns(n, bytes) < balancer_.cpu_ns(n, static_cast<size_t>(n_pairs), bytes);
 }

@@ -48,6 +48,7 @@ public:
     float score_of(int32_t key) const { return scores_[index(key)]; }
 
     bool prefetched_unused(int32_t slot) const { return at(slot).unused_prefetch; }
+    int32_t n_free() const { return static_cast<int32_t>(free_.size()); }
     bool full() const { return free_.empty() && n_slots() == n_keys(); } // of all keys, for good
     std::vector<int32_t> most_worth(int32_t n) const; // keys of at most n resident experts, the least dear last
 

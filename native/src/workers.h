@@ -17,7 +17,7 @@ class Workers {
 public:
     using Chunk = void (*)(void * job, size_t chunk);
 
-    explicit Workers(size_t n_threads); // the caller among them
+    explicit Workers(size_t n_threads); // the caller among them; fewer where the system gives no more
     ~Workers();
     Workers(const Workers &) = delete;
     Workers & operator=(const Workers &) = delete;
@@ -25,16 +25,17 @@ public:
     size_t n_threads() const { return threads_.size() + 1; }
     void wake(); // those that sleep look out for a job that comes within some 100 us
 
-    // Each of fewer than 2^20 chunks once, on all threads, the caller's among them; on return all are done. One caller at a time.
+    // Each chunk once, on all threads, the caller's among them; on return all are done. One caller at a time.
     void run(size_t n_chunks, Chunk chunk, void * job);
     template <typename F> void run(size_t n_chunks, const F & each) {
         run(n_chunks, [](void * job, size_t chunk) { (*static_cast<const F *>(job))(chunk); }, const_cast<F *>(&each));
     }
 
 private:
+    void share(size_t n_chunks);
     uint64_t take_part();
-    bool look_out(uint64_t seen);
-    void sleep(uint64_t seen);
+    bool look_out(uint64_t seen, uint64_t & heard);
+    void sleep(uint64_t seen, uint64_t heard);
     void work();
 
     // The job's number, its chunks and the next of them, in one word: a thread that is late for one job takes a chunk of the next.
@@ -42,12 +43,13 @@ private:
     std::atomic<size_t>   finished_{ 0 }; // chunks
     Chunk                 chunk_ = nullptr; // of that job: read by who has a chunk of it, written when all are finished
     void *                job_   = nullptr;
+    size_t                first_ = 0; // of the chunks that are numbered from 0 on in the word
 
     std::atomic<bool>        stop_{ false };
     std::atomic<int>         asleep_{ 0 };
-    std::mutex               mutex_; // guards calls_
+    std::atomic<uint64_t>    calls_{ 0 };
+    std::mutex               mutex_; // of sleeping
     std::condition_variable  called_;
-    uint64_t                 calls_ = 0;
     std::vector<std::thread> threads_;
 };
 

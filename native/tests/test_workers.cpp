@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <ctime>
 #include <random>
 #include <thread>
@@ -35,6 +36,15 @@ void each_chunk_is_done_once(size_t n_threads, unsigned seed) {
             std::this_thread::sleep_for(std::chrono::microseconds(random() % 400));
         }
     }
+}
+
+// More than the word that they are counted in has room for.
+void there_may_be_millions() {
+    edge::Workers workers(3);
+    std::vector<uint8_t> done((size_t{ 1 } << 20) + 12345);
+    const auto count = [&](size_t chunk) { ++done[chunk]; };
+    workers.run(done.size(), count);
+    CHECK(std::all_of(done.begin(), done.end(), [](uint8_t times) { return times == 1; }));
 }
 
 void all_threads_take_part() {
@@ -75,6 +85,7 @@ int main() {
     for (const size_t n_threads : { 1, 2, 3, 8 }) {
         each_chunk_is_done_once(n_threads, static_cast<unsigned>(n_threads));
     }
+    there_may_be_millions();
     all_threads_take_part();
     nobody_computes_while_there_is_nothing_to_do();
     std::puts("workers: ok");
