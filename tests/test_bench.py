@@ -196,7 +196,7 @@ def test_the_faster_load_is_kept(bundled: tuple[Path, Path], monkeypatch: pytest
     with Fleet(chosen, lambda _: None) as fleet:
         fleet.open(policies.reference(chosen))
         monkeypatch.setattr(Fleet, "_load_stock", loaded)
-        monkeypatch.setattr(Fleet, "_warm", lambda self, model: 1.0 if model.is_mapped() else 2.0)
+        monkeypatch.setattr(Fleet, "_tried", lambda self, model: 1.0 if model.is_mapped() else 2.0)
         monkeypatch.setattr(policies.engine, "fits_in_memory", lambda _: has_room)
         kept = fleet.open(arm)
         assert kept.is_mapped() and fleet.facts[arm].load_mode == "mmap"
