@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "docs" / "measurements" / "bench_tales_k0.json"
+TIMELINE = ROOT / "docs" / "measurements" / "timeline_laptop.json"
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +51,39 @@ def test_a_record_adds_up(record: Path) -> None:
             assert before["end"] <= begin < end <= after["begin"]
 
 
-def test_lanes_are_the_steps_sums(tool: dict[str, Any]) -> None:
-    step = {"stall_ms": 2.0, "cpu_ms": 1.0, "bytes_fetched": 3_000_000, "n_tokens": 1}
-    run = {
-        "steps": [step | {"begin": 0.0, "end": 5.0}, step | {"begin": 9.0, "end": 15.0}],
-        "drafts": [[6.0, 8.5], [16.0, 17.0]],
-        "link_bytes_per_s": 10**9,
-    }
-    assert tool["lanes"](run, 2) == {
-        "host": [(5.0, 1.5)],
-        "draft": [(6.0, 2.5)],
-        "GPU or CPU kernels": [(2.0, 3.0), (11.0, 4.0)],
-        "waiting for experts": [(0.0, 2.0), (9.0, 2.0)],
-        "CPU experts": [(0.0, 1.0), (9.0, 1.0)],
-        "link": [(0.0, 3.0), (9.0, 3.0)],
+RUN = {
+    "steps": [[0.0, 9.0], [10.0, 20.0]],
+    "kernels": [[1.0, 2.0], [11.5, 12.5], [19.0, 21.0]],
+    "copies": [[12.0, 14.0, 1_802_240], [16.0, 17.0, 1_802_240]],
+    "spans": [
+        ["device", 0, 1.0, 2.0],
+        ["device", 0, 11.0, 12.0],
+        ["decide", 0, 12.0, 12.5],
+        ["cpu", 0, 12.5, 13.5],
+        ["copies", 0, 13.5, 14.0],
+        ["device", 1, 15.0, 15.5],
+        ["ahead", 2, 15.5, 16.0],
+        ["device", 2, 18.0, 18.5],
+    ],
+}
+
+
+def test_blocks_begin_where_their_routing_is_awaited_in_the_last_step(tool: dict[str, Any]) -> None:
+    assert tool["boundaries"](RUN) == {0: 11.0, 1: 15.0, 2: 18.0, 3: 20.0}
+    assert tool["boundaries"](RUN, (1, 1)) == {1: 15.0, 2: 18.0}
+    with pytest.raises(tool["EdgeError"], match="no blocks 2:3"):
+        tool["boundaries"](RUN, (2, 3))
+
+
+def test_lanes_are_cut_at_the_blocks_ends(tool: dict[str, Any]) -> None:
+    assert tool["lanes"](RUN, 12.0, 16.5) == {
+        "kernels": [(0.0, 0.5)],
+        "copies to slots": [(0.0, 2.0), (4.0, 0.5)],
+        "CPU experts": [(0.5, 1.0)],
+        "waits for the device": [(3.0, 0.5)],
+        "waits for copies": [(1.5, 0.5)],
+        "decides": [(0.0, 0.5)],
+        "looks ahead": [(3.5, 0.5)],
     }
 
 
@@ -85,7 +105,7 @@ def test_pictures_are_drawn_and_repeat(
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     made = [tmp_path / "a.svg", tmp_path / "b.svg"]
     for out in made:
-        source = STORED if kind == "speed" else record
+        source = {"speed": STORED, "layers": record, "timeline": TIMELINE}[kind]
         monkeypatch.setattr(sys, "argv", ["bench_plot.py", kind, str(source), "-o", str(out)])
         tool["main"]()
     assert b"<svg" in made[0].read_bytes() and made[0].read_bytes() == made[1].read_bytes()
@@ -100,7 +120,11 @@ def test_without_matplotlib_there_is_one_error(
         tool["main"]()
 
 
-def test_virtual_stalls_are_not_put_on_the_clock(tool: dict[str, Any], record: Path, tmp_path: Path) -> None:
-    virtual = json.loads(record.read_text(encoding="utf-8")) | {"deterministic": True}
-    with pytest.raises(tool["EdgeError"], match="virtual"):
-        tool["timeline"](virtual, "auto", 2, tmp_path / "a.svg")
+def test_what_was_not_recorded_is_one_error(
+    tool: dict[str, Any], record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(tool["EdgeError"], match="'sp-moe' is not recorded"):
+        tool["timeline"](json.loads(TIMELINE.read_text()), ["auto", "sp-moe"], None, tmp_path / "a.svg")
+    monkeypatch.setattr(sys, "argv", ["bench_plot.py", "timeline", str(record), "-o", str(tmp_path / "a.svg")])
+    with pytest.raises(SystemExit, match=r"no record of tools/step_timeline\.py"):
+        tool["main"]()

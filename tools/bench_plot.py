@@ -1,20 +1,20 @@
-"""Draws stored benchmarks: docs/images/*.svg. Needs matplotlib (pip install 'edge-speq[plot]').
+"""Draws what was measured: docs/images/*.svg. Needs matplotlib (pip install 'edge-speq[plot]').
 
     python tools/bench_plot.py speed docs/measurements/FILE.json... -o docs/images/speed.svg   # of edge-speq bench
     python tools/bench_plot.py layers RECORD.json -o docs/images/layers.svg                    # of tools/step_record.py
-    python tools/bench_plot.py timeline RECORD.json --policy auto --steps 6 -o docs/images/timeline.svg
+    python tools/bench_plot.py timeline TIMELINE.json --policy auto,lru --blocks 10:16 -o docs/images/timeline.svg
 
 speed: tokens per second against the resident share, a picture for each machine and test: medians with the least and the
 greatest of the repetitions, the best draft length of each policy, and dashed the bound of its steps. What wrote another
-text is left out. layers: share of the demanded experts that lay in slots when the step began. timeline: when decodes
-and drafts ran, by the clock; what lies within a decode (waiting, CPU, bytes over the link) is known as a sum of the
-step only, so it is drawn from the step's start.
+text is left out. layers: share of the demanded experts that lay in slots when the step began. timeline, of
+tools/step_timeline.py: what the device, the link and the decoding thread did by the clock while the last recorded step
+was in the given blocks, both ends included; the first step has the profiler's own start in it. A block begins where the
+thread begins to wait for its routing, so what is prefetched for it is drawn in the blocks before.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -27,7 +27,13 @@ from edge_speq.core import EdgeError, parse_share
 
 COLOURS = {"auto": "tab:blue", "device": "tab:cyan", "hybrid": "tab:purple", "lfru": "tab:green", "lru": "tab:orange",
            "cpu-moe": "tab:red", "all": "tab:gray"}  # fmt: skip
-LANES = ("host", "draft", "GPU or CPU kernels", "waiting for experts", "CPU experts", "link")
+LANES = {"kernels": "tab:blue", "copies to slots": "tab:orange", "CPU experts": "tab:red",
+         "waits for the device": "tab:gray", "waits for copies": "tab:brown", "decides": "tab:purple",
+         "looks ahead": "tab:green"}  # fmt: skip
+SPANS = {"cpu": "CPU experts", "device": "waits for the device", "copies": "waits for copies", "decide": "decides",
+         "ahead": "looks ahead"}  # fmt: skip
+N_BLOCKS = 5  # that are drawn unless told
+Bar = tuple[float, float]  # begin and length in milliseconds
 
 
 def pyplot() -> Any:
@@ -114,50 +120,106 @@ def layers(record: dict[str, Any], out: Path) -> None:
     save(figure, out)
 
 
-def lanes(run: dict[str, Any], n_steps: int) -> dict[str, list[tuple[float, float]]]:
-    """(begin, milliseconds) of what ran, for the first steps."""
-    steps = run["steps"][:n_steps]
-    last = steps[-1]["end"]
-    drafts = [(begin, end - begin) for begin, end in run["drafts"] if end <= last]
-    link = run["link_bytes_per_s"]
-    sums = {name: [(s["begin"], s[key]) for s in steps] for name, key in ((LANES[3], "stall_ms"), (LANES[4], "cpu_ms"))}
-    gaps = [(a["end"], b["begin"]) for a, b in itertools.pairwise(steps)]
-    host = [(begin, end - begin - sum(ms for at, ms in drafts if begin <= at < end)) for begin, end in gaps]
-    return {
-        LANES[0]: host,
-        LANES[1]: drafts,
-        LANES[2]: [(s["begin"] + s["stall_ms"], s["end"] - s["begin"] - s["stall_ms"]) for s in steps],
-        **sums,
-        LANES[5]: [(s["begin"], 1e3 * s["bytes_fetched"] / link) for s in steps] if link else [],
-    }
-
-
-def timeline(record: dict[str, Any], policy: str, n_steps: int, out: Path) -> None:
-    if record["deterministic"]:
-        raise EdgeError("virtual stalls have no place on the clock", "record without --deterministic", usage=True)
-    runs = [run for run in record["runs"] if run["policy"] == policy]
-    if not runs or not runs[0]["steps"]:
-        raise EdgeError(
-            f"no steps of policy {policy!r} are recorded", "see --policy of tools/step_record.py", usage=True
-        )
-    figure, axis = pyplot().subplots(figsize=(10, 2.8))
-    colours = ("tab:gray", "tab:cyan", "tab:green", "tab:red", "tab:purple", "tab:orange")
-    for i, (bars, colour) in enumerate(zip(lanes(runs[0], n_steps).values(), colours, strict=True)):
-        axis.broken_barh(bars, (i - 0.35, 0.7), color=colour)
-    for step in runs[0]["steps"][:n_steps]:
-        axis.axvline(step["begin"], color="black", alpha=0.25, linewidth=0.8)
-    axis.set_yticks(range(len(LANES)), LANES)
-    axis.invert_yaxis()
-    axis.set_xlabel("ms; within a step the lanes are sums, drawn from its start (vertical lines), not an order")
-    axis.set_title(f"{policy}, {_title(record)}", fontsize="small")
-    save(figure, out)
-
-
 def _title(record: dict[str, Any]) -> str:
     emulated = f", EMULATED {record['emulation']}" if record["emulation"] else ""
     virtual = ", virtual transfers" if record["deterministic"] else ""
     where = record["gpu_info"] or record["cpu_info"]
     return f"{record['model']}, {record['resident']} of the experts in slots, {where}{emulated}{virtual}"
+
+
+# --- timelines -----------------------------------------------------------------------------------------------
+
+
+def boundaries(run: dict[str, Any], blocks: tuple[int, int] | None = None) -> dict[int, float]:
+    """When the last step's blocks began, in milliseconds of the recording: of those from the first to the last of
+    blocks, or of some from the middle, and of the one behind, which at the step's end is the step's end.
+
+    Raises EdgeError where blocks are not in the recording.
+    """
+    began, ended = run["steps"][-1]
+    begins = {block: begin for kind, block, begin, _ in run["spans"] if kind == "device" and began <= begin < ended}
+    if not begins:
+        raise EdgeError("the last step has no blocks", "record again with tools/step_timeline.py")
+    least, most = min(begins), max(begins)
+    if blocks is None:
+        first = least + max(0, most - least + 1 - N_BLOCKS) // 2
+        blocks = first, min(most, first + N_BLOCKS - 1)
+    if not least <= blocks[0] <= blocks[1] <= most:
+        raise EdgeError(f"there are no blocks {blocks[0]}:{blocks[1]}", f"choose from {least}:{most}", usage=True)
+    begins[most + 1] = ended
+    return {block: begin for block, begin in sorted(begins.items()) if blocks[0] <= block <= blocks[1] + 1}
+
+
+def lanes(run: dict[str, Any], begin: float, end: float) -> dict[str, list[Bar]]:
+    """What lies between begin and end, cut there, counted from begin."""
+    spans: dict[str, list[Bar]] = {name: [] for name in LANES}
+    spans["kernels"] = run["kernels"]
+    spans["copies to slots"] = [(began, ended) for began, ended, _ in run["copies"]]
+    for kind, _, began, ended in run["spans"]:
+        spans[SPANS[kind]].append((began, ended))
+    return {
+        name: [(max(b, begin) - begin, min(e, end) - max(b, begin)) for b, e in found if b < end and e > begin]
+        for name, found in spans.items()
+    }
+
+
+def timeline(record: dict[str, Any], policies: Sequence[str], blocks: tuple[int, int] | None, out: Path) -> None:
+    """A panel for each policy, all on one scale."""
+    missing = [policy for policy in policies if policy not in record["policies"]]
+    if missing:
+        hint = f"recorded are {', '.join(record['policies'])}; see --policy of tools/step_timeline.py"
+        raise EdgeError(f"policy {missing[0]!r} is not recorded", hint, usage=True)
+    runs = [record["policies"][policy] for policy in policies]
+    shown = [boundaries(run, blocks) for run in runs]
+    figure, axes = pyplot().subplots(
+        len(runs), 1, figsize=(11, 0.6 + 2.6 * len(runs)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axis, policy, run, begins in zip(axes[:, 0], policies, runs, shown, strict=True):
+        _draw_run(axis, run, begins)
+        axis.set_title(policy, loc="left", fontsize="medium", fontweight="bold")
+    axes[-1, 0].set_xlabel(f"ms since block {min(shown[0])} began")
+    figure.suptitle(_timeline_title(record, runs[0]), fontsize="small")
+    save(figure, out)
+
+
+def _draw_run(axis: Any, run: dict[str, Any], begins: dict[int, float]) -> None:
+    (first, zero), *_, (last, end) = begins.items()
+    for i, (name, bars) in enumerate(lanes(run, zero, end).items()):
+        axis.broken_barh(bars, (i - 0.38, 0.76), color=LANES[name], linewidth=0)
+    for begin in begins.values():
+        axis.axvline(begin - zero, color="black", alpha=0.4, linewidth=0.6)
+    axis.set_yticks(range(len(LANES)), LANES)
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.2)
+    top = axis.secondary_xaxis("top")
+    top.set_xticks([begins[block] - zero for block in range(first, last)], range(first, last))
+    top.tick_params(labelsize="small")
+    top.set_xlabel("block", fontsize="small", loc="left")
+
+
+def _timeline_title(record: dict[str, Any], run: dict[str, Any]) -> str:
+    title = (
+        f"{record['model']}, {record['resident']} of the experts in slots, {run['device']}, {run['threads']} threads"
+    )
+    if not run["link"]:
+        return title
+    waits = "bars of copies are as long as the real link took; that the emulated one takes longer is waited for"
+    return f"{title}, EMULATED link={run['link']}\n{waits}"
+
+
+# --- command -------------------------------------------------------------------------------------------------
+
+
+def _blocks(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    return int(first), int(last or first)
+
+
+def _read(path: Path, key: str, tool: str) -> dict[str, Any]:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if key not in record:
+        raise EdgeError(f"{path} is no record of {tool}", f"make one: {tool} --help", usage=True)
+    return dict(record)
 
 
 def main() -> None:
@@ -168,18 +230,17 @@ def main() -> None:
         kind.add_argument("files", nargs="+" if name == "speed" else 1, type=Path)
         kind.add_argument("-o", "--out", type=Path, required=True)
         if name == "timeline":
-            kind.add_argument("--policy", default="auto")
-            kind.add_argument("--steps", type=int, default=6)
+            kind.add_argument("--policy", default="auto", help="auto,lru: a panel each (%(default)s)")
+            kind.add_argument("--blocks", type=_blocks, metavar="FIRST:LAST", help="default: some from the middle")
     options = parser.parse_args()
     try:
         if options.kind == "speed":
             speed(options.files, options.out)
-            return
-        record = json.loads(options.files[0].read_text(encoding="utf-8"))
-        if options.kind == "layers":
-            layers(record, options.out)
+        elif options.kind == "layers":
+            layers(_read(options.files[0], "runs", "tools/step_record.py"), options.out)
         else:
-            timeline(record, options.policy, options.steps, options.out)
+            recorded = _read(options.files[0], "policies", "tools/step_timeline.py")
+            timeline(recorded, options.policy.split(","), options.blocks, options.out)
     except EdgeError as error:
         raise SystemExit(f"error: {error.message}\nhint: {error.hint}") from error
 
