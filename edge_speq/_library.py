@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from edge_speq.core import EdgeError
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 INSTALL_HINT = "install the patched build that comes with edge_speq: pip install ./native ."
 
 

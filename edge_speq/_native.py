@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_speq._library import check, llama, load, package, text, view
-from edge_speq.core import EdgeError, ExpertCounters, ExpertGroup, Experts, MemoryUse
+from edge_speq.core import Costs, EdgeError, ExpertCounters, ExpertGroup, Experts, MemoryUse
 from edge_speq.log import route_llama_cpp_log
 
 log = logging.getLogger("edge_speq")
@@ -145,6 +145,7 @@ ORDER: npt.DTypeLike = np.dtype(  # edge_order: fields and units are the header'
     [("block", np.int32), ("expert", np.int32), ("deadline", np.int32), ("priority", np.float32)]
 )
 NO_BUDGET = 2**64 - 1
+PROMPT_TOKENS = 64  # EDGE_PROMPT_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,17 +172,6 @@ _USES = {"own": 0, "twin": 1, "resident": 2}  # EDGE_EXPERTS_...
 _COMPUTES = {"device": 0, "hybrid": 1, "auto": 2}  # EDGE_COMPUTE_...
 
 
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What hybrid execution has learned of this machine."""
-
-    cpu_bytes_per_s: float  # expert weights that the CPU computes with, by itself
-    link_bytes_per_s: float
-    contention: float  # the CPU's time grows by this part of the time that both are busy
-    layer_ahead_precision: float  # part of the experts foreseen a block ahead that the block then wanted, of late
-    fetches_some: bool  # whether it fetches on demand at all
-
-
 class Hook:
     """The native hook on one loaded model. Attach before its context exists, detach after it is freed.
 
@@ -197,6 +187,8 @@ class Hook:
         max_width: int,
         slots: Sequence[int] = (),
         transfers: Transfers = Transfers(),  # frozen
+        *,
+        reads_prompts: bool = False,
     ) -> None:
         ffi, lib = load()
         self.experts = experts
@@ -208,7 +200,7 @@ class Hook:
         params = ffi.new("edge_hook_params *", {"max_width": max_width, "n_groups": len(slots), "slots": counts})
         params.link_bytes_per_s, params.block_ns = transfers.link_bytes_per_s, transfers.block_ns
         params.deterministic = transfers.deterministic
-        params.layer_ahead = transfers.layer_ahead
+        params.layer_ahead, params.reads_prompts = transfers.layer_ahead, reads_prompts
         params.compute, params.n_threads = _COMPUTES[transfers.compute], transfers.n_threads
         handle = ffi.new("edge_hook **")
         check(lib.edge_hook_attach(llama(model, "llama_model"), params, handle))
@@ -255,6 +247,14 @@ class Hook:
         if view is None:
             view = self._views[n_tokens] = self._routing[:, :n_tokens, :]
         return view
+
+    def prompt(self) -> npt.NDArray[np.int32]:
+        """With reads_prompts: expert ids of the last tokens of the last graph that was wider than max_width, [n_blocks,
+        n_tokens, n_expert_used]; -1 where a block had no such row. Native memory: the next call overwrites it."""
+        check(load()[1].edge_hook_prompt(self._handle, self._ids, self._n))
+        n = self._n[0]
+        shape = (self.experts.n_blocks, PROMPT_TOKENS if n else 0, self.experts.n_expert_used)
+        return view(self._ids[0], np.dtype(np.int32), shape)[:, PROMPT_TOKENS - n :] if n else np.empty(shape, np.int32)
 
     @property
     def scores(self) -> npt.NDArray[np.float32]:
@@ -307,6 +307,10 @@ class Hook:
     def use_budget(self, n_experts: int) -> None:
         """Lossy: verify steps run at most so many experts a block; 0: no such bound."""
         check(load()[1].edge_hook_use_budget(self._handle, n_experts))
+
+    def keep_prompts(self, on: bool) -> None:
+        """Whether prompts leave in slots what they want most: their graphs copy experts to the device anyway."""
+        check(load()[1].edge_hook_keep_prompts(self._handle, on))
 
     def resize(self, slots: Sequence[int]) -> None:
         """Other slot counts for each group, between steps. Raises EdgeError for slots under the floor of one token,
@@ -370,16 +374,15 @@ class Hook:
         return out
 
     def bytes_held(self) -> int:
-        ffi, lib = load()
-        n = ffi.new("uint64_t *")
-        check(lib.edge_hook_bytes(self._handle, n))
-        return int(n[0])
+        return self._bytes(load()[1].edge_hook_bytes)
 
     def slot_bytes(self) -> int:
         """Bytes of the slots alone."""
-        ffi, lib = load()
-        n = ffi.new("uint64_t *")
-        check(lib.edge_hook_slot_bytes(self._handle, n))
+        return self._bytes(load()[1].edge_hook_slot_bytes)
+
+    def _bytes(self, function: Any) -> int:
+        n = load()[0].new("uint64_t *")
+        check(function(self._handle, n))
         return int(n[0])
 
     def poison_free_slots(self) -> None:

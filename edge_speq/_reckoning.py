@@ -202,6 +202,10 @@ class Waits:
         if status:
             check(status)
 
+    def read(self, routing: Routing, width: int) -> None:
+        """How often a prompt's tokens demanded experts, `width` of them a step; -1 where that is not known."""
+        check(self._lib.edge_waits_read(self._struct, self._ids.of(routing), width))
+
 
 class Pool:
     """What one rule would keep of some experts. Of equal worth the first goes first."""
@@ -279,3 +283,7 @@ class Duel:
         status = self._lib.edge_duel_observe(self._struct, self._ids.of(routing))
         if status:
             check(status)
+
+    def read(self, routing: Routing) -> None:
+        """How often a prompt's tokens demanded experts; -1 where that is not known."""
+        check(self._lib.edge_duel_read(self._struct, self._ids.of(routing)))

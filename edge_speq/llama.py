@@ -188,7 +188,7 @@ class EdgeLlama(Bounded):
             place, ahead = compute.removesuffix("-ahead"), compute in ("auto", "hybrid-ahead")
             transfers = _native.Transfers(self._link, self._deterministic, block_ns, place, threads, ahead)
             self._hook = _native.Hook(
-                self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers
+                self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers, reads_prompts=True
             )
             # closed after the context that uses it and before the model that it hangs on
             self._stack.callback(self._hook.detach)
@@ -241,6 +241,7 @@ class EdgeLlama(Bounded):
         policy = presets.live(self._wanted.policy, setting, is_fixed=is_fixed, has_clock=not self._deterministic)
         if self._hook is not None:
             self._hook.use_budget(policy.expert_budget)
+            self._hook.keep_prompts(policy.reads_prompts)
         return policy
 
     def _load_draft(self, k_max: int) -> Draft | None:

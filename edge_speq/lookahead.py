@@ -218,12 +218,19 @@ class Lookahead:
         if policy is None or hook is None or type(policy) is Policy:
             return
         routing = hook.routing()
-        if routing.shape[1] != n_tokens:  # a prompt in several batches leaves only the last
+        if routing.shape[1] != n_tokens:  # a prompt: in several batches it leaves only the last
+            self._safely(self._read, policy, hook)
             return
         try:
             policy.observe(routing, n_accepted)
         except Exception as error:
             self._replace(f"{type(error).__name__}: {error}")
+
+    @staticmethod
+    def _read(policy: Policy, hook: _native.Hook) -> None:
+        routing = hook.prompt()
+        if routing.shape[1]:
+            policy.read(routing)
 
     def govern(self, kept: int, *, mismatch: bool, seconds: float | None) -> None:
         own: AnyGovernor | None = self._policy.governor if self._policy is not None else None

@@ -135,10 +135,10 @@ def budget(vram_budget: int | str | None, device: _native.Device) -> int | None:
 
 
 def _overhead(experts: Experts, k: int) -> int:
-    """Bytes of the routing leaves of target and draft, [n_blocks, k + 2, n_expert_used] int32, of what graphs need that
-    look up slots themselves, another such leaf and two of [n_blocks, n_expert], and of padding."""
-    leaf = 4 * experts.n_blocks * (k + 2) * experts.n_expert_used
-    return 3 * leaf + 2 * 4 * experts.n_blocks * experts.n_expert + PADDING
+    """Bytes of the routing leaves of target and draft, [n_blocks, k + 2, n_expert_used] int32, of a prompt's, of what
+    graphs need that look up slots themselves, another such leaf and two of [n_blocks, n_expert], and of padding."""
+    row = 4 * experts.n_blocks * experts.n_expert_used
+    return row * (3 * (k + 2) + _native.PROMPT_TOKENS) + 2 * 4 * experts.n_blocks * experts.n_expert + PADDING
 
 
 def _require_budget(what: str, needed: int, budget_bytes: int | None, less: str) -> None:
@@ -167,12 +167,23 @@ def _floor_bytes(experts: Experts, k: int, hybrid: bool = False) -> int:
 
 
 def _share_out(experts: Experts, slot_budget: int, floors: list[int]) -> tuple[int, ...]:
-    """Slots of each group: its floor, and of what lies above it the same fraction in every group."""
-    above = [group.n_experts - floor for group, floor in zip(experts.groups, floors, strict=True)]
-    above_bytes = sum(n * group.expert_bytes for n, group in zip(above, experts.groups, strict=True))
-    spare = slot_budget - sum(n * group.expert_bytes for n, group in zip(floors, experts.groups, strict=True))
-    fraction = min(1.0, spare / above_bytes) if above_bytes else 0.0
-    return tuple(floor + int(fraction * n + 1e-9) for floor, n in zip(floors, above, strict=True))
+    """Slots of each group: the same fraction of every group's experts, or its floor where that is more. What makes
+    groups differ is the type of their weights, not how often their experts are wanted."""
+    bounds = [(floor, group.n_experts, group.expert_bytes) for floor, group in zip(floors, experts.groups, strict=True)]
+
+    def at(fraction: float) -> tuple[int, ...]:
+        return tuple(max(floor, int(fraction * n + 1e-9)) for floor, n, _ in bounds)
+
+    def fits(fraction: float) -> bool:
+        return sum(n * size for n, (_, _, size) in zip(at(fraction), bounds, strict=True)) <= slot_budget
+
+    low, high = 0.0, 1.0
+    if fits(high):
+        return at(high)
+    while high - low > 1 / (2 * max(1, experts.total)):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return at(low)
 
 
 def _under_floor(experts: Experts, k: int, slot_budget: int, budget_bytes: int | None, fixed_bytes: int) -> EdgeError:

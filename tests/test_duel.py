@@ -54,6 +54,19 @@ def misses(policy: presets.Policy, steps: np.ndarray, share: float) -> int:
     return counted
 
 
+def test_a_prompt_says_what_is_wanted_often() -> None:
+    """A text's favourites were its prompt's: they are kept from its first step on."""
+    steps = loops(60)
+    found = []
+    for reads in (False, True):
+        duel = Duel(setting(1 / 4))
+        misses(duel, (loops(400) + 13) % N_EXPERT, 1 / 4)  # another text
+        if reads:
+            duel.read(np.concatenate(steps[:40], axis=1))
+        found.append(misses(duel, steps[40:], 1 / 4))
+    assert found[1] < 0.9 * found[0]
+
+
 @pytest.mark.parametrize(("text", "rule"), [(loops, "frequency"), (waves, "lru")])
 def test_slots_follow_the_rule_that_misses_least(text, rule: str) -> None:
     steps = text(400)

@@ -264,6 +264,48 @@ def test_short_prompts_are_computed_on_the_device(tiny, arch: str) -> None:
     assert not np.array_equal(on_cpu, stock)
 
 
+class Watching:
+    """A hook whose states after each step are kept."""
+
+    def __init__(self, hook: _native.Hook) -> None:
+        self.hook, self.states = hook, []
+        self.decoding = False
+
+    def end_step(self) -> None:
+        self.hook.end_step()
+        self.states.append(self.hook.states())
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_prompts_leave_in_slots_what_they_want(tiny, arch: str, keeps: bool) -> None:
+    path, widths = tiny.moe(arch, "Q4_K_M"), [1] * 6 + [64] + [1] * 6
+    stock = all_on_device(path, widths)
+    with page_locked(path) as model:
+        experts = _native.model_experts(model.model)
+        slots = [g.n_experts * 3 // 4 for g in experts.groups]
+        hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, slots, reads_prompts=True)
+        hook.keep_prompts(keeps)
+        watching = Watching(hook)
+        got = exactness.logits(model, watching, widths)
+        prompt = hook.prompt().copy()
+        hook.detach()
+    before, after = (states != 0 for states in watching.states[5:7])
+    assert np.array_equal(before.sum(axis=1), after.sum(axis=1))
+    assert prompt.shape[1] == 64
+    wanted = np.zeros(before.shape)
+    for token, weight in enumerate(0.98 ** np.arange(63, -1, -1)):
+        for block in range(experts.n_blocks):
+            wanted[block, prompt[block, token]] += weight
+    worst = [(wanted[b][after[b]].min(initial=np.inf), wanted[b][~after[b]].max(initial=0)) for b in range(len(wanted))]
+    if keeps:
+        assert not np.array_equal(before, after)
+        assert all(held >= absent - 1e-4 for held, absent in worst)
+    else:
+        assert np.array_equal(before, after)
+    np.testing.assert_array_equal(got, stock)
+
+
 def test_greedy_text_with_a_draft_differs_only_at_near_ties(bundled: tuple[Path, Path]) -> None:
     """A verify pass may take other kernels than a single token does, so a near tie may fall the other way."""
     target, draft = bundled

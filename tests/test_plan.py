@@ -29,10 +29,14 @@ def make(experts: Experts = TALES, **options: object):
 
 def test_resident_share_becomes_slots_of_each_group() -> None:
     made = make(TWO_GROUPS, resident=0.75)
-    # each group gets its floor of 9, and of the 31 and 15 above it the same fraction: (57000 - 22500) / 53500
-    assert (made.policy, made.slots) == ("slots", (28, 18))
-    assert made.slot_bytes == 28 * 1000 + 18 * 1500
+    assert (made.policy, made.slots) == ("slots", (30, 18))
+    assert made.slot_bytes == 30 * 1000 + 18 * 1500
     assert made.resident == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_floor_takes_from_the_other_groups() -> None:
+    assert make(TWO_GROUPS, resident=0.45).slots == (18, 10)
+    assert make(TWO_GROUPS, resident=0.34).slots == (12, 9)  # a floor of 9 is 13,500 of 25,840 bytes
 
 
 def test_the_smaller_of_share_and_budget_wins() -> None:

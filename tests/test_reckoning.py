@@ -54,6 +54,25 @@ def test_an_array_that_is_given_again_is_read_again() -> None:
             np.testing.assert_array_equal(native.demanded.reshape(3, 10).nonzero()[1], [expert] * 3)
 
 
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_prompt_counts_as_steps(width: int) -> None:
+    """As many tokens a step as they come in; where nothing is known of a block's tokens, nothing changes."""
+    prompt = np.random.default_rng(4).integers(0, 10, (3, 7, 2), dtype=np.int32)
+    step_by_step, at_once = waits(), waits()
+    for end in range(7 % width or width, 8, width):
+        step_by_step.observe(prompt[:, max(0, end - width) : end], None, None, None)
+    at_once.read(prompt, width)
+    np.testing.assert_allclose(at_once.often, step_by_step.often, rtol=1e-6)
+    prompt[2, :6] = -1
+    at_once, before = waits(), waits().often
+    at_once.read(prompt[:, :6], width)
+    np.testing.assert_array_equal(at_once.often[20:], before[20:])
+    assert (at_once.often[:20] != before[:20]).all()
+    prompt[0, 0] = -2
+    with pytest.raises(EdgeError, match="of experts that there are not"):
+        at_once.read(prompt, width)
+
+
 @pytest.mark.parametrize("bad", [-1, 10, 2**31 - 1])
 def test_ids_that_no_expert_has_are_refused(bad: int) -> None:
     native, routing = waits(), np.zeros((3, 2, 2), dtype=np.int32)

@@ -45,6 +45,9 @@ def assert_equal(a: Step, b: Step) -> None:
 @pytest.mark.parametrize("gates", [False, True])
 def test_what_is_read_is_what_was_written(tmp_path: Path, k: int, gates: bool) -> None:
     steps = text(1, 600, k=k, passages=2, gates=gates)  # three chunks
+    for i, width in ((0, 64), (3, 2), (301, 7)):
+        read = np.random.default_rng(i).integers(-1, EXPERTS.n_expert, (EXPERTS.n_blocks, width, EXPERTS.n_expert_used))
+        steps[i] = dataclasses.replace(steps[i], read=read.astype(np.int32))
     found = trace.read(written(tmp_path / "t.npz", steps))
     assert found.experts == EXPERTS and found.k_max == 2
     assert len(found.steps) == len(steps) > 2 * writer.CHUNK
@@ -133,6 +136,10 @@ def test_damaged_members_are_refused(tmp_path: Path) -> None:
         return array(np.frombuffer(json.dumps(original | changed).encode(), np.uint8), np.uint8)
 
     refused("version 9", meta=meta(version=9))
+    read = np.zeros((3, EXPERTS.n_blocks, EXPERTS.n_expert_used))
+    refused("of prompts", n_read_000000=array([2] + [0] * 255, np.int16), read_000000=array(read, np.int16))
+    read[1] = EXPERTS.n_expert
+    refused("of prompts", n_read_000000=array([3] + [0] * 255, np.int16), read_000000=array(read, np.int16))
     refused("not a trace", meta=None)
     refused("not a trace", meta=array([1, 2], np.uint8))
     refused("not a trace", meta=meta(experts={"n_blocks": 1}))
@@ -198,6 +205,29 @@ def test_a_step_has_its_routing_foresight_gates_and_times(recorded: Any) -> None
         )
     assert np.mean(agree) > 0.7  # the twin at 2 bits; a draft out of step would share an eighth
     assert model.meta()["is_twin"] is True
+
+
+def test_a_prompts_routing_is_what_its_tokens_ask_for(bundled: tuple[Path, Path]) -> None:
+    """Of its last 64 tokens, and of the last block, whose other rows llama.cpp drops, of the last one."""
+    prompt = " ".join(["The keeper of the lighthouse told a story of the sea and of a storm in winter."] * 6)
+    seen = []
+    for width in (1, 512):
+        steps: list[Step] = []
+        model = Recorder(str(bundled[0]), policy="lru", resident=1.0, n_ctx=512, n_threads=1, n_batch=width)
+        model.sink = steps.append
+        with contextlib.closing(model):
+            model.begin_passage(0)
+            model.create_completion(prompt, max_tokens=2, temperature=0.0)
+            model.write()
+        seen.append(steps)
+    single, whole = seen
+    assert [step.read is None for step in whole] == [False] + [True] * (len(whole) - 1)
+    read = whole[0].read
+    assert read is not None and read.shape == (6, 64, 4)
+    assert (read[5, :63] == -1).all() and (read[5, 63] >= 0).all() and (read[:5] >= 0).all()
+    asked = np.concatenate([step.routing for step in single if step.is_prompt], axis=1)[:, -64:]
+    agree = [len(set(a) & set(b)) / 4 for a, b in zip(read[:5].reshape(-1, 4), asked[:5].reshape(-1, 4), strict=True)]
+    assert np.mean(agree) > 0.97  # wide kernels round otherwise
 
 
 def test_a_dense_draft_shows_no_routing(bundled: tuple[Path, Path]) -> None:

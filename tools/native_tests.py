@@ -29,12 +29,12 @@ SANITIZERS = {
 }
 # experts.cpp needs a patched llama.cpp to link, which the installed wheel is
 CORE = (
-    *("slots", "slot_store", "residency", "split_demand", "prefetch", "layer_ahead", "under_way"),
+    *("slots", "slot_store", "residency", "split_demand", "prefetch", "layer_ahead", "under_way", "swaps"),
     *("balancer", "gate", "link", "faults", "experts"),
 )
 HOOK = (
     *("hook", "hybrid", "unwatched", "own_draft", "cpu_experts", "expert_matrices", "workers"),
-    *("vocab", "reckoning", "reckoning_api", "api"),
+    *("prompts", "vocab", "reckoning", "prompt_counts", "reckoning_api", "api"),
 )
 TESTS = {
     "test_slots": ("slots",),

@@ -29,6 +29,7 @@ HYSTERESIS = 0.01
 class Duel(Policy):
     name = "auto"
     sees = "counts"
+    reads_prompts = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -70,6 +71,9 @@ class Duel(Policy):
         on that it is asked for, which is before the first step or never."""
         self._admits = True
         return foresight.admissions(self._counts.worth(), slots.states())
+
+    def read(self, routing: Routing) -> None:
+        self._native.read(routing)
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         self._native.observe(routing)

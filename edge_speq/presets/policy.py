@@ -73,6 +73,7 @@ class Policy:
     name = "lru"
     sees = "none"  # what it knows of later demands: "counts" of earlier ones, or the routing of a "twin" too
     needs_twin = False  # without one it is lru
+    reads_prompts = False  # it learns from them, and they may leave experts in slots
     lossy = False
     hybrid = False  # missing experts are computed on the CPU
     split = 1  # parts that a slot's experts are in; ids of `demanded` are then those of parts
@@ -125,6 +126,10 @@ class Policy:
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         """routing: [n_blocks, n_tokens, n_expert_used] of the step, of which n_accepted drafted tokens were kept."""
+
+    def read(self, routing: Routing) -> None:
+        """routing: [n_blocks, n_tokens, n_expert_used] of the last tokens of a prompt, -1 where it is not known. Slots
+        did not serve it; the text after it will ask for much the same."""
 
     def demanded(self, routing: Routing, gates: npt.NDArray[np.float16] | None) -> Routing:
         """What the step really asks for. Lossy policies ask for less: an id may be -1."""

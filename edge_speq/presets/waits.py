@@ -39,6 +39,7 @@ Marks = npt.NDArray[np.bool_]  # [n_blocks * n_expert]
 
 class Waits(Policy):
     name = "waits"
+    reads_prompts = True
 
     def __init__(self, setting: Setting, *, fetches: bool = True, most_ahead: int | None = None) -> None:
         super().__init__(setting)
@@ -94,6 +95,9 @@ class Waits(Policy):
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:
         return foresight.admissions(self._often.reshape(slots.scores.shape), slots.states(), MARGIN)
+
+    def read(self, routing: Routing) -> None:
+        self._native.read(routing, self.setting.k_max + 1)
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         self._learn(routing, None if self._now is None else self._now.found)

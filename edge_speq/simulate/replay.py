@@ -79,6 +79,7 @@ class Replay:
         out = Outcome(self.name, self._lossy, ExpertCounters())
         for part, tokens in with_tokens(self._parts(recorded), recorded):
             if part.foresees:
+                self._read(part)
                 self._safely(self.policy.verifying, tokens)
                 self._foresee(part)
             before = self.place.bytes_fetched
@@ -86,6 +87,8 @@ class Replay:
             out.step_bytes.append(self.place.bytes_fetched - before)
             if part.learns:
                 self._safely(self.policy.observe, part.routing, part.n_accepted)
+            if not part.foresees:
+                self._read(part)
             if part.foresees:
                 self._count(out, part, ms)
         out.counters, out.failed = self.place.counters(), self._failed
@@ -94,6 +97,10 @@ class Replay:
         out.foreseen = quality.summary() if quality is not None and quality.n_steps else None
         out.kept_pairs = self._pairs[1] / max(1, self._pairs[0])
         return out
+
+    def _read(self, part: Part) -> None:
+        if part.read is not None:
+            self._safely(self.policy.read, part.read)
 
     def _parts(self, recorded: Sequence[Step]) -> Iterable[Part]:
         if self._governed and self.policy.governor is not None:

@@ -31,6 +31,7 @@ class Part:
     foresees: bool  # not for a prompt
     learns: bool
     passage: int
+    read: Routing | None  # of a prompt before the step, or of which the step is the end
 
 
 def recorded(steps: Sequence[Step]) -> Iterator[Part]:
@@ -64,6 +65,7 @@ def _part(step: Step, at: int, n_drafted: int, n_accepted: int) -> Part:
         foresees=not step.is_prompt,
         learns=step.whole,
         passage=step.passage,
+        read=None if at else step.read,
     )
 
 

@@ -108,6 +108,7 @@ def _of_chunk(c: dict[str, npt.NDArray[Any]], experts: Experts, draft: Experts) 
         raise ValueError("the lengths of its arrays do not agree")
     if largest >= experts.n_expert or (n_seen and int(c["foreseen"].max()) >= draft.n_expert):
         raise ValueError("its routing does not fit its experts")
+    reads = _read_of(c, experts)
     at = seen = 0
     for i, width in enumerate(c["width"].tolist()):
         shown = int(c["n_foreseen"][i])
@@ -127,8 +128,19 @@ def _of_chunk(c: dict[str, npt.NDArray[Any]], experts: Experts, draft: Experts) 
             draft_ms=draft_ms,
             stall_ms=stall_ms,
             gates=_by_block(c["gates"][at : at + width], np.float16) if "gates" in c else None,
+            read=next(reads),
         )
         at, seen = at + width, seen + max(0, shown)
+
+
+def _read_of(c: dict[str, npt.NDArray[Any]], experts: Experts) -> Iterator[npt.NDArray[np.int32] | None]:
+    """Of each step. Older traces have none."""
+    n_read = c.get("n_read", np.zeros(len(c["width"]), dtype=np.int16))
+    read = c.get("read", np.zeros((0, experts.n_blocks, experts.n_expert_used), dtype=np.int16))
+    if len(read) != n_read.sum() or (len(read) and not -1 <= read.min() <= read.max() < experts.n_expert):
+        raise ValueError("what was read of prompts does not fit its experts")
+    end = np.cumsum(n_read)
+    return (_by_block(read[e - n : e], np.int32) if n else None for n, e in zip(n_read.tolist(), end, strict=True))
 
 
 def _by_block(values: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

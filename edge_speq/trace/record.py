@@ -43,6 +43,7 @@ class Recorder(EdgeLlama):
         self._n_drafted = 0
         self._is_prompt = self._request_is_new = False
         self._n_wide = 0  # batches since the last settled step that were too wide
+        self._read: Routing | None = None  # of the last of them
         super().__init__(model_path, **options)
 
     def _configure(self, model_params: Any, context_params: Any) -> None:
@@ -53,7 +54,8 @@ class Recorder(EdgeLlama):
     def _model_loaded(self) -> None:
         super()._model_loaded()
         if self._hook is None and self._experts.n_blocks:
-            self._watching = _native.Hook(self._model.model, self._experts, self._plan.max_width)
+            width = self._plan.max_width
+            self._watching = _native.Hook(self._model.model, self._experts, width, reads_prompts=True)
             self._stack.callback(self._watching.detach)
 
     def _load_draft(self, k_max: int) -> Draft | None:
@@ -104,6 +106,8 @@ class Recorder(EdgeLlama):
             hook.end_step()
         if hook is None or hook.routing().shape[1] != len(chunk):
             self._n_wide += 1
+            read = hook.prompt() if hook is not None else None
+            self._read = read.copy() if read is not None and read.shape[1] else None
             return
         stalled = hook.counters().stall_ms
         routing = hook.routing().copy()
@@ -120,8 +124,9 @@ class Recorder(EdgeLlama):
             "draft_ms": self._draft_ms,
             "stall_ms": stalled - self._stalled,
             "gates": self._gates.of(routing) if self._gates is not None else None,
+            "read": self._read,
         }
-        self._stalled, self._shown, self._draft_ms = stalled, (None, 0), 0.0
+        self._stalled, self._shown, self._draft_ms, self._read = stalled, (None, 0), 0.0, None
 
     def roll_back(self, n_refused: int) -> None:
         super().roll_back(n_refused)

@@ -32,6 +32,7 @@ class Step:
     draft_ms: float
     stall_ms: float  # virtual in deterministic mode
     gates: Gates | None = None  # weight of each pair as the router gave it, before scaling; None: not recorded
+    read: Routing | None = None  # of the last tokens of wider batches since the step before, as policies read a prompt
 
     @property
     def width(self) -> int:

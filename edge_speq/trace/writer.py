@@ -115,6 +115,10 @@ def columns(steps: list[Step], n_expert: int) -> dict[str, npt.NDArray[Any]]:
         "tokens": np.concatenate([s.tokens for s in steps]).astype(np.int32),
         "routing": _by_token([s.routing for s in steps]).astype(ids),
     }
+    read = [step.read for step in steps if step.read is not None]
+    if read:
+        made["n_read"] = np.array([0 if s.read is None else s.read.shape[1] for s in steps], dtype=np.int16)
+        made["read"] = _by_token(read).astype(np.int16)  # with -1
     if foreseen:
         made["foreseen"] = _by_token(foreseen).astype(ids)
     if all(step.gates is not None for step in steps):

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from edge_speq import _native
 from edge_speq.bench.bound import link_rate
-from edge_speq.core import EdgeError, ExpertCounters
+from edge_speq.core import Costs, EdgeError, ExpertCounters
 from edge_speq.llama import EdgeLlama
 from edge_speq.trace.record import Recorder
 
@@ -105,7 +104,7 @@ class Gauge(Recorder):
         """Bytes per second of orders over an idle link; None without slots."""
         return link_rate(self) if self._hook is not None else None
 
-    def hybrid_costs(self) -> _native.Costs | None:
+    def hybrid_costs(self) -> Costs | None:
         return self._hook.costs() if self._hook is not None else None
 
 

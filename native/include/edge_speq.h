@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define EDGE_ABI_VERSION 7
+#define EDGE_ABI_VERSION 8
 
 #define EDGE_OK 0
 #define EDGE_ERR_ARGUMENT 1
@@ -123,7 +123,10 @@ typedef struct edge_hook_params {
     int32_t         compute;          // where missing experts are computed: EDGE_COMPUTE_...
     int32_t         n_threads;        // of the CPU for that; 0: as many as ggml thinks
     bool            layer_ahead;      // prefetch what a block's input says of the next block; with hybrid execution only
+    bool            reads_prompts;    // keep the routing of prompts for edge_hook_prompt
 } edge_hook_params;
+
+#define EDGE_PROMPT_TOKENS 64         // of a prompt, its last ones, whose routing is kept
 
 typedef struct edge_counters {  // since the hook was attached; design glossary has the meanings
     uint64_t steps;             // graphs served by slots
@@ -200,6 +203,16 @@ EDGE_API int edge_hook_cancel(edge_hook * hook);
 // every block was served from them. The memory belongs to the hook and
 // stays at the same address.
 EDGE_API int edge_hook_routing(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens);
+
+// Routing of the last tokens of the graph before, where that was wider than max_width: ids points to
+// [n_blocks, EDGE_PROMPT_TOKENS, n_expert_used] expert ids, of which the last n_tokens rows of each block are those of the graph's last
+// tokens; -1 where a block had fewer, as the last one has, whose other rows llama.cpp drops. n_tokens is 0 without reads_prompts,
+// and while there was no such graph. To be called after edge_hook_end_step; the memory belongs to the hook.
+EDGE_API int edge_hook_prompt(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens);
+
+// Whether prompts leave in slots what they want most of each block: their graphs copy these experts to the device anyway, and from there
+// they get the slots of those that they want least. Off at first.
+EDGE_API int edge_hook_keep_prompts(edge_hook * hook, bool on);
 
 // What each expert is worth in the long run, [n_blocks, n_expert] expected uses, all 0 at first: the victim of an
 // eviction is the expert of least worth, the least recently used among equals. The caller writes it between steps;
@@ -299,6 +312,8 @@ typedef struct edge_duel {
 
 EDGE_API int edge_duel_score(const edge_duel * duel, float * scores);
 EDGE_API int edge_duel_observe(edge_duel * duel, const edge_ids * routing);
+// Learns how often experts are demanded from a prompt's routing, each token a step; -1 says nothing.
+EDGE_API int edge_duel_read(edge_duel * duel, const edge_ids * routing);
 
 // presets/waits.py has the formula of the wait.
 typedef struct edge_rates {     // what predicted sets have been worth
@@ -336,6 +351,8 @@ EDGE_API int edge_waits_foresee(edge_waits * waits, const edge_ids * routing, in
 EDGE_API int edge_waits_prefetch(edge_waits * waits, edge_hook * hook, const edge_ids * routing, int32_t width, edge_guess * now, edge_guess * then, double least, float margin, int32_t * n_ordered, bool * sound);
 // Learns from a step's routing. now, then: the guesses about it, or null; foreseen: marks to tally, or null.
 EDGE_API int edge_waits_observe(edge_waits * waits, const edge_ids * routing, edge_guess * now, edge_guess * then, const uint8_t * foreseen);
+// Learns how often experts are demanded from a prompt's routing, `width` tokens a step; -1 says nothing.
+EDGE_API int edge_waits_read(edge_waits * waits, const edge_ids * routing, int32_t width);
 
 // Fills every slot that holds no expert with NaN patterns. For tests: results must not change.
 EDGE_API int edge_hook_poison_free_slots(edge_hook * hook);

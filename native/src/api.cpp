@@ -204,6 +204,13 @@ int edge_hook_use_budget(edge_hook * hook, int32_t n_experts) {
     });
 }
 
+int edge_hook_keep_prompts(edge_hook * hook, bool on) {
+    return guarded([&] {
+        residency_of(hook);
+        hook->keep_prompts(on);
+    });
+}
+
 int edge_hook_end_step(edge_hook * hook) {
     return guarded([&] {
         require(hook != nullptr, "hook is null");
@@ -223,6 +230,14 @@ int edge_hook_routing(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens
         require(hook != nullptr && ids != nullptr && n_tokens != nullptr, "hook or out is null");
         *ids      = hook->routing_ids();
         *n_tokens = hook->routing_tokens();
+    });
+}
+
+int edge_hook_prompt(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens) {
+    return guarded([&] {
+        require(hook != nullptr && ids != nullptr && n_tokens != nullptr, "hook or out is null");
+        *n_tokens = hook->read_prompt();
+        *ids      = hook->prompt_ids();
     });
 }
 

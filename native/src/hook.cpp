@@ -16,7 +16,6 @@
 namespace {
 
 constexpr char route_prefix[] = "edge_route-";
-constexpr size_t worth_lending = 256 << 10; // bytes of a matrix: smaller ones travel faster together than around others
 
 // The device that the model's layers run on: its first GPU, else the CPU.
 ggml_backend_buffer_type_t compute_buffer_type(const llama_model * model) {
@@ -58,18 +57,8 @@ bool offload_hook(const ggml_tensor * node, void * hook) {
     return static_cast<edge_hook *>(hook)->offload(node);
 }
 
-void copy_on_device(ggml_backend_t backend, ggml_tensor * from, size_t from_offset, ggml_tensor * to, size_t to_offset, size_t bytes) {
-    ggml_tensor bytes_from = *from, bytes_to = *to;
-    for (ggml_tensor * t : { &bytes_from, &bytes_to }) {
-        t->type  = GGML_TYPE_I8;
-        t->ne[0] = static_cast<int64_t>(bytes);
-        t->ne[1] = t->ne[2] = t->ne[3] = 1;
-        t->nb[0] = 1;
-        t->nb[1] = t->nb[2] = t->nb[3] = bytes;
-    }
-    bytes_from.data = static_cast<char *>(from->data) + from_offset;
-    bytes_to.data   = static_cast<char *>(to->data) + to_offset;
-    ggml_backend_tensor_copy_async(backend, backend, &bytes_from, &bytes_to);
+void copied_hook(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, const ggml_tensor * ids, const int32_t * chosen, void * hook) {
+    static_cast<edge_hook *>(hook)->copied(backend, weight, copy, ids, chosen);
 }
 
 ggml_tensor * select_hook(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, const ggml_tensor * down, void * hook) {
@@ -102,24 +91,34 @@ edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_ho
             residency_->use_gate(std::make_unique<edge::Gate>(model, table_));
         }
     }
+    make_leaves(buft, params.reads_prompts);
+    allocate_host(host_buffer_type(buft));
+
+    const bool read_in_place = !residency_ && ggml_backend_buffer_is_host(buffer_.get());
+    routing_ = read_in_place ? static_cast<const int32_t *>(leaf_->data) : host_routing_;
+    set_on_model();
+}
+
+void edge_hook::make_leaves(ggml_backend_buffer_type_t buft, bool reads_prompts) {
     ggml_init_params init{};
-    init.mem_size = ggml_tensor_overhead();
+    init.mem_size = 2 * ggml_tensor_overhead();
     init.no_alloc = true;
     ctx_.reset(ggml_init(init));
-    leaf_ = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_I32, table_.n_expert_used, max_width_,
-                               static_cast<int64_t>(table_.blocks.size()));
+    const auto n_blocks = static_cast<int64_t>(table_.blocks.size());
+    leaf_ = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_I32, table_.n_expert_used, max_width_, n_blocks);
     ggml_set_name(leaf_, "edge_routing");
+    if (reads_prompts) {
+        prompt_leaf_ = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_I32, table_.n_expert_used, EDGE_PROMPT_TOKENS, n_blocks);
+        ggml_set_name(prompt_leaf_, "edge_prompt");
+        prompt_rows_.assign(table_.blocks.size(), 0);
+        prompt_ids_.resize(static_cast<size_t>(ggml_nelements(prompt_leaf_)));
+    }
     edge::fault_point(edge::Fault::allocation);
     buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_.get(), buft));
     if (!buffer_) {
         throw edge::Error(EDGE_ERR_MEMORY, "cannot allocate the routing buffer on the compute device");
     }
     ggml_backend_buffer_clear(buffer_.get(), 0);
-    allocate_host(host_buffer_type(buft));
-
-    const bool read_in_place = !residency_ && ggml_backend_buffer_is_host(buffer_.get());
-    routing_ = read_in_place ? static_cast<const int32_t *>(leaf_->data) : host_routing_;
-    set_on_model();
 }
 
 void edge_hook::allocate_host(ggml_backend_buffer_type_t buft) {
@@ -142,6 +141,7 @@ void edge_hook::set_on_model() {
         callbacks.eval    = eval_hook;
         callbacks.lend    = lend_hook;
         callbacks.offload = offload_hook;
+        callbacks.copied  = copied_hook;
     }
     llama_model_set_moe_hook(model_, &callbacks, this);
 }
@@ -170,6 +170,7 @@ void edge_hook::build(ggml_context * ctx, ggml_cgraph * gf, llama_moe_block & bl
         width_ = 0;
     }
     if (!graph_fits_ || !fits) {
+        keep_prompt(ctx, gf, block.ids, number);
         return;
     }
     ggml_tensor * view = ggml_view_2d(ctx, leaf_, table_.n_expert_used, width, leaf_->nb[1],
@@ -237,41 +238,6 @@ bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexc
     return false;
 }
 
-// llama.cpp has a device compute with experts in host memory from 32 tokens on. A graph of fewer that slots do not serve is a short
-// prompt, or a long one's last block, of which only the last row is wanted: the copies may cost less than the CPU, too.
-bool edge_hook::offload(const ggml_tensor * node) noexcept {
-    const int32_t number = node->op == GGML_OP_MUL_MAT_ID ? table_.find(node->src[0]) : -1;
-    return number >= 0 && residency_->copies_pay(number, static_cast<int32_t>(ggml_nelements(node->src[2])));
-}
-
-// A wide graph (a prompt) copies all its experts to the device: those in slots are there already, a copy on the device away.
-bool edge_hook::lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool ask, bool pad) noexcept {
-    const int32_t number = table_.find(weight);
-    if (number < 0) {
-        return false;
-    }
-    const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(number)];
-    const auto role = static_cast<edge::Role>(std::find(block.weights.begin(), block.weights.end(), weight) - block.weights.begin());
-    ggml_tensor * slots = residency_->serving() ? residency_->store().tensor(block.group, role) : nullptr;
-    if (!slots || ggml_backend_buft_get_device(ggml_backend_buffer_get_type(slots->buffer)) != ggml_backend_get_device(backend)) {
-        return false;
-    }
-    const size_t bytes = weight->nb[2];
-    if (bytes < worth_lending) {
-        return false;
-    }
-    const int32_t slot = residency_->lend(number, expert);
-    if (slot == edge::SlotPool::none || ask) {
-        return slot != edge::SlotPool::none;
-    }
-    const size_t from = static_cast<size_t>(slot) * bytes, to = static_cast<size_t>(expert) * bytes;
-    copy_on_device(backend, slots, from, copy, to, bytes);
-    if (pad) { // kernels may read past an expert's end: what is there must be finite
-        copy_on_device(backend, slots, from, copy, to + bytes, std::min<size_t>(bytes, 512));
-    }
-    return true;
-}
-
 void edge_hook::serve(ggml_backend_t backend, ggml_tensor * route, int32_t number) {
     look_ahead(); // while the device computes the block before
     await_copies(number - 1);
@@ -306,6 +272,7 @@ void edge_hook::await_copies(int32_t number) {
 
 void edge_hook::end_step() {
     forget_split();
+    swapping_ = -1;
     if (experts_ != EDGE_EXPERTS_OWN) {
         end_draft_step();
     } else if (settled_) {

@@ -31,6 +31,8 @@ struct edge_hook {
     bool eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexcept;
     bool lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool ask, bool pad) noexcept;
     bool offload(const ggml_tensor * node) noexcept;
+    void copied(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, const ggml_tensor * ids, const int32_t * chosen) noexcept;
+    void keep_prompts(bool on) { keeps_prompts_ = on; }
     void end_step();
     void resize(const std::vector<int32_t> & slots);
     bool use_experts(int32_t which); // from the next graph on; false: it cannot be done now
@@ -40,12 +42,18 @@ struct edge_hook {
 
     const int32_t * routing_ids() const { return routing_; }
     int32_t routing_tokens() const { return n_tokens_; }
+    int32_t read_prompt(); // tokens
+    const int32_t * prompt_ids() const { return prompt_ids_.data(); }
     const edge::ExpertTable & table() const { return table_; }
     edge::Residency * residency() const { return residency_.get(); }
     edge::Timeline & timeline() { return timeline_; }
     uint64_t bytes() const;
 
 private:
+    void make_leaves(ggml_backend_buffer_type_t buft, bool reads_prompts);
+    void keep_prompt(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * ids, int32_t number);
+    ggml_tensor * slots_on(ggml_backend_t backend, const edge::ExpertBlock & block, edge::Role role) const;
+    void begin_swaps(int32_t number, const ggml_tensor * ids, const int32_t * chosen);
     void set_on_model();
     int32_t widest() const { return experts_ == EDGE_EXPERTS_OWN ? served_width_ : max_width_; } // tokens of a graph of ours
     bool finds_slots() const { return settled_ || experts_ == EDGE_EXPERTS_RESIDENT; } // graphs do, by themselves
@@ -84,6 +92,14 @@ private:
     ggml_context_ptr                 ctx_;
     ggml_backend_buffer_ptr          buffer_;
     ggml_tensor *                    leaf_ = nullptr; // [n_expert_used, max_width, n_blocks] I32
+    ggml_tensor *                    prompt_leaf_ = nullptr; // [n_expert_used, EDGE_PROMPT_TOKENS, n_blocks] I32
+    std::vector<int32_t>             prompt_rows_; // of each block, that the last wide graph wrote there
+    std::vector<int32_t>             prompt_ids_;
+    bool                             keeps_prompts_ = false; // in slots, of their experts what those have room for
+    std::vector<edge::Residency::Swap> swaps_;  // of the block whose matrices a prompt's graph copies
+    std::vector<float>               wanted_;  // by that block's tokens
+    int32_t                          swapping_ = -1;
+    int32_t                          n_to_swap_ = 0; // matrices that have not been copied yet
     std::unique_ptr<edge::Residency> residency_;
     ggml_backend_buffer_ptr          host_; // page-locked where there is a GPU: expert ids, then slot ids, of all blocks
     int32_t *                        host_routing_ = nullptr;

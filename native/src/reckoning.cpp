@@ -206,7 +206,9 @@ void wait_beyond(float * __restrict wait, float * __restrict others, const float
 
 } // namespace
 
-bool is_sound(const edge_ids & routing, int32_t n_blocks, int32_t n_expert) {
+namespace {
+
+bool all_below(const edge_ids & routing, int32_t n_blocks, uint32_t most_added, uint32_t end) {
     const int64_t n = int64_t{ routing.n_tokens } * routing.n_used;
     if (routing.ids == nullptr || routing.n_blocks != n_blocks || routing.n_tokens < 0 || routing.n_used < 0 || routing.stride < n) {
         return false;
@@ -215,10 +217,20 @@ bool is_sound(const edge_ids & routing, int32_t n_blocks, int32_t n_expert) {
     for (int32_t block = 0; block < n_blocks; ++block) {
         const int32_t * ids = routing.ids + count(block) * count(routing.stride);
         for (int64_t i = 0; i < n; ++i) {
-            most = std::max(most, static_cast<uint32_t>(ids[i]));
+            most = std::max(most, static_cast<uint32_t>(ids[i]) + most_added);
         }
     }
-    return n == 0 || most < static_cast<uint32_t>(n_expert);
+    return n == 0 || most < end;
+}
+
+} // namespace
+
+bool is_sound(const edge_ids & routing, int32_t n_blocks, int32_t n_expert) {
+    return all_below(routing, n_blocks, 0, static_cast<uint32_t>(n_expert));
+}
+
+bool is_sound_or_unknown(const edge_ids & routing, int32_t n_blocks, int32_t n_expert) {
+    return all_below(routing, n_blocks, 1, static_cast<uint32_t>(n_expert) + 1);
 }
 
 int32_t demand_of_pool(edge_pool & pool, const uint8_t * wanted, const float * worth) {

@@ -47,6 +47,14 @@ int edge_duel_observe(edge_duel * duel, const edge_ids * routing) {
     });
 }
 
+int edge_duel_read(edge_duel * duel, const edge_ids * routing) {
+    return guarded([&] {
+        require(duel != nullptr, "duel is null");
+        require(routing != nullptr && edge::is_sound_or_unknown(*routing, duel->n_blocks, duel->n_expert), bad_routing);
+        edge::read_duel(*duel, *routing);
+    });
+}
+
 int edge_waits_foresee(edge_waits * waits, const edge_ids * routing, int32_t width, edge_guess * now, edge_guess * then, float * scores) {
     return guarded([&] {
         require(waits != nullptr && scores != nullptr, "waits or scores is null");
@@ -75,6 +83,14 @@ int edge_waits_observe(edge_waits * waits, const edge_ids * routing, edge_guess 
         require(routing != nullptr && edge::is_sound(*routing, waits->n_blocks, waits->n_expert), bad_routing);
         require_guesses(now, then);
         edge::observe_waits(*waits, *routing, now, then, foreseen);
+    });
+}
+
+int edge_waits_read(edge_waits * waits, const edge_ids * routing, int32_t width) {
+    return guarded([&] {
+        require(waits != nullptr && width > 0, "waits is null, or steps of no token");
+        require(routing != nullptr && edge::is_sound_or_unknown(*routing, waits->n_blocks, waits->n_expert), bad_routing);
+        edge::read_waits(*waits, *routing, width);
     });
 }
 

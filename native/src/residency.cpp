@@ -266,19 +266,6 @@ void Residency::demand(int32_t number, const int32_t * ids, int32_t n, int32_t *
     }
 }
 
-int32_t Residency::lend(int32_t number, int32_t expert) {
-    const ExpertBlock & block = block_at(number);
-    const Lock lock(mutex_);
-    const int32_t slot = serving() ? pool(block).find(block.first_key + expert) : SlotPool::none;
-    if (slot == SlotPool::none || pool(block).loading(slot)) {
-        return SlotPool::none;
-    }
-    if (pool(block).state(block.first_key + expert) != SlotState::pinned) {
-        pool(block).pin(slot);
-    }
-    return slot;
-}
-
 bool Residency::copies_pay(int32_t number, int32_t n_pairs) const {
     const ExpertBlock & block = block_at(number);
     const Lock lock(mutex_);
@@ -313,6 +300,7 @@ void Residency::end_step() {
     land_fetches();
     const Lock lock(mutex_);
     land_ahead();
+    settle_swaps();
     for (SlotPool & pool : pools_) {
         pool.unpin_all();
     }

@@ -70,6 +70,17 @@ public:
     // that are in no slot than on the CPU, by estimate.
     bool copies_pay(int32_t block, int32_t n_pairs) const;
 
+    // A graph without slots is about to have copied experts of this block to the device, a matrix each after the other; wanted:
+    // [n_expert], how much each was. The most wanted are to be copied from there to the slots of the least wanted, which lend()
+    // goes on to lend until end_swaps() says that all matrices have been. Without that the slots are free once the step ends.
+    struct Swap {
+        int32_t slot;
+        int32_t gone;
+        int32_t expert;
+    };
+    const std::vector<Swap> & begin_swaps(int32_t block, const float * wanted);
+    void end_swaps();
+
     // Takes over scores() and replaces the outstanding orders, of which at most byte_budget bytes are begun. margin: what
     // absent experts' priorities are less by. sound: whether all scores were numbers.
     int32_t prefetch(const edge_order * orders, int32_t n, uint64_t byte_budget, float margin = 0.0F, bool * sound = nullptr);
@@ -156,6 +167,8 @@ private:
     void land_fetches();
     void mark_landed();
     void refill(int32_t group, const std::vector<int32_t> & keys);
+    void drop_swaps();
+    void settle_swaps();
 
     bool commit_scores(); // whether all were numbers
     std::optional<InFlight> begin_prefetch(const Order & order);
@@ -200,6 +213,15 @@ private:
         uint32_t skipped = 0;
     };
     std::vector<Precision>      absent_precision_; // of each block
+    struct Wanted { // by a prompt
+        float   weight;
+        int32_t group;
+        int32_t slot;
+        int32_t key;
+    };
+    std::vector<Wanted>         wanted_by_prompt_; // and in slots
+    std::vector<Swap>           swaps_; // of that block, under way
+    int32_t                     swaps_block_ = -1;
     uint64_t                    prefetched_bytes_ = 0;
     uint64_t                    prefetched_used_bytes_ = 0;
 

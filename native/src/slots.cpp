@@ -105,6 +105,17 @@ void SlotPool::drop(int32_t slot) {
     free_.push_back(slot);
 }
 
+void SlotPool::give(int32_t slot, int32_t key) {
+    slot_of_[index(at(slot).key)] = none;
+    at(slot) = Slot{};
+    at(slot).key     = key;
+    at(slot).loading = true;
+    expected_[index(slot)] = 0.0F;
+    slot_of_[index(key)]   = slot;
+    touch(slot);
+    pin(slot);
+}
+
 void SlotPool::pin(int32_t slot) {
     at(slot).pinned = true;
     pinned_.push_back(slot);

@@ -36,6 +36,8 @@ public:
     int32_t take_ahead(int32_t key, float expectation); // take at any price, marked as a prefetch
     void loaded(int32_t slot) { at(slot).loading = false; }
     void drop(int32_t slot); // nothing arrived: free again
+    void give(int32_t slot, int32_t key); // to another key, pinned and loading until loaded() or drop()
+    void touch(int32_t slot) { at(slot).last_use = ++clock_; } // most recent, though no graph read it
 
     void pin(int32_t slot);
     void unpin_all();

@@ -385,6 +385,61 @@ void failed_allocations_are_survived(const Model & model) {
     demand(residency, 0, { 1, 2, 3 });
 }
 
+void give(edge::Residency & residency, const Model & model, int32_t block, const edge::Residency::Swap & swap, edge::Role role) {
+    const ggml_tensor * weight = model.table.blocks[static_cast<size_t>(block)].weights[role];
+    ggml_tensor * slots = residency.store().tensor(0, role);
+    const size_t bytes = weight->nb[2];
+    std::memcpy(static_cast<char *>(slots->data) + bytes * static_cast<size_t>(swap.slot),
+                static_cast<const char *>(weight->data) + bytes * static_cast<size_t>(swap.expert), bytes);
+}
+
+// Experts 0 to 3 are in slots, and the prompt wants 3, 6, 9 and 5, in this order.
+void prompts_leave_what_they_want(const Model & model) {
+    edge::Residency residency(model.table, { 12 }, ggml_backend_cpu_buffer_type(), {});
+    demand(residency, 1, { 0, 1, 2, 3 });
+    residency.end_step();
+    std::vector<float> wanted(n_expert, 0.0F);
+    wanted[3] = 4, wanted[6] = 3, wanted[9] = 2, wanted[5] = 1;
+    for (const bool whole : { false, true }) {
+        CHECK(residency.lend(1, 0) != edge::SlotPool::none);
+        const auto swaps = residency.begin_swaps(1, wanted.data());
+        CHECK(swaps.size() == 3 && swaps[0].expert == 6 && swaps[1].expert == 9 && swaps[2].expert == 5);
+        CHECK(std::none_of(swaps.begin(), swaps.end(), [](const auto & swap) { return swap.gone == 3; }));
+        for (const edge::Role role : { edge::role_up, edge::role_gate, edge::role_down }) {
+            CHECK(residency.lend(1, swaps[0].gone) == swaps[0].slot); // until the last matrix
+            CHECK(residency.lend(1, 6) == edge::SlotPool::none);
+            for (const auto & swap : swaps) {
+                give(residency, model, 1, swap, role);
+            }
+            if (!whole) {
+                break;
+            }
+        }
+        if (whole) {
+            residency.end_swaps();
+            CHECK(residency.lend(1, 6) == swaps[0].slot && residency.lend(1, swaps[0].gone) == edge::SlotPool::none);
+        }
+        residency.end_step();
+        for (const auto & swap : swaps) {
+            CHECK(state(residency, 1, swap.gone) == edge::SlotState::absent);
+            CHECK(state(residency, 1, swap.expert) == (whole ? edge::SlotState::resident : edge::SlotState::absent));
+        }
+        CHECK(state(residency, 1, 3) == edge::SlotState::resident);
+        if (!whole) {
+            demand(residency, 1, { 0, 1, 2, 3 }); // as before
+            residency.end_step();
+        }
+    }
+    const uint64_t misses = residency.counters().misses;
+    demand(residency, 1, { 3, 5, 6, 9 });
+    CHECK(residency.counters().misses == misses);
+    residency.end_step();
+    wanted.assign(n_expert, 0.0F);
+    CHECK(residency.begin_swaps(1, wanted.data()).empty()); // nothing is wanted more than anything else
+    residency.end_swaps();
+    residency.end_step();
+}
+
 } // namespace
 
 int main() {
@@ -399,6 +454,7 @@ int main() {
     some_are_fetched(model, 9);
     some_are_fetched(model, 2 * n_expert);
     counters_follow_the_glossary(model);
+    prompts_leave_what_they_want(model);
     a_router_out_of_range_is_an_error(model);
     demands_hold_against_prefetches(model, 9); // the floor: 8 of a graph and one to load into
     demands_hold_against_prefetches(model, n_blocks * n_expert);

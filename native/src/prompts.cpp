@@ -1,0 +1,142 @@
+// The half of edge_hook that serves prompts: graphs too wide for slots, which llama.cpp runs by itself.
+#include "hook.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+
+namespace {
+
+constexpr size_t worth_lending = 256 << 10; // bytes of a matrix: smaller ones travel faster together than around others
+constexpr float forgetting = 0.98F; // a token: what the end of a prompt wants, the text after it does
+
+void copy_on_device(ggml_backend_t backend, ggml_tensor * from, size_t from_offset, ggml_tensor * to, size_t to_offset, size_t bytes) {
+    ggml_tensor bytes_from = *from, bytes_to = *to;
+    for (ggml_tensor * t : { &bytes_from, &bytes_to }) {
+        t->type  = GGML_TYPE_I8;
+        t->ne[0] = static_cast<int64_t>(bytes);
+        t->ne[1] = t->ne[2] = t->ne[3] = 1;
+        t->nb[0] = 1;
+        t->nb[1] = t->nb[2] = t->nb[3] = bytes;
+    }
+    bytes_from.data = static_cast<char *>(from->data) + from_offset;
+    bytes_to.data   = static_cast<char *>(to->data) + to_offset;
+    ggml_backend_tensor_copy_async(backend, backend, &bytes_from, &bytes_to);
+}
+
+edge::Role role_of(const edge::ExpertBlock & block, const ggml_tensor * weight) {
+    return static_cast<edge::Role>(std::find(block.weights.begin(), block.weights.end(), weight) - block.weights.begin());
+}
+
+} // namespace
+
+// llama.cpp has a device compute with experts in host memory from 32 tokens on. A graph of fewer that slots do not serve is a short
+// prompt, or a long one's last block, of which only the last row is wanted: the copies may cost less than the CPU, too.
+bool edge_hook::offload(const ggml_tensor * node) noexcept {
+    const int32_t number = node->op == GGML_OP_MUL_MAT_ID ? table_.find(node->src[0]) : -1;
+    return number >= 0 && residency_->copies_pay(number, static_cast<int32_t>(ggml_nelements(node->src[2])));
+}
+
+// Those of a group in one role, if they lie on this backend's device.
+ggml_tensor * edge_hook::slots_on(ggml_backend_t backend, const edge::ExpertBlock & block, edge::Role role) const {
+    ggml_tensor * slots = residency_->serving() ? residency_->store().tensor(block.group, role) : nullptr;
+    const bool here = slots && ggml_backend_buft_get_device(ggml_backend_buffer_get_type(slots->buffer)) == ggml_backend_get_device(backend);
+    return here ? slots : nullptr;
+}
+
+// A wide graph (a prompt) copies all its experts to the device: those in slots are there already, a copy on the device away.
+bool edge_hook::lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool ask, bool pad) noexcept {
+    const int32_t number = table_.find(weight);
+    const size_t bytes = weight->nb[2];
+    if (number < 0 || bytes < worth_lending) {
+        return false;
+    }
+    const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(number)];
+    ggml_tensor * slots = slots_on(backend, block, role_of(block, weight));
+    const int32_t slot = slots ? residency_->lend(number, expert) : edge::SlotPool::none;
+    if (slot == edge::SlotPool::none || ask) {
+        return slot != edge::SlotPool::none;
+    }
+    const size_t from = static_cast<size_t>(slot) * bytes, to = static_cast<size_t>(expert) * bytes;
+    copy_on_device(backend, slots, from, copy, to, bytes);
+    if (pad) { // kernels may read past an expert's end: what is there must be finite
+        copy_on_device(backend, slots, from, copy, to + bytes, std::min<size_t>(bytes, 512));
+    }
+    return true;
+}
+
+// All experts of a weight that the graph uses are on their way to the device, or were lent. From there those that its tokens want
+// most are copied to slots, which costs no time of the link.
+void edge_hook::copied(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, const ggml_tensor * ids, const int32_t * chosen) noexcept {
+    const int32_t number = keeps_prompts_ ? table_.find(weight) : -1;
+    if (number < 0) {
+        return;
+    }
+    const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(number)];
+    ggml_tensor * slots = slots_on(backend, block, role_of(block, weight));
+    if (!slots) {
+        return;
+    }
+    if (number != swapping_) {
+        begin_swaps(number, ids, chosen);
+    }
+    const size_t bytes = weight->nb[2];
+    for (const edge::Residency::Swap & swap : swaps_) {
+        copy_on_device(backend, copy, static_cast<size_t>(swap.expert) * bytes, slots, static_cast<size_t>(swap.slot) * bytes, bytes);
+    }
+    if (--n_to_swap_ == 0) {
+        residency_->end_swaps();
+        swapping_ = -1;
+    }
+}
+
+void edge_hook::begin_swaps(int32_t number, const ggml_tensor * ids, const int32_t * chosen) {
+    const auto & weights = table_.blocks[static_cast<size_t>(number)].weights;
+    swapping_  = number;
+    n_to_swap_ = static_cast<int32_t>(std::count_if(weights.begin(), weights.end(), [](const ggml_tensor * t) { return t != nullptr; }));
+    wanted_.assign(static_cast<size_t>(table_.n_expert), 0.0F);
+    float weight = 1.0F;
+    for (int64_t token = ids->ne[1] - 1; token >= 0; --token, weight *= forgetting) {
+        for (int64_t i = 0; i < ids->ne[0]; ++i) {
+            const int32_t expert = chosen[static_cast<size_t>(token) * ids->nb[1] / sizeof(int32_t) + static_cast<size_t>(i) * ids->nb[0] / sizeof(int32_t)];
+            if (expert >= 0 && expert < table_.n_expert) {
+                wanted_[static_cast<size_t>(expert)] += weight;
+            }
+        }
+    }
+    swaps_ = residency_->begin_swaps(number, wanted_.data());
+}
+
+// A prompt says what the text after it will ask for: the routing of its last tokens is kept.
+void edge_hook::keep_prompt(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * ids, int32_t number) {
+    if (!prompt_leaf_ || graph_fits_ || ids->ne[0] != table_.n_expert_used) {
+        return;
+    }
+    if (number == 0) {
+        std::fill(prompt_rows_.begin(), prompt_rows_.end(), 0);
+    }
+    const int64_t width = ids->ne[1];
+    const int64_t rows  = std::min<int64_t>(width, EDGE_PROMPT_TOKENS);
+    ggml_tensor * last = ggml_view_2d(ctx, ids, ids->ne[0], rows, ids->nb[1], static_cast<size_t>(width - rows) * ids->nb[1]);
+    ggml_tensor * kept = ggml_view_2d(ctx, prompt_leaf_, ids->ne[0], rows, prompt_leaf_->nb[1], static_cast<size_t>(number) * prompt_leaf_->nb[2]);
+    ggml_build_forward_expand(gf, ggml_cpy(ctx, last, kept));
+    prompt_rows_[static_cast<size_t>(number)] = static_cast<int32_t>(rows);
+}
+
+int32_t edge_hook::read_prompt() {
+    const int32_t n = prompt_rows_.empty() ? 0 : *std::max_element(prompt_rows_.begin(), prompt_rows_.end());
+    if (n == 0) {
+        return 0;
+    }
+    ggml_backend_tensor_get(prompt_leaf_, prompt_ids_.data(), 0, ggml_nbytes(prompt_leaf_));
+    const auto row = static_cast<size_t>(table_.n_expert_used);
+    const size_t of_block = row * EDGE_PROMPT_TOKENS;
+    for (size_t block = 0; block < prompt_rows_.size(); ++block) {
+        const auto first = prompt_ids_.begin() + static_cast<std::ptrdiff_t>(block * of_block);
+        const auto known = static_cast<std::ptrdiff_t>(row * static_cast<size_t>(prompt_rows_[block]));
+        const auto end   = first + static_cast<std::ptrdiff_t>(of_block);
+        std::copy_backward(first, first + known, end);
+        std::fill(first, end - known, -1);
+    }
+    return n;
+}
