@@ -159,7 +159,8 @@ def test_it_runs_live_and_changes_no_text(bundled: tuple[Path, Path], foresight:
             stats = model.stats()
             assert isinstance(model._lookahead._policy, Learning)
         assert (stats.policy, stats.foresight, stats.policy_failures) == (policy, "learned", 0)
-        assert stats.foreseen is not None and 0.4 < stats.foreseen["precision"] <= 1 and stats.experts.prefetched
+        assert stats.foreseen is not None and 0.4 < stats.foreseen["precision"] <= 1
+        assert stats.experts.prefetched or policy == "auto"  # where frequency is nearer, nothing is
         assert stats.foreseen["lead_tokens"] > 2
 
 

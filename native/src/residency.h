@@ -71,8 +71,8 @@ public:
     bool copies_pay(int32_t block, int32_t n_pairs) const;
 
     // A graph without slots is about to have copied experts of this block to the device, a matrix each after the other; wanted:
-    // [n_expert], how much each was. The most wanted are to be copied from there to the slots of the least wanted, which lend()
-    // goes on to lend until end_swaps() says that all matrices have been. Without that the slots are free once the step ends.
+    // [n_expert], by how many tokens each was. Those that are wanted clearly more than others are to be copied from there to the
+    // others' slots, which lend() goes on to lend until end_swaps() says that all matrices have been. Without that the slots are free once the step ends.
     struct Swap {
         int32_t slot;
         int32_t gone;

@@ -5,6 +5,13 @@
 
 namespace edge {
 
+namespace {
+
+// As many misses are spared as with every swap that has something for it, with a third fewer copies (docs/performance.md).
+bool clearly_more(float wanted, float held) { return wanted > 1.5F * held + 1.0F; }
+
+} // namespace
+
 int32_t Residency::lend(int32_t number, int32_t expert) {
     const ExpertBlock & block = block_at(number);
     const Lock lock(mutex_);
@@ -44,7 +51,7 @@ const std::vector<Residency::Swap> & Residency::begin_swaps(int32_t number, cons
     }
     std::stable_sort(held.begin(), held.end(), [wanted](int32_t a, int32_t b) { return wanted[a] < wanted[b]; });
     std::stable_sort(absent.begin(), absent.end(), [wanted](int32_t a, int32_t b) { return wanted[a] > wanted[b]; });
-    for (size_t i = 0; i < std::min(held.size(), absent.size()) && wanted[absent[i]] > wanted[held[i]]; ++i) {
+    for (size_t i = 0; i < std::min(held.size(), absent.size()) && clearly_more(wanted[absent[i]], wanted[held[i]]); ++i) {
         const int32_t slot = slots.find(block.first_key + held[i]);
         slots.give(slot, block.first_key + absent[i]);
         swaps_.push_back({ slot, held[i], absent[i] });

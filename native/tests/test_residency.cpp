@@ -393,7 +393,7 @@ void give(edge::Residency & residency, const Model & model, int32_t block, const
                 static_cast<const char *>(weight->data) + bytes * static_cast<size_t>(swap.expert), bytes);
 }
 
-// Experts 0 to 3 are in slots, and the prompt wants 3, 6, 9 and 5, in this order.
+// Experts 0 to 3 are in slots, and the prompt wants 3, 6, 9 and, hardly, 5.
 void prompts_leave_what_they_want(const Model & model) {
     edge::Residency residency(model.table, { 12 }, ggml_backend_cpu_buffer_type(), {});
     demand(residency, 1, { 0, 1, 2, 3 });
@@ -403,7 +403,7 @@ void prompts_leave_what_they_want(const Model & model) {
     for (const bool whole : { false, true }) {
         CHECK(residency.lend(1, 0) != edge::SlotPool::none);
         const auto swaps = residency.begin_swaps(1, wanted.data());
-        CHECK(swaps.size() == 3 && swaps[0].expert == 6 && swaps[1].expert == 9 && swaps[2].expert == 5);
+        CHECK(swaps.size() == 2 && swaps[0].expert == 6 && swaps[1].expert == 9);
         CHECK(std::none_of(swaps.begin(), swaps.end(), [](const auto & swap) { return swap.gone == 3; }));
         for (const edge::Role role : { edge::role_up, edge::role_gate, edge::role_down }) {
             CHECK(residency.lend(1, swaps[0].gone) == swaps[0].slot); // until the last matrix
@@ -431,7 +431,7 @@ void prompts_leave_what_they_want(const Model & model) {
         }
     }
     const uint64_t misses = residency.counters().misses;
-    demand(residency, 1, { 3, 5, 6, 9 });
+    demand(residency, 1, { 3, 6, 9 });
     CHECK(residency.counters().misses == misses);
     residency.end_step();
     wanted.assign(n_expert, 0.0F);
