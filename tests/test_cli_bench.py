@@ -206,6 +206,17 @@ def test_progress_is_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
     assert screen.getvalue().count("\n") == 0 and screen.getvalue().endswith(interrupt.ERASE_LINE.decode())
 
 
+def test_texts_longer_than_the_depth_fit_into_the_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bundled: tuple[Path, Path]
+) -> None:
+    """Also where two load modes are tried first."""
+    own = tmp_path / "long.jsonl"
+    own.write_text(json.dumps({"prompt": "Once upon a time there was a sea. " * 60, "domain": "prose"}))
+    command = ["bench", "-m", str(bundled[0]), "--policy", "cpu-moe", "--prompts", str(own), "-p", "0", "-n", "2"]
+    assert main([*command, "-d", "16", "-r", "1", "-t", "1", "-o", "json"]) == 0
+    assert [row["test"] for row in json.loads(capsys.readouterr().out)] == ["tg2 @ d16"]
+
+
 def test_slots_that_are_too_few_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--vram-budget", "2MiB", *QUICK]) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("bench: ")]

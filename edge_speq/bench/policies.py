@@ -11,6 +11,7 @@ from typing import Any
 
 from edge_speq import _native, engine, gguf_model, plan
 from edge_speq.bench.matrix import Case
+from edge_speq.bench.measure import reading
 from edge_speq.bench.prompts import Texts
 from edge_speq.bench.watched import Stock, Watched
 from edge_speq.core import SLOT_POLICIES, Experts
@@ -247,11 +248,10 @@ class Fleet:
 
     def _tried(self, model: Watched) -> float:
         """Seconds of what is going to be measured, in short: a prompt, and tokens after it where they are asked for."""
-        tokens = model.words(self._settings.texts.chosen[0].text, add_bos=True)
-        generates = any(case.n_gen for case in self._settings.cases)
-        if not generates:
-            n = max(case.n_prompt for case in self._settings.cases)
-            tokens = (tokens * n)[:n]
+        texts, cases = self._settings.texts, self._settings.cases
+        case = max(cases, key=lambda case: (case.n_gen > 0, case.n_prompt))
+        read = reading(model, case, texts.chosen[0], texts)
+        tokens, generates = [*read.before, *read.prompt], case.n_gen > 0
         model.reset()
         started = time.perf_counter()
         with contextlib.closing(model.generate(tokens, temp=0.0)) as stream:
