@@ -11,6 +11,11 @@ A trial ends as soon as there is no such hope. What trials cost more than the le
 and bounded to SHARE of all time. Between no draft and a draft trials also back off: each that changes nothing doubles
 the steps until the next. A change of acceptance, which another class of text shows itself by, undoes that.
 
+What is expected begins with belief, and a draft that is right in one text may be wrong in the next. So what steps with
+a draft really took beyond the same tokens without one is summed, too: a trial that lost TRIAL_SLUMP ends, and a length
+in force that lost SLUMP is tried against none. What is expected still bounds what trials may cost in all: where drafts
+pay, chance would use that up.
+
 A draft model that was not asked for a while has to read the text first, which may take longer than the trial itself. So
 a trial of it begins with a glance: the draft reads the last token only. What it then says is hardly worth anything, but
 what steps take shows, and most drafts that do not pay are found out by that. Where there is hope still, the draft
@@ -28,7 +33,7 @@ from edge_speq.pace import Pace
 from edge_speq.voice import Voice
 
 WORTH_VERIFYING = 0.3  # where time does not count: least chance of acceptance that a drafted token should have
-FIRST = 6  # steps without a draft to begin with, after one that is not counted
+FIRST = 16  # steps without a draft to begin with, after one that is not counted: slots fill, and steps get faster
 TRIAL, TRIAL_LEAST, TRIAL_MOST = 3, 2, 16  # steps of a trial: before it can win, before it can lose, in all
 BACK_OFF, BACK_OFF_MAX = 8, 384  # steps until the other one of draft and no draft is tried; doubles
 FUTILE = 1536  # that too, where no length pays even if all drafted tokens are accepted
@@ -40,7 +45,8 @@ HOPE = 1.0  # standard deviations in favour of one
 SHARE, CREDIT = 0.015, 1.5  # of all seconds, that trials may cost; and steps' worth of that to begin with
 GLANCES = 0.0075  # of all seconds, that trials may have cost for a glance to begin: it seldom changes anything
 TRIAL_LOSS, GLANCE_LOSS = 1.0, 4.0  # steps' worth that one trial may cost, as expected; and a glance
-GLANCE = 16  # tokens of text, that a draft may have to read at most for a trial to begin without a glance
+SLUMP, TRIAL_SLUMP = 4.0, 2.0  # steps' worth that drafting may really lose: while a length is in force, in one trial
+GLANCE = 24  # tokens of text, that a draft may have to read at most for a trial to begin without a glance
 UNSAID = 32  # steps of a trial, from which on it ends where the draft says nothing
 STEADY = 2.0  # standard deviations of a step's seconds that a latency limit leaves room for
 
@@ -68,6 +74,8 @@ class Governor:
         self._failed = False  # the last trial of a draft did
         self._last = self._last_asked = -1  # tokens drafted in the step before, and asked for
         self._seconds = self._lost = self._trial_lost = 0.0
+        self._slump = 0.0  # seconds that drafting really lost in this trial, or since it is in force
+        self._is_first = False  # step of a text: a draft in force reads the text, as it has to in any case
         self._glanced = False  # and there was hope
         self._reading = 0  # tokens that the draft reads in the next step
         self._per_token = 0.0  # seconds that reading one took
@@ -83,6 +91,7 @@ class Governor:
     def begin(self) -> None:
         """A new text."""
         self.acceptance.begin()
+        self._is_first = True
 
     def k(self) -> int:
         """Tokens to draft in the next step."""
@@ -125,9 +134,11 @@ class Governor:
         settled = k == self._last
         if asked:
             self._hear(k, asked, seconds)
-        if asked == self._trying:
-            self._charge(k, accepted, seconds)
-        self._last, self._last_asked = k, asked
+        own = self._charge_trial(k, accepted, seconds) if asked == self._trying else seconds
+        reads = self._is_first and self._trying is None
+        if (asked or self._last > 0) and not reads:
+            self._charge(asked, accepted, own)
+        self._last, self._last_asked, self._is_first = k, asked, False
         self._seconds += seconds
         if not settled:  # it rebuilds graphs, and the draft reads what was written without it
             self._pool(k)
@@ -174,9 +185,25 @@ class Governor:
             most = min(WHILE_WAITING, ceil(wait))
         return max(1, min(most, known))
 
-    def _charge(self, k: int, accepted: int, seconds: float) -> None:
+    def _charge(self, asked: int, accepted: int, seconds: float) -> None:
+        """What a step took longer than no draft would have for as many tokens. The step after drafts counts: its graph
+        is built anew. Gains make up for losses, but are not saved up."""
+        step = exp(self.pace.logarithms[0])
+        self._slump = max(0.0, self._slump + seconds - (1 + accepted) * step)
+        most = SLUMP if self._trying is None else TRIAL_SLUMP
+        if asked and not self.glances and self._slump > step * most:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Drafting really lost, whatever is expected of it."""
+        if self._trying is not None:
+            self._fail(self._trying)
+        else:
+            self._try(0)
+
+    def _charge_trial(self, k: int, accepted: int, seconds: float) -> float:
         """What a step of a trial took longer than the length in force would be expected to for as many tokens. At a
-        glance nothing is expected of the draft, and what was accepted counts."""
+        glance nothing is expected of the draft, and what was accepted counts. Its seconds without those to begin."""
         assert self._trying is not None
         self._n_asked += 1
         value, usual = self._values(), exp(self.pace.logarithms[k])
@@ -187,6 +214,7 @@ class Governor:
         lost = seconds * max(0.0, 1 - gained / exp(value[self._set]))
         self._trial_lost += lost
         self._lost += lost
+        return seconds
 
     def _begins(self, seconds: float) -> None:
         """A trial of a draft took so much longer to begin, most of it for reading the text. No fault of the trial's."""
@@ -273,7 +301,7 @@ class Governor:
         return unread * self._per_token if unread else self._start
 
     def _try(self, k: int, *, glances: bool = False) -> None:
-        self._trying, self._n, self._n_asked, self._trial_lost = k, 0, 0, 0.0
+        self._trying, self._n, self._n_asked, self._trial_lost, self._slump = k, 0, 0, 0.0, 0.0
         self.glances = glances
         self._reading = self.unread() if k and not self._set and not glances else 0
 
@@ -297,7 +325,7 @@ class Governor:
             self._try(k)
 
     def _fail(self, k: int) -> None:
-        self._trying, self.glances, self._glanced = None, False, False
+        self._trying, self.glances, self._glanced, self._slump = None, False, False, 0.0
         if not (self._set and k):
             self._failed = True
             self._since = 0
@@ -313,4 +341,4 @@ class Governor:
             self._lost = max(0.0, self._lost - self._start)  # the draft had to read the text in any case
         if not (self._set and k):
             self._since, self._back_off = 0, BACK_OFF
-        self._set, self._trying, self._failed, self._glanced = k, None, False, False
+        self._set, self._trying, self._failed, self._glanced, self._slump = k, None, False, False, 0.0
