@@ -14,6 +14,7 @@ from edge_speq.core import EdgeError, Experts, Plan, parse_bytes
 
 K_DEFAULT = 4  # draft tokens of "auto": past 8 columns CUDA leaves its vector kernels, and acceptance decays
 AUTO_MARGIN = 512 << 20  # bytes of free VRAM that "auto" leaves to the desktop
+MOST_TAKEN = 0.03  # of the slots, by floors from groups that they do not bind
 PADDING = 64 << 10  # bytes for the padding of slot tensors, a few hundred each
 
 
@@ -68,6 +69,8 @@ def plan(
         )
         return dataclasses.replace(made, reason=f"{made.reason}: with a draft the slots would be too few")
     least = k_wanted if speculation is not None else min(1, k_wanted)
+    if speculation is None:
+        k_wanted = _most_that_fit(experts, share, k_wanted, hybrid)
     k = next((k for k in range(k_wanted, least - 1, -1) if _floor_bytes(experts, k, hybrid) <= slot_budget), None)
     if k is None:
         by_resident = resident is not None and resident <= _share_of_budget(
@@ -164,6 +167,18 @@ def _floors(experts: Experts, k: int) -> list[int]:
 def _floor_bytes(experts: Experts, k: int, hybrid: bool = False) -> int:
     floors = _floors(experts, 0 if hybrid else k)  # what the CPU computes needs no slot
     return sum(n * group.expert_bytes for n, group in zip(floors, experts.groups, strict=True))
+
+
+def _most_that_fit(experts: Experts, share: float, k: int, hybrid: bool) -> int:
+    """Draft tokens, k at most and at least one, whose floors hardly exceed a group's even share: room for more would be
+    taken from the other groups in every step, whether it drafts or not."""
+
+    def fits(k: int) -> bool:
+        floors = zip(_floors(experts, 0 if hybrid else k), experts.groups, strict=True)
+        taken = sum(max(0.0, floor - share * group.n_experts) * group.expert_bytes for floor, group in floors)
+        return taken <= MOST_TAKEN * share * experts.total_bytes
+
+    return next((n for n in range(k, 0, -1) if fits(n)), min(1, k))
 
 
 def _share_out(experts: Experts, slot_budget: int, floors: list[int]) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -41,10 +43,11 @@ def waves(n_steps: int) -> np.ndarray:
     return steps
 
 
-def misses(policy: presets.Policy, steps: np.ndarray, share: float) -> int:
+def misses(policy: presets.Policy, steps: np.ndarray, share: float, *, shows: bool = False) -> int:
+    """shows: a draft that is always right."""
     slots = Residency(EXPERTS, setting(share).slots, link_bytes_per_s=10**9, block_ns=500)
     for routing in steps:
-        policy.foresee(slots, None, 0)
+        policy.foresee(slots, routing if shows else None, 0)
         for block, ids in enumerate(routing):
             slots.demand(block, ids.ravel().tolist())
         slots.end_step()
@@ -52,6 +55,16 @@ def misses(policy: presets.Policy, steps: np.ndarray, share: float) -> int:
     counted = slots.counters().misses
     assert counted is not None
     return counted
+
+
+def test_a_twin_that_is_not_asked_leaves_the_slots_to_the_rules() -> None:
+    """And has them while it is."""
+    twin = dataclasses.replace(setting(1 / 4), has_twin=True)
+    auto, rules, waits = (presets.make(*given) for given in (("auto", twin), ("auto", setting(1 / 4)), ("waits", twin)))
+    found = [misses(policy, loops(400), 1 / 4) for policy in (auto, rules, waits)]
+    assert found[0] == pytest.approx(found[1], rel=0.02) and found[0] != found[2]
+    shown = [misses(presets.make(name, twin), loops(100), 1 / 4, shows=True) for name in ("auto", "waits")]
+    assert shown[0] == shown[1] < misses(presets.make("auto", twin), loops(100), 1 / 4)
 
 
 def test_a_prompt_says_what_is_wanted_often() -> None:

@@ -36,7 +36,8 @@ def test_resident_share_becomes_slots_of_each_group() -> None:
 
 def test_a_floor_takes_from_the_other_groups() -> None:
     assert make(TWO_GROUPS, resident=0.45).slots == (18, 10)
-    assert make(TWO_GROUPS, resident=0.34).slots == (12, 9)  # a floor of 9 is 13,500 of 25,840 bytes
+    few = Experts(4, 32, 4, (ExpertGroup(3, 96, 1000), ExpertGroup(1, 32, 1500)))
+    assert make(few, resident=0.3, speculation=2).slots == (23, 13)  # even shares are 28 and 9
 
 
 def test_the_smaller_of_share_and_budget_wins() -> None:
@@ -53,10 +54,19 @@ def test_auto_speculation_shrinks_to_what_the_slots_allow() -> None:
 
 def test_a_small_group_keeps_its_floor_at_small_shares() -> None:
     lopsided = Experts(6, 32, 4, (ExpertGroup(5, 160, 1000), ExpertGroup(1, 32, 1000)))
-    made = make(lopsided, resident=0.25)
+    made = make(lopsided, resident=0.25, speculation=4)
     assert made.k_max == 4
     assert made.slots[1] >= 21
     assert sum(made.slots) <= 48
+
+
+def test_auto_speculation_takes_little_from_other_groups() -> None:
+    """Room for five tokens in the small group would be a quarter of the large one's slots, whether it drafts or not."""
+    lopsided = Experts(6, 32, 4, (ExpertGroup(5, 160, 1000), ExpertGroup(1, 32, 1000)))
+    assert make(lopsided, resident=0.25).k_max == 1  # 9 of 8
+    assert make(lopsided, resident=0.25).slots == (39, 9)
+    assert make(lopsided, resident=0.53).k_max == 3  # 17 of 17
+    assert make(lopsided, resident=0.75).k_max == 4
 
 
 def test_asked_for_speculation_is_refused_with_the_share_it_needs() -> None:

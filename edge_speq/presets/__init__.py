@@ -1,7 +1,8 @@
 """Presets: the published systems and ours as policy objects that a replay runs side by side.
 
-policy     what a policy is; LRU, and edge_speq.foresight as one         waits   what `auto` is with a twin
-learned    foresight that was trained, and `auto` with a file of it    duel    what `auto` is without a draft to ask
+policy     what a policy is; LRU, and edge_speq.foresight as one         auto    what it is with a twin: waits or duel
+learned    foresight that was trained, and `auto` with a file of it      waits   while the twin drafts
+duel       while nothing drafts
 published  MoE-SpeQ, SP-MoE, SpecMoEOff, MoE-SpAc, MoE-Prism, MoE-Spec, Cascade    governors   draft lengths
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from edge_speq import foresight
 from edge_speq.core import require_choice
+from edge_speq.presets.auto import Auto
 from edge_speq.presets.duel import Duel
 from edge_speq.presets.learned import Learning
 from edge_speq.presets.policy import CpuMoe, Foreseeing, Policy, Setting, Slots
@@ -24,9 +26,7 @@ log = logging.getLogger("edge_speq")
 def _auto(setting: Setting) -> Policy:
     if setting.learned is not None:
         return Learning(setting)
-    made: Policy = Waits(setting) if setting.has_twin else Duel(setting)
-    made.name = "auto"
-    return made
+    return Auto(setting) if setting.has_twin else Duel(setting)
 
 
 def _twin(setting: Setting) -> Policy:
