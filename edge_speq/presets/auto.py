@@ -23,7 +23,8 @@ class Auto(Waits):
         super().__init__(setting)
         self.name = "auto"
         self._alone = Duel(setting)
-        self._n_alone = 0  # steps without routing in a row, this one included
+        self._n_alone = 0  # steps without routing in a row, the coming one included
+        self._n_foreseen = 0  # steps with routing before them
 
     @property
     def _is_alone(self) -> bool:
@@ -37,19 +38,15 @@ class Auto(Waits):
         super().read(routing)
         self._alone.read(routing)
 
-    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
-        knows = draft_routing is not None and draft_routing.shape[1] > 0
-        self._n_alone = 0 if knows else self._n_alone + 1
+    def _foreseen_otherwise(self, slots: Slots) -> bool:
+        self._n_alone = self._n_alone + 1 if self._n_foreseen == self._n_steps else 1
+        self._n_foreseen = self._n_steps
         if self._is_alone:
-            self._turn_over()
-            self._alone.foresee(slots, None, n_drafted)
-        else:
-            super().foresee(slots, draft_routing, n_drafted)
+            self._alone.foresee(slots, None, 0)
+        return self._is_alone
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:
         return self._alone.admissions(slots) if self._is_alone else super().admissions(slots)
 
-    def observe(self, routing: Routing, n_accepted: int) -> None:
-        super().observe(routing, n_accepted)
-        if self._n_alone:
-            self._alone.observe(routing, n_accepted)
+    def _learn_otherwise(self, routing: Routing) -> None:
+        self._alone.observe(routing, 0)

@@ -83,6 +83,8 @@ class Waits(Policy):
             draft_routing = draft_routing[:, :most]
         n_shown = 0 if draft_routing is None else draft_routing.shape[1]
         routing = draft_routing if n_shown else None
+        if routing is None and self._foreseen_otherwise(slots):
+            return
         self._now = now = self._near if n_shown else None
         self._then = then = then if n_shown > width else None
         self._n_tokens += n_shown
@@ -99,8 +101,18 @@ class Waits(Policy):
     def read(self, routing: Routing) -> None:
         self._native.read(routing, self.setting.k_max + 1)
 
+    def _foreseen_otherwise(self, slots: Slots) -> bool:
+        """Whether something else has written scores for a step without routing."""
+        return False
+
     def observe(self, routing: Routing, n_accepted: int) -> None:
-        self._learn(routing, None if self._now is None else self._now.found)
+        foreseen = None if self._now is None else self._now.found
+        self._learn(routing, foreseen)
+        if foreseen is None:
+            self._learn_otherwise(routing)
+
+    def _learn_otherwise(self, routing: Routing) -> None:
+        """Of a step without routing before it."""
 
     def _learn(self, routing: Routing, foreseen: Marks | None) -> None:
         """foreseen: what counts as such."""
