@@ -173,12 +173,12 @@ def _most_that_fit(experts: Experts, share: float, k: int, hybrid: bool) -> int:
     """Draft tokens, k at most and at least one, whose floors hardly exceed a group's even share: room for more would be
     taken from the other groups in every step, whether it drafts or not."""
 
-    def fits(k: int) -> bool:
+    def taken(k: int) -> float:
         floors = zip(_floors(experts, 0 if hybrid else k), experts.groups, strict=True)
-        taken = sum(max(0.0, floor - share * group.n_experts) * group.expert_bytes for floor, group in floors)
-        return taken <= MOST_TAKEN * share * experts.total_bytes
+        return sum(max(0.0, floor - share * group.n_experts) * group.expert_bytes for floor, group in floors)
 
-    return next((n for n in range(k, 0, -1) if fits(n)), min(1, k))
+    allowed = max(taken(1), MOST_TAKEN * share * experts.total_bytes)
+    return next((n for n in range(k, 0, -1) if taken(n) <= allowed), min(1, k))
 
 
 def _share_out(experts: Experts, slot_budget: int, floors: list[int]) -> tuple[int, ...]:

@@ -206,7 +206,7 @@ def test_a_trace_is_replayed(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     model, draft = str(demo.path(demo.MODEL)), str(demo.path(demo.DRAFT))
     record = ["trace", model, "--draft", draft, "--speculation", "2", "-n", "24", "-o", path]
     assert main(record) == 0
-    each = planned(capsys, *LAPTOP, "--trace", path)["estimate"]["per_token"]
+    each = planned(capsys, *LAPTOP, "--speculation", "2", "--trace", path)["estimate"]["per_token"]
     assert each["method"] == "replayed trace"
     assert 0 < each["bytes_fetched"] < each["bytes_demanded"]
     assert each["tok_per_s"] < each["bound_tok_per_s"]
