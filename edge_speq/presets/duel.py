@@ -68,7 +68,7 @@ class Duel(Policy):
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:
         """Recency says nothing of experts that are in no slot: short-lived frequency does, counted from the first time
-        on that it is asked for, which is before the first step or never."""
+        on that it is asked for, which is before the first step or never, or, in `Auto`, once the twin is silent."""
         self._admits = True
         return foresight.admissions(self._counts.worth(), slots.states())
 

@@ -87,10 +87,10 @@ class Replay:
             out.step_bytes.append(self.place.bytes_fetched - before)
             if part.learns:
                 self._safely(self.policy.observe, part.routing, part.n_accepted)
-            if not part.foresees:
-                self._read(part)
             if part.foresees:
                 self._count(out, part, ms)
+            else:
+                self._read(part)
         out.counters, out.failed = self.place.counters(), self._failed
         out.parts = self._parts_of_expert
         quality = self.policy.quality

@@ -2,8 +2,8 @@
 // orders, and the CPU's part of the experts. llama.cpp's and ggml's own calls are not looked at.
 #include "check.h"
 #include "expert_matrices.h"
-#include "gate.h"
 #include "residency.h"
+#include "scripted_gate.h"
 #include "telling.h"
 
 #include "ggml-cpu.h"
@@ -31,19 +31,6 @@ __attribute__((noinline)) void * operator new(size_t bytes) { // inlined, a comp
 
 __attribute__((noinline)) void operator delete(void * memory) noexcept { std::free(memory); }
 __attribute__((noinline)) void operator delete(void * memory, size_t) noexcept { std::free(memory); }
-
-// In place of gate.cpp: a row is one number, the expert that it foresees.
-namespace edge {
-
-Gate::Gate(const llama_model *, const ExpertTable & table) : n_expert_(table.n_expert), n_used_(1), n_embd_(1) {}
-
-bool Gate::foresees(int32_t block) const { return block > 0; }
-
-void Gate::predict(int32_t, const float * rows, int32_t n_tokens, std::vector<int32_t> & chosen) {
-    chosen.assign(rows, rows + n_tokens);
-}
-
-} // namespace edge
 
 namespace {
 

@@ -4,8 +4,8 @@
 #include "error.h"
 #include "fake_device.h"
 #include "faults.h"
-#include "gate.h"
 #include "residency.h"
+#include "scripted_gate.h"
 #include "telling.h"
 #include "warm.h"
 
@@ -20,19 +20,6 @@
 #include <vector>
 
 using namespace telling;
-
-// In place of gate.cpp: a row is one number, the expert that it foresees.
-namespace edge {
-
-Gate::Gate(const llama_model *, const ExpertTable & table) : n_expert_(table.n_expert), n_used_(1), n_embd_(1) {}
-
-bool Gate::foresees(int32_t block) const { return block > 0; }
-
-void Gate::predict(int32_t, const float * rows, int32_t n_tokens, std::vector<int32_t> & chosen) {
-    chosen.assign(rows, rows + n_tokens);
-}
-
-} // namespace edge
 
 namespace {
 
