@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # The benchmark of docs/performance.md on a GPU machine, most important part first, within a time limit.
 #
-#     tools/device_bench.sh CARRY OUT MINUTES [emulated] [as-is] [prompts] [qwen3] [mixtral] [record] [timeline] [draft]
+#     tools/device_bench.sh CARRY OUT MINUTES [emulated] [as-is] [prompts] [qwen3] [mixtral] [qwen3-as-is] [mixtral-as-is] [record] [timeline] [draft]
 #
 #   emulated  the bundled model inflated to 9.5 GB, an emulated laptop: link 12.5 GB/s, 6 CPU threads
 #   as-is     the same on the machine's own link, 8 CPU threads
 #   prompts   as-is, prompts of 128 and 512 tokens
 #   qwen3     random weights in the shape of Qwen3-30B-A3B, 12 layers, emulated laptop
 #   mixtral   random weights in the shape of Mixtral-8x7B, 8 layers, emulated laptop
+#   qwen3-as-is, mixtral-as-is
+#             the same on the machine's own link, 8 CPU threads
 #   record    the emulated laptop's steps at 1/4, for tools/bench_plot.py: OUT/record.json
 #   timeline  what a step does when (tools/step_timeline.py), emulated and as it is: OUT/timeline_laptop.json, OUT/timeline_link.json
 #   draft     as emulated, with the bundled draft, draft lengths auto and 0
@@ -66,6 +68,8 @@ for part in "$@"; do
         prompts) big && SHARES=${PROMPT_SHARES:-1/4} POLICIES=auto,cpu-moe TOKENS=0 bench prompts tales-big.gguf -t 8 -p 128,512 ;;
         qwen3) shape qwen3 "${QWEN3_LAYERS:-12}" && bench qwen3 qwen3.gguf "${laptop[@]}" -d 64 ;;
         mixtral) shape mixtral "${MIXTRAL_LAYERS:-8}" && bench mixtral mixtral.gguf "${laptop[@]}" -d 64 ;;
+        qwen3-as-is) shape qwen3 "${QWEN3_LAYERS:-12}" && bench qwen3-as-is qwen3.gguf -t 8 -d 64 ;;
+        mixtral-as-is) shape mixtral "${MIXTRAL_LAYERS:-8}" && bench mixtral-as-is mixtral.gguf -t 8 -d 64 ;;
         record)
             big && python3 "$here/tools/step_record.py" "$work/tales-big.gguf" "${laptop[@]}" --policy auto,hybrid,device,lru -n 32 \
                 -o "$out/record.json" || say "$part failed"

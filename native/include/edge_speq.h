@@ -221,7 +221,9 @@ EDGE_API int edge_hook_scores(edge_hook * hook, float ** out);
 
 // Replaces the outstanding orders by these, most urgent first; none at all cancels them. An ordered expert that is in
 // a slot is worth its priority more until its block has run; the others are loaded by a worker thread, as far as
-// byte_budget goes, and evict only what is worth less than they are, by the margin. n_ordered: those that are in no
+// byte_budget goes, and evict only what is worth less than they are, by the margin. With layer_ahead the decoding thread
+// sends those whose deadline is their own block, once that block is next and as far as the link would idle, in place of
+// what the block's input says; they may then evict what is not wanted, as demands do. n_ordered: those that are in no
 // slot. sound, or null: whether all scores were numbers; others count as 0.
 EDGE_API int edge_hook_prefetch(edge_hook * hook, const edge_order * orders, int32_t n_orders, uint64_t byte_budget, float margin, int32_t * n_ordered, bool * sound);
 EDGE_API int edge_hook_drain(edge_hook * hook); // waits until no order is outstanding

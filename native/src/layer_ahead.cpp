@@ -2,6 +2,7 @@
 #include "residency.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace edge {
 
@@ -24,15 +25,20 @@ void Residency::use_gate(std::unique_ptr<Gate> gate) {
     const Lock lock(mutex_);
     gate_ = std::move(gate);
     absent_precision_.assign(table_.blocks.size(), {});
+    ordered_precision_.assign(table_.blocks.size(), {});
 }
 
 bool Residency::looks_ahead_to(int32_t block) const {
     return gate_ && !clock_ && gate_->foresees(block) && (!demand_link_.asynchronous() || store_->page_locked(block_at(block)));
 }
 
+float Residency::precision_ahead(int32_t number) const {
+    return (foreseen_by_order_ ? ordered_precision_ : absent_precision_)[static_cast<size_t>(number)].value;
+}
+
 // How many experts of that block may be sent: as many as the link is idle for until the block knows its own.
 size_t Residency::room_ahead(int32_t number) const {
-    const double precision = absent_precision_[static_cast<size_t>(number)].value;
+    const double precision = precision_ahead(number);
     if (precision < too_poor) {
         return 0;
     }
@@ -43,24 +49,48 @@ size_t Residency::room_ahead(int32_t number) const {
     return std::min(static_cast<size_t>(room), marks > 0 ? marks - 1 : 0);
 }
 
-// Whether it is worth what the gate takes: less than this thread would wait, and seldom where guesses come to nothing.
-bool Residency::asks_gate(int32_t number) {
+// Whether the step's experts were ordered, by who knows them better than the gate; foreseen_ are then those of this block that
+// are in no slot, the best first.
+bool Residency::finds_ordered(int32_t number) {
+    const Lock lock(mutex_);
+    Precision & ordered = ordered_precision_[static_cast<size_t>(number)];
+    const bool is_worse = ordered.value < absent_precision_[static_cast<size_t>(number)].value;
+    foreseen_by_order_  = has_ordered_ && (!is_worse || ++ordered.skipped % seldom == 0);
+    if (!foreseen_by_order_) {
+        return false;
+    }
+    const auto others = [number](const Order & order) { return order.block != number; };
+    const auto first = std::partition(ordered_ahead_.begin(), ordered_ahead_.end(), others);
+    std::sort(first, ordered_ahead_.end(), [](const Order & a, const Order & b) {
+        return a.priority != b.priority ? a.priority > b.priority : a.expert < b.expert;
+    });
+    foreseen_.clear();
+    std::transform(first, ordered_ahead_.end(), std::back_inserter(foreseen_), [](const Order & order) { return order.expert; });
+    ordered_ahead_.erase(first, ordered_ahead_.end());
+    return true;
+}
+
+// Fills in foreseen_ if that is worth what the gate takes: less than this thread would wait, and seldom where guesses come to nothing.
+bool Residency::asks_gate(int32_t number, const float * rows, int32_t n_tokens) {
     Precision & precision = absent_precision_[static_cast<size_t>(number)];
     if (precision.value < too_poor && ++precision.skipped % seldom != 0) {
         return false;
     }
     const double backlog = std::max(0.0, nanoseconds(link_free_ - Clock::now()));
-    return gate_ns_ <= block_ns_ + std::max(backlog, cpu_left_ns_) || ++gate_skipped_ % seldom == 0;
-}
-
-void Residency::look_ahead(int32_t number, const float * rows, int32_t n_tokens) {
-    if (!asks_gate(number)) {
-        return;
+    if (gate_ns_ > block_ns_ + std::max(backlog, cpu_left_ns_) && ++gate_skipped_ % seldom != 0) {
+        return false;
     }
-    const ExpertBlock & block = block_at(number);
     const auto asked = Clock::now();
     gate_->predict(number, rows, n_tokens, foreseen_);
     gate_ns_ += (gate_ns_ > 0 ? follow : 1) * (nanoseconds(Clock::now() - asked) - gate_ns_);
+    return true;
+}
+
+void Residency::look_ahead(int32_t number, const float * rows, int32_t n_tokens) {
+    if (!finds_ordered(number) && !asks_gate(number, rows, n_tokens)) {
+        return;
+    }
+    const ExpertBlock & block = block_at(number);
     const size_t first = ahead_.size();
     {
         const Lock lock(mutex_);
@@ -69,7 +99,7 @@ void Residency::look_ahead(int32_t number, const float * rows, int32_t n_tokens)
         }
         foreseen_block_ = number;
         keep_foreseen(block);
-        take_foreseen(block, room_ahead(number));
+        take_foreseen(number, room_ahead(number));
     }
     send_ahead(block, first);
 }
@@ -87,13 +117,20 @@ void Residency::keep_foreseen(const ExpertBlock & block) {
     }
 }
 
-void Residency::take_foreseen(const ExpertBlock & block, size_t room) {
+void Residency::take_foreseen(int32_t number, size_t room) {
+    const ExpertBlock & block = block_at(number);
+    const uint64_t bytes = expert_bytes(block.group);
+    const float expectation = foreseen_by_order_ ? precision_ahead(number) : foresight_precision_;
     for (size_t i = 0; i < std::min(room, foreseen_absent_.size()); ++i) {
-        const int32_t slot = pool(block).take_ahead(block.first_key + foreseen_absent_[i], foresight_precision_);
+        if (foreseen_by_order_ && bytes > byte_budget_) {
+            return;
+        }
+        const int32_t slot = pool(block).take_ahead(block.first_key + foreseen_absent_[i], expectation);
         if (slot == SlotPool::none) {
             return;
         }
-        count_prefetch(expert_bytes(block.group));
+        byte_budget_ -= foreseen_by_order_ ? bytes : 0;
+        count_prefetch(bytes);
         ahead_.push_back({ block.group, slot, 0, {} });
     }
 }
@@ -133,9 +170,11 @@ void Residency::judge_foresight(int32_t number) {
     const auto part_of = [&](const std::vector<int32_t> & experts) {
         return static_cast<float>(std::count_if(experts.begin(), experts.end(), came_true)) / static_cast<float>(experts.size());
     };
-    foresight_precision_ += follow * (part_of(foreseen_) - foresight_precision_);
+    if (!foreseen_by_order_) {
+        foresight_precision_ += follow * (part_of(foreseen_) - foresight_precision_);
+    }
     if (!foreseen_absent_.empty()) {
-        Precision & precision = absent_precision_[static_cast<size_t>(number)];
+        Precision & precision = (foreseen_by_order_ ? ordered_precision_ : absent_precision_)[static_cast<size_t>(number)];
         precision.judged += 1;
         precision.value += std::max(follow, 1 / precision.judged) * (part_of(foreseen_absent_) - precision.value);
     }

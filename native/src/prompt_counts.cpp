@@ -10,8 +10,6 @@ namespace edge {
 
 namespace {
 
-size_t count(int32_t n) { return static_cast<size_t>(n); }
-
 // Marks the experts of a block that tokens [from, to) chose, as far as that is known. Whether any is.
 bool mark_known(uint8_t * marks, int32_t n_expert, const edge_ids & routing, int32_t block, int32_t from, int32_t to) {
     std::memset(marks, 0, count(n_expert));
@@ -24,12 +22,6 @@ bool mark_known(uint8_t * marks, int32_t n_expert, const edge_ids & routing, int
         }
     }
     return any;
-}
-
-void count_step(float * often, const uint8_t * demanded, int32_t n, float decay) {
-    for (int32_t i = 0; i < n; ++i) {
-        often[i] = often[i] * decay + static_cast<float>(demanded[i]) * (1.0F - decay);
-    }
 }
 
 } // namespace
@@ -45,7 +37,7 @@ void read_duel(edge_duel & duel, const edge_ids & routing) {
             for (int32_t rule = 1; rule < duel.n_rules; ++rule) {
                 const float decay = duel.decays[rule - 1];
                 float * often = duel.often + count(rule - 1) * n_keys + count(block) * count(duel.n_expert);
-                count_step(often, latest, duel.n_expert, decay);
+                scale_and_add(often, often, latest, duel.n_expert, decay, decay, 1.0F - decay);
             }
         }
     }
@@ -58,7 +50,7 @@ void read_waits(edge_waits & waits, const edge_ids & routing, int32_t width) {
         float * often = waits.often + count(block) * count(n);
         for (int32_t end = routing.n_tokens % width; end <= routing.n_tokens; end += width) { // whole steps last
             if (mark_known(demanded.data(), n, routing, block, std::max(0, end - width), end)) {
-                count_step(often, demanded.data(), n, waits.decay);
+                scale_and_add(often, often, demanded.data(), n, waits.decay, waits.decay, 1.0F - waits.decay);
             }
         }
         for (int32_t i = 0; i < n; ++i) {

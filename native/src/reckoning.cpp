@@ -11,8 +11,6 @@ namespace edge {
 
 namespace {
 
-size_t count(int32_t n) { return static_cast<size_t>(n); }
-
 // Marks the experts of a block that tokens [from, to) chose.
 void mark(uint8_t * marks, int32_t n_expert, const edge_ids & routing, int32_t block, int32_t from, int32_t to) {
     std::memset(marks, 0, count(n_expert));
@@ -63,15 +61,6 @@ float sum(const float * values, int32_t n) {
         sums[0] += values[i];
     }
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-}
-
-// to = from * (outside, or inside of the marks) + (added, inside of the marks). Products instead of branches: which way
-// these go is as good as random.
-void scale_and_add(float * to, const float * from, const uint8_t * marks, int32_t n, float outside, float inside, float added) {
-    for (int32_t i = 0; i < n; ++i) {
-        const auto is_inside = static_cast<float>(marks[i]);
-        to[i] = from[i] * (outside + is_inside * (inside - outside)) + is_inside * added;
-    }
 }
 
 void invert(float * to, const float * from, int32_t n) {
@@ -224,6 +213,13 @@ bool all_below(const edge_ids & routing, int32_t n_blocks, uint32_t most_added, 
 }
 
 } // namespace
+
+void scale_and_add(float * to, const float * from, const uint8_t * marks, int32_t n, float outside, float inside, float added) {
+    for (int32_t i = 0; i < n; ++i) {
+        const auto is_inside = static_cast<float>(marks[i]);
+        to[i] = from[i] * (outside + is_inside * (inside - outside)) + is_inside * added;
+    }
+}
 
 bool is_sound(const edge_ids & routing, int32_t n_blocks, int32_t n_expert) {
     return all_below(routing, n_blocks, 0, static_cast<uint32_t>(n_expert));

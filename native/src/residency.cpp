@@ -167,29 +167,9 @@ void Residency::load_missing(Lock & lock, const ExpertBlock & block) {
     if (loading_.empty()) {
         return;
     }
-    taken_.clear();
-    for (const int32_t expert : loading_) {
-        taken_.push_back(slot_of_[static_cast<size_t>(expert)]);
-    }
     begin_fetches();
     lock.unlock();
-    try {
-        for (size_t i = 0; i < loading_.size(); ++i) {
-            store_->send(demand_link_, block, loading_[i], taken_[i], i + 1 == loading_.size() ? 1 : 0);
-        }
-        if (!defers()) {
-            demand_link_.wait();
-        }
-    } catch (...) {
-        demand_link_.wait();
-        lock.lock();
-        for (const int32_t slot : taken_) {
-            slots.drop(slot);
-        }
-        ++counters_.failed;
-        loaded_.notify_all();
-        throw;
-    }
+    send_loading(block);
     lock.lock();
     if (defers()) {
         if (!store_->page_locked(block)) { // this thread copied them into what can be sent
@@ -202,6 +182,31 @@ void Residency::load_missing(Lock & lock, const ExpertBlock & block) {
         slots.loaded(slot);
     }
     loaded_.notify_all();
+}
+
+// To the slots that they have been given, without a lock. None of them stays if one fails.
+void Residency::send_loading(const ExpertBlock & block) {
+    taken_.clear();
+    for (const int32_t expert : loading_) {
+        taken_.push_back(slot_of_[static_cast<size_t>(expert)]);
+    }
+    try {
+        for (size_t i = 0; i < loading_.size(); ++i) {
+            store_->send(demand_link_, block, loading_[i], taken_[i], i + 1 == loading_.size() ? 1 : 0);
+        }
+        if (!defers()) {
+            demand_link_.wait();
+        }
+    } catch (...) {
+        demand_link_.wait();
+        const Lock lock(mutex_);
+        for (const int32_t slot : taken_) {
+            pool(block).drop(slot);
+        }
+        ++counters_.failed;
+        loaded_.notify_all();
+        throw;
+    }
 }
 
 // Waits for the wanted experts that prefetches bring, and leaves in missing_ those whose prefetch failed.
@@ -306,6 +311,8 @@ void Residency::end_step() {
     }
     last_block_ = -1;
     foreseen_block_ = -1;
+    ordered_ahead_.clear();
+    has_ordered_ = false;
     ready_ = {};
 }
 

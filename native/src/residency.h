@@ -47,7 +47,8 @@ public:
     bool fetching() const { return !fetches_.slots.empty() || !fetches_.late.empty(); }
     bool hold_for_fetches(ggml_backend_t backend) { return fetches_.late.empty() && demand_link_.holds(backend); }
     void await_fetches();
-    // Rows [n_embd] that enter the block before this one: what the gate foresees is sent, as far as the link would idle.
+    // What orders ask for of this block, else what the gate foresees of it from the rows [n_embd] that enter the block
+    // before it, is sent as far as the link would idle.
     void look_ahead(int32_t block, const float * rows, int32_t n_tokens);
     bool looks_ahead_to(int32_t block) const;
     bool link_ends_first() const { return nanoseconds(link_free_ - Clock::now()) < cpu_left_ns_; } // before the CPU's part, by estimate
@@ -136,6 +137,7 @@ private:
     void find_missing(const ExpertBlock & block, const int32_t * ids, int32_t n);
     void hit(const ExpertBlock & block, int32_t slot);
     void load_missing(Lock & lock, const ExpertBlock & block);
+    void send_loading(const ExpertBlock & block);
     void settle_late(Lock & lock, const ExpertBlock & block);
     int32_t take_for_demand(Lock & lock, const ExpertBlock & block, int32_t key);
     void count_fetch(const ExpertBlock & block, int32_t slot);
@@ -143,14 +145,17 @@ private:
     bool is_ours(int32_t group, int32_t slot) const; // loading by the demand link
     void settle_ahead();
     bool land_ahead();
+    std::vector<Ahead>::const_iterator find_ahead(int32_t group, int32_t slot) const;
     bool adopt_ahead(int32_t group, int32_t slot);
     double left_ns(int32_t group, int32_t slot) const;
     void begin_fetches();
     void fetches_sent(const std::vector<int32_t> & slots, uint64_t bytes);
     size_t room_ahead(int32_t block) const;
-    bool asks_gate(int32_t block);
+    bool finds_ordered(int32_t block);
+    bool asks_gate(int32_t block, const float * rows, int32_t n_tokens);
+    float precision_ahead(int32_t block) const;
     void keep_foreseen(const ExpertBlock & block);
-    void take_foreseen(const ExpertBlock & block, size_t room);
+    void take_foreseen(int32_t block, size_t room);
     void send_ahead(const ExpertBlock & block, size_t first);
     void judge_foresight(int32_t block);
     void count_prefetch(uint64_t bytes);
@@ -163,7 +168,6 @@ private:
     void note_costs();
     int32_t find_absent(const ExpertBlock & block, const int32_t * ids, int32_t n);
     size_t take_for_fetches(const ExpertBlock & block);
-    void send_some(const ExpertBlock & block, size_t n_fetched);
     void land_fetches();
     void mark_landed();
     void refill(int32_t group, const std::vector<int32_t> & keys);
@@ -192,7 +196,9 @@ private:
     std::condition_variable     loaded_;
     std::condition_variable     ordered_;
     std::vector<SlotPool>       pools_;
-    std::vector<Order>          orders_; // most urgent last
+    std::vector<Order>          orders_; // the worker's, most urgent last
+    std::vector<Order>          ordered_ahead_; // the decoding thread's: of blocks that it looks ahead to
+    bool                        has_ordered_ = false; // the coming step's experts: nobody asks the gate
     std::optional<VirtualClock> clock_;  // of deterministic mode
     std::optional<InFlight>     virtual_flight_;
     uint64_t                    byte_budget_ = 0; // what is left of it
@@ -206,13 +212,15 @@ private:
     std::vector<int32_t>        foreseen_;     // experts of that block, the likeliest first
     std::vector<int32_t>        foreseen_absent_; // those that were in no slot
     int32_t                     foreseen_block_ = -1;
-    float                       foresight_precision_ = 0.7F; // of late
+    bool                        foreseen_by_order_ = false;
+    float                       foresight_precision_ = 0.7F; // of the gate, of late
     struct Precision {
         float value = 0.6F;
         float judged = 3; // times, that much of an opinion at first
         uint32_t skipped = 0;
     };
-    std::vector<Precision>      absent_precision_; // of each block
+    std::vector<Precision>      absent_precision_; // the gate's, of each block
+    std::vector<Precision>      ordered_precision_; // that of orders
     struct Wanted { // by a prompt
         float   weight;
         int32_t group;
@@ -228,7 +236,7 @@ private:
     std::vector<int32_t> slot_of_;  // of the block that is demanded: by expert
     std::vector<int32_t> wanted_;   // its distinct experts
     std::vector<int32_t> missing_;
-    std::vector<int32_t> loading_;  // those that the demand link brings
+    std::vector<int32_t> loading_;  // its experts that the demand link is to bring
     std::vector<Miss>    misses_;   // of demand_some: those under way first
 
     // The decoding thread's: what the running block waits for, and nobody has waited for yet.

@@ -62,6 +62,7 @@ size_t Residency::take_for_fetches(const ExpertBlock & block) {
     double queued_ns = flying_ > 0 ? balancer_.link_ns(1, bytes) / 2 : 0; // half of a prefetch is still to come
     queued_ns += std::max(0.0, nanoseconds(link_free_ - Clock::now()));
     const size_t n = splits_always_ || store_->page_locked(block) ? balancer_.split(misses_, bytes, queued_ns) : 0;
+    loading_.clear();
     for (size_t i = 0; i < n; ++i) {
         const int32_t slot = pool(block).take(block.first_key + misses_[i].expert, SlotPool::any_price);
         if (slot == SlotPool::none) { // all are pinned or loading: the rest is the CPU's
@@ -69,6 +70,7 @@ size_t Residency::take_for_fetches(const ExpertBlock & block) {
         }
         slot_of_[static_cast<size_t>(misses_[i].expert)] = slot;
         count_fetch(block, slot);
+        loading_.push_back(misses_[i].expert);
     }
     return n;
 }
@@ -97,35 +99,14 @@ void Residency::demand_some(int32_t number, const int32_t * ids, int32_t n, int3
         }
         cpu_left_ns_ = balancer_.cpu_ns(left, pairs, expert_bytes(block.group));
     }
-    send_some(block, n_fetched);
+    if (n_fetched > 0) {
+        send_loading(block);
+        fetches_sent(taken_, expert_bytes(block.group));
+    }
     ready_ = Clock::now();
     for (int32_t i = 0; i < n; ++i) {
         out[i] = slot_of_[static_cast<size_t>(ids[i])];
     }
-}
-
-void Residency::send_some(const ExpertBlock & block, size_t n_fetched) {
-    if (n_fetched == 0) {
-        return;
-    }
-    taken_.clear();
-    for (size_t i = 0; i < n_fetched; ++i) {
-        taken_.push_back(slot_of_[static_cast<size_t>(misses_[i].expert)]);
-    }
-    try {
-        for (size_t i = 0; i < n_fetched; ++i) {
-            store_->send(demand_link_, block, misses_[i].expert, taken_[i], i + 1 == n_fetched ? 1 : 0);
-        }
-    } catch (...) {
-        demand_link_.wait();
-        const Lock lock(mutex_);
-        for (const int32_t slot : taken_) {
-            pool(block).drop(slot);
-        }
-        ++counters_.failed;
-        throw;
-    }
-    fetches_sent(taken_, expert_bytes(block.group));
 }
 
 void Residency::computed(int32_t block, size_t n_experts, size_t n_pairs, double ns) {

@@ -18,9 +18,13 @@ bool Residency::defers() const {
     return !clock_ && (demand_link_.asynchronous() || splits_always_);
 }
 
+std::vector<Residency::Ahead>::const_iterator Residency::find_ahead(int32_t group, int32_t slot) const {
+    const auto same = [&](const Ahead & one) { return one.group == group && one.slot == slot; };
+    return std::find_if(ahead_.begin(), ahead_.end(), same);
+}
+
 bool Residency::is_ours(int32_t group, int32_t slot) const {
-    const auto same = [&](const Ahead & ahead) { return ahead.group == group && ahead.slot == slot; };
-    return std::any_of(ahead_.begin(), ahead_.end(), same) ||
+    return find_ahead(group, slot) != ahead_.end() ||
            (fetches_.group == group && std::find(fetches_.slots.begin(), fetches_.slots.end(), slot) != fetches_.slots.end());
 }
 
@@ -76,8 +80,7 @@ bool Residency::land_ahead() {
 
 // The running block waits for it; false for what the worker brings.
 bool Residency::adopt_ahead(int32_t group, int32_t slot) {
-    const auto same = [&](const Ahead & one) { return one.group == group && one.slot == slot; };
-    const auto one = std::find_if(ahead_.begin(), ahead_.end(), same);
+    const auto one = find_ahead(group, slot);
     if (one == ahead_.end()) {
         return false;
     }
@@ -92,8 +95,7 @@ bool Residency::adopt_ahead(int32_t group, int32_t slot) {
 
 // Nanoseconds until it has arrived, by estimate.
 double Residency::left_ns(int32_t group, int32_t slot) const {
-    const auto same = [&](const Ahead & one) { return one.group == group && one.slot == slot; };
-    const auto one = std::find_if(ahead_.begin(), ahead_.end(), same);
+    const auto one = find_ahead(group, slot);
     return one == ahead_.end() ? balancer_.link_ns(1, expert_bytes(group)) / 2 : nanoseconds(one->due - Clock::now());
 }
 

@@ -332,6 +332,67 @@ void failed_guesses_are_forgotten(fake::Device & device, const Model & model) {
     device.copy_us = 0;
 }
 
+// What is ordered for the coming step goes out when its block is next, the best first and as far as the budget goes, and nobody
+// asks the gate.
+void orders_go_out_block_by_block(fake::Device & device, const Model & model) {
+    Warm warm(device, model, 40);
+    const auto order = [&](const std::vector<edge_order> & orders, int32_t experts) {
+        const int32_t n_absent = warm.residency.prefetch(orders.data(), static_cast<int32_t>(orders.size()), experts * model.table.groups[0].expert_bytes);
+        CHECK(n_absent == 3);
+        warm.residency.drain();
+        CHECK(warm.residency.counters().prefetched == 0);
+        warm.demand(0, { 0, 1, 2, 3 });
+        warm.foresee({ 14 });
+    };
+    order({ { 1, 0, 1, 3.0F }, { 1, 8, 1, 1.0F }, { 1, 9, 1, 2.0F }, { 1, 10, 1, 3.0F } }, 2);
+    CHECK(warm.holds(1, { 9, 10 }) && !warm.holds(1, { 8 }) && !warm.holds(1, { 14 }));
+    warm.demand(1, { 0, 8, 9, 10 });
+    CHECK(warm.residency.counters().prefetched == 2 && warm.residency.counters().prefetched_used == 2);
+}
+
+// Two in three of the orders come to nothing, none of the gate's guesses does.
+void bad_orders_give_way_to_the_gate(fake::Device & device, const Model & model) {
+    Warm warm(device, model, 13);
+    int by_order = 0;
+    int by_gate = 0;
+    for (int32_t i = 0; i < 64; ++i) {
+        const int32_t wanted = 4 + i % 4;
+        const edge_order orders[] = { { 1, 12, 1, 1.0F }, { 1, 13, 1, 2.0F }, { 1, wanted, 1, 3.0F } };
+        warm.residency.prefetch(orders, 3, no_budget);
+        warm.demand(0, { 0, 1, 2, 3 });
+        const uint64_t before = warm.residency.counters().prefetched;
+        warm.foresee({ static_cast<float>(wanted) });
+        by_gate  += warm.residency.counters().prefetched - before == 1 ? 1 : 0;
+        by_order += warm.residency.counters().prefetched - before == 3 ? 1 : 0;
+        fake::pass(300);
+        warm.demand(1, { wanted });
+        warm.residency.end_step();
+        for (int32_t first = 0; first < n_expert; first += 4) { // the next step finds none of block 1's
+            warm.demand(0, { first, first + 1, first + 2, first + 3 });
+        }
+        warm.residency.end_step();
+    }
+    CHECK(by_order >= 2 && by_gate > 32 && by_order + by_gate == 64);
+}
+
+// Orders that nothing is to be sent for say nothing of the step, and those of a step that is over nothing of the next one.
+void without_orders_the_gate_is_asked(fake::Device & device, const Model & model) {
+    Warm warm(device, model, 40);
+    const edge_order order{ 1, 8, 1, 1.0F };
+    int32_t guess = 12;
+    for (const uint64_t budget : { uint64_t{ 0 }, no_budget }) {
+        warm.residency.prefetch(&order, 1, budget);
+        if (budget > 0) {
+            warm.residency.end_step();
+        }
+        warm.demand(0, { 0, 1, 2, 3 });
+        warm.foresee({ static_cast<float>(guess) });
+        CHECK(warm.holds(1, { guess }) && !warm.holds(1, { 8 }));
+        warm.demand(1, { guess++ });
+        warm.residency.end_step();
+    }
+}
+
 // A block that left the fetching of an expert to a prefetch must not run when that fails.
 void failed_prefetches_end_the_graph(fake::Device & device, const Model & model) {
     Warm warm(device, model, 40);
@@ -375,7 +436,8 @@ int main() {
     fake::Device device;
     const Model model(device.page_locked());
     for (const auto test : { foreseen_residents_stay, wrong_guesses_go_first, wrong_guesses_make_room, too_many_guesses_do_not_block,
-                             failed_guesses_are_forgotten, failed_prefetches_end_the_graph, resizing_ends_a_step }) {
+                             failed_guesses_are_forgotten, orders_go_out_block_by_block, bad_orders_give_way_to_the_gate,
+                             without_orders_the_gate_is_asked, failed_prefetches_end_the_graph, resizing_ends_a_step }) {
         test(device, model);
     }
     every_kernel_reads_its_experts({ 1, 200 });
