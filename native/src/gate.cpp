@@ -1,15 +1,15 @@
 #include "gate.h"
 
 #include "ggml-backend.h"
+#include "ggml-cpu.h"
 #include "ggml.h"
 #include "llama-ext.h"
 #include "llama-moe-hook.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdio>
-#include <numeric>
+#include <cstring>
 #include <string>
 
 namespace edge {
@@ -46,26 +46,16 @@ int layer_of(const ggml_tensor * weight) {
     return std::sscanf(weight->name, "blk.%d.", &layer) == 1 ? layer : -1;
 }
 
-float dot(const float * a, const float * b, size_t n) {
-    std::array<float, 16> sums{}; // so many at once: the order of a float sum is not the compiler's to change
-    size_t i = 0;
-    for (; i + sums.size() <= n; i += sums.size()) {
-        for (size_t j = 0; j < sums.size(); ++j) {
-            sums[j] += a[i + j] * b[i + j];
-        }
-    }
-    float sum = std::accumulate(sums.begin(), sums.end(), 0.0F);
-    for (; i < n; ++i) {
-        sum += a[i] * b[i];
-    }
-    return sum;
+ggml_type narrowest_for(size_t n) {
+    return n % static_cast<size_t>(ggml_blck_size(GGML_TYPE_Q8_0)) == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F32;
 }
 
 } // namespace
 
 Gate::Gate(const llama_model * model, const ExpertTable & table)
     : n_expert_(table.n_expert), n_used_(table.n_expert_used),
-      n_embd_(static_cast<size_t>(table.blocks.front().weights[role_down]->ne[1])), routers_(table.blocks.size()) {
+      n_embd_(static_cast<size_t>(table.blocks.front().weights[role_down]->ne[1])), type_(narrowest_for(n_embd_)),
+      row_size_(ggml_row_size(type_, static_cast<int64_t>(n_embd_))), routers_(table.blocks.size()) {
     for (size_t block = 1; block < routers_.size(); ++block) {
         const int layer = layer_of(table.blocks[block].weights[role_down]);
         const int before = layer_of(table.blocks[block - 1].weights[role_down]);
@@ -77,17 +67,31 @@ Gate::Gate(const llama_model * model, const ExpertTable & table)
 
 void Gate::read(const llama_model * model, Router & router, int layer, int layer_before) const {
     const auto n_expert = static_cast<size_t>(n_expert_);
-    router.weights = values(model, layer, "ffn_gate_inp.weight", n_expert * n_embd_);
-    router.bias    = values(model, layer, "ffn_gate_inp.bias", n_expert);
-    router.choice  = values(model, layer, "exp_probs_b.bias", n_expert);
+    router.bias   = values(model, layer, "ffn_gate_inp.bias", n_expert);
+    router.choice = values(model, layer, "exp_probs_b.bias", n_expert);
+    std::vector<float> weights = values(model, layer, "ffn_gate_inp.weight", n_expert * n_embd_);
     const std::vector<float> norm = norm_before_experts(model, layer, n_embd_);
     const std::vector<float> before = norm_before_experts(model, layer_before, n_embd_);
-    if (norm.empty() || before.empty()) {
-        return;
+    if (!norm.empty() && !before.empty()) {
+        for (size_t i = 0; i < weights.size(); ++i) {
+            const float divisor = before[i % n_embd_];
+            weights[i] *= std::abs(divisor) > 1e-6F ? norm[i % n_embd_] / divisor : 0.0F;
+        }
     }
-    for (size_t i = 0; i < router.weights.size(); ++i) {
-        const float divisor = before[i % n_embd_];
-        router.weights[i] *= std::abs(divisor) > 1e-6F ? norm[i % n_embd_] / divisor : 0.0F;
+    pack(weights.data(), weights.size() / n_embd_, router.weights);
+}
+
+// As ggml's product of such rows wants both sides.
+void Gate::pack(const float * rows, size_t n_rows, std::vector<uint8_t> & out) const {
+    out.resize(n_rows * row_size_);
+    const ggml_from_float_t from_float = ggml_get_type_traits_cpu(type_)->from_float;
+    for (size_t row = 0; row < n_rows; ++row) {
+        uint8_t * to = out.data() + row * row_size_;
+        if (from_float && type_ != GGML_TYPE_F32) {
+            from_float(rows + row * n_embd_, to, static_cast<int64_t>(n_embd_));
+        } else {
+            std::memcpy(to, rows + row * n_embd_, row_size_);
+        }
     }
 }
 
@@ -98,10 +102,14 @@ bool Gate::foresees(int32_t block) const {
 // An expert's weights are read once for all rows: they come from memory, the rows do not.
 void Gate::score(const Router & router, const float * rows, int32_t n_tokens) {
     scores_.resize(static_cast<size_t>(n_tokens) * static_cast<size_t>(n_expert_));
+    pack(rows, static_cast<size_t>(n_tokens), rows_);
+    const ggml_vec_dot_t dot = ggml_get_type_traits_cpu(type_)->vec_dot;
     for (int32_t expert = 0; expert < n_expert_; ++expert) {
         const auto e = static_cast<size_t>(expert);
         for (size_t token = 0; token < static_cast<size_t>(n_tokens); ++token) {
-            float score = dot(router.weights.data() + e * n_embd_, rows + token * n_embd_, n_embd_) + (router.bias.empty() ? 0.0F : router.bias[e]);
+            float score = 0;
+            dot(static_cast<int>(n_embd_), &score, 0, router.weights.data() + e * row_size_, 0, rows_.data() + token * row_size_, 0, 1);
+            score += router.bias.empty() ? 0.0F : router.bias[e];
             if (!router.choice.empty()) {
                 score = 1.0F / (1.0F + std::exp(-score)) + router.choice[e];
             }

@@ -2,6 +2,8 @@
 
 #include "experts.h"
 
+#include "ggml.h"
+
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -26,18 +28,22 @@ public:
 
 private:
     struct Router {
-        std::vector<float> weights; // [n_expert, n_embd]; empty: unknown
+        std::vector<uint8_t> weights; // [n_expert, n_embd] of type_; empty: unknown
         std::vector<float> bias;    // [n_expert] of the logits, or empty
         std::vector<float> choice;  // [n_expert] added to the logits' sigmoid for the choice alone, or empty
     };
     void read(const llama_model * model, Router & router, int layer, int layer_before) const;
+    void pack(const float * rows, size_t n_rows, std::vector<uint8_t> & out) const;
     void score(const Router & router, const float * rows, int32_t n_tokens);
     void choose(int32_t token, std::vector<int32_t> & chosen);
 
     int32_t             n_expert_;
     int32_t             n_used_;
     size_t              n_embd_;
-    std::vector<Router> routers_; // of each block
+    ggml_type           type_;     // eight bits where rows divide into blocks of it: all that is read comes from far
+    size_t              row_size_; // bytes
+    std::vector<Router> routers_;  // of each block
+    std::vector<uint8_t> rows_;    // [n_tokens, n_embd] of type_
     std::vector<std::pair<float, int32_t>> scores_; // [n_tokens, n_expert], minus a score first
 };
 

@@ -9,7 +9,8 @@
 // A row is one number, the expert that it foresees.
 namespace edge {
 
-Gate::Gate(const llama_model *, const ExpertTable & table) : n_expert_(table.n_expert), n_used_(1), n_embd_(1) {}
+Gate::Gate(const llama_model *, const ExpertTable & table)
+    : n_expert_(table.n_expert), n_used_(1), n_embd_(1), type_(GGML_TYPE_F32), row_size_(sizeof(float)) {}
 
 bool Gate::foresees(int32_t block) const { return block > 0; }
 
