@@ -45,7 +45,7 @@ HOPE = 1.0  # standard deviations in favour of one
 SHARE, CREDIT = 0.015, 1.5  # of all seconds, that trials may cost; and steps' worth of that to begin with
 GLANCES = 0.0075  # of all seconds, that trials may have cost for a glance to begin: it seldom changes anything
 TRIAL_LOSS, GLANCE_LOSS = 1.0, 4.0  # steps' worth that one trial may cost, as expected; and a glance
-SLUMP, TRIAL_SLUMP = 4.0, 2.0  # steps' worth that drafting may really lose: while a length is in force, in one trial
+SLUMP, TRIAL_SLUMP = 4.0, 1.0  # steps' worth that drafting may really lose: while a length is in force, in one trial
 GLANCE = 24  # tokens of text, that a draft may have to read at most for a trial to begin without a glance
 UNSAID = 32  # steps of a trial, from which on it ends where the draft says nothing
 STEADY = 2.0  # standard deviations of a step's seconds that a latency limit leaves room for
@@ -109,11 +109,16 @@ class Governor:
         drafted: tokens, where they are not as many as k() said."""
         if (accepted or mismatch) and not self.glances and self.acceptance.observe(accepted, mismatch=mismatch):
             self._back_off, self._due, self._not_before = BACK_OFF, 1, 0.0
-        if seconds is not None and self.is_timed and not self._fixed:
-            asked = self.k()
-            k = asked if drafted is None else drafted
-            if k <= self._longest:
-                self._measure(k, asked, accepted, seconds)
+        if seconds is None or not self.is_timed or self._fixed:
+            return
+        if self._trying is None and not (self._set or self._last or drafted) and self._n_summed + 1 < self._due:
+            self._last_asked, self._is_first = 0, False
+            self._add(seconds)  # and nothing else would happen: between two of a small model's steps that shows
+            return
+        asked = self.k()
+        k = asked if drafted is None else drafted
+        if k <= self._longest:
+            self._measure(k, asked, accepted, seconds)
 
     def utility(self, k: int) -> float:
         """Of k drafted tokens: tokens over seconds, relative to a step without a draft."""
@@ -139,17 +144,21 @@ class Governor:
         if (asked or self._last > 0) and not reads:
             self._charge(asked, accepted, own)
         self._last, self._last_asked, self._is_first = k, asked, False
-        self._seconds += seconds
         if not settled:  # it rebuilds graphs, and the draft reads what was written without it
+            self._seconds += seconds
             self._pool(k)
             return
+        self._add(seconds)
+        self._n += k == self._trying
+        if self._n_summed >= self._due:
+            self._look(k, asked)
+
+    def _add(self, seconds: float) -> None:
+        self._seconds += seconds
         self._since += 1
         self._sum += seconds
         self._squares += seconds * seconds
         self._n_summed += 1
-        self._n += k == self._trying
-        if self._n_summed >= self._due:
-            self._look(k, asked)
 
     def _hear(self, k: int, asked: int, seconds: float) -> None:
         """What a step in which the draft was asked says of its voice."""
@@ -177,9 +186,11 @@ class Governor:
 
     def _at_once(self, k: int) -> int:
         """Steps that are looked at together: looking costs a small model's step some percent, and the length in force
-        seldom changes by it."""
+        seldom changes by it. In a trial, steps in which the draft says nothing tell nothing, but how many they are."""
         if k == self._trying:
             return 1
+        if self._trying is not None and not k:
+            return max(1, UNSAID + 1 - self._n_asked)
         most, known = (WHILE_DRAFTING, self.pace.tested[k] // LONG) if k else (AT_ONCE, self.pace.tested[0] // FIRST)
         if self._trying is None and (wait := self._wait()) > 0:
             most = min(WHILE_WAITING, ceil(wait))

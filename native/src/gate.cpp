@@ -78,7 +78,7 @@ void Gate::read(const llama_model * model, Router & router, int layer, int layer
             weights[i] *= std::abs(divisor) > 1e-6F ? norm[i % n_embd_] / divisor : 0.0F;
         }
     }
-    pack(weights.data(), weights.size() / n_embd_, router.weights);
+    pack(weights.data(), weights.empty() ? 0 : n_expert, router.weights);
 }
 
 // As ggml's product of such rows wants both sides.

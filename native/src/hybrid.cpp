@@ -67,6 +67,8 @@ bool edge_hook::find_chain(const ggml_tensor * route, int32_t number) {
         }
         compute_ = EDGE_COMPUTE_DEVICE;
         splits_  = false;
+        ahead_   = -1;
+        residency_->use_gate(nullptr); // orders are the worker's from now on
         return false;
     }
 }

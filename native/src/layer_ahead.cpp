@@ -28,6 +28,11 @@ void Residency::use_gate(std::unique_ptr<Gate> gate) {
     ordered_precision_.assign(table_.blocks.size(), {});
 }
 
+void Residency::forget_ordered() {
+    ordered_ahead_.clear();
+    ordered_blocks_.assign(table_.blocks.size(), false);
+}
+
 bool Residency::looks_ahead_to(int32_t block) const {
     return gate_ && !clock_ && gate_->foresees(block) && (!demand_link_.asynchronous() || store_->page_locked(block_at(block)));
 }
@@ -49,13 +54,13 @@ size_t Residency::room_ahead(int32_t number) const {
     return std::min(static_cast<size_t>(room), marks > 0 ? marks - 1 : 0);
 }
 
-// Whether the step's experts were ordered, by who knows them better than the gate; foreseen_ are then those of this block that
+// Whether this block's experts were ordered, by who knows them better than the gate; foreseen_ are then those of this block that
 // are in no slot, the best first.
 bool Residency::finds_ordered(int32_t number) {
     const Lock lock(mutex_);
     Precision & ordered = ordered_precision_[static_cast<size_t>(number)];
     const bool is_worse = ordered.value < absent_precision_[static_cast<size_t>(number)].value;
-    foreseen_by_order_  = has_ordered_ && (!is_worse || ++ordered.skipped % seldom == 0);
+    foreseen_by_order_  = ordered_blocks_[static_cast<size_t>(number)] && (!is_worse || ++ordered.skipped % seldom == 0);
     if (!foreseen_by_order_) {
         return false;
     }
@@ -121,14 +126,18 @@ void Residency::take_foreseen(int32_t number, size_t room) {
     const ExpertBlock & block = block_at(number);
     const uint64_t bytes = expert_bytes(block.group);
     const float expectation = foreseen_by_order_ ? precision_ahead(number) : foresight_precision_;
-    for (size_t i = 0; i < std::min(room, foreseen_absent_.size()); ++i) {
-        if (foreseen_by_order_ && bytes > byte_budget_) {
+    for (const int32_t expert : foreseen_absent_) {
+        if (room == 0 || (foreseen_by_order_ && bytes > byte_budget_)) {
             return;
         }
-        const int32_t slot = pool(block).take_ahead(block.first_key + foreseen_absent_[i], expectation);
+        if (pool(block).find(block.first_key + expert) != SlotPool::none) { // foreseen twice
+            continue;
+        }
+        const int32_t slot = pool(block).take_ahead(block.first_key + expert, expectation);
         if (slot == SlotPool::none) {
             return;
         }
+        --room;
         byte_budget_ -= foreseen_by_order_ ? bytes : 0;
         count_prefetch(bytes);
         ahead_.push_back({ block.group, slot, 0, {} });

@@ -7,11 +7,10 @@
 
 namespace edge {
 
-namespace {
-
-bool is_of_coming_step(const edge_order & order) { return order.deadline == order.block; }
-
-} // namespace
+// Whether it is for the decoding thread to send, when its block is next.
+bool Residency::waits_for_block(const edge_order & order) const {
+    return order.deadline == order.block && defers() && looks_ahead_to(order.block);
+}
 
 bool Residency::commit_scores() {
     const float * scores = shared_scores_.data();
@@ -28,8 +27,7 @@ bool Residency::commit_scores() {
 int32_t Residency::prefetch(const edge_order * orders, int32_t n, uint64_t byte_budget, float margin, bool * sound) {
     Lock lock(mutex_);
     orders_.clear();
-    ordered_ahead_.clear();
-    has_ordered_ = false;
+    forget_ordered();
     const bool are_numbers = !serving() || commit_scores();
     if (sound != nullptr) {
         *sound = are_numbers;
@@ -53,7 +51,9 @@ int32_t Residency::prefetch(const edge_order * orders, int32_t n, uint64_t byte_
         size_t n_missing = 0;
         for (int32_t i = from; i < to; ++i) {
             const ExpertBlock & block = block_at(orders[i].block);
-            has_ordered_ |= is_of_coming_step(orders[i]) && byte_budget > 0;
+            if (byte_budget > 0 && waits_for_block(orders[i])) {
+                ordered_blocks_[static_cast<size_t>(orders[i].block)] = true;
+            }
             const int32_t slot = pool(block).find(block.first_key + orders[i].expert);
             slot_of[n_held] = slot; // of the next one that is held
             held[n_held] = absent[n_missing] = i;
@@ -66,8 +66,8 @@ int32_t Residency::prefetch(const edge_order * orders, int32_t n, uint64_t byte_
         }
         for (size_t k = 0; k < n_missing && byte_budget > 0; ++k) { // else none would ever begin
             const edge_order & wanted = orders[absent[k]];
-            std::vector<Order> & orders = is_of_coming_step(wanted) && looks_ahead_to(wanted.block) ? ordered_ahead_ : orders_;
-            orders.push_back({ wanted.block, wanted.expert, wanted.deadline, number(wanted.priority) - margin, now });
+            std::vector<Order> & outstanding = waits_for_block(wanted) ? ordered_ahead_ : orders_;
+            outstanding.push_back({ wanted.block, wanted.expert, wanted.deadline, number(wanted.priority) - margin, now });
         }
         n_absent += static_cast<int32_t>(n_missing);
     }

@@ -32,6 +32,7 @@ Residency::Residency(const ExpertTable & table, const std::vector<int32_t> & slo
         clock_.emplace(params.link_bytes_per_s, params.block_ns);
     }
     make_slots(slots);
+    forget_ordered();
     if (!clock_) {
         worker_ = std::thread([this] { work(); });
     }
@@ -311,8 +312,7 @@ void Residency::end_step() {
     }
     last_block_ = -1;
     foreseen_block_ = -1;
-    ordered_ahead_.clear();
-    has_ordered_ = false;
+    forget_ordered();
     ready_ = {};
 }
 
@@ -320,6 +320,7 @@ void Residency::resize(const std::vector<int32_t> & slots) {
     end_step(); // it may have been left out: copies travel to slots that are about to go
     Lock lock(mutex_);
     orders_.clear();
+    forget_ordered();
     settle_virtual_flight();
     loaded_.wait(lock, [this] { return flying_ == 0; });
     std::vector<std::vector<int32_t>> kept;

@@ -151,6 +151,8 @@ private:
     void begin_fetches();
     void fetches_sent(const std::vector<int32_t> & slots, uint64_t bytes);
     size_t room_ahead(int32_t block) const;
+    bool waits_for_block(const edge_order & order) const;
+    void forget_ordered();
     bool finds_ordered(int32_t block);
     bool asks_gate(int32_t block, const float * rows, int32_t n_tokens);
     float precision_ahead(int32_t block) const;
@@ -198,7 +200,7 @@ private:
     std::vector<SlotPool>       pools_;
     std::vector<Order>          orders_; // the worker's, most urgent last
     std::vector<Order>          ordered_ahead_; // the decoding thread's: of blocks that it looks ahead to
-    bool                        has_ordered_ = false; // the coming step's experts: nobody asks the gate
+    std::vector<bool>           ordered_blocks_; // whose experts were ordered: nobody asks the gate
     std::optional<VirtualClock> clock_;  // of deterministic mode
     std::optional<InFlight>     virtual_flight_;
     uint64_t                    byte_budget_ = 0; // what is left of it

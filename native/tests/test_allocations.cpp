@@ -47,6 +47,7 @@ size_t steps(edge::Residency & residency, std::mt19937 & random, int n) {
     for (int step = 0; step < n; ++step) {
         for (edge_order & order : orders) {
             order = { static_cast<int32_t>(random() % n_blocks), static_cast<int32_t>(random() % n_expert), n_blocks, 1.0F };
+            order.deadline = random() % 2 ? order.block : n_blocks; // the decoding thread's, the worker's
         }
         residency.prefetch(orders, 8, UINT64_MAX);
         for (int32_t block = 0; block < n_blocks; ++block) {

@@ -345,9 +345,25 @@ void orders_go_out_block_by_block(fake::Device & device, const Model & model) {
         warm.foresee({ 14 });
     };
     order({ { 1, 0, 1, 3.0F }, { 1, 8, 1, 1.0F }, { 1, 9, 1, 2.0F }, { 1, 10, 1, 3.0F } }, 2);
+    warm.residency.look_ahead(1, nullptr, 0); // nothing is left
     CHECK(warm.holds(1, { 9, 10 }) && !warm.holds(1, { 8 }) && !warm.holds(1, { 14 }));
     warm.demand(1, { 0, 8, 9, 10 });
     CHECK(warm.residency.counters().prefetched == 2 && warm.residency.counters().prefetched_used == 2);
+}
+
+void an_expert_ordered_twice_has_one_slot(fake::Device & device, const Model & model) {
+    Warm warm(device, model, 13);
+    const edge_order orders[] = { { 1, 9, 1, 1.0F }, { 1, 9, 1, 2.0F } };
+    warm.residency.prefetch(orders, 2, no_budget);
+    warm.demand(0, { 0, 1, 2, 3 });
+    warm.foresee({});
+    CHECK(warm.residency.counters().prefetched == 1);
+    warm.demand(1, { 9 });
+    warm.residency.end_step();
+    for (int32_t first = 0; first < n_expert; first += 4) { // every slot changes hands
+        warm.demand(0, { first, first + 1, first + 2, first + 3 });
+    }
+    warm.demand(1, { 9 });
 }
 
 // Two in three of the orders come to nothing, none of the gate's guesses does.
@@ -375,14 +391,20 @@ void bad_orders_give_way_to_the_gate(fake::Device & device, const Model & model)
     CHECK(by_order >= 2 && by_gate > 32 && by_order + by_gate == 64);
 }
 
-// Orders that nothing is to be sent for say nothing of the step, and those of a step that is over nothing of the next one.
+// Orders that nothing is to be sent for say nothing of the step, those of other blocks nothing of this one, and those of a step
+// that is over nothing of the next one.
 void without_orders_the_gate_is_asked(fake::Device & device, const Model & model) {
     Warm warm(device, model, 40);
-    const edge_order order{ 1, 8, 1, 1.0F };
+    struct Case {
+        int32_t  block;
+        uint64_t budget;
+        bool     is_over;
+    };
     int32_t guess = 12;
-    for (const uint64_t budget : { uint64_t{ 0 }, no_budget }) {
-        warm.residency.prefetch(&order, 1, budget);
-        if (budget > 0) {
+    for (const Case & c : { Case{ 1, 0, false }, Case{ 3, no_budget, false }, Case{ 1, no_budget, true } }) {
+        const edge_order order{ c.block, 8, c.block, 1.0F };
+        warm.residency.prefetch(&order, 1, c.budget);
+        if (c.is_over) {
             warm.residency.end_step();
         }
         warm.demand(0, { 0, 1, 2, 3 });
@@ -436,7 +458,7 @@ int main() {
     fake::Device device;
     const Model model(device.page_locked());
     for (const auto test : { foreseen_residents_stay, wrong_guesses_go_first, wrong_guesses_make_room, too_many_guesses_do_not_block,
-                             failed_guesses_are_forgotten, orders_go_out_block_by_block, bad_orders_give_way_to_the_gate,
+                             failed_guesses_are_forgotten, orders_go_out_block_by_block, an_expert_ordered_twice_has_one_slot, bad_orders_give_way_to_the_gate,
                              without_orders_the_gate_is_asked, failed_prefetches_end_the_graph, resizing_ends_a_step }) {
         test(device, model);
     }
