@@ -288,7 +288,9 @@ def test_another_class_of_text_is_noticed() -> None:
     steps.p = 0.2
     steps.governor.begin()
     assert long >= 3
-    assert max(steps.run(60)[-20:]) <= 1
+    late = steps.run(60)[-20:]
+    assert np.mean(late) <= 0.25  # of which some may be a trial's
+    assert max(late) <= 2
 
 
 def test_a_latency_limit_bounds_the_step() -> None:
