@@ -226,7 +226,7 @@ EDGE_API int edge_hook_scores(edge_hook * hook, float ** out);
 // what the block's input says; they may then evict what is not wanted, as demands do. n_ordered: those that are in no
 // slot. sound, or null: whether all scores were numbers; others count as 0.
 EDGE_API int edge_hook_prefetch(edge_hook * hook, const edge_order * orders, int32_t n_orders, uint64_t byte_budget, float margin, int32_t * n_ordered, bool * sound);
-EDGE_API int edge_hook_drain(edge_hook * hook); // waits until no order is outstanding
+EDGE_API int edge_hook_drain(edge_hook * hook); // waits until no order is outstanding that the worker is to bring
 
 // Other slot counts, [n_groups], in place of the present ones: the experts of most worth are loaded again. Only
 // between steps, and not while another thread decodes. Wider graphs than the slots serve take the stock path from
