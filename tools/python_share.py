@@ -3,7 +3,8 @@
     python tools/python_share.py models/tales-moe.gguf --resident 1/4 -n 64 -r 5
 
 Texts are the benchmark's, each policy's in turn. Outside of decodes: the policy, the governor, sampling, and what hands
-tokens to the caller. Each decode is waited for, so that no device works while Python is being timed.
+tokens to the caller. Each decode is waited for, so that no device works while Python is being timed. (step_record.py's
+`host` is that, and what its own record takes.)
 """
 
 from __future__ import annotations
@@ -12,15 +13,13 @@ import argparse
 import contextlib
 import statistics
 import time
-from typing import Any
 
 import llama_cpp
+import step_record
 
 from edge_speq import _native
 from edge_speq.bench import prompts
-from edge_speq.bench.policies import COMPUTES
 from edge_speq.bench.watched import Watched
-from edge_speq.cli.bench import emulation
 
 
 class Timed(Watched):
@@ -35,9 +34,8 @@ class Timed(Watched):
     def share(self, text: str, n: int) -> tuple[float, float]:
         """Python's seconds a token, and its share."""
         self.reset()
-        with contextlib.closing(self.generate(self.words(text, add_bos=True), temp=0.0)) as stream, self.watch():
+        with contextlib.closing(self.generate(self.words(text, add_bos=True), temp=0.0)) as stream:
             next(stream)
-            self.steps = None  # only the draft is watched
             self.decoding = self.draft_seconds = 0.0
             started = time.perf_counter()
             for _ in range(n):
@@ -49,32 +47,15 @@ class Timed(Watched):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--policy", default="auto,lru")
-    parser.add_argument("--resident", default="1/4")
-    parser.add_argument("--draft")
-    parser.add_argument("--speculation", default="auto")
-    parser.add_argument("--emulate", type=emulation, default={}, help="link=12.5GB/s,threads=6")
+    step_record.add_options(parser)
     parser.add_argument("-n", type=int, default=32, metavar="N", help="tokens of each text (32)")
     parser.add_argument("-r", type=int, default=3, metavar="N", help="repetitions (3)")
     arguments = parser.parse_args()
 
     _native.load_backends()
-    link, threads = arguments.emulate.get("link"), int(arguments.emulate.get("threads", 0))
     texts = [prompt.text for prompt in prompts.bundled().chosen]
-    models = {}
-    for name in arguments.policy.split(","):
-        options: dict[str, Any] = {"compute": name, "policy": "auto"} if name in COMPUTES else {"policy": name}
-        options |= {"n_threads": threads, "n_threads_batch": threads} if threads else {}
-        models[name] = Timed(
-            arguments.model,
-            draft=arguments.draft,
-            speculation=arguments.speculation,
-            resident=arguments.resident,
-            link=link,
-            n_ctx=512,
-            **options,
-        )
+    loads = step_record.load_options(arguments)
+    models = {name: Timed(str(arguments.model), **options) for name, options in loads.items()}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for repetition in range(1 + arguments.r):
         for text in texts:

@@ -118,8 +118,8 @@ def _means(steps: list[Record], drafts: list[tuple[float, float]]) -> dict[str, 
     return {name: 1e3 * seconds / n for name, seconds in spent.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is loaded."""
     parser.add_argument("model", type=Path)
     parser.add_argument("--draft")
     parser.add_argument("--speculation", default="auto")
@@ -128,20 +128,35 @@ def main() -> None:
     )
     parser.add_argument("--resident", default="1/4")
     parser.add_argument("--emulate", help="link=12.5GB/s,threads=6")
+
+
+def load_options(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Watched's, of each policy."""
+    emulated = emulation(arguments.emulate)
+    common: dict[str, Any] = {"n_ctx": 1024, "resident": arguments.resident, "link": emulated.get("link")}
+    common |= {"draft": arguments.draft, "speculation": arguments.speculation}
+    if "threads" in emulated:
+        common |= dict.fromkeys(("n_threads", "n_threads_batch"), int(emulated["threads"]))
+    chosen = {
+        name: {"policy": "auto", "compute": name} if name in COMPUTES else {"policy": name}
+        for name in arguments.policy.split(",")
+    }
+    return {name: policy | common for name, policy in chosen.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
     parser.add_argument("--deterministic", action="store_true", help="virtual transfers: what is found repeats")
     parser.add_argument("-n", type=int, default=64, help="tokens of each of four texts")
     parser.add_argument("--keep", type=int, default=24, help="steps of the last text that the file holds")
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
-    emulated = emulation(arguments.emulate)
-    options: dict[str, Any] = {"n_ctx": 1024, "resident": arguments.resident, "deterministic": arguments.deterministic}
-    options |= {"draft": arguments.draft, "speculation": arguments.speculation, "link": emulated.get("link")}
-    if "threads" in emulated:
-        options |= dict.fromkeys(("n_threads", "n_threads_batch"), int(emulated["threads"]))
-    runs = []
-    for name in arguments.policy.split(","):
-        chosen = {"policy": "auto", "compute": name} if name in COMPUTES else {"policy": name}
-        with contextlib.closing(Recorded(str(arguments.model), **chosen, **options)) as model:
+    runs: list[Record] = []
+    for name, options in load_options(arguments).items():
+        with contextlib.closing(
+            Recorded(str(arguments.model), deterministic=arguments.deterministic, **options)
+        ) as model:
             runs.append({"policy": name} | record(model, arguments.n, arguments.keep))
         spent = ", ".join(f"{what} {ms:.2f} ms" for what, ms in runs[-1]["mean_ms"].items())
         print(f"{name}: hit rate {runs[-1]['hit_rate']:.3f}; of a step: {spent}")
