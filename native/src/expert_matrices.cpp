@@ -3,7 +3,6 @@
 #include "ggml-cpu.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 
 namespace edge {
@@ -22,8 +21,7 @@ size_t n_blocks(const ggml_tensor * node) {
 } // namespace
 
 bool ExpertMatrices::knows(const ggml_tensor * weights) {
-    const ggml_type rows = traits(weights->type).vec_dot_type;
-    return traits(weights->type).vec_dot && (rows == GGML_TYPE_F32 || traits(rows).from_float) && weights->nb[0] == ggml_type_size(weights->type);
+    return traits(weights->type).vec_dot && traits(traits(weights->type).vec_dot_type).from_float && weights->nb[0] == ggml_type_size(weights->type);
 }
 
 void ExpertMatrices::begin(const int32_t * experts, size_t n_pairs) {
@@ -54,12 +52,7 @@ size_t ExpertMatrices::conversion_for(const ggml_tensor * source, ggml_type type
 
 void ExpertMatrices::convert(const Conversion & conversion, size_t pair) {
     const auto * row = reinterpret_cast<const float *>(static_cast<const char *>(conversion.source->data) + pair * conversion.source->nb[2]);
-    uint8_t * out = converted_.data() + conversion.offset + pair * conversion.row_size;
-    if (conversion.type == GGML_TYPE_F32) {
-        std::memcpy(out, row, conversion.row_size);
-    } else {
-        traits(conversion.type).from_float(row, out, conversion.source->ne[0]);
-    }
+    traits(conversion.type).from_float(row, converted_.data() + conversion.offset + pair * conversion.row_size, conversion.source->ne[0]);
 }
 
 // Some rows of an expert's matrix, each once for all its pairs.

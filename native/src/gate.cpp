@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <string>
 
 namespace edge {
@@ -86,12 +85,7 @@ void Gate::pack(const float * rows, size_t n_rows, std::vector<uint8_t> & out) c
     out.resize(n_rows * row_size_);
     const ggml_from_float_t from_float = ggml_get_type_traits_cpu(type_)->from_float;
     for (size_t row = 0; row < n_rows; ++row) {
-        uint8_t * to = out.data() + row * row_size_;
-        if (from_float && type_ != GGML_TYPE_F32) {
-            from_float(rows + row * n_embd_, to, static_cast<int64_t>(n_embd_));
-        } else {
-            std::memcpy(to, rows + row * n_embd_, row_size_);
-        }
+        from_float(rows + row * n_embd_, out.data() + row * row_size_, static_cast<int64_t>(n_embd_));
     }
 }
 

@@ -37,13 +37,14 @@ bool Residency::looks_ahead_to(int32_t block) const {
     return gate_ && !clock_ && gate_->foresees(block) && (!demand_link_.asynchronous() || store_->page_locked(block_at(block)));
 }
 
-float Residency::precision_ahead(int32_t number) const {
-    return (foreseen_by_order_ ? ordered_precision_ : absent_precision_)[static_cast<size_t>(number)].value;
+// Of those that foretell that block at present.
+Residency::Precision & Residency::precision_ahead(int32_t number) {
+    return (foreseen_by_order_ ? ordered_precision_ : absent_precision_)[static_cast<size_t>(number)];
 }
 
 // How many experts of that block may be sent: as many as the link is idle for until the block knows its own.
-size_t Residency::room_ahead(int32_t number) const {
-    const double precision = precision_ahead(number);
+size_t Residency::room_ahead(int32_t number) {
+    const double precision = precision_ahead(number).value;
     if (precision < too_poor) {
         return 0;
     }
@@ -125,7 +126,7 @@ void Residency::keep_foreseen(const ExpertBlock & block) {
 void Residency::take_foreseen(int32_t number, size_t room) {
     const ExpertBlock & block = block_at(number);
     const uint64_t bytes = expert_bytes(block.group);
-    const float expectation = foreseen_by_order_ ? precision_ahead(number) : foresight_precision_;
+    const float expectation = foreseen_by_order_ ? precision_ahead(number).value : foresight_precision_;
     for (const int32_t expert : foreseen_absent_) {
         if (room == 0 || (foreseen_by_order_ && bytes > byte_budget_)) {
             return;
@@ -183,7 +184,7 @@ void Residency::judge_foresight(int32_t number) {
         foresight_precision_ += follow * (part_of(foreseen_) - foresight_precision_);
     }
     if (!foreseen_absent_.empty()) {
-        Precision & precision = (foreseen_by_order_ ? ordered_precision_ : absent_precision_)[static_cast<size_t>(number)];
+        Precision & precision = precision_ahead(number);
         precision.judged += 1;
         precision.value += std::max(follow, 1 / precision.judged) * (part_of(foreseen_absent_) - precision.value);
     }

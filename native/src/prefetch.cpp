@@ -44,6 +44,7 @@ int32_t Residency::prefetch(const edge_order * orders, int32_t n, uint64_t byte_
     std::array<int32_t, most> slot_of; // and a branch that is guessed wrong costs more than all else here
     std::array<int32_t, most> held;
     std::array<int32_t, most> absent;
+    std::array<bool, most> waits;
     const auto number = [](float priority) { return std::isfinite(priority) ? priority : 0.0F; };
     for (int32_t from = 0; from < n; from += most) {
         const int32_t to = std::min(n, from + most);
@@ -51,7 +52,8 @@ int32_t Residency::prefetch(const edge_order * orders, int32_t n, uint64_t byte_
         size_t n_missing = 0;
         for (int32_t i = from; i < to; ++i) {
             const ExpertBlock & block = block_at(orders[i].block);
-            if (byte_budget > 0 && waits_for_block(orders[i])) {
+            waits[static_cast<size_t>(i - from)] = byte_budget > 0 && waits_for_block(orders[i]);
+            if (waits[static_cast<size_t>(i - from)]) {
                 ordered_blocks_[static_cast<size_t>(orders[i].block)] = true;
             }
             const int32_t slot = pool(block).find(block.first_key + orders[i].expert);
@@ -66,7 +68,7 @@ int32_t Residency::prefetch(const edge_order * orders, int32_t n, uint64_t byte_
         }
         for (size_t k = 0; k < n_missing && byte_budget > 0; ++k) { // else none would ever begin
             const edge_order & wanted = orders[absent[k]];
-            std::vector<Order> & outstanding = waits_for_block(wanted) ? ordered_ahead_ : orders_;
+            std::vector<Order> & outstanding = waits[static_cast<size_t>(absent[k] - from)] ? ordered_ahead_ : orders_;
             outstanding.push_back({ wanted.block, wanted.expert, wanted.deadline, number(wanted.priority) - margin, now });
         }
         n_absent += static_cast<int32_t>(n_missing);

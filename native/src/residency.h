@@ -121,6 +121,11 @@ private:
         Link::Ticket ticket;
         uint64_t     arrives_at; // virtual
     };
+    struct Precision { // of experts foretold that were in no slot: the part that came true
+        float value = 0.6F;
+        float judged = 3; // times, that much of an opinion at first
+        uint32_t skipped = 0;
+    };
     using Lock = std::unique_lock<std::mutex>;
 
     static double nanoseconds(Clock::duration span) {
@@ -150,12 +155,12 @@ private:
     double left_ns(int32_t group, int32_t slot) const;
     void begin_fetches();
     void fetches_sent(const std::vector<int32_t> & slots, uint64_t bytes);
-    size_t room_ahead(int32_t block) const;
+    size_t room_ahead(int32_t block);
     bool waits_for_block(const edge_order & order) const;
     void forget_ordered();
     bool finds_ordered(int32_t block);
     bool asks_gate(int32_t block, const float * rows, int32_t n_tokens);
-    float precision_ahead(int32_t block) const;
+    Precision & precision_ahead(int32_t block);
     void keep_foreseen(const ExpertBlock & block);
     void take_foreseen(int32_t block, size_t room);
     void send_ahead(const ExpertBlock & block, size_t first);
@@ -169,7 +174,7 @@ private:
     void use_late(const ExpertBlock & block, int32_t slot);
     void note_costs();
     int32_t find_absent(const ExpertBlock & block, const int32_t * ids, int32_t n);
-    size_t take_for_fetches(const ExpertBlock & block);
+    void take_for_fetches(const ExpertBlock & block);
     void land_fetches();
     void mark_landed();
     void refill(int32_t group, const std::vector<int32_t> & keys);
@@ -216,11 +221,6 @@ private:
     int32_t                     foreseen_block_ = -1;
     bool                        foreseen_by_order_ = false;
     float                       foresight_precision_ = 0.7F; // of the gate, of late
-    struct Precision {
-        float value = 0.6F;
-        float judged = 3; // times, that much of an opinion at first
-        uint32_t skipped = 0;
-    };
     std::vector<Precision>      absent_precision_; // the gate's, of each block
     std::vector<Precision>      ordered_precision_; // that of orders
     struct Wanted { // by a prompt

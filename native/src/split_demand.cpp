@@ -56,8 +56,8 @@ void Residency::use_late(const ExpertBlock & block, int32_t slot) {
     pool(block).use(slot);
 }
 
-// Gives those that are to be fetched a slot each and says how many there are: the first of misses_.
-size_t Residency::take_for_fetches(const ExpertBlock & block) {
+// Gives those that are to be fetched a slot each: loading_ are the first of misses_.
+void Residency::take_for_fetches(const ExpertBlock & block) {
     const uint64_t bytes = expert_bytes(block.group);
     double queued_ns = flying_ > 0 ? balancer_.link_ns(1, bytes) / 2 : 0; // half of a prefetch is still to come
     queued_ns += std::max(0.0, nanoseconds(link_free_ - Clock::now()));
@@ -66,13 +66,12 @@ size_t Residency::take_for_fetches(const ExpertBlock & block) {
     for (size_t i = 0; i < n; ++i) {
         const int32_t slot = pool(block).take(block.first_key + misses_[i].expert, SlotPool::any_price);
         if (slot == SlotPool::none) { // all are pinned or loading: the rest is the CPU's
-            return i;
+            return;
         }
         slot_of_[static_cast<size_t>(misses_[i].expert)] = slot;
         count_fetch(block, slot);
         loading_.push_back(misses_[i].expert);
     }
-    return n;
 }
 
 void Residency::demand_some(int32_t number, const int32_t * ids, int32_t n, int32_t * out) {
@@ -80,26 +79,25 @@ void Residency::demand_some(int32_t number, const int32_t * ids, int32_t n, int3
     land_fetches(); // the device is past them
     note_block_began(number);
     fetches_.group = block.group;
-    size_t n_fetched = 0;
     {
         const Lock lock(mutex_);
         begin_block(number);
         settle_ahead();
         const auto late = static_cast<uint64_t>(find_absent(block, ids, n));
         judge_foresight(number);
-        n_fetched = take_for_fetches(block);
+        take_for_fetches(block);
         begin_fetches();
-        const uint64_t left = late + misses_.size() - n_fetched;
+        const uint64_t left = late + misses_.size() - loading_.size();
         counters_.late += late;
         counters_.misses += left;
         counters_.cpu_computed += left;
         size_t pairs = late;
-        for (size_t i = n_fetched; i < misses_.size(); ++i) {
+        for (size_t i = loading_.size(); i < misses_.size(); ++i) {
             pairs += static_cast<size_t>(misses_[i].pairs);
         }
         cpu_left_ns_ = balancer_.cpu_ns(left, pairs, expert_bytes(block.group));
     }
-    if (n_fetched > 0) {
+    if (!loading_.empty()) {
         send_loading(block);
         fetches_sent(taken_, expert_bytes(block.group));
     }
