@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests share the cores: a spinning thread stops the others
+
+# started in the background of a script: commands that tests interrupt would inherit that Ctrl-C is ignored
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # commands of tests find no profile of whoever runs them
 os.environ["EDGE_SPEQ_CONFIG"] = str(Path(__file__).parent / "data" / "no-config")

@@ -11,6 +11,7 @@ import pytest
 
 from edge_speq import EdgeLlama, demo, engine
 from edge_speq.cli import arguments, main, parser
+from edge_speq.cli import plan as cli_plan
 
 SCHEMAS = Path(demo.__file__).parent / "schema"
 SCHEMA = json.loads((SCHEMAS / "plan.schema.json").read_text(encoding="utf-8"))
@@ -182,6 +183,16 @@ def test_a_laptop_is_a_gpu_that_is_not_here(capsys: pytest.CaptureFixture[str]) 
         assert memory[name]["model_bytes"] > 2 << 20
     assert memory["total_bytes"] <= memory["budget_bytes"] == 45 << 20
     assert summary["plan"]["policy"] == "slots"
+
+
+def test_large_experts_are_to_be_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert planned(capsys, *LAPTOP)["advice"] is None
+    summary = planned(capsys, *LAPTOP)
+    monkeypatch.setattr(cli_plan, "LARGE", max(g["expert_bytes"] for g in summary["groups"]) // 3)
+    assert "split --sub-experts 4" in planned(capsys, *LAPTOP)["advice"]
+    assert planned(capsys)["advice"] is None  # where nothing is fetched over a link
+    assert main(["plan", *LAPTOP]) == 0
+    assert "advice     experts of " in capsys.readouterr().out
 
 
 def test_even_routing_is_the_linear_model(capsys: pytest.CaptureFixture[str]) -> None:

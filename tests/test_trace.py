@@ -244,11 +244,15 @@ def test_a_dense_draft_shows_no_routing(bundled: tuple[Path, Path]) -> None:
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def test_the_command_records_own_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str], bundled: Any) -> None:
+@pytest.mark.parametrize("prompts_last", [False, True])
+def test_the_command_records_own_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bundled: Any, prompts_last: bool
+) -> None:
     prompts, out = tmp_path / "p.jsonl", tmp_path / "t.npz"
     prompts.write_text('{"prompt": "One day", "domain": "tale"}\n', encoding="utf-8")
-    arguments = [str(bundled[0]), str(prompts), "--draft", str(bundled[1]), "-o", str(out), "-n", "8", "-c", "256"]
-    assert main(["trace", *arguments, "--json"]) == 0
+    options = ["--draft", str(bundled[1]), "-o", str(out), "-n", "8", "-c", "256"]
+    arguments = [*options[:2], str(prompts), *options[2:]] if prompts_last else [str(prompts), *options]
+    assert main(["trace", str(bundled[0]), *arguments, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     found = trace.read(out)
     assert said["steps"] == len(found.steps) and said["complete"] is True
@@ -263,6 +267,7 @@ def test_the_command_records_own_prompts(tmp_path: Path, capsys: pytest.CaptureF
         (["-o", "x.npz", "--texts", "0"], "count"),
         (["no.gguf", "-o", "x.npz"], "no.gguf"),
         (["no.gguf", "none.jsonl", "-o", "x.npz"], "none.jsonl"),
+        (["no.gguf", "-o", "x.npz", "none.jsonl"], "none.jsonl"),
     ],
 )
 def test_bad_arguments(

@@ -51,7 +51,8 @@ class Placement:
                 engine.pin_experts(self._keep_alive)
         self._model = engine.load_model(path, params, "model")
         self.n_vocab = self._model.n_vocab()
-        self._transfers = _native.Transfers(compute="hybrid" if load.get("hybrid") else "device", n_threads=threads)
+        compute = "hybrid" if load.get("hybrid") else "device"
+        self._transfers = _native.Transfers(load.get("link", 0), compute=compute, n_threads=threads)
         self.hook = self._slots(share) if share is not None else None
         if load.get("filled") and self.hook is not None:
             self._fill(self.hook)
@@ -86,13 +87,17 @@ class Placement:
         llama_cpp.llama_synchronize(self._context.ctx)
         return time.perf_counter() - started
 
+    def tokenize(self, text: str, *, add_bos: bool) -> list[int]:
+        return list(self._model.tokenize(text.encode(), add_bos=add_bos, special=False))
+
     def logits(self, tokens: list[int]) -> npt.NDArray[np.float32]:
+        """[n_tokens, n_vocab]: tokens are decoded one by one."""
         self._context.kv_cache_clear()
+        rows = np.zeros((len(tokens), self.n_vocab), dtype=np.float32)
         for past, token in enumerate(tokens):
             self.step([token], past)
-        row: npt.NDArray[np.float32] = np.zeros(self.n_vocab, dtype=np.float32)
-        row[:] = np.ctypeslib.as_array(self._context.get_logits(), shape=(self.n_vocab,))
-        return row
+            rows[past] = np.ctypeslib.as_array(self._context.get_logits(), shape=(self.n_vocab,))
+        return rows
 
     def round(self, width: int, steps: int, tokens: npt.NDArray[np.int64]) -> list[float]:
         self._context.kv_cache_clear()
@@ -144,10 +149,10 @@ def main() -> None:
     _native.load_backends()
     made = placements(arguments.model, arguments.threads, arguments.only)
     tokens = np.random.default_rng(2).integers(4, made[0].n_vocab, 1024)
-    reference = made[0].logits([int(t) for t in tokens[:16]])
+    reference = made[0].logits([int(t) for t in tokens[:16]])[-1]
     rows: list[dict[str, Any]] = []
     for placement in made:
-        got = placement.logits([int(t) for t in tokens[:16]])
+        got = placement.logits([int(t) for t in tokens[:16]])[-1]
         nmse = float(((got - reference) ** 2).sum() / (reference**2).sum())
         rows.append({"placement": placement.name, "nmse_to_all": nmse, "ms": {}})
     for width in WIDTHS:

@@ -68,7 +68,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
 
 def _footer(rows: Sequence[Row]) -> list[str]:
     first = rows[0]
-    hardware = ", ".join(text for text in (first["cpu_info"], first["gpu_info"]) if text)
+    hardware = ", ".join(text for text in (first["cpu_info"], first["gpu_info"], first["gpu_driver"]) if text)
     ram = "" if first["ram_bytes"] is None else f", {_size(first['ram_bytes'])} RAM"
     lines = [
         f"build: {first['build_commit']} (edge_speq {first['edge_speq_version']})",

@@ -15,6 +15,7 @@ import llama_cpp
 from edge_speq import __version__, _native, gguf_file, gguf_model
 from edge_speq.bench.policies import SLOTS, Facts, Settings
 from edge_speq.bench.runner import Bench, Result
+from edge_speq.machine import gpu_drivers
 
 Row = dict[str, Any]
 SAMPLES = ("samples_ns", "samples_ts")  # only in JSON, as with llama-bench
@@ -30,6 +31,7 @@ def machine(cpu: str, ram_bytes: int | None) -> Row:
         "edge_speq_version": __version__,
         "cpu_info": cpu,
         "gpu_info": device.description if device.is_gpu else "",
+        "gpu_driver": ", ".join(gpu_drivers()) if device.is_gpu else "",
         "ram_bytes": ram_bytes,
         "backends": "".join(c for c in device.name if not c.isdigit()) if device.is_gpu else "CPU",
     }

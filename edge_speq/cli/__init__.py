@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from edge_speq import __version__, interrupt
 from edge_speq.cli import bench, chat, convert, doctor, inspect, plan, run, serve, simulate, trace, tune
@@ -22,8 +23,19 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes PROMPTS behind options, too. argparse gives all positional arguments that may be left out their values at
+    the first one it meets, and does not know what follows an option (before Python 3.12.7)."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, rest = super().parse_known_args(args, namespace)
+        if getattr(found, "own_prompts", "") is None and rest and not rest[0].startswith("-"):
+            found.own_prompts = rest.pop(0)
+        return found, rest
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="edge-speq", description="Run MoE GGUF models larger than the GPU.")
+    top = Parser(prog="edge-speq", description="Run MoE GGUF models larger than the GPU.")
     top.add_argument("--version", action=_Version, nargs=0, help="package, llama.cpp commit and devices")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (run, chat, serve, plan, bench, convert, inspect, doctor, trace, simulate, tune):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 NO_GPU = "no GPU: the CPU computes, and weights, which are mapped file pages, are not counted"
 LINK = "12.5GB/s"  # PCIe 4 x8
+LARGE = 32 << 20  # bytes of an expert, milliseconds of a laptop's link: while one travels the CPU has nothing to do
 
 
 def add_parser(commands: Any) -> None:
@@ -159,7 +161,19 @@ def summarize_plan(wanted: Request, found: Survey, decided: Plan, n_ctx: int) ->
             for n, group in zip(slots, experts.groups, strict=True)
         ],
         "plan": dataclasses.asdict(decided),
+        "advice": _advice(max(g.expert_bytes for g in experts.groups)) if on_gpu and decided.slots else None,
     }
+
+
+def _advice(expert_bytes: int) -> str | None:
+    """What else would be faster, as docs/performance.md measured it."""
+    parts = 1 << max(0, math.ceil(math.log2(expert_bytes / LARGE)))
+    if parts == 1:
+        return None
+    return (
+        f"experts of {_mib(expert_bytes)} are too large for CPU and link to share one that is missing: cut them with "
+        f"edge-speq convert split --sub-experts {parts} --no-profile"
+    )
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -198,6 +212,7 @@ def report(summary: dict[str, Any]) -> str:
         *_experts(summary),
         f"sum        {_mib(memory['total_bytes'])}, {bound}",
         f"draft      {_speculation(summary)}",
+        *([f"advice     {summary['advice']}"] if summary["advice"] else []),
         *_estimated(summary["estimate"]),
     ]
     return "\n".join(lines)

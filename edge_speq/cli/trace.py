@@ -28,7 +28,9 @@ def add_parser(commands: Any) -> None:
         "shown, what was accepted, times. Ctrl-C ends it; what was recorded stays.",
     )
     arguments.add_model(p)
-    p.add_argument("prompts", nargs="?", metavar="PROMPTS", help='JSONL with "prompt", perhaps "domain" (bundled ones)')
+    p.add_argument(
+        "own_prompts", nargs="?", metavar="PROMPTS", help='JSONL with "prompt", perhaps "domain" (bundled ones)'
+    )
     p.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="the trace, an npz file")
     p.add_argument("--texts", metavar="N", type=int, default=1, help="bundled prompts of each class (%(default)s)")
     p.add_argument("--foresee", metavar="N", type=int, default=0, help="tokens that the draft runs on (%(default)s)")
@@ -45,7 +47,7 @@ def trace(options: argparse.Namespace) -> int:
 
     if options.foresee < 0 or options.texts < 1:
         raise EdgeError("--foresee and --texts count tokens and prompts", "give 0 or more, and 1 or more", usage=True)
-    texts = prompts.from_file(Path(options.prompts)) if options.prompts else prompts.bundled(options.texts)
+    texts = prompts.from_file(Path(options.own_prompts)) if options.own_prompts else prompts.bundled(options.texts)
     _refuse_unwritable(options.out)
     model = _load(options)
     stop = interrupt.Stop()
