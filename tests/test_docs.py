@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,3 +37,38 @@ def test_the_folders_of_the_architecture_exist() -> None:
             continue  # under native/, named after it
         found = list(ROOT.glob(name)) or list(ROOT.glob(f"{name}.*"))
         assert found, name
+
+
+@pytest.mark.parametrize(
+    ("tool", "stored", "page", "n_rows"),
+    [
+        ("preset_table", "presets.json", "presets.md", 28),
+        ("preset_table", "presets_moe2.json", "presets.md", 28),
+        ("learned_table", "learned.json", "presets.md", 20),
+        ("own_draft_table", "own_drafts.json", "presets.md", 18),
+        ("foresight_table", "foresight.json", "performance.md", 60),
+        ("ablation_table", "ablation.json", "presets.md", 7),
+        ("governor_live", "governor_live.json", "presets.md", 4),
+        ("governor_live", "governor_live_ngram.json", "presets.md", 4),
+        ("hybrid_exactness", "hybrid_exactness.json", "performance.md", 5),
+    ],
+)
+def test_what_tools_have_measured_is_what_is_stored(
+    tool: str, stored: str, page: str, n_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of each tool's tables; a page may call the columns otherwise."""
+    monkeypatch.syspath_prepend(ROOT / "tools")  # tools import one another
+    table = runpy.run_path(str(ROOT / "tools" / f"{tool}.py"))["table"]
+    found: Any = json.loads((ROOT / "docs" / "measurements" / stored).read_text(encoding="utf-8"))
+    if tool == "own_draft_table":
+        tables = [table(budget["drafts"]) for budget in found.values()]
+    elif tool in ("preset_table", "learned_table"):
+        key = {"preset_table": "twin", "learned_table": "draft"}[tool]
+        rows = [row for row in found if row["domain"] == "all"]
+        tables = [table(rows, kind).splitlines() for kind in dict.fromkeys(row[key] for row in rows)]
+    else:
+        tables = [table(found).splitlines()]
+    lines = [line for each in tables for line in each[2:] if line.startswith("| ")]
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert len(lines) >= n_rows
+    assert [line for line in lines if line not in text] == []

@@ -165,11 +165,11 @@ def table(rows: Sequence[dict[str, Any]], kind: str) -> str:
     for name in POLICIES[1:]:
         cells, figures = [], ""
         for share, k in cases:
-            mine = {r["policy"]: r for r in rows if (r["share"], r["k"], r["draft"]) == (share, k, kind)}
+            mine = {r["policy"]: r for r in rows if (r["share"], r.get("k", 0), r["draft"]) == (share, k, kind)}
             row, stall = mine[name], mine["lru"]["stall_ms"]
             wasted = f", {100 * row['prefetch_wasted']:.0f} %" if row.get("prefetch_wasted") is not None else ""
-            gaps = f"{_percent(row['miss_gap'])} / {_percent(row['read_gap'])}"
-            cells.append(f"{gaps}, {row['stall_ms'] / stall:.2f}{wasted}")
+            gaps = f"{_percent(row.get('miss_gap', 0))} / {_percent(row.get('read_gap', 0))}"
+            cells.append(f"{gaps}, {row.get('stall_ms', 0) / stall:.2f}{wasted}")
             if "foresight_precision" in row:
                 precision, recall, lead = (row[f"foresight_{n}"] for n in ("precision", "recall", "lead_tokens"))
                 figures = f"{precision:.2f}, {recall:.2f}, {lead:.0f}"

@@ -89,7 +89,8 @@ def record(target: Path, twin: Path, k: int, path: Path, n_texts: int, n_tokens:
 
 
 def table(rows: Sequence[dict[str, Any]], kind: str) -> str:
-    """Share of the gap from LRU to Belady that is closed, in misses and in bytes read, and stalls relative to LRU's."""
+    """Share of the gap from LRU to Belady that is closed, in misses and in bytes read, and stalls relative to LRU's.
+    In stored rows what is nothing was left out."""
     columns = [(share, k) for share, k in CASES]
     heads = " | ".join(f"{share}, K = {k}" for share, k in columns)
     lines = [f"| {kind} twin | {heads} |", "|---" * (len(columns) + 1) + "|"]
@@ -98,8 +99,9 @@ def table(rows: Sequence[dict[str, Any]], kind: str) -> str:
         for share, k in columns:
             mine = {row["policy"]: row for row in rows if (row["share"], row["k"], row["twin"]) == (share, k, kind)}
             row, stall = mine[name], mine["lru"]["stall_ms"]
-            cells.append(f"{_percent(row['miss_gap'])} / {_percent(row['read_gap'])}, {row['stall_ms'] / stall:.2f}")
-        lines.append(f"| {name}{' (lossy)' if row['lossy'] else ''} | {' | '.join(cells)} |")
+            gaps = f"{_percent(row.get('miss_gap', 0))} / {_percent(row.get('read_gap', 0))}"
+            cells.append(f"{gaps}, {row.get('stall_ms', 0) / stall:.2f}")
+        lines.append(f"| {name}{' (lossy)' if row.get('lossy') else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
