@@ -237,8 +237,9 @@ class EdgeLlama(Bounded):
         if learned is not None:
             learned.require(self._experts, None if draft is None else draft.experts)
         setting = presets.Setting.nominal(self._experts, self._plan.slots, k_max, link, learned, has_twin=has_twin)
-        is_fixed = self._wanted.speculation is not None
-        policy = presets.live(self._wanted.policy, setting, is_fixed=is_fixed, has_clock=not self._deterministic)
+        fixed, clock = self._wanted.speculation is not None, not self._deterministic
+        limited = self._edge_arguments["latency_limit_ms"] is not None
+        policy = presets.live(self._wanted.policy, setting, is_fixed=fixed, has_clock=clock, is_limited=limited)
         if self._hook is not None:
             self._hook.use_budget(policy.expert_budget)
             self._hook.keep_prompts(policy.reads_prompts)

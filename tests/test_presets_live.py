@@ -244,3 +244,29 @@ def test_a_budget_of_experts_bounds_verify_steps_and_says_that_it_is_lossy(
 def test_the_schema_of_the_benchmark_knows_every_policy() -> None:
     known = schema("bench")["items"]["properties"]["policy"]["enum"]
     assert set(bench.CHOICES) <= set(known) and set(SLOT_POLICIES) <= set(known)
+
+
+def test_a_policy_that_chooses_k_by_itself_takes_no_latency_limit(
+    bundled: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, draft = map(str, bundled)
+    with pytest.raises(EdgeError, match=r"cascade.*latency_limit_ms"):
+        EdgeLlama(target, draft=draft, policy="cascade", latency_limit_ms=50.0, n_ctx=512, resident="1/2")
+    common = [
+        "run",
+        "--draft",
+        draft,
+        "--resident",
+        "1/2",
+        "-c",
+        "512",
+        "-n",
+        "24",
+        "--temp",
+        "0",
+        "--json",
+        "--no-profile",
+    ]
+    assert main([*common, target, "--latency-limit", "0.001"]) == 0  # nothing keeps it, so nothing is drafted
+    assert json.loads(capsys.readouterr().out)["speculation"]["drafted"] == 0
+    assert main([*common, target, "--policy", "cascade", "--speculation", "2", "--latency-limit", "50"]) == 0

@@ -49,6 +49,13 @@ def add_transfers(p: argparse.ArgumentParser) -> None:
 def add_profile(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-profile", action="store_true", help="ignore what edge-speq tune found for this model")
     p.add_argument("--foresight", metavar="FILE", help="of tune --learn, for policies auto and learned")
+    p.add_argument(
+        "--latency-limit",
+        metavar="MS",
+        dest="latency_limit_ms",
+        type=float,
+        help="most milliseconds for drafting and verifying a step, with --speculation auto",
+    )
 
 
 def add_sampling(p: argparse.ArgumentParser, n_predict: int) -> None:
@@ -82,9 +89,9 @@ def with_demo_defaults(arguments: argparse.Namespace) -> None:
 
 
 def edge_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that EdgeLlama adds to those of llama_cpp.Llama, and `foresight` where a file was given."""
+    """The arguments that EdgeLlama adds to those of llama_cpp.Llama, the rarer ones where they were given."""
     names = ["draft", "resident", "vram_budget", "speculation", "policy", "compute"]
-    names += ["foresight"] if getattr(arguments, "foresight", None) is not None else []
+    names += [name for name in ("foresight", "latency_limit_ms") if getattr(arguments, name, None) is not None]
     return {name: getattr(arguments, name) for name in names}
 
 

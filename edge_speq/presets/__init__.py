@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from edge_speq import foresight
-from edge_speq.core import require_choice
+from edge_speq.core import EdgeError, require_choice
 from edge_speq.presets.auto import Auto
 from edge_speq.presets.duel import Duel
 from edge_speq.presets.learned import Learning
@@ -74,14 +74,21 @@ def make(name: str, setting: Setting) -> Policy:
     return PRESETS[name](setting)
 
 
-def live(name: str, setting: Setting, *, is_fixed: bool, has_clock: bool) -> Policy:
+def live(name: str, setting: Setting, *, is_fixed: bool, has_clock: bool, is_limited: bool = False) -> Policy:
     """That policy for the engine: without its own governor where the draft length is fixed, or where it would follow
-    a clock and there is none. Raises EdgeError for another name."""
+    a clock and there is none. Raises EdgeError for another name, and for one whose governor knows no latency limit
+    where the engine `is_limited` by one."""
     policy = make(name, setting)
     if policy.needs_twin and not setting.has_twin:
         log.warning("policy %s looks at the routing of a low-bit copy as draft: without one it is lru", policy.name)
     if policy.governor is not None and (is_fixed or (policy.governor.is_timed and not has_clock)):
         policy.governor = None
+    if policy.governor is not None and is_limited:
+        raise EdgeError(
+            f"policy {policy.name} chooses draft lengths by a rule of its own, which knows no latency_limit_ms",
+            "leave one of them out, or give a fixed speculation",
+            usage=True,
+        )
     return policy
 
 
