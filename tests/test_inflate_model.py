@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,24 @@ def test_greedy_text_does_not_loop_and_follows_from_the_last_byte(tmp_path: Path
     assert len(set(first)) == len(set(second)) == 600
     assert again == first
     assert not set(first[:200]) & set(second[:200])
+
+
+def test_text_goes_on_from_where_prompts_end(tmp_path: Path, tool: Tool) -> None:
+    path, prompts = tmp_path / "model.gguf", tmp_path / "prompts.jsonl"
+    cycle = tool["write"](path, 2, narrow(tool, "qwen3", 16, 4, n_embd=512))
+    tool["write_prompts"](prompts, cycle)
+    place = {int(token): i for i, token in enumerate(cycle.tokens)}
+    found = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    with contextlib.closing(EdgeLlama(str(path), speculation=0, n_ctx=256)) as model:
+        read = [model.tokenize(prompt.encode(), add_bos=True) for prompt in found]
+        written = texts(model, found, 16)
+    assert [len(tokens) for tokens in read] == [tool["PROMPT_TOKENS"]] * tool["N_PROMPTS"]
+    for tokens, text in zip(read, written, strict=True):
+        places = [place[token] for token in tokens]
+        steps = np.diff(places)
+        assert set(steps) <= {1, 2}  # a byte is left out
+        assert [place[token] for token in text] == [places[-1] + 1 + i for i in range(16)]
+    assert len({token for tokens in read for token in tokens}) == tool["PROMPT_TOKENS"] * tool["N_PROMPTS"]
 
 
 def test_the_next_block_is_foreseen_in_part(tmp_path: Path, tool: Tool) -> None:

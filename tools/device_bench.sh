@@ -38,7 +38,7 @@ model() { # NAME COMMAND...: makes $work/NAME.gguf once
     python3 "$@" "$file.part" "${options[@]}" && mv "$file.part" "$file" || { say "it failed" && return 1; }
 }
 big() { options=("${inflate[@]}") && model tales-big "$here/tools/inflate.py" "$here/models/tales-moe.gguf"; }
-shape() { options=(--shape "$1" --layers "$2") && model "$1" "$here/tools/inflate_model.py"; }
+shape() { options=(--shape "$1" --layers "$2" --prompts "$work/$1.jsonl") && model "$1" "$here/tools/inflate_model.py"; }
 
 bench() { # NAME MODEL OPTIONS...: one part, from the models' folder, so that rows name the file only
     local name=$1 file=$2 left=$((deadline - $(date +%s)))
@@ -66,10 +66,10 @@ for part in "$@"; do
         emulated) big && bench emulated tales-big.gguf "${laptop[@]}" ;;
         as-is) big && bench as-is tales-big.gguf -t 8 ;;
         prompts) big && SHARES=${PROMPT_SHARES:-1/4} POLICIES=auto,cpu-moe TOKENS=0 bench prompts tales-big.gguf -t 8 -p 128,512 ;;
-        qwen3) shape qwen3 "${QWEN3_LAYERS:-12}" && bench qwen3 qwen3.gguf "${laptop[@]}" -d 64 ;;
-        mixtral) shape mixtral "${MIXTRAL_LAYERS:-8}" && bench mixtral mixtral.gguf "${laptop[@]}" -d 64 ;;
-        qwen3-as-is) shape qwen3 "${QWEN3_LAYERS:-12}" && bench qwen3-as-is qwen3.gguf -t 8 -d 64 ;;
-        mixtral-as-is) shape mixtral "${MIXTRAL_LAYERS:-8}" && bench mixtral-as-is mixtral.gguf -t 8 -d 64 ;;
+        qwen3) shape qwen3 "${QWEN3_LAYERS:-12}" && bench qwen3 qwen3.gguf "${laptop[@]}" -d 64 --prompts qwen3.jsonl ;;
+        mixtral) shape mixtral "${MIXTRAL_LAYERS:-8}" && bench mixtral mixtral.gguf "${laptop[@]}" -d 64 --prompts mixtral.jsonl ;;
+        qwen3-as-is) shape qwen3 "${QWEN3_LAYERS:-12}" && bench qwen3-as-is qwen3.gguf -t 8 -d 64 --prompts qwen3.jsonl ;;
+        mixtral-as-is) shape mixtral "${MIXTRAL_LAYERS:-8}" && bench mixtral-as-is mixtral.gguf -t 8 -d 64 --prompts mixtral.jsonl ;;
         record)
             big && python3 "$here/tools/step_record.py" "$work/tales-big.gguf" "${laptop[@]}" --policy auto,hybrid,device,lru -n 32 \
                 -o "$out/record.json" || say "$part failed"
