@@ -353,7 +353,8 @@ class Hook:
         ffi, lib = load()
         c = ffi.new("edge_costs *")
         check(lib.edge_hook_costs(self._handle, c))
-        return Costs(c.cpu_bytes_per_s, c.link_bytes_per_s, c.contention, c.layer_ahead_precision, bool(c.fetches_some))
+        rates = c.cpu_bytes_per_s, c.link_bytes_per_s, c.contention, c.device_bytes_per_s
+        return Costs(*rates, c.layer_ahead_precision, bool(c.fetches_some))
 
     def record(self, n: int) -> None:
         """Keeps the next n spans of what the decoding thread does, 0: none any more. Between steps."""

@@ -32,8 +32,9 @@ CORE = (
     *("slots", "slot_store", "residency", "split_demand", "prefetch", "layer_ahead", "under_way", "swaps"),
     *("balancer", "gate", "link", "faults", "experts"),
 )
+CPU = ("first_costs", "cpu_experts", "expert_matrices", "workers")
 HOOK = (
-    *("hook", "hybrid", "unwatched", "own_draft", "cpu_experts", "expert_matrices", "workers"),
+    *("hook", "hybrid", "unwatched", "own_draft", *CPU),
     *("prompts", "vocab", "reckoning", "prompt_counts", "reckoning_api", "api"),
 )
 TESTS = {
@@ -42,6 +43,7 @@ TESTS = {
     "test_workers": ("workers",),
     "test_residency": CORE,
     "test_under_way": tuple(name for name in CORE if name != "gate"),  # has a gate of its own, with a script
+    "test_first_costs": (*CORE, *CPU),
     "test_allocations": (*(name for name in CORE if name != "gate"), "expert_matrices", "workers"),
     "test_hook": (*CORE, *HOOK),
     "test_own_draft": (*CORE, *HOOK),

@@ -33,7 +33,7 @@ import numpy.typing as npt
 from edge_speq import _native
 from edge_speq.bench.measure import Passage, Sample
 from edge_speq.bench.watched import Watched
-from edge_speq.core import Experts
+from edge_speq.core import Costs, Experts
 from edge_speq.residency import Belady, next_uses
 
 REPLAYS, TRIALS = 2, 3
@@ -80,12 +80,10 @@ def _bypassing_bytes(experts: Experts, slots: Sequence[int], steps: Sequence[Rou
     return fetched
 
 
-def cpu_rate(model: Watched) -> float | None:
-    """Bytes per second that the CPU computes missing experts with; None where it computes none."""
+def hybrid_costs(model: Watched) -> Costs | None:
+    """What the CPU's part of missing experts costs; None where it computes none."""
     hook = model._hook
-    if hook is None or not model.stats().experts.cpu_computed:
-        return None
-    return hook.costs().cpu_bytes_per_s
+    return None if hook is None or not model.stats().experts.cpu_computed else hook.costs()
 
 
 def link_rate(model: Watched) -> float | None:

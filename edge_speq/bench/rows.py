@@ -156,6 +156,7 @@ def _edge_keys(result: Result, facts: Facts, settings: Settings, budget: int) ->
         "n_texts": len(result.samples[0].passages),
         "link_bytes_per_s": result.link_bytes_per_s,
         "cpu_bytes_per_s": result.cpu_bytes_per_s,
+        "contention": result.contention,
         "bound_ts": result.bound_ts,
         "bound_compute": result.bound_compute,
         "bound_fraction": statistics.mean(s.speed for s in result.samples) / result.bound_ts

@@ -30,6 +30,7 @@ class Result:
     test_time: str = ""  # RFC 3339, of the first repetition
     bound_ts: float | None = None
     cpu_bytes_per_s: int | None = None  # of hybrid execution: expert weights that the CPU computes with, by itself
+    contention: float | None = None  # part of the time that CPU and link share by which the CPU's grows
     bound_compute: str | None = None
     link_bytes_per_s: int | None = None
 
@@ -130,11 +131,13 @@ class Bench:
 
     def _bound(self, result: Result) -> None:
         facts, needed = self.fleet.facts[result.arm], dict[object, int]()
-        link, cpu = self._link(result.arm), bound.cpu_rate(self.fleet.open(result.arm))
-        rate = link + (cpu or 0.0) if link is not None else None
-        ceiling = self._ceiling(result.arm)
-        if cpu is not None and ceiling is None:
-            return
+        link, hybrid = self._link(result.arm), bound.hybrid_costs(self.fleet.open(result.arm))
+        rate, ceiling = link, self._ceiling(result.arm)
+        if hybrid is not None:
+            result.cpu_bytes_per_s, result.contention = round(hybrid.cpu_bytes_per_s), hybrid.contention
+            rate = link + hybrid.cpu_bytes_per_s if link is not None else None
+            if ceiling is None:
+                return
         speeds = []
         for sample in result.samples:
             steps = [step for passage in sample.passages for step in passage.steps]
@@ -143,13 +146,12 @@ class Bench:
             key = bound.steps_key(sample)
             if ceiling is None or key not in needed:
                 routing = [step.routing for step in steps if step.routing is not None]
-                needed[key] = bound.clairvoyant_bytes(facts.experts, facts.slots, routing, bypass=cpu is not None)
+                needed[key] = bound.clairvoyant_bytes(facts.experts, facts.slots, routing, bypass=hybrid is not None)
             on_link = needed[key] / rate if rate else 0.0
             computing = self._computing(result, sample, key, ceiling) + sample.draft_seconds
             speeds.append(sample.n_tokens / max(on_link, computing))
         result.bound_ts, result.bound_compute = statistics.mean(speeds), "stalls" if ceiling is None else "all"
         result.link_bytes_per_s = None if link is None else round(link)
-        result.cpu_bytes_per_s = None if cpu is None else round(cpu)
 
     def _computing(self, result: Result, sample: Sample, key: object, ceiling: Watched | None) -> float:
         if ceiling is None:

@@ -234,11 +234,12 @@ EDGE_API int edge_hook_drain(edge_hook * hook); // waits until no order is outst
 EDGE_API int edge_hook_resize(edge_hook * hook, const int32_t * slots, int32_t n_groups);
 
 EDGE_API int edge_hook_counters(edge_hook * hook, edge_counters * out);
-// What hybrid execution has learned of this machine; the first three are 0 before it has computed anything.
+// What hybrid execution has learned of this machine; the first four are 0 before it has measured or computed anything.
 typedef struct edge_costs {
     double cpu_bytes_per_s;     // expert weights that the CPU computes with, by itself
     double link_bytes_per_s;
     double contention;          // the CPU's time grows by this part of the time that both are busy
+    double device_bytes_per_s;  // expert weights that the device reads; 0 where that was not measured
     double layer_ahead_precision; // part of the experts foreseen a block ahead that the block then wanted, of late
     bool   fetches_some;        // whether it fetches on demand at all: copies run beside the CPU, from page-locked memory
 } edge_costs;

@@ -19,6 +19,7 @@ constexpr uint32_t computed_only = 12;   // teach the CPU's rate by itself,
 constexpr uint32_t fetched_only  = 16;   // up to this one, the link's, and
 constexpr uint32_t divided       = 20;   // up to this one, what both do to each other
 constexpr double least_cost      = 1e-3; // ns a byte: what is faster than a terabyte per second was not measured
+constexpr double most_contention = 2;
 
 } // namespace
 
@@ -44,13 +45,24 @@ double Balancer::link_ns(size_t n_fetched, uint64_t expert_bytes) const {
     return n_fetched == 0 ? 0 : link_start + static_cast<double>(n_fetched) * static_cast<double>(expert_bytes) * link_byte_.value;
 }
 
-double Balancer::block_ns(double cpu, double link, double contention) {
-    return std::max(cpu + contention * std::min(cpu, link), link);
+double Balancer::device_ns(size_t n_experts, uint64_t expert_bytes) const {
+    return static_cast<double>(n_experts) * static_cast<double>(expert_bytes) * device_byte_;
+}
+
+double Balancer::block_ns(double cpu, double link, double device, double contention) {
+    return std::max(cpu + contention * std::min(cpu, link), link + device);
+}
+
+// pairs: of those that are not fetched.
+double Balancer::split_ns(const std::vector<Miss> & missing, uint64_t expert_bytes, size_t fetched, size_t pairs, double contention,
+                          const Around & around) const {
+    const double link = fetched > 0 ? around.link + link_ns(fetched, expert_bytes) : 0;
+    return block_ns(cpu_ns(missing.size() - fetched, pairs, expert_bytes), link, around.device, contention);
 }
 
 // How many of them, the first, to fetch: at least least and at most most.
 size_t Balancer::best_split(const std::vector<Miss> & missing, uint64_t expert_bytes, size_t least, size_t most, double contention,
-                            double queued_ns) const {
+                            const Around & around) const {
     size_t pairs = 0; // of those that the CPU computes
     for (size_t i = least; i < missing.size(); ++i) {
         pairs += static_cast<size_t>(missing[i].pairs);
@@ -58,8 +70,7 @@ size_t Balancer::best_split(const std::vector<Miss> & missing, uint64_t expert_b
     size_t best = least;
     double least_ns = HUGE_VAL;
     for (size_t fetched = least; fetched <= most; ++fetched) {
-        const double link = fetched > 0 ? queued_ns + link_ns(fetched, expert_bytes) : 0;
-        const double ns = block_ns(cpu_ns(missing.size() - fetched, pairs, expert_bytes), link, contention);
+        const double ns = split_ns(missing, expert_bytes, fetched, pairs, contention, around);
         if (ns < least_ns) {
             best     = fetched;
             least_ns = ns;
@@ -69,7 +80,7 @@ size_t Balancer::best_split(const std::vector<Miss> & missing, uint64_t expert_b
     return best;
 }
 
-size_t Balancer::split(std::vector<Miss> & missing, uint64_t expert_bytes, double queued_ns) {
+size_t Balancer::split(std::vector<Miss> & missing, uint64_t expert_bytes, const Around & around) {
     if (!overlaps_ || missing.empty()) {
         return 0;
     }
@@ -77,19 +88,32 @@ size_t Balancer::split(std::vector<Miss> & missing, uint64_t expert_bytes, doubl
         return a.pairs != b.pairs ? a.pairs > b.pairs : a.worth != b.worth ? a.worth > b.worth : a.expert < b.expert;
     });
     const size_t n = missing.size();
-    const size_t best = best_split(missing, expert_bytes, 0, n, contention_.value, queued_ns);
+    const size_t best = best_split(missing, expert_bytes, 0, n, contention_.value, around);
     size_t pairs = 0;
     for (size_t i = best; i < n; ++i) {
         pairs += static_cast<size_t>(missing[i].pairs);
     }
-    const double link = best > 0 ? queued_ns + link_ns(best, expert_bytes) : 0;
-    const double ns = block_ns(cpu_ns(n - best, pairs, expert_bytes), link, contention_.value);
-    gain_ += weight * (queued_ns + link_ns(n, expert_bytes) - ns - gain_);
+    const double all_fetched = split_ns(missing, expert_bytes, n, 0, contention_.value, around);
+    gain_ += weight * (all_fetched - split_ns(missing, expert_bytes, best, pairs, contention_.value, around) - gain_);
     const uint32_t turn = blocks_++ % period;
     if (turn < fetched_only) {
         return turn < computed_only ? 0 : n;
     }
-    return turn < divided && n > 1 ? best_split(missing, expert_bytes, 1, n - 1, 0, queued_ns) : best;
+    return turn < divided && n > 1 ? best_split(missing, expert_bytes, 1, n - 1, 0, around) : best;
+}
+
+void Balancer::begin_with(const FirstCosts & measured) {
+    const auto bytes = static_cast<double>(measured.expert_bytes);
+    const auto per_byte = [&](double ns) { return Cost{ std::max(least_cost, ns / bytes), first_ones }; };
+    cpu_byte_  = per_byte(measured.cpu - cpu_start);
+    pair_byte_ = per_byte(measured.cpu_pair);
+    if (!link_is_known_) {
+        link_byte_ = per_byte(measured.link - link_start);
+    }
+    const double shared = std::min(measured.cpu, link_ns(measured.n_fetched, measured.expert_bytes));
+    contention_  = { std::clamp((measured.cpu_shared - measured.cpu) / shared, 0.0, most_contention), first_ones };
+    device_byte_ = measured.device_byte;
+    blocks_      = divided;
 }
 
 void Balancer::learn_cpu_again() {
@@ -101,7 +125,7 @@ void Balancer::computed(size_t n_experts, size_t n_pairs, uint64_t expert_bytes,
     const double alone = cpu_ns(n_experts, n_pairs, expert_bytes);
     const double shared = std::min(alone, link_ns);
     if (shared > alone / 4) {
-        contention_.follow(std::clamp((ns - alone) / shared, 0.0, 2.0));
+        contention_.follow(std::clamp((ns - alone) / shared, 0.0, most_contention));
         return;
     }
     const double measured = std::max(0.0, ns - contention_.value * shared - cpu_start);

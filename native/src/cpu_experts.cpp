@@ -220,6 +220,33 @@ void CpuExperts::compute(const ExpertChain & chain, const ExpertBlock & block, c
     compute_nodes(graph, ggml_new_graph_custom(ctx_.get(), max_nodes, false));
 }
 
+bool CpuExperts::knows(const ExpertBlock & block) const {
+    return std::all_of(block.weights.begin(), block.weights.end(), [](const ggml_tensor * w) { return !w || ExpertMatrices::knows(w); });
+}
+
+void CpuExperts::compute_some(const ExpertBlock & block, int32_t expert, int32_t n_tokens) {
+    const auto weights = [&](Role role) { return const_cast<ggml_tensor *>(block.weights[role]); };
+    ggml_tensor * first = weights(block.weights[role_gate_up] ? role_gate_up : role_up);
+    ggml_tensor * down = weights(role_down);
+    ggml_reset(ctx_.get());
+    ggml_tensor * rows = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_F32, first->ne[0], 1, n_tokens);
+    ggml_tensor * ids = ggml_new_tensor_2d(ctx_.get(), GGML_TYPE_I32, 1, n_tokens);
+    ggml_cgraph * graph = ggml_new_graph_custom(ctx_.get(), max_nodes, false);
+    if (block.weights[role_gate]) {
+        ggml_build_forward_expand(graph, ggml_mul_mat_id(ctx_.get(), weights(role_gate), rows, ids));
+    }
+    ggml_tensor * inner = ggml_mul_mat_id(ctx_.get(), first, rows, ids);
+    inner = ggml_view_3d(ctx_.get(), inner, down->ne[0], 1, n_tokens, inner->nb[1], inner->nb[2], 0); // of gate_up a half
+    ggml_tensor * output = ggml_mul_mat_id(ctx_.get(), down, inner, ids);
+    ggml_build_forward_expand(graph, output);
+    std::vector<float> out(static_cast<size_t>(ggml_nelements(output)));
+    place(graph, rows, ids, output, out.data());
+    std::memset(rows->data, 0, ggml_nbytes(rows));
+    std::fill_n(static_cast<int32_t *>(ids->data), n_tokens, expert);
+    matrices_.begin(static_cast<const int32_t *>(ids->data), static_cast<size_t>(n_tokens));
+    compute_nodes(graph, ggml_new_graph_custom(ctx_.get(), max_nodes, false));
+}
+
 // In turn all products whose rows are there, and what lies between them and the next.
 void CpuExperts::compute_nodes(ggml_cgraph * graph, ggml_cgraph * between) {
     const int n = ggml_graph_n_nodes(graph);

@@ -43,6 +43,10 @@ public:
     void compute(const ExpertChain & chain, const ExpertBlock & block, const SlotStore & store, const float * input,
                  const std::vector<Pair> & pairs, float * out);
 
+    // The products of one expert and zeros, for how long they take.
+    bool knows(const ExpertBlock & block) const; // whether that can be done
+    void compute_some(const ExpertBlock & block, int32_t expert, int32_t n_tokens);
+
 private:
     struct Clone;
 

@@ -91,6 +91,9 @@ edge_hook::edge_hook(llama_model * model, edge::ExpertTable table, const edge_ho
             residency_->use_gate(std::make_unique<edge::Gate>(model, table_));
         }
     }
+    if (residency_ && cpu_experts_) {
+        residency_->measure_costs(*cpu_experts_);
+    }
     make_leaves(buft, params.reads_prompts);
     allocate_host(host_buffer_type(buft));
 

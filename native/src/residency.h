@@ -20,6 +20,8 @@
 
 namespace edge {
 
+class CpuExperts;
+
 struct TransferParams {
     uint64_t link_bytes_per_s = 0;     // 0: the link as it is
     bool     deterministic    = false; // no worker: transfers take virtual time, on the decoding thread
@@ -53,6 +55,8 @@ public:
     bool looks_ahead_to(int32_t block) const;
     bool link_ends_first() const { return nanoseconds(link_free_ - Clock::now()) < cpu_left_ns_; } // before the CPU's part, by estimate
     void use_gate(std::unique_ptr<Gate> gate);
+    // Before the first block: what an expert takes on each side, where some are fetched beside the CPU at all.
+    void measure_costs(CpuExperts & cpu);
     // The CPU's part of that block took so long.
     void computed(int32_t block, size_t n_experts, size_t n_pairs, double ns);
     const Balancer & balancer() const { return balancer_; }

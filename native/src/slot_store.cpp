@@ -4,6 +4,7 @@
 #include "error.h"
 #include "faults.h"
 #include "ggml-alloc.h"
+#include "stopwatch.h"
 
 #include <algorithm>
 #include <string>
@@ -63,6 +64,26 @@ void SlotStore::fill(int32_t group, int32_t slot, uint8_t byte) const {
             ggml_backend_tensor_set(tensor, pattern.data(), tensor->nb[2] * static_cast<size_t>(slot), tensor->nb[2]);
         }
     }
+}
+
+// Some slots copied onto others: half of the bytes that move are read, and kernels, which only read, take as long a byte.
+double SlotStore::read_ns_per_byte() const {
+    constexpr int64_t most_bytes = 256 << 20;
+    ggml_tensor * slots = tensors_.front()[role_down];
+    const auto per_slot = static_cast<int64_t>(slots->nb[2]);
+    const int64_t n = std::min(slots->ne[2] / 2, std::max<int64_t>(1, most_bytes / per_slot));
+    if (n == 0) {
+        return 0;
+    }
+    const ggml_context_ptr ctx(ggml_init({ 2 * ggml_tensor_overhead(), nullptr, true }));
+    const auto view = [&](int64_t first) {
+        ggml_tensor * some = ggml_view_3d(ctx.get(), slots, slots->ne[0], slots->ne[1], n, slots->nb[1], slots->nb[2], static_cast<size_t>(first * per_slot));
+        ggml_backend_view_init(some);
+        return some;
+    };
+    ggml_tensor * from = view(0);
+    ggml_tensor * to = view(n);
+    return least_ns([&] { ggml_backend_tensor_copy(from, to); }) / static_cast<double>(2 * n * per_slot);
 }
 
 } // namespace edge

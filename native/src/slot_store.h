@@ -26,6 +26,7 @@ public:
     void send(Link & link, const ExpertBlock & block, int32_t expert, int32_t slot, int marks) const;
     bool page_locked(const ExpertBlock & block) const { return Link::page_locked(device_, block.weights[role_down]); }
     void fill(int32_t group, int32_t slot, uint8_t byte) const;
+    double read_ns_per_byte() const; // by the device, measured: what lies in slots is garbage then; 0 where there is one only
 
 private:
     ggml_backend_dev_t                              device_;

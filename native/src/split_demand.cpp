@@ -59,9 +59,11 @@ void Residency::use_late(const ExpertBlock & block, int32_t slot) {
 // Gives those that are to be fetched a slot each: loading_ are the first of misses_.
 void Residency::take_for_fetches(const ExpertBlock & block) {
     const uint64_t bytes = expert_bytes(block.group);
-    double queued_ns = flying_ > 0 ? balancer_.link_ns(1, bytes) / 2 : 0; // half of a prefetch is still to come
-    queued_ns += std::max(0.0, nanoseconds(link_free_ - Clock::now()));
-    const size_t n = splits_always_ || store_->page_locked(block) ? balancer_.split(misses_, bytes, queued_ns) : 0;
+    Around around;
+    around.link = flying_ > 0 ? balancer_.link_ns(1, bytes) / 2 : 0; // half of a prefetch is still to come
+    around.link += std::max(0.0, nanoseconds(link_free_ - Clock::now()));
+    around.device = balancer_.device_ns(wanted_.size(), bytes);
+    const size_t n = splits_always_ || store_->page_locked(block) ? balancer_.split(misses_, bytes, around) : 0;
     loading_.clear();
     for (size_t i = 0; i < n; ++i) {
         const int32_t slot = pool(block).take(block.first_key + misses_[i].expert, SlotPool::any_price);
@@ -118,9 +120,10 @@ void Residency::computed(int32_t block, size_t n_experts, size_t n_pairs, double
 }
 
 void Residency::note_costs() {
-    costs_.cpu_bytes_per_s  = balancer_.cpu_bytes_per_s();
-    costs_.link_bytes_per_s = balancer_.link_bytes_per_s();
-    costs_.contention       = balancer_.contention();
+    costs_.cpu_bytes_per_s    = balancer_.cpu_bytes_per_s();
+    costs_.link_bytes_per_s   = balancer_.link_bytes_per_s();
+    costs_.contention         = balancer_.contention();
+    costs_.device_bytes_per_s = balancer_.device_bytes_per_s();
 }
 
 edge_costs Residency::costs() const {

@@ -27,8 +27,10 @@ struct Machine {
         const double alone = cpu_ns(experts, pairs);
         return alone + contention * std::min(alone, link_ns(fetched));
     }
-    double block_ns(size_t experts, size_t pairs, size_t fetched) const {
-        return std::max(cpu_shared_ns(experts, pairs, fetched), link_ns(fetched));
+    double block_ns(size_t experts, size_t pairs, size_t fetched, const edge::Around & around = {}) const {
+        const double link = fetched > 0 ? around.link + link_ns(fetched) : 0;
+        const double alone = cpu_ns(experts, pairs);
+        return std::max(alone + contention * std::min(alone, link), link + around.device);
     }
 };
 
@@ -48,7 +50,7 @@ size_t pairs_of(const std::vector<edge::Miss> & misses, size_t from) {
     return pairs;
 }
 
-double best_of_all_subsets(const Machine & machine, const std::vector<edge::Miss> & misses) {
+double best_of_all_subsets(const Machine & machine, const std::vector<edge::Miss> & misses, const edge::Around & around = {}) {
     double least = HUGE_VAL;
     for (unsigned subset = 0; subset < (1U << misses.size()); ++subset) {
         size_t fetched = 0, pairs = 0;
@@ -57,7 +59,7 @@ double best_of_all_subsets(const Machine & machine, const std::vector<edge::Miss
             fetched += fetch ? 1 : 0;
             pairs += fetch ? 0 : static_cast<size_t>(misses[i].pairs);
         }
-        least = std::min(least, machine.block_ns(misses.size() - fetched, pairs, fetched));
+        least = std::min(least, machine.block_ns(misses.size() - fetched, pairs, fetched, around));
     }
     return least;
 }
@@ -103,11 +105,42 @@ void splits_are_exact_for_the_costs_it_knows() {
             balancer.split(warm, expert_bytes);
         }
         std::vector<edge::Miss> misses = random_misses(random, 9);
-        const size_t fetched = balancer.split(misses, expert_bytes);
+        edge::Around around;
+        around.link   = random() % 2 ? static_cast<double>(random() % 400'000) : 0;
+        around.device = random() % 2 ? static_cast<double>(random() % 400'000) : 0;
+        const size_t fetched = balancer.split(misses, expert_bytes, around);
         const Machine known{ 1 / (balancer.cpu_bytes_per_s() / 1e9), 0.5 / 15, 1 / (balancer.link_bytes_per_s() / 1e9), balancer.contention() };
-        const double taken = known.block_ns(misses.size() - fetched, pairs_of(misses, fetched), fetched);
-        CHECK(taken <= best_of_all_subsets(known, misses) * (1 + 1e-9));
+        const double taken = known.block_ns(misses.size() - fetched, pairs_of(misses, fetched), fetched, around);
+        CHECK(taken <= best_of_all_subsets(known, misses, around) * (1 + 1e-9));
     }
+}
+
+// While the device reads the block's experts the CPU has time for one more.
+void the_devices_time_is_the_cpus() {
+    edge::Balancer balancer(12'500'000'000, true);
+    const auto ns_of = [](double bytes_per_s) { return 1e9 * static_cast<double>(expert_bytes) / bytes_per_s; };
+    balancer.begin_with({ expert_bytes, 15e3 + ns_of(12.5e9), ns_of(12.5e9), 15e3 + ns_of(12.5e9), 1, 0, 1e9 / 250e9 }); // a laptop's VRAM
+    std::vector<edge::Miss> misses{ { 0, 1, 0.0F }, { 1, 1, 0.0F }, { 2, 1, 0.0F }, { 3, 1, 0.0F }, { 4, 1, 0.0F } };
+    edge::Around around;
+    CHECK(balancer.split(misses, expert_bytes, around) == 3); // of five that take as long on either side
+    around.device = balancer.device_ns(32, expert_bytes); // 0.4 ms, an expert 0.25
+    CHECK(balancer.split(misses, expert_bytes, around) == 2);
+    CHECK(std::abs(balancer.device_bytes_per_s() - 250e9) < 1 && balancer.contention() == 0);
+}
+
+void what_was_measured_is_believed_and_followed() {
+    const Machine machine{ 1.0 / 40, 0.5 / 40, 1.0 / 20, 0.3 };
+    edge::Balancer balancer(0, true);
+    balancer.begin_with({ expert_bytes, machine.cpu_ns(1, 1), machine.cpu_ns(1, 2) - machine.cpu_ns(1, 1), machine.cpu_shared_ns(1, 1, 1), 1, machine.link_ns(1), 0 });
+    std::mt19937 random(11);
+    for (int i = 0; i < 500; ++i) { // from the first block on
+        std::vector<edge::Miss> misses = random_misses(random, 8);
+        const size_t fetched = balancer.split(misses, expert_bytes);
+        CHECK(machine.block_ns(misses.size() - fetched, pairs_of(misses, fetched), fetched) <= best_of_all_subsets(machine, misses) * (1 + 1e-9));
+    }
+    edge::Balancer changed(0, true);
+    changed.begin_with({ expert_bytes, 3 * machine.cpu_ns(1, 1), 0, machine.cpu_ns(1, 1), 2, 2 * machine.link_ns(1), 0 });
+    CHECK(run(machine, changed, 4000, 1500) < 1.05);
 }
 
 void learned_costs_come_within_a_twentieth_of_the_best() {
@@ -241,6 +274,8 @@ void without_overlap_nothing_is_fetched() {
 
 int main() {
     splits_are_exact_for_the_costs_it_knows();
+    the_devices_time_is_the_cpus();
+    what_was_measured_is_believed_and_followed();
     learned_costs_come_within_a_twentieth_of_the_best();
     a_machine_that_changes_is_learned_again();
     a_hiccup_is_forgotten();
