@@ -68,7 +68,8 @@ class EdgeLlama(Bounded):
         link: bytes per second ("12.5GB/s") that transfers are slowed down to, to stand in for a slower machine.
         deterministic: transfers take virtual time over such a link, and nothing follows the clock: counters repeat.
         profile: what `edge-speq tune` found: "auto" looks for one of this model, draft and device, a path names one. It
-            fills in what is left at its default, and is not used where it was made for something else: see stats().
+            fills in what is left at its default, the draft too where tune chose among several, and is not used where it
+            was made for something else: see stats().
         latency_limit_ms: milliseconds that drafting and verifying a step should take at most with speculation "auto".
         foresight: a file of `edge-speq tune --learn`, for policies "auto" and "learned".
         on_step: called with a steps.StepRecord after each verify step; an exception of it ends the request.

@@ -19,9 +19,11 @@ from typing import Any
 
 from edge_speq import __version__, _native, machine
 from edge_speq.core import COMPUTES, EdgeError, parse_bytes, parse_share, parse_speculation
+from edge_speq.draft_argument import is_file
 
 VERSION = 1
 FOLDER_VARIABLE = "EDGE_SPEQ_CONFIG"
+BOUNDS = ("resident", "vram_budget")
 AGAIN = "run edge-speq tune again, or delete the file"
 
 log = logging.getLogger("edge_speq")
@@ -32,7 +34,7 @@ class Key:
     """What a profile is for. Hashes are those of bench.rows.header_hash: headers and sizes, not weights."""
 
     model: str
-    draft: str | None
+    draft: str | None  # of a file its hash, else what was named
     device: str  # as ggml and its driver name it
 
     @property
@@ -46,12 +48,14 @@ class Key:
 @dataclass(frozen=True, slots=True)
 class Profile:
     """`bounds` are the arguments resident and vram_budget that were tuned for, `chosen` what was found best under
-    them: speculation, compute, n_threads. `found` says how, for people: costs, candidates, predicted and measured."""
+    them: speculation, compute, n_threads, and draft where tune chose one of several: an absolute path, "self" or
+    "ngram". `found` says how, for people: costs, candidates, predicted and measured."""
 
     key: Key
     bounds: dict[str, Any]
     chosen: dict[str, Any]
     found: dict[str, Any]
+    draft_hash: str | None = None  # of the chosen draft, as in Key
 
 
 def folder() -> Path:
@@ -70,15 +74,20 @@ def folder() -> Path:
 
 def key(model: str | Path, draft: str | Path | None) -> Key:
     """Reads headers and loads the backends. Raises EdgeError for files that are none."""
-    from edge_speq import gguf_file, gguf_model
+    from edge_speq import gguf_model
     from edge_speq.bench.rows import header_hash
-    from edge_speq.draft_argument import is_file
 
     _native.load_backends()
-    of_draft = None if draft is None else str(draft)
-    if draft is not None and is_file(draft):
-        of_draft = header_hash(gguf_file.read(draft, "draft"))
+    of_draft = None if draft is None else draft_hash(draft)
     return Key(header_hash(gguf_model.check_model(model)), of_draft, str(_native.compute_device()))
+
+
+def draft_hash(draft: str | Path) -> str:
+    """What tells drafts apart. Raises EdgeError for a file that is none."""
+    from edge_speq import gguf_file
+    from edge_speq.bench.rows import header_hash
+
+    return header_hash(gguf_file.read(draft, "draft")) if is_file(draft) else str(draft)
 
 
 # --- storing and reading -----------------------------------------------------------------------------------
@@ -112,7 +121,8 @@ def read(path: Path, wanted: Key) -> Profile:
     """Raises EdgeError for a file that is corrupt, stale or for something else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        profile = Profile(Key(**data["key"]), data["bounds"], data["chosen"], data["found"])
+        made_for, of_draft = Key(**data["key"]), data.get("draft_hash")
+        profile = Profile(made_for, data["bounds"], data["chosen"], data["found"], of_draft)
         _require_sound(profile)
     except OSError as error:
         raise EdgeError(f"cannot read the profile {path}: {error}", AGAIN) from error
@@ -124,17 +134,34 @@ def read(path: Path, wanted: Key) -> Profile:
     for field in dataclasses.fields(Key):
         if getattr(profile.key, field.name) != getattr(wanted, field.name):
             raise EdgeError(f"the profile {path} was made for another {field.name}", AGAIN)
+    _require_draft(profile, path)
     return profile
+
+
+def _require_draft(profile: Profile, path: Path) -> None:
+    """The chosen draft is still what was chosen."""
+    draft = profile.chosen.get("draft")
+    if draft is None:
+        return
+    try:
+        is_same = draft_hash(draft) == profile.draft_hash
+    except EdgeError as error:
+        raise EdgeError(f"the profile {path} is stale: {error.message}", AGAIN) from error
+    if not is_same:
+        raise EdgeError(f"the profile {path} is stale: the draft {draft} has changed", AGAIN)
 
 
 def _require_sound(profile: Profile) -> None:
     """Values that EdgeLlama would refuse are no profile."""
     chosen, bounds = profile.chosen, profile.bounds
-    if not {"speculation", "compute", "n_threads"} >= set(chosen) or not {"resident", "vram_budget"} >= set(bounds):
+    if not set(chosen) <= {"speculation", "compute", "n_threads", "draft"} or not set(bounds) <= set(BOUNDS):
         raise ValueError("unknown arguments")
     parse_speculation(chosen["speculation"])
     if chosen["compute"] not in COMPUTES or not (type(chosen["n_threads"]) is int and 0 < chosen["n_threads"] <= 4096):
         raise ValueError("compute or n_threads is not possible")
+    draft = chosen.get("draft")
+    if draft is not None and is_file(draft) and not Path(draft).is_absolute():
+        raise ValueError("draft is not an absolute path")
     _normal(bounds)
 
 
@@ -176,7 +203,7 @@ def _usable(path: Path, made_for: Key, asked: dict[str, Any]) -> Profile | None:
 
 def _alike(bounds: dict[str, Any], asked: dict[str, Any]) -> bool:
     """Whether the caller asked for nothing, or for the very bounds of the profile."""
-    given = {name: asked[name] for name in ("resident", "vram_budget")}
+    given = {name: asked[name] for name in BOUNDS}
     if all(value is None for value in given.values()):
         return True
     try:
@@ -196,6 +223,9 @@ def _fill_in(profile: Profile, asked: dict[str, Any], llama: dict[str, Any]) -> 
     for name in ("speculation", "compute"):
         if asked[name] == "auto" and profile.chosen[name] != "auto":
             applied[name] = profile.chosen[name]
+    draft = profile.chosen.get("draft")
+    if draft is not None and str(asked["speculation"]) != "0":  # a caller's own draft has another key
+        applied["draft"] = draft
     asked.update(applied)
     if llama.get("n_threads") is None:
         applied["n_threads"] = llama["n_threads"] = profile.chosen["n_threads"]

@@ -16,6 +16,8 @@ from edge_speq import demo
 from edge_speq.cli import main, parser
 from edge_speq.cli import tune as command
 
+MODEL = str(demo.path(demo.MODEL))
+CHOSEN = {"speculation": 1, "compute": "device", "n_threads": 1}
 SCHEMA = json.loads((Path(demo.__file__).parent / "schema" / "run.schema.json").read_text(encoding="utf-8"))
 
 
@@ -101,11 +103,33 @@ def test_a_dry_run_stores_nothing_and_the_report_is_on_stdout(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_the_draft_of_a_list_is_that_of_runs_which_name_none(tmp_path: Path) -> None:
+    bounds = ("--resident", "1/2", "-c", "512")
+    tuned = ("tune", MODEL, "--draft", "none", "--draft", "ngram,self", "--seconds", "6", "--json", *bounds)
+    summary = json.loads(edge_speq(tmp_path, *tuned).stdout)
+    assert [row["draft"] for row in summary["found"]["drafts"]] == ["none", "ngram", "self"]
+    path = Path(summary["profile"])
+    stored = json.loads(path.read_text())
+    assert (stored["chosen"], stored["key"]["draft"]) == (summary["chosen"], None)
+    path.write_text(json.dumps(stored | {"chosen": CHOSEN | {"draft": "ngram"}, "draft_hash": "ngram"}))
+    done = edge_speq(tmp_path, "run", MODEL, "-n", "4", "--json", *bounds)
+    report = json.loads(done.stdout)
+    jsonschema.validate(report, SCHEMA)
+    assert report["profile"] == {"path": str(path), "applied": CHOSEN | {"draft": "ngram"}}
+    said = edge_speq(tmp_path, "run", MODEL, "-n", "4", *bounds).stderr
+    assert "draft=ngram" in next(line for line in said.splitlines() if line.startswith("profile "))
+    for others in (["--draft", "self"], ["--no-profile"]):
+        done = edge_speq(tmp_path, "run", MODEL, "-n", "4", "--json", *bounds, *others)
+        assert json.loads(done.stdout)["profile"] is None
+
+
 @pytest.mark.parametrize(
     ("options", "code", "cause"),
     [
         (["none.gguf"], 2, "model file not found"),
         (["--seconds", "0"], 2, "is a time"),
+        (["--draft", "self,,ngram"], 2, "empty name"),
+        (["--draft", "self,none.gguf"], 2, "draft file not found"),
         (["--resident", "most"], 2, "not a share"),
         (["--vram", "1MiB"], 1, "too few"),
     ],

@@ -46,6 +46,10 @@ def test_what_is_stored_is_read(bundled: Pair, folder: Path) -> None:
     assert (found.chosen, found.bounds["resident"]) == (CHOSEN, "1/2")
     assert stored(bundled, chosen=CHOSEN | {"speculation": 0}) == path  # replaces the earlier one
     assert profile.read(path, profile.key(*bundled)).chosen["speculation"] == 0
+    older = json.loads(path.read_text())
+    del older["draft_hash"]  # before tune chose drafts
+    path.write_text(json.dumps(older))
+    assert profile.read(path, profile.key(*bundled)).draft_hash is None
 
 
 def test_it_fills_in_what_was_left_open(bundled: Pair) -> None:

@@ -32,7 +32,13 @@ def add_parser(commands: Any) -> None:
         "the model and its draft (needs torch), for --foresight of run, chat, serve, bench and simulate.",
     )
     p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file; the bundled MoE when left out")
-    p.add_argument("--draft", metavar="D", help="a draft GGUF, a twin's experts alone, self or ngram")
+    p.add_argument(
+        "--draft",
+        metavar="D[,D...]",
+        action="append",
+        help="a draft GGUF, a twin's experts alone, self or ngram; of a list like none,self,draft.gguf the one that "
+        "pays inside the bounds is chosen, for runs that name no draft",
+    )
     p.add_argument("--resident", metavar="SHARE", help="share of the expert bytes that slots may hold: 1/4, 0.25")
     p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="ceiling for everything on the device: 6GiB, auto")
     p.add_argument("-c", "--ctx-size", metavar="N", type=int, help="context (the model's, at most 4096)")
@@ -50,20 +56,25 @@ def tune(options: argparse.Namespace) -> int:
     if options.learn is not None or options.out is not None:
         return learn(options)
     from edge_speq import profile as profiles
+    from edge_speq.tune import drafts
     from edge_speq.tune.tuner import Tuner, Wanted
 
     if options.seconds <= 0:
         raise EdgeError("--seconds is a time", f"give more than 0, such as {SECONDS:g}", usage=True)
+    several = drafts.names(options.draft or [])
+    chooses = several == [drafts.NONE] or len(several) > 1
+    options.draft = None if not several else ",".join(several) if chooses else several[0]
     arguments.with_demo_defaults(options)
     bounds = {"resident": options.resident, "vram_budget": options.vram_budget}
     wanted = Wanted(options.model, options.draft, bounds, arguments.llama_options(options), options.seconds)
     with _Progress(quiet=options.json) as say:
-        found = Tuner(wanted, say).run()
+        found = drafts.Choice(wanted, several, say).run() if chooses else Tuner(wanted, say).run()
     path = None if options.dry_run else profiles.store(found)
     summary = {"profile": None if path is None else str(path), **dataclasses.asdict(found)}
     print(json.dumps(summary) if options.json else report(found))
     if path is not None and not options.json:
-        print(f"stored     {path}: run, chat and serve pick it up (--no-profile ignores it)", file=sys.stderr)
+        where = " with this MODEL and without --draft" if chooses else ""
+        print(f"stored     {path}: run, chat and serve{where} pick it up (--no-profile ignores it)", file=sys.stderr)
     return 0
 
 
@@ -157,6 +168,8 @@ def report(found: Profile) -> str:
     for candidate in results["candidates"][:3]:
         lines.append(f"predicted  {candidate['predicted_tok_per_s']:.1f} tok/s: {_candidate(candidate)}")
     lines += [_checked(one) for one in results["checked"] if one["tok_per_s"]]
+    if "drafts" in results:
+        lines += _drafts(results["drafts"])
     lines += [f"left out   {text}" for text in results["skipped"]]
     return "\n".join([*lines, f"chosen     {_named(found.chosen)}"])
 
@@ -170,6 +183,34 @@ def _checked(one: dict[str, Any]) -> str:
     error = one["prediction_error"]
     note = "what a run without a profile does" if error is None else f"predicted {100 * error:+.0f} %"
     return f"measured   {one['tok_per_s']:.1f} tok/s: {_named(one['chosen'])} ({note})"
+
+
+def _drafts(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of those that fit: what each takes, guesses and foresees, and the fastest run with it. What was left out
+    has a line of its own."""
+    heads = ("draft", "MiB", "slots", "K", "accepted", "tokens", "precision", "recall", "predicted", "runs K", "hits")
+    cells = [(*heads, "tok/s"), *(_cells(row) for row in rows if row["left_out"] is None)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines: list[str] = []
+    for name, *figures in cells:
+        right = "  ".join(f"{text:>{width}}" for text, width in zip(figures, widths[1:], strict=True))
+        lines.append(f"{'' if lines else 'drafts':10} {name:{widths[0]}}  {right}")
+    return lines
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    def text(name: str, form: str) -> str:
+        return "-" if row[name] is None else format(row[name], form)
+
+    size, k = f"{row['draft_bytes'] / 2**20:.1f}", str(row["parameters"]["speculation"])
+    guessed = (
+        text("acceptance", ".0%"),
+        text("tokens_per_step", ".2f"),
+        text("precision", ".2f"),
+        text("recall", ".2f"),
+    )
+    measured = (text("predicted_tok_per_s", ".0f"), k, text("hit_rate", ".0%"), text("tok_per_s", ".0f"))
+    return row["draft"], size, text("resident", ".0%"), text("k", "d"), *guessed, *measured
 
 
 def _named(chosen: dict[str, Any]) -> str:

@@ -13,17 +13,14 @@ from edge_speq import machine
 from edge_speq import profile as profiles
 from edge_speq.bench import prompts
 from edge_speq.core import EdgeError, parse_share
-from edge_speq.llama import EdgeLlama
 from edge_speq.presets import Setting
 from edge_speq.profile import Profile
 from edge_speq.steps import StepRecord
 from edge_speq.trace import Step
 from edge_speq.tune import gauge, search
-from edge_speq.tune.gauge import Gauge, Live
+from edge_speq.tune.gauge import FEWEST_TOKENS, MOST_TOKENS, PROMPT_TOKENS, Gauge, Live, Trial, Worth
 from edge_speq.tune.search import Candidate, Hybrid, Measured
 
-PROMPT_TOKENS = 64
-MOST_TOKENS, FEWEST_TOKENS = 64, 16  # after each prompt
 LINK_FALLBACK = 12_500_000_000  # bytes per second, of slots that never waited
 
 
@@ -36,6 +33,7 @@ class Wanted:
     bounds: dict[str, Any] = dataclasses.field(default_factory=dict)  # resident, vram_budget
     llama: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 150.0  # in all; a part that would not fit is left out, and said
+    must_draft: bool = False  # one of several drafts: running without it is another one's business
 
 
 @dataclass(slots=True)
@@ -54,7 +52,11 @@ class _Recording:
 class _Checked:
     chosen: dict[str, Any]
     predicted_tok_per_s: float | None = None  # None: what a run without a profile does
-    tok_per_s: float | None = None
+    trial: Trial | None = None
+
+    @property
+    def tok_per_s(self) -> float | None:
+        return None if self.trial is None else self.trial.tok_per_s
 
     @property
     def prediction_error(self) -> float | None:
@@ -69,7 +71,10 @@ class Tuner:
         self._until = time.monotonic() + wanted.seconds
         self._skipped: list[str] = []
         self._texts = [prompt.text for prompt in prompts.bundled(1).chosen]
-        self._n = FEWEST_TOKENS
+        self.n = FEWEST_TOKENS  # after each prompt
+        self.worth: Worth | None = None  # of the draft
+        self.trial_seconds = 0.0  # that one will take, about
+        self.best: Trial | None = None  # of what was chosen, None where there was no time to measure it
 
     def run(self) -> Profile:
         """Raises EdgeError for a model that cannot be loaded so. Never takes much longer than it was given, unless
@@ -84,8 +89,12 @@ class Tuner:
         ranked = search.candidates(
             scaled, recording.setting, recording.steps, recording.resident, recording.resident_alone
         )
+        if self._wanted.must_draft:
+            ranked = [candidate for candidate in ranked if candidate.speculation]
+        self.trial_seconds = recording.load_seconds + min(5.0, 0.3 * self._wanted.seconds)
         checked = self._check(ranked, n_threads, recording)
-        bounds = {name: self._wanted.bounds.get(name) for name in ("resident", "vram_budget")}
+        self.best = checked[0].trial
+        bounds = {name: self._wanted.bounds.get(name) for name in profiles.BOUNDS}
         return Profile(made_for, bounds, checked[0].chosen, self._found(scaled, ranked, checked))
 
     # --- measuring -------------------------------------------------------------------------------------
@@ -102,14 +111,15 @@ class Tuner:
             steps: list[Step] = []
             llm.sink = steps.append
             records.clear()
-            _, texts = gauge.live(llm, tokens, self._n, self._share_of_time(0.2), llm.begin_passage)
+            done, texts = gauge.live(llm, tokens, self.n, self._share_of_time(0.2), llm.begin_passage)
             llm.write()
+            self.worth = gauge.worth(llm, done)
             llm.sink = None
             drafting = [record for record in records if not record.is_prompt]
             records.clear()
             llm.limit(0)
             self._say("steps without a draft")
-            alone, _ = gauge.live(llm, tokens[:2], self._n, self._share_of_time(0.1))
+            alone, _ = gauge.live(llm, tokens[:2], self.n, self._share_of_time(0.1))
             steps_alone = [record for record in records if not record.is_prompt]
             measured = self._operators(llm, max(texts, key=len), drafting, steps_alone, alone)
             setting = self._setting(llm, measured)
@@ -119,7 +129,8 @@ class Tuner:
 
     @contextlib.contextmanager
     def _gauge(self, compute: str, on_step: Callable[[StepRecord], None] | None = None) -> Any:
-        llm = Gauge(self._wanted.model, on_step=on_step, **self._options(speculation="auto", compute=compute))
+        options = self._options(speculation="auto", compute=compute, must_draft=self._wanted.must_draft)
+        llm = Gauge(self._wanted.model, on_step=on_step, **options)
         with contextlib.closing(llm):
             yield llm
 
@@ -131,7 +142,7 @@ class Tuner:
         tokens = gauge.tokens_of(llm, self._texts[:1], PROMPT_TOKENS)
         tried, _ = gauge.live(llm, tokens, FEWEST_TOKENS, self._share_of_time(0.1))
         tokens_in_time = self._wanted.seconds / 10 * tried.tok_per_s / len(self._texts)
-        self._n = round(min(MOST_TOKENS, max(FEWEST_TOKENS, tokens_in_time)))
+        self.n = round(min(MOST_TOKENS, max(FEWEST_TOKENS, tokens_in_time)))
 
     def _operators(
         self,
@@ -197,7 +208,7 @@ class Tuner:
             return resident
         asked = self._wanted.bounds.get("resident")
         ceiling = 1.0 if asked is None else parse_share(asked)
-        return min(ceiling, resident + llm.draft_bytes() / llm._experts.total_bytes)
+        return min(ceiling, resident + gauge.draft_bytes(llm) / llm._experts.total_bytes)
 
     def _hybrid(self, recording: _Recording) -> Hybrid | None:
         """What misses cost where the CPU computes some: a second load, steps without a draft."""
@@ -209,7 +220,7 @@ class Tuner:
             with self._gauge("hybrid") as llm:
                 llm.limit(0)
                 tokens = gauge.tokens_of(llm, self._texts[:2], PROMPT_TOKENS)
-                done, _ = gauge.live(llm, tokens, self._n, self._share_of_time(0.15))
+                done, _ = gauge.live(llm, tokens, self.n, self._share_of_time(0.15))
                 costs = llm.hybrid_costs()
         except EdgeError as error:
             self._skip(f"hybrid: {error.message}")
@@ -247,26 +258,23 @@ class Tuner:
             checked.append(_Checked(chosen, best.predicted_tok_per_s))
         for one in sorted(checked, key=lambda one: -(one.predicted_tok_per_s or float("inf"))):
             what = ", ".join(f"{name}={value}" for name, value in one.chosen.items())
-            if self._left() < recording.load_seconds + 5:
+            if self._left() < self.trial_seconds:
                 self._skip(f"measuring {what}: no time")
                 continue
             self._say(f"measuring {what}")
-            one.tok_per_s = self._speed(one.chosen)
+            one.trial = self.trial(one.chosen, self.n, self._share_of_time(0.1))
         least = 1 + search.PREFERENCE  # that a change is to gain
         return sorted(checked, key=lambda one: -(one.tok_per_s or 0.0) * (least if one is checked[0] else 1.0))
 
-    def _speed(self, chosen: dict[str, Any]) -> float:
-        with contextlib.closing(EdgeLlama(self._wanted.model, **self._options(**chosen))) as llm:
-            tokens = gauge.tokens_of(llm, self._texts, PROMPT_TOKENS)
-            gauge.live(llm, tokens[:1], FEWEST_TOKENS, self._share_of_time(0.1))  # graphs, slots, the governor
-            # other work on the machine only slows down: the faster of two rounds
-            return max(gauge.live(llm, tokens, self._n, self._share_of_time(0.1))[0].tok_per_s for _ in range(2))
+    def trial(self, chosen: dict[str, Any], n: int, seconds: float) -> Trial:
+        """n tokens after each prompt, run as chosen; seconds: of each of its parts, at most."""
+        return gauge.trial(self._wanted.model, self._options(**chosen), self._texts, n, seconds)
 
     def _found(self, measured: Measured, ranked: Sequence[Candidate], checked: Sequence[_Checked]) -> dict[str, Any]:
         return {
             "costs": dataclasses.asdict(measured) | {"accepted": _acceptance(measured)},
             "candidates": [dataclasses.asdict(candidate) for candidate in ranked],
-            "checked": [dataclasses.asdict(one) | {"prediction_error": one.prediction_error} for one in checked],
+            "checked": [_row(one) for one in checked],
             "skipped": self._skipped,
             "seconds": round(self._wanted.seconds - self._left(), 1),
         }
@@ -282,6 +290,10 @@ class Tuner:
     def _skip(self, what: str) -> None:
         self._skipped.append(what)
         self._say(f"left out: {what}")
+
+
+def _row(one: _Checked) -> dict[str, Any]:
+    return dataclasses.asdict(one) | {"tok_per_s": one.tok_per_s, "prediction_error": one.prediction_error}
 
 
 def _step_ms(steps: Sequence[StepRecord]) -> float:
