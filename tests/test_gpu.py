@@ -107,8 +107,10 @@ def test_fetching_and_computing_at_once_is_no_worse_either(tiny, arch: str) -> N
         experts = _native.model_experts(model.model)
         few = [max(1 + experts.n_expert_used, g.n_experts // 3) for g in experts.groups]
         on_cpu = exactness.logits(model, None, widths)
-        for transfers in (hybrid.HYBRID, dataclasses.replace(hybrid.HYBRID, link_bytes_per_s=2_000_000_000)):
+        alone = dataclasses.replace(hybrid.HYBRID, n_threads=1)  # two would be faster than the link
+        for transfers in (alone, dataclasses.replace(alone, link_bytes_per_s=20_000_000_000)):
             hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, few, transfers)
+            print(f"{arch}, measured while loading: {hook.costs()}")
             hook.poison_free_slots()
             watched = Watched(hook)
             got = exactness.logits(model, watched, widths)

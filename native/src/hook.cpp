@@ -57,8 +57,8 @@ bool offload_hook(const ggml_tensor * node, void * hook) {
     return static_cast<edge_hook *>(hook)->offload(node);
 }
 
-void copied_hook(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, const ggml_tensor * ids, const int32_t * chosen, void * hook) {
-    static_cast<edge_hook *>(hook)->copied(backend, weight, copy, ids, chosen);
+void copied_hook(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, const ggml_tensor * ids, const int32_t * chosen, bool before, void * hook) {
+    static_cast<edge_hook *>(hook)->copied(backend, weight, copy, ids, chosen, before);
 }
 
 ggml_tensor * select_hook(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, const ggml_tensor * down, void * hook) {

@@ -31,7 +31,7 @@ struct edge_hook {
     bool eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexcept;
     bool lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool ask, bool pad) noexcept;
     bool offload(const ggml_tensor * node) noexcept;
-    void copied(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, const ggml_tensor * ids, const int32_t * chosen) noexcept;
+    void copied(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, const ggml_tensor * ids, const int32_t * chosen, bool before) noexcept;
     void keep_prompts(bool on) { keeps_prompts_ = on; }
     void end_step();
     void resize(const std::vector<int32_t> & slots);
@@ -53,7 +53,9 @@ private:
     void make_leaves(ggml_backend_buffer_type_t buft, bool reads_prompts);
     void keep_prompt(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * ids, int32_t number);
     ggml_tensor * slots_on(ggml_backend_t backend, const edge::ExpertBlock & block, edge::Role role) const;
+    void copy_on_device(ggml_backend_t backend, ggml_tensor * from, size_t from_offset, ggml_tensor * to, size_t to_offset, size_t bytes);
     void begin_swaps(int32_t number, const ggml_tensor * ids, const int32_t * chosen);
+    void send_swaps(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, ggml_tensor * slots);
     void set_on_model();
     int32_t widest() const { return experts_ == EDGE_EXPERTS_OWN ? served_width_ : max_width_; } // tokens of a graph of ours
     bool finds_slots() const { return settled_ || experts_ == EDGE_EXPERTS_RESIDENT; } // graphs do, by themselves
@@ -96,6 +98,7 @@ private:
     std::vector<int32_t>             prompt_rows_; // of each block, that the last wide graph wrote there
     std::vector<int32_t>             prompt_ids_;
     bool                             keeps_prompts_ = false; // in slots, of their experts what those have room for
+    edge::Link *                     beside_ = nullptr; // while a weight's experts are queued: what copies those in slots
     std::vector<edge::Residency::Swap> swaps_;  // of the block whose matrices a prompt's graph copies
     std::vector<float>               wanted_;  // by that block's tokens
     int32_t                          swapping_ = -1;

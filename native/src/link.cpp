@@ -58,7 +58,8 @@ Link::Link(ggml_backend_dev_t device, Throttle & throttle, size_t in_flight) : d
         cell.event.reset(ggml_backend_event_new(device));
     }
     gate_.reset(ggml_backend_event_new(device));
-    if (!backend_ || !gate_ || !cells_.front().event) {
+    behind_.reset(ggml_backend_event_new(device));
+    if (!backend_ || !gate_ || !behind_ || !cells_.front().event) {
         throw Error(EDGE_ERR_BACKEND, std::string("cannot open a transfer stream on ") + ggml_backend_dev_name(device));
     }
 }
@@ -84,9 +85,18 @@ bool Link::holds(ggml_backend_t backend) {
     if (!backend_ || throttle_.on()) {
         return false;
     }
+    before(backend);
+    return true;
+}
+
+void Link::after(ggml_backend_t backend) {
+    ggml_backend_event_record(behind_.get(), backend);
+    ggml_backend_event_wait(backend_.get(), behind_.get());
+}
+
+void Link::before(ggml_backend_t backend) {
     ggml_backend_event_record(gate_.get(), backend_.get());
     ggml_backend_event_wait(backend, gate_.get());
-    return true;
 }
 
 Link::Cell & Link::next_cell() {

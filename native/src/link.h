@@ -55,6 +55,12 @@ public:
     // since copies are synchronous or the slower link that is emulated is nothing that a device could wait for.
     bool holds(ggml_backend_t backend);
 
+    // Copies within an asynchronous device beside what a backend runs: those from now on begin when all is done that it was
+    // given so far; what it is given from now on begins when they are.
+    void after(ggml_backend_t backend);
+    void before(ggml_backend_t backend);
+    void copy(const ggml_tensor * from, ggml_tensor * to) { ggml_backend_tensor_copy_async(backend_.get(), backend_.get(), from, to); }
+
     // Whether the tensor's bytes are page-locked for this device.
     static bool page_locked(ggml_backend_dev_t device, const ggml_tensor * tensor);
 
@@ -74,7 +80,8 @@ private:
 
     ggml_backend_dev_t device_;
     ggml_backend_ptr   backend_; // null: copies are synchronous
-    ggml_backend_event_ptr gate_; // for holds()
+    ggml_backend_event_ptr gate_; // for before()
+    ggml_backend_event_ptr behind_; // for after()
     Throttle &         throttle_;
     std::vector<Cell>  cells_;
     Ticket             sent_ = 0;

@@ -10,18 +10,15 @@ namespace {
 constexpr size_t worth_lending = 256 << 10; // bytes of a matrix: smaller ones travel faster together than around others
 constexpr float forgetting = 0.98F; // a token: what the end of a prompt wants, the text after it does
 
-void copy_on_device(ggml_backend_t backend, ggml_tensor * from, size_t from_offset, ggml_tensor * to, size_t to_offset, size_t bytes) {
-    ggml_tensor bytes_from = *from, bytes_to = *to;
-    for (ggml_tensor * t : { &bytes_from, &bytes_to }) {
-        t->type  = GGML_TYPE_I8;
-        t->ne[0] = static_cast<int64_t>(bytes);
-        t->ne[1] = t->ne[2] = t->ne[3] = 1;
-        t->nb[0] = 1;
-        t->nb[1] = t->nb[2] = t->nb[3] = bytes;
-    }
-    bytes_from.data = static_cast<char *>(from->data) + from_offset;
-    bytes_to.data   = static_cast<char *>(to->data) + to_offset;
-    ggml_backend_tensor_copy_async(backend, backend, &bytes_from, &bytes_to);
+ggml_tensor as_bytes(const ggml_tensor * whole, size_t offset, size_t bytes) {
+    ggml_tensor part = *whole;
+    part.type  = GGML_TYPE_I8;
+    part.ne[0] = static_cast<int64_t>(bytes);
+    part.ne[1] = part.ne[2] = part.ne[3] = 1;
+    part.nb[0] = 1;
+    part.nb[1] = part.nb[2] = part.nb[3] = bytes;
+    part.data  = static_cast<char *>(whole->data) + offset;
+    return part;
 }
 
 edge::Role role_of(const edge::ExpertBlock & block, const ggml_tensor * weight) {
@@ -47,8 +44,11 @@ ggml_tensor * edge_hook::slots_on(ggml_backend_t backend, const edge::ExpertBloc
 // A wide graph (a prompt) copies all its experts to the device: those in slots are there already, a copy on the device away.
 bool edge_hook::lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, int32_t expert, bool ask, bool pad) noexcept {
     const int32_t number = table_.find(weight);
+    const auto in_turn = [&](int32_t edge::Residency::Swap::* which) {
+        return number == swapping_ && std::any_of(swaps_.begin(), swaps_.end(), [&](const edge::Residency::Swap & s) { return s.*which == expert; });
+    };
     const size_t bytes = weight->nb[2];
-    if (number < 0 || bytes < worth_lending) {
+    if (number < 0 || (bytes < worth_lending && !in_turn(&edge::Residency::Swap::expert))) {
         return false;
     }
     const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(number)];
@@ -58,36 +58,73 @@ bool edge_hook::lend(ggml_backend_t backend, const ggml_tensor * weight, ggml_te
         return slot != edge::SlotPool::none;
     }
     const size_t from = static_cast<size_t>(slot) * bytes, to = static_cast<size_t>(expert) * bytes;
-    copy_on_device(backend, slots, from, copy, to, bytes);
+    if (!in_turn(&edge::Residency::Swap::gone)) { // else it was copied before its slot was given away
+        copy_on_device(backend, slots, from, copy, to, bytes);
+    }
     if (pad) { // kernels may read past an expert's end: what is there must be finite
         copy_on_device(backend, slots, from, copy, to + bytes, std::min<size_t>(bytes, 512));
     }
     return true;
 }
 
-// All experts of a weight that the graph uses are on their way to the device, or were lent. From there those that its tokens want
-// most are copied to slots, which costs no time of the link.
-void edge_hook::copied(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, const ggml_tensor * ids, const int32_t * chosen) noexcept {
-    const int32_t number = keeps_prompts_ ? table_.find(weight) : -1;
+// Beside the stream that the other experts travel on, where that was told.
+void edge_hook::copy_on_device(ggml_backend_t backend, ggml_tensor * from, size_t from_offset, ggml_tensor * to, size_t to_offset, size_t bytes) {
+    ggml_tensor part_from = as_bytes(from, from_offset, bytes), part_to = as_bytes(to, to_offset, bytes);
+    if (beside_) {
+        beside_->copy(&part_from, &part_to);
+    } else {
+        ggml_backend_tensor_copy_async(backend, backend, &part_from, &part_to);
+    }
+}
+
+// Before a weight's experts are queued for the device, and when they are.
+void edge_hook::copied(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, const ggml_tensor * ids, const int32_t * chosen, bool before) noexcept {
+    const int32_t number = table_.find(weight);
     if (number < 0) {
         return;
     }
     const edge::ExpertBlock & block = table_.blocks[static_cast<size_t>(number)];
     ggml_tensor * slots = slots_on(backend, block, role_of(block, weight));
-    if (!slots) {
+    edge::Link & link = residency_->own_link();
+    if (!slots || !link.asynchronous()) {
         return;
     }
-    if (number != swapping_) {
-        begin_swaps(number, ids, chosen);
+    if (!before) {
+        link.before(backend);
+        beside_ = nullptr;
+        if (number == swapping_ && --n_to_swap_ == 0) {
+            residency_->end_swaps();
+            swapping_ = -1;
+        }
+        return;
+    }
+    link.after(backend); // kernels that read what lies in the copy's place
+    beside_ = &link;
+    if (keeps_prompts_) {
+        if (number != swapping_) {
+            begin_swaps(number, ids, chosen);
+        }
+        send_swaps(backend, weight, copy, slots);
+    }
+}
+
+// What the text after the prompt will want is sent to slots first, and lent from there as others are. Those that give up their slots are lent before.
+void edge_hook::send_swaps(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, ggml_tensor * slots) {
+    if (swaps_.empty()) {
+        return;
     }
     const size_t bytes = weight->nb[2];
     for (const edge::Residency::Swap & swap : swaps_) {
-        copy_on_device(backend, copy, static_cast<size_t>(swap.expert) * bytes, slots, static_cast<size_t>(swap.slot) * bytes, bytes);
+        if (bytes >= worth_lending && wanted_[static_cast<size_t>(swap.gone)] > 0) {
+            copy_on_device(backend, slots, static_cast<size_t>(swap.slot) * bytes, copy, static_cast<size_t>(swap.gone) * bytes, bytes);
+        }
     }
-    if (--n_to_swap_ == 0) {
-        residency_->end_swaps();
-        swapping_ = -1;
+    beside_->before(backend);
+    for (const edge::Residency::Swap & swap : swaps_) {
+        const char * from = static_cast<const char *>(weight->data) + static_cast<size_t>(swap.expert) * bytes;
+        ggml_backend_tensor_set_async(backend, slots, from, static_cast<size_t>(swap.slot) * bytes, bytes);
     }
+    beside_->after(backend);
 }
 
 void edge_hook::begin_swaps(int32_t number, const ggml_tensor * ids, const int32_t * chosen) {

@@ -71,13 +71,14 @@ public:
 
     // The slot of an expert that a graph without slots copies from, pinned until the step ends; none unless it is there.
     int32_t lend(int32_t block, int32_t expert);
+    Link & own_link() { return demand_link_; } // the decoding thread's
     // Whether a graph without slots, n_pairs of whose tokens and experts are this block's, takes less time with copies of those
     // that are in no slot than on the CPU, by estimate.
     bool copies_pay(int32_t block, int32_t n_pairs) const;
 
-    // A graph without slots is about to have copied experts of this block to the device, a matrix each after the other; wanted:
-    // [n_expert], by how many tokens each was. Those that are wanted clearly more than others are to be copied from there to the
-    // others' slots, which lend() goes on to lend until end_swaps() says that all matrices have been. Without that the slots are free once the step ends.
+    // A graph without slots copies experts of this block to the device, a matrix each after the other; wanted: [n_expert], by how
+    // many tokens each was. Those that are wanted clearly more than others are to be sent to the others' slots, and lend() lends
+    // either of both until end_swaps() says that all matrices have been. Without that the slots are free once the step ends.
     struct Swap {
         int32_t slot;
         int32_t gone;

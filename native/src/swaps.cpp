@@ -1,4 +1,4 @@
-// What a prompt leaves in slots: experts that its graph has copied to the device anyway, and that the text after it will want.
+// What a prompt leaves in slots: experts that travel to the device for it anyway, and that the text after it will want.
 #include "residency.h"
 
 #include <algorithm>
@@ -16,9 +16,9 @@ int32_t Residency::lend(int32_t number, int32_t expert) {
     const ExpertBlock & block = block_at(number);
     const Lock lock(mutex_);
     if (number == swaps_block_) {
-        const auto swap = std::find_if(swaps_.begin(), swaps_.end(), [expert](const Swap & s) { return s.gone == expert; });
+        const auto swap = std::find_if(swaps_.begin(), swaps_.end(), [expert](const Swap & s) { return s.gone == expert || s.expert == expert; });
         if (swap != swaps_.end()) {
-            return swap->slot; // pinned; this matrix of it is still there
+            return swap->slot; // pinned
         }
     }
     const int32_t slot = serving() ? pool(block).find(block.first_key + expert) : SlotPool::none;
