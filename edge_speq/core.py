@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-OWN_POLICIES = ("auto", "lfru", "twin", "waits", "waits-keep", "learned")  # they say which experts have earned a slot
+# these say which experts have earned a slot
+OWN_POLICIES = ("auto", "lfru", "twin", "waits", "waits-keep", "learned", "oracle")
 PUBLISHED_POLICIES = ("lru", "moe-speq", "sp-moe", "specmoeoff", "moe-spac", "moe-prism", "moe-spec", "cascade")
 SLOT_POLICIES = (*OWN_POLICIES, *PUBLISHED_POLICIES)  # those with slots, unless everything fits
 POLICIES = (*SLOT_POLICIES, "cpu-moe", "all")
@@ -227,7 +228,7 @@ class Stats:
     device: str
     llama_cpp_commit: str
     edge_speq_version: str
-    foresight: str  # "twin", "counts", "learned" or "none"
+    foresight: str  # "twin", "counts", "learned", "trace" or "none"
     profile: dict[str, Any] | None = None  # the one that was applied: its path and what it filled in
     policy: str = "none"  # that keeps the slots now: lru after a failure
     foreseen: dict[str, float] | None = None  # precision, recall, lead_tokens of foresight; None: nothing foresees

@@ -25,6 +25,7 @@ from edge_speq.governor import Governor
 from edge_speq.grammar import require_grammar
 from edge_speq.lookahead import Lookahead
 from edge_speq.own_draft import OwnDraft
+from edge_speq.presets import oracle
 from edge_speq.request import Request
 from edge_speq.speculate import Tokens
 from edge_speq.turns import Turns
@@ -71,7 +72,8 @@ class EdgeLlama(Bounded):
             fills in what is left at its default, the draft too where tune chose among several, and is not used where it
             was made for something else: see stats().
         latency_limit_ms: milliseconds that drafting and verifying a step should take at most with speculation "auto".
-        foresight: a file of `edge-speq tune --learn`, for policies "auto" and "learned".
+        foresight: a file of `edge-speq tune --learn`, for policies "auto" and "learned"; of `edge-speq trace` for
+            "oracle", which knows what that text demanded.
         on_step: called with a steps.StepRecord after each verify step; an exception of it ends the request.
 
     Raises EdgeError for everything a caller can mend. One instance serves one thread at a time: another one that
@@ -131,7 +133,8 @@ class EdgeLlama(Bounded):
         self._wanted = survey.request(model_path, **asked)
         self._link = parse_rate(link) if link is not None else LAPTOP_LINK if deterministic else 0
         self._deterministic = deterministic
-        self._learned = weights.given(foresight, self._wanted.policy)
+        self._trace = oracle.given(foresight, self._wanted.policy)
+        self._learned = weights.given(None if self._trace else foresight, self._wanted.policy)
         self._share = self._wanted.resident
         self._fixed_bytes = self._slot_bytes = 0
         self._may_page_lock = "use_mmap" not in kwargs
@@ -237,7 +240,9 @@ class EdgeLlama(Bounded):
         link, learned = self._link or LAPTOP_LINK, self._learned
         if learned is not None:
             learned.require(self._experts, None if draft is None else draft.experts)
-        setting = presets.Setting.nominal(self._experts, self._plan.slots, k_max, link, learned, has_twin=has_twin)
+        setting = presets.Setting.nominal(
+            self._experts, self._plan.slots, k_max, link, learned, has_twin=has_twin, known=self._trace
+        )
         fixed, clock = self._wanted.speculation is not None, not self._deterministic
         limited = self._edge_arguments["latency_limit_ms"] is not None
         policy = presets.live(self._wanted.policy, setting, is_fixed=fixed, has_clock=clock, is_limited=limited)

@@ -42,7 +42,7 @@ def test_the_folders_of_the_architecture_exist() -> None:
 @pytest.mark.parametrize(
     ("tool", "stored", "page", "n_rows"),
     [
-        ("preset_table", "presets.json", "presets.md", 28),
+        ("preset_table", "presets.json", "presets.md", 30),
         ("preset_table", "presets_moe2.json", "presets.md", 28),
         ("learned_table", "learned.json", "presets.md", 20),
         ("own_draft_table", "own_drafts.json", "presets.md", 18),
@@ -51,6 +51,8 @@ def test_the_folders_of_the_architecture_exist() -> None:
         ("governor_live", "governor_live.json", "presets.md", 4),
         ("governor_live", "governor_live_ngram.json", "presets.md", 4),
         ("hybrid_exactness", "hybrid_exactness.json", "performance.md", 5),
+        ("predicted_times", "predicted_times_gpu.json", "presets.md", 6),
+        ("predicted_times", "predicted_times.json", "presets.md", 6),
     ],
 )
 def test_what_tools_have_measured_is_what_is_stored(

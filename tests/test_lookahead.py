@@ -18,7 +18,7 @@ from edge_speq.foresight.depth import PERIOD, TRIAL, Depth
 from edge_speq.presets.governors import Cascade, Roofline
 from edge_speq.presets.policy import Policy
 
-NEEDY = ("moe-prism", "moe-spec", "learned")  # experts in parts, a text that may change, a file of foresight
+NEEDY = ("moe-prism", "moe-spec", "learned", "oracle")  # experts in parts, a text that may change, files of foresight
 
 # --- policies -----------------------------------------------------------------------------------------------
 

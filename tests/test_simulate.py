@@ -282,8 +282,10 @@ def test_costs_are_found_in_recorded_times() -> None:
     recorded = text(5, 200)
     fitted = Costs.fit(recorded)
     assert fitted.base_ms == pytest.approx({3: 1.0 + 3 - 0.25})
-    assert fitted.draft_ms == pytest.approx(0.5)
-    assert fitted.step_ms(3, 2, 4.0, 0) == pytest.approx(3.75 + 1.0 + 4.0)
+    shown = {step.foreseen.shape[1] for step in recorded if step.foreseen is not None}
+    assert shown == {7}  # the draft has run on for their routing, 1 ms for all
+    assert fitted.draft_ms == pytest.approx(1 / 7)
+    assert fitted.step_ms(3, 7, 4.0, 0) == pytest.approx(3.75 + 1.0 + 4.0)
     assert costs.link_of(recorded, [500] * len(recorded)) == pytest.approx(500 / 0.25e-3)
     assert costs.link_of(recorded, [0] * len(recorded)) is None
     with pytest.raises(EdgeError):

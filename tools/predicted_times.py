@@ -85,6 +85,21 @@ class Fit:
         return sum(itertools.compress(predicted, counted)) / sum(itertools.compress(measured, counted)) - 1
 
 
+def table(found: dict[str, Any]) -> str:
+    """Errors of the runs, the median with the least and the greatest where there are several."""
+    rows, shares = found["rows"], list(dict.fromkeys(row["resident"] for row in found["rows"]))
+    lines = [f"| K | policy | {' | '.join(shares)} |", "|---" * (2 + len(shares)) + "|"]
+    for k, policy in dict.fromkeys((row["k"], row["policy"]) for row in rows):
+        cells = [_cell(r["errors"]) for r in rows if (r["k"], r["policy"]) == (k, policy)]
+        lines.append(f"| {k} | `{policy}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(errors: list[float]) -> str:
+    median = f"{100 * statistics.median(errors):+.1f} %"
+    return median if len(errors) == 1 else f"{median} [{100 * min(errors):+.1f}, {100 * max(errors):+.1f}]"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -112,18 +127,16 @@ def main(argv: list[str] | None = None) -> int:
                     error = fits[k].error(policy, steps, made)
                     rows.setdefault((k, policy, share), []).append(error)
                     print(f"K {k} {policy} {share}: {100 * error:+.1f} %", flush=True)
-    print("\n| K | policy | resident | error, median [least, greatest] |\n|---|---|---|---|")
-    for (k, policy, share), errors in rows.items():
-        low, high = 100 * min(errors), 100 * max(errors)
-        print(f"| {k} | {policy} | {share} | {100 * statistics.median(errors):+.1f} % [{low:+.1f}, {high:+.1f}] |")
+    stored = [
+        {"k": k, "policy": policy, "resident": share, "errors": [round(error, 4) for error in errors]}
+        for (k, policy, share), errors in rows.items()
+    ]
+    fitted = {str(k): dataclasses.asdict(fit.costs) | {"link_bytes_per_s": fit.link} for k, fit in fits.items()}
+    run = {"model": Path(options.model).name, "link": options.link, "threads": options.threads}
+    found = {**run, "fitted": fitted, "rows": stored}
+    print(f"\n{table(found)}")
     if options.out:
-        stored = [
-            {"k": k, "policy": p, "resident": s, "errors": [round(e, 4) for e in found]}
-            for (k, p, s), found in rows.items()
-        ]
-        of = {"model": Path(options.model).name, "link": options.link, "threads": options.threads, "rows": stored}
-        of["fit"] = {k: dataclasses.asdict(fit.costs) | {"link_bytes_per_s": fit.link} for k, fit in fits.items()}
-        options.out.write_text(json.dumps(of, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

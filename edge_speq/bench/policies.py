@@ -9,13 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from edge_speq import _native, engine, gguf_model, plan
+from edge_speq import _native, engine, gguf_model, plan, presets
 from edge_speq.bench.matrix import Case
 from edge_speq.bench.measure import reading
 from edge_speq.bench.prompts import Texts
 from edge_speq.bench.watched import Stock, Watched
 from edge_speq.core import SLOT_POLICIES, Experts
-from edge_speq.foresight import weights
 
 COMPUTES = ("device", "hybrid", "hybrid-ahead")
 SLOTS = (*SLOT_POLICIES, *COMPUTES)
@@ -45,7 +44,7 @@ class Settings:
     emulation: str | None = None  # in words, for every row
     load_mode: str = "auto"  # of stock arms: "mmap", "none", or whichever is faster
     warm_up: bool = True
-    foresight: str | None = None  # learned, of the policies that read it
+    foresight: str | None = None  # a file, of presets.readers
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +196,7 @@ class Fleet:
         policy = arm.policy
         if policy in COMPUTES:  # auto, but for where missing experts are computed
             bounds["compute"], policy = policy, "auto"
-        if policy in weights.READERS:
+        if policy in presets.readers(self._settings.policies):
             bounds["foresight"] = self._settings.foresight
         return Watched(self._settings.model, policy=policy, **bounds, **self._options(arm))
 

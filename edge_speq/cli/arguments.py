@@ -48,7 +48,7 @@ def add_transfers(p: argparse.ArgumentParser) -> None:
 
 def add_profile(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-profile", action="store_true", help="ignore what edge-speq tune found for this model")
-    p.add_argument("--foresight", metavar="FILE", help="of tune --learn, for policies auto and learned")
+    p.add_argument("--foresight", metavar="FILE", help="of tune --learn, for auto and learned; of trace, for oracle")
     p.add_argument(
         "--latency-limit",
         metavar="MS",

@@ -67,7 +67,7 @@ def _add_tests(p: argparse.ArgumentParser) -> None:
 
 def _add_competitors(p: argparse.ArgumentParser) -> None:
     p.add_argument("--policy", metavar="LIST", default=DEFAULT_POLICIES, help=f"{', '.join(CHOICES)} (%(default)s)")
-    p.add_argument("--foresight", metavar="FILE", help="of tune --learn, for policies auto and learned")
+    p.add_argument("--foresight", metavar="FILE", help="of tune --learn, for auto and learned; of trace, for oracle")
     p.add_argument("--speculation", metavar="LIST", default="auto", help="draft tokens per step (%(default)s)")
     p.add_argument("--resident", metavar="LIST", help="shares of the expert bytes in slots, one after the other (1/4)")
     p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="everything on the device: 6GiB, auto")
@@ -179,10 +179,13 @@ def settings(options: argparse.Namespace) -> Settings:
 
 
 def _foresight(path: str | None, policies: list[str]) -> str | None:
+    from edge_speq import presets
     from edge_speq.foresight import weights
+    from edge_speq.presets import oracle
 
-    for policy in policies if path is None else ("learned",):
-        weights.given(path, policy)
+    for policy in policies if path is None else presets.readers(policies)[-1:]:
+        if oracle.given(path, policy) is None:
+            weights.given(path, policy)
     return path
 
 

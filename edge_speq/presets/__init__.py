@@ -2,7 +2,7 @@
 
 policy     what a policy is; LRU, and edge_speq.foresight as one         auto    what it is with a twin: waits or duel
 learned    foresight that was trained, and `auto` with a file of it      waits   while the twin drafts
-duel       while nothing drafts
+oracle     foresight that is never wrong: a recorded trace               duel    while nothing drafts
 published  MoE-SpeQ, SP-MoE, SpecMoEOff, MoE-SpAc, MoE-Prism, MoE-Spec, Cascade    governors   draft lengths
 """
 
@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 
 from edge_speq import foresight
 from edge_speq.core import EdgeError, require_choice
+from edge_speq.foresight import weights
 from edge_speq.presets.auto import Auto
 from edge_speq.presets.duel import Duel
 from edge_speq.presets.learned import Learning
+from edge_speq.presets.oracle import Oracle
 from edge_speq.presets.policy import CpuMoe, Foreseeing, Policy, Setting, Slots
 from edge_speq.presets.published import CascadePolicy, MoePrism, MoeSpac, MoeSpec, MoeSpeq, SpecMoeOff, SpMoe
 from edge_speq.presets.waits import Waits
@@ -57,6 +59,7 @@ PRESETS: dict[str, Callable[[Setting], Policy]] = {
     "waits": Waits,
     "waits-keep": _waits_keep,
     "learned": _learned,
+    "oracle": Oracle,
     "moe-speq": MoeSpeq,
     "sp-moe": SpMoe,
     "specmoeoff": SpecMoeOff,
@@ -92,6 +95,16 @@ def live(name: str, setting: Setting, *, is_fixed: bool, has_clock: bool, is_lim
     return policy
 
 
+def readers(policies: Sequence[str]) -> tuple[str, ...]:
+    """Which policies read the file of --foresight where these run: it is a trace for `oracle`, learned for others.
+    Raises EdgeError where both would be needed."""
+    if Oracle.name not in policies:
+        return weights.READERS
+    if "learned" in policies:
+        raise EdgeError("policies oracle and learned read files of two kinds", "leave one of them out", usage=True)
+    return (Oracle.name,)
+
+
 def names(text: str) -> Sequence[str]:
     """The presets of a list like "lru,auto", all of them for "all". Raises EdgeError for a name that is none."""
     found = list(PRESETS) if text == "all" else [name.strip() for name in text.split(",")]
@@ -100,4 +113,4 @@ def names(text: str) -> Sequence[str]:
     return list(dict.fromkeys(found))
 
 
-__all__ = ["PRESETS", "Policy", "Setting", "Slots", "live", "make", "names"]
+__all__ = ["PRESETS", "Policy", "Setting", "Slots", "live", "make", "names", "readers"]

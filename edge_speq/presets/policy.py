@@ -14,6 +14,7 @@ from edge_speq import _native, foresight
 from edge_speq.core import Experts
 from edge_speq.foresight.weights import Weights
 from edge_speq.presets.governors import Governor
+from edge_speq.trace import Step, Trace
 
 Scores = npt.NDArray[np.float32]
 Routing = npt.NDArray[np.int32]
@@ -43,6 +44,7 @@ class Setting:
     draft_ms: float  # that one drafted token takes
     has_twin: bool = False  # the draft's routing maps expert to expert
     learned: Weights | None = None  # foresight that was trained for this model and draft
+    known: Trace | None = None  # recorded steps of the text that is going to be written
 
     @classmethod
     def nominal(
@@ -54,12 +56,13 @@ class Setting:
         learned: Weights | None = None,
         *,
         has_twin: bool,
+        known: Trace | None = None,
     ) -> Setting:
         """A laptop, until something is measured: a block computes half as long as an expert travels, a draft's token
         takes as long as the target's."""
         block_ms = int(5e8 * experts.groups[0].expert_bytes / link_bytes_per_s) / 1e6
         draft_ms = block_ms * experts.n_blocks if k_max else 0.0
-        return cls(experts, slots, k_max, link_bytes_per_s, block_ms, draft_ms, has_twin, learned)
+        return cls(experts, slots, k_max, link_bytes_per_s, block_ms, draft_ms, has_twin, learned, known)
 
     @property
     def transfer_ms(self) -> float:
@@ -92,6 +95,9 @@ class Policy:
     def quality(self) -> foresight.Quality | None:
         """How well it foresaw the target's experts."""
         return None
+
+    def begin_replay(self, steps: Sequence[Step]) -> None:
+        """Said before recorded steps are replayed: all of them."""
 
     def verifying(self, tokens: Sequence[int]) -> None:
         """Said before `foresee`: the ids of the last token of text and of the drafted ones after it."""

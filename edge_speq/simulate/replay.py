@@ -77,6 +77,7 @@ class Replay:
 
     def run(self, recorded: Sequence[Step]) -> Outcome:
         out = Outcome(self.name, self._lossy, ExpertCounters())
+        self._safely(self.policy.begin_replay, recorded)
         for part, tokens in with_tokens(self._parts(recorded), recorded):
             if part.foresees:
                 self._read(part)
