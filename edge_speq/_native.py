@@ -226,6 +226,11 @@ class Hook:
         """Call after each synchronised decode. Raises EdgeError for what went wrong inside the graph."""
         check(self._end_step())
 
+    def forsake_step(self) -> None:
+        """Ends a step whose end a Ctrl-C skipped, if there is one; what went wrong inside it concerns nobody now."""
+        if self.decoding:
+            self._end_step()
+
     def _end_step(self) -> int:
         status: int = load()[1].edge_hook_end_step(self._handle)
         self.decoding = False
@@ -316,8 +321,7 @@ class Hook:
         """Other slot counts for each group, between steps. Raises EdgeError for slots under the floor of one token,
         which changes nothing, and for slots that cannot be allocated: then the experts are computed on the CPU."""
         ffi, lib = load()
-        if self.decoding:  # a Ctrl-C skipped its end: copies may travel to slots that are about to go
-            self._end_step()
+        self.forsake_step()  # its copies may travel to slots that are about to go
         status = lib.edge_hook_resize(self._handle, ffi.new("int32_t[]", list(slots)), len(slots))
         if status not in (lib.EDGE_ERR_ARGUMENT, lib.EDGE_ERR_BUDGET):
             self.n_slots = sum(slots) if status == lib.EDGE_OK else 0
@@ -391,8 +395,7 @@ class Hook:
 
     def detach(self) -> None:
         if self._handle is not None:
-            if self.decoding:
-                self._end_step()
+            self.forsake_step()
             self._last = self.counters()
             self._views.clear()
             self._routing, self._scores = self._routing.copy(), self._scores.copy()  # native memory goes away

@@ -126,6 +126,9 @@ def decode(
         batch.batch.logits[i] = True
     status = ABORTED
     if hook is not None:
+        if hook.decoding:  # a Ctrl-C skipped its end
+            llama_cpp.llama_synchronize(context.ctx)
+            hook.forsake_step()
         hook.decoding = True
     try:
         status = llama_cpp.llama_decode(context.ctx, batch.batch)

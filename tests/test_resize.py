@@ -212,9 +212,10 @@ def test_a_budget_needs_a_size() -> None:
             Budget(size)
 
 
+@pytest.mark.parametrize("resizes", [True, False])
 @pytest.mark.parametrize("where", ["llama_decode", "llama_synchronize"])  # native calls that Ctrl-C is raised after
-def test_a_step_that_ctrl_c_left_is_ended_before_slots_go(
-    pair: EdgeLlama, where: str, monkeypatch: pytest.MonkeyPatch
+def test_a_step_that_ctrl_c_left_is_ended_before_slots_go_and_before_the_next(
+    pair: EdgeLlama, where: str, resizes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, native = text(pair), getattr(llama_cpp, where)
 
@@ -230,6 +231,11 @@ def test_a_step_that_ctrl_c_left_is_ended_before_slots_go(
     hook = pair._hook
     assert hook is not None
     assert hook.decoding is (where == "llama_synchronize")  # then the end itself was left out
-    pair.resize(resident="1/8")
-    assert not hook.decoding
+    if resizes:
+        pair.resize(resident="1/8")
+        assert not hook.decoding
+    ended: list[bool] = []
+    forsake = hook.forsake_step
+    monkeypatch.setattr(hook, "forsake_step", lambda: ended.append(hook.decoding) or forsake())
     assert text(pair) == expected
+    assert ended == ([] if resizes or where == "llama_decode" else [True])  # before the next one begins

@@ -2,6 +2,8 @@
 
     step_ms = base_ms[width] + draft_ms * n_drafted + stall_ms + cpu_ms * experts that the CPU computed
 
+n_drafted: tokens that the draft decoded, those included that it ran on for their routing.
+
 stall_ms comes from the replay's clock. `fit` takes the rest from the times of a trace that was recorded with slots, by
 medians, since a shared machine has outliers: base_ms is what a step took less what it stalled, and the link moves bytes
 as fast as steps that only fetched on demand stalled for them. Recorded under lru, a trace therefore says what the same

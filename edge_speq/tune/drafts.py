@@ -31,10 +31,17 @@ WORTH = tuple(field.name for field in dataclasses.fields(Worth))
 def names(given: Sequence[str]) -> list[str]:
     """Of --draft, comma separated or given several times; what is a file is one draft whatever its name. Raises
     EdgeError for an empty name."""
-    found = [name.strip() for text in given for name in ([text] if Path(text).is_file() else text.split(","))]
+    found = [name.strip() for text in given for name in ([text] if _is_there(text) else text.split(","))]
     if not all(found):
         raise EdgeError("--draft has an empty name", "write it like none,self,draft.gguf", usage=True)
     return list(dict.fromkeys(found))
+
+
+def _is_there(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a name: a list
+        return False
 
 
 @dataclass(slots=True)
@@ -111,7 +118,11 @@ class Choice:
             for n_threads, entry in itertools.product(threads, self._entries):
                 self._say(f"{entry.name}: measuring in turn, round {number}, n_threads={n_threads}")
                 seconds = max(1.0, 0.1 * self._wanted.seconds / len(self._keys))
-                run = entry.tuner.trial(entry.chosen | {"n_threads": n_threads}, n, seconds)
+                try:
+                    run = entry.tuner.trial(entry.chosen | {"n_threads": n_threads}, n, seconds)
+                except EdgeError as error:  # something else has taken the device's memory meanwhile
+                    self._skip(f"{entry.name}: measuring it in turn: {error.message}")
+                    continue
                 entry.in_turn.setdefault(n_threads, []).append(run)
             takes = time.monotonic() - started
         for entry in self._entries:

@@ -1,6 +1,8 @@
 """Which parameters should be fastest, by a linear model of what was measured.
 
-    ms per step = base_ms[K + 1] + K * draft_ms + waiting_ms + overhead_ms * tokens of the step
+    ms per step = base_ms[K + 1] + drafted * draft_ms + waiting_ms + overhead_ms * tokens of the step
+
+drafted is K, and what the draft ran on for its routing where it shows that.
 
 base_ms: a step of that width without its stalls, for the best number of threads.
 waiting_ms, fetching: the stalls of a replay (edge_speq.simulate) of the recorded routing under the engine's own policy,
@@ -38,7 +40,7 @@ class Measured:
     base_ms: dict[int, float]  # by width, at n_threads
     threads_ms: dict[int, dict[int, float]]  # by number of threads and width
     n_threads: int  # that everything else was measured with
-    draft_ms: float  # a drafted token
+    draft_ms: float  # a token that the draft decodes
     overhead_ms: float  # a token
     link_bytes_per_s: float | None  # as demands were served; None where nothing was fetched
     order_bytes_per_s: float | None  # orders over an idle link
@@ -131,7 +133,8 @@ def replayed(setting: Setting, steps: Sequence[Step], k: int, costs: Costs | Non
 
 
 class _Shortened(Replay):
-    """Also of drafts that show no routing, which a governed replay leaves as they were recorded."""
+    """Also of drafts that show no routing, which a governed replay leaves as they were recorded. The draft runs on
+    beyond its tokens for their routing as far as it did when it proposed more."""
 
     def __init__(self, setting: Setting, k: int, costs: Costs | None) -> None:
         super().__init__("auto", setting, costs, drafts=True)
@@ -140,8 +143,11 @@ class _Shortened(Replay):
     def _parts(self, recorded: Sequence[Step]) -> Iterable[Part]:
         for step in recorded:
             at = 0
+            ran_on = 0 if step.foreseen is None else max(0, step.foreseen.shape[1] - step.n_drafted)
             while at <= step.n_accepted:
                 k = min(self._k, step.n_drafted - at)
                 kept = min(k, step.n_accepted - at)
-                yield part(step, at, k, kept)
+                made = part(step, at, k, kept)
+                seen = None if made.foreseen is None else made.foreseen[:, : k + ran_on]
+                yield dataclasses.replace(made, foreseen=seen)
                 at += kept + 1

@@ -15,6 +15,7 @@ from edge_speq.bench import prompts
 from edge_speq.core import EdgeError, parse_share
 from edge_speq.presets import Setting
 from edge_speq.profile import Profile
+from edge_speq.simulate import Costs
 from edge_speq.steps import StepRecord
 from edge_speq.trace import Step
 from edge_speq.tune import gauge, search
@@ -122,6 +123,8 @@ class Tuner:
             alone, _ = gauge.live(llm, tokens[:2], self.n, self._share_of_time(0.1))
             steps_alone = [record for record in records if not record.is_prompt]
             measured = self._operators(llm, max(texts, key=len), drafting, steps_alone, alone)
+            if any(step.n_drafted for step in steps):  # a draft that shows its routing decodes more than it proposes
+                measured = dataclasses.replace(measured, draft_ms=Costs.fit(steps).draft_ms)
             setting = self._setting(llm, measured)
             plan = llm.stats().plan
             share = None if plan.resident is None else self._alone(llm, plan.resident)
