@@ -174,7 +174,7 @@ def _vocabulary(writer: gguf.GGUFWriter) -> None:
     bytes_to_unicode), and words, which the tokenizer looks for before all else."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
-    tokens = [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    tokens = [chr(byte) if byte in printable else chr(next(others)) for byte in range(N_BYTES)]
     tokens += [_word(i) for i in range(N_BYTES, N_VOCAB)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")

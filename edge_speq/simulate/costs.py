@@ -47,7 +47,7 @@ class Costs:
         for step in timed:
             computed.setdefault(step.width, []).append(step.step_ms - step.stall_ms)
         base = {width: max(0.0, float(np.median(values))) for width, values in computed.items()}
-        drafted = [step.draft_ms / _drafted(step) for step in timed if step.n_drafted]
+        drafted = [step.draft_ms / step.n_decoded for step in timed if step.n_drafted]
         return Costs(base, float(np.median(drafted)) if drafted else 0.0)
 
     def base(self, width: int) -> float:
@@ -57,11 +57,6 @@ class Costs:
 
     def step_ms(self, width: int, n_drafted: int, stall_ms: float, on_cpu: int) -> float:
         return self.base(width) + self.draft_ms * n_drafted + stall_ms + self.cpu_ms * on_cpu
-
-
-def _drafted(step: Step) -> int:
-    """Tokens that the draft decoded: it may have run on for their routing."""
-    return step.n_drafted if step.foreseen is None else max(step.n_drafted, step.foreseen.shape[1])
 
 
 def link_of(steps: Sequence[Step], bytes_by_step: Sequence[int]) -> float | None:

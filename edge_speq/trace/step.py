@@ -39,6 +39,11 @@ class Step:
         return int(self.routing.shape[1])
 
     @property
+    def n_decoded(self) -> int:
+        """Tokens that the draft decoded: those drafted, and those that it ran on for their routing."""
+        return self.n_drafted if self.foreseen is None else max(self.n_drafted, self.foreseen.shape[1])
+
+    @property
     def shown(self) -> Routing | None:
         """The draft's routing as far as the engine saw it."""
         return None if self.foreseen is None else self.foreseen[:, : self.n_shown]

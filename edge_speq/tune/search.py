@@ -143,7 +143,7 @@ class _Shortened(Replay):
     def _parts(self, recorded: Sequence[Step]) -> Iterable[Part]:
         for step in recorded:
             at = 0
-            ran_on = 0 if step.foreseen is None else max(0, step.foreseen.shape[1] - step.n_drafted)
+            ran_on = step.n_decoded - step.n_drafted
             while at <= step.n_accepted:
                 k = min(self._k, step.n_drafted - at)
                 kept = min(k, step.n_accepted - at)

@@ -122,9 +122,7 @@ class Tuner:
             self._say("steps without a draft")
             alone, _ = gauge.live(llm, tokens[:2], self.n, self._share_of_time(0.1))
             steps_alone = [record for record in records if not record.is_prompt]
-            measured = self._operators(llm, max(texts, key=len), drafting, steps_alone, alone)
-            if any(step.n_drafted for step in steps):  # a draft that shows its routing decodes more than it proposes
-                measured = dataclasses.replace(measured, draft_ms=Costs.fit(steps).draft_ms)
+            measured = self._operators(llm, max(texts, key=len), steps, drafting, steps_alone, alone)
             setting = self._setting(llm, measured)
             plan = llm.stats().plan
             share = None if plan.resident is None else self._alone(llm, plan.resident)
@@ -151,11 +149,13 @@ class Tuner:
         self,
         llm: Gauge,
         text: list[int],
+        steps: Sequence[Step],
         drafting: Sequence[StepRecord],
         alone: Sequence[StepRecord],
         live: Live,
     ) -> Measured:
-        """drafting, alone: the steps of text with the draft and without. live: the latter as a whole."""
+        """drafting, alone: the steps of text with the draft and without. live: the latter as a whole. steps: the former
+        as recorded, none where the model routes nothing."""
         k_max, default = llm.stats().plan.k_max, llm.n_threads
         self._say("steps of each width")
         prompt = min(len(text) // 2, PROMPT_TOKENS // 2)
@@ -164,13 +164,12 @@ class Tuner:
         waited, n_bytes = (sum(getattr(w, name) for w in widths.values()) for name in ("stall_ms", "bytes_fetched"))
         python = max(0.0, _step_ms(alone) - base[1])  # of a step
         sampling = max(0.0, 1e3 * (live.seconds - sum(step.seconds for step in alone)) / max(1, live.tokens))
-        whole = [step for step in drafting if step.drafted == k_max]
-        drafts = k_max and whole
+        rest = base[k_max + 1] + python  # of a step with all its drafted tokens
         return Measured(
             base_ms=base,
             threads_ms=self._threads(llm, text, prompt, base, k_max),
             n_threads=default,
-            draft_ms=max(0.0, _step_ms(whole) - base[k_max + 1] - python) / k_max if drafts else 0.0,
+            draft_ms=_draft_ms(steps, [step for step in drafting if step.drafted == k_max], k_max, rest),
             overhead_ms=python + sampling,
             link_bytes_per_s=1e3 * n_bytes / waited if waited and n_bytes else None,
             order_bytes_per_s=llm.order_rate(),
@@ -297,6 +296,13 @@ class Tuner:
 
 def _row(one: _Checked) -> dict[str, Any]:
     return dataclasses.asdict(one) | {"tok_per_s": one.tok_per_s, "prediction_error": one.prediction_error}
+
+
+def _draft_ms(steps: Sequence[Step], whole: Sequence[StepRecord], k_max: int, rest_ms: float) -> float:
+    """Of a token that the draft decodes. Where no step was recorded that is one of those that it proposes."""
+    if any(step.n_drafted for step in steps):
+        return Costs.fit(steps).draft_ms
+    return max(0.0, _step_ms(whole) - rest_ms) / k_max if k_max and whole else 0.0
 
 
 def _step_ms(steps: Sequence[StepRecord]) -> float:
