@@ -17,8 +17,9 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from edge_speq import EdgeError, Plan, Session, Stats, demo
-from edge_speq.isolation import freeze_support
+from edge_speq import EdgeError, Plan, Session, Stats
+from edge_speq.gguf import bundled as demo
+from edge_speq.session.subprocess.freeze import freeze_support
 
 try:
     from PySide6.QtCore import QObject, Qt, QTimer, Signal
