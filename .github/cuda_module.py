@@ -56,8 +56,8 @@ def options(capability: str) -> list[str]:
         "-DGGML_CUDA=ON",
         "-DGGML_CUDA_GRAPHS=ON",
         "-DGGML_CUDA_NCCL=OFF",
-        "-DGGML_BUILD_TESTS=OFF",
-        "-DGGML_BUILD_EXAMPLES=OFF",
+        "-DLLAMA_CURL=OFF",
+        *(f"-DLLAMA_BUILD_{part}=OFF" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP", "MTMD")),
         f"-DCMAKE_CUDA_ARCHITECTURES={capability}-real",
         "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
         f"-DCMAKE_INSTALL_RPATH={pip_libraries}",
@@ -68,8 +68,9 @@ def build(capability: str, out: Path, upstream: Upstream) -> None:
     with tempfile.TemporaryDirectory(prefix="edge-speq-cuda-") as work:
         tree = source.unpack(source.identify(upstream).path or source.fetch(upstream), Path(work))
         apply_patches([NATIVE / "patches" / name for name in upstream.patches], tree)
-        ggml, folder = tree / "vendor" / "llama.cpp" / "ggml", Path(work) / "build"
-        subprocess.run(["cmake", "-G", "Ninja", "-S", ggml, "-B", folder, *options(capability)], check=True)
+        # Not its ggml folder alone: the sdist lacks ggml.pc.in, which only a build of ggml itself reads.
+        llama_cpp, folder = tree / "vendor" / "llama.cpp", Path(work) / "build"
+        subprocess.run(["cmake", "-G", "Ninja", "-S", llama_cpp, "-B", folder, *options(capability)], check=True)
         subprocess.run(["cmake", "--build", folder, "--target", "ggml-cuda"], check=True)
         (module,) = folder.rglob("libggml-cuda.so")
         out.mkdir(parents=True, exist_ok=True)
