@@ -79,8 +79,9 @@ def python(text: str) -> Iterator[Block]:
 
 
 def cpp(text: str) -> Iterator[Block]:
-    found = ((found[0].strip('"/* '), text.count("\n", 0, found.start()) + 1) for found in CPP.finditer(text))
-    yield from joined(line for said, first in found if len(said.split()) >= MIN_WORDS for line in numbered(said, first))
+    found = ((found[0], text.count("\n", 0, found.start()) + 1) for found in CPP.finditer(text))
+    texts = ((said, first) for said, first in found if said[0] == "/" or len(said.split()) >= MIN_WORDS)
+    yield from joined(line for said, first in texts for line in numbered(said.strip('"/* '), first))
 
 
 READERS = {".md": markdown, ".py": python, ".cpp": cpp, ".h": cpp}
