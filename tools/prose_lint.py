@@ -38,7 +38,7 @@ def banned() -> list[tuple[re.Pattern[str], str]]:
 
 
 def numbered(text: str, first: int = 1) -> Block:
-    return [(first + i, line.strip()) for i, line in enumerate(text.split("\n"))]
+    return [(first + i, line.strip(" \t*")) for i, line in enumerate(text.split("\n"))]
 
 
 def joined(lines: Iterable[tuple[int, str]]) -> Iterator[Block]:  # those on consecutive lines
@@ -92,15 +92,15 @@ def findings(block: Block, phrases: list[tuple[re.Pattern[str], str]], is_doc: b
     ends = list(accumulate(len(line) + 1 for _, line in block))
     found = [(hit.start(), f"{hit[0]} -> {instead}") for phrase, instead in phrases for hit in phrase.finditer(text)]
     for sentence in re.finditer(r"\S.*?(?:[.!?](?= |$)|$)", text) if is_doc else ():
-        words = len(re.findall(r"[A-Za-z][\w'’-]*", sentence[0]))
-        if words > MAX_WORDS:
+        if (words := len(re.findall(r"[A-Za-z][\w'’-]*", sentence[0]))) > MAX_WORDS:
             found.append((sentence.start(), f"{sentence[0][:40]}... -> {words} words: split it, {MAX_WORDS} at most"))
     yield from ((block[bisect(ends, offset)][0], said) for offset, said in sorted(found))
 
 
 def files(names: list[str]) -> Iterator[Path]:
     for path in [Path(name) for name in names] or [path for place in PLACES for path in sorted(ROOT.glob(place))]:
-        yield from (sorted(p for p in path.rglob("*") if p.suffix in READERS) if path.is_dir() else [path])
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        yield from (each for each in found if each.suffix in READERS)
 
 
 def main() -> int:
@@ -111,8 +111,7 @@ def main() -> int:
             for line, text in findings(block, phrases, path.suffix == ".md"):
                 counts[shown.parent.as_posix()] += 1
                 print(f"{shown.as_posix()}:{line}: {text}")
-    for folder, count in sorted(counts.items()):
-        print(f"{count:5} in {folder}", file=sys.stderr)
+    print(*(f"{count:5} in {folder}" for folder, count in sorted(counts.items())), sep="\n", file=sys.stderr)
     return 1 if counts else 0
 
 
