@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from edge_speq import interrupt
+from edge_speq.cli import interrupt
 
 
 def main() -> int:
     interrupt.leave_at_once()
-    from edge_speq import cli
+    from edge_speq.cli import main as cli
 
     code = cli.main()
     interrupt.never_again()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
 
 ABI_VERSION = 8
 INSTALL_HINT = "install the patched build that comes with edge_speq: pip install ./native ."

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_speq._library import check, llama, load, package, text, view
-from edge_speq.core import Costs, EdgeError, ExpertCounters, ExpertGroup, Experts, MemoryUse
+from edge_speq.core import ExpertCounters, ExpertGroup, Experts, HybridCosts, MemoryUse
+from edge_speq.errors import EdgeError
 from edge_speq.log import route_llama_cpp_log
 
 log = logging.getLogger("edge_speq")
@@ -353,12 +354,12 @@ class Hook:
             failed=c.failed,
         )
 
-    def costs(self) -> Costs:
+    def costs(self) -> HybridCosts:
         ffi, lib = load()
         c = ffi.new("edge_costs *")
         check(lib.edge_hook_costs(self._handle, c))
         rates = c.cpu_bytes_per_s, c.link_bytes_per_s, c.contention, c.device_bytes_per_s
-        return Costs(*rates, c.layer_ahead_precision, bool(c.fetches_some))
+        return HybridCosts(*rates, c.layer_ahead_precision, bool(c.fetches_some))
 
     def record(self, n: int) -> None:
         """Keeps the next n spans of what the decoding thread does, 0: none any more. Between steps."""

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from edge_speq._library import check, load
 from edge_speq._native import ORDER, Hook
-from edge_speq.core import EdgeError, Experts
+from edge_speq.core import Experts
+from edge_speq.errors import EdgeError
 
 Routing = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]

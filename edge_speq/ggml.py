@@ -7,7 +7,7 @@ from pathlib import Path
 
 import llama_cpp
 
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
 
 NAMES = ("libggml-base.so", "libggml-base.so.*", "libggml-base.dylib", "libggml-base.*.dylib", "ggml-base.dll")
 

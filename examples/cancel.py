@@ -7,7 +7,7 @@ import sys
 import threading
 
 from edge_speq import EdgeError, Session
-from edge_speq.demo import MODEL, path
+from edge_speq.gguf.bundled import MODEL, path
 
 (model,) = sys.argv[1:] or [str(path(MODEL))]
 

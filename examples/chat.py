@@ -6,7 +6,7 @@ python examples/chat.py [MODEL.gguf DRAFT.gguf]
 import sys
 
 from edge_speq import Session
-from edge_speq.demo import DRAFT, MODEL, path
+from edge_speq.gguf.bundled import DRAFT, MODEL, path
 
 model, draft = sys.argv[1:] or [str(path(MODEL)), str(path(DRAFT))]
 messages = []

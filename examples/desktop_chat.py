@@ -18,8 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from edge_speq import EdgeError, Session, Stats
-from edge_speq.demo import DRAFT, MODEL, path
-from edge_speq.isolation import freeze_support
+from edge_speq.gguf.bundled import DRAFT, MODEL, path
+from edge_speq.session.subprocess.freeze import freeze_support
 
 try:
     from PySide6 import QtWidgets

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from edge_speq import EdgeLlama
-from edge_speq.demo import DRAFT, MODEL, path
+from edge_speq.gguf.bundled import DRAFT, MODEL, path
 
 model, draft = sys.argv[1:] or [str(path(MODEL)), str(path(DRAFT))]
 records: list[Any] = []

@@ -6,7 +6,7 @@ python examples/shared_budget.py [MODEL.gguf OTHER.gguf CEILING]
 import sys
 
 from edge_speq import Budget, EdgeLlama
-from edge_speq.demo import MODEL, path
+from edge_speq.gguf.bundled import MODEL, path
 
 first, second, ceiling = sys.argv[1:] or [str(path(MODEL)), str(path(MODEL)), "48MiB"]
 budget = Budget(ceiling)

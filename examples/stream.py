@@ -6,7 +6,7 @@ python examples/stream.py [MODEL.gguf]
 import sys
 
 from edge_speq import EdgeLlama
-from edge_speq.demo import MODEL, path
+from edge_speq.gguf.bundled import MODEL, path
 
 (model,) = sys.argv[1:] or [str(path(MODEL))]
 

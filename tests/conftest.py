@@ -22,8 +22,9 @@ import llama_cpp
 import pytest
 import tiny_models
 
-from edge_speq import _native, demo
-from edge_speq.convert import draft
+from edge_speq import _native
+from edge_speq.convert.quantization import draft
+from edge_speq.gguf import bundled as demo
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 from traces import EXPERTS, LINK, routing
 
 from edge_speq.core import ExpertGroup, Experts
-from edge_speq.foresight import weights
-from edge_speq.foresight.weights import Weights, geometry, geometry_hash
-from edge_speq.presets import Setting
+from edge_speq.policies.context import PolicyContext
+from edge_speq.policies.learned import network_file
+from edge_speq.policies.learned.network_file import Weights, geometry, geometry_hash
 from edge_speq.trace import Step, Trace
 
 SMALL = Experts(3, 8, 2, (ExpertGroup(3, 24, 500, (0, 1, 2)),))  # a draft of another geometry
@@ -22,7 +22,7 @@ def made(target: Experts = EXPERTS, draft: Experts | None = None, *, n_tokens: i
     """A network that was never trained."""
     random = np.random.default_rng(0)
     ours, theirs = geometry(target), None if draft is None else geometry(draft)
-    found = weights.shapes(ours, theirs, n_tokens, hidden, 4)
+    found = network_file.shapes(ours, theirs, n_tokens, hidden, 4)
     arrays: dict[str, Any] = {name: random.normal(0, 0.3, shape).astype(np.float32) for name, shape in found.items()}
     arrays["tokens"] = np.arange(n_tokens, dtype=np.int32) * 2
     arrays["later_mix"] = np.abs(arrays["later_mix"])
@@ -72,5 +72,7 @@ def recording(seed: int = 1, n_steps: int = 400, draft: Experts | None = None, t
     return Trace(Path(f"trace-{seed}.npz"), meta, target, steps, draft)
 
 
-def setting(learned: Weights | None, *, has_twin: bool = False) -> Setting:
-    return Setting(EXPERTS, (14, 14), 2, LINK, block_ms=0.0005, draft_ms=0.002, has_twin=has_twin, learned=learned)
+def setting(learned: Weights | None, *, has_twin: bool = False) -> PolicyContext:
+    return PolicyContext(
+        EXPERTS, (14, 14), 2, LINK, block_ms=0.0005, draft_ms=0.002, has_twin=has_twin, learned=learned
+    )

@@ -18,17 +18,17 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 from edge_speq.server import listener
-from edge_speq.server.model import Progress, Served
+from edge_speq.server.model import Progress, ServedModel
 from edge_speq.server.serving import Server
-from edge_speq.server.settings import Settings
+from edge_speq.server.settings import ServerSettings
 
 TIMEOUT = 60.0
 OPTIONS: dict[str, Any] = {"resident": "1/2", "n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "speculation": 2}
 
 
 class Running:
-    def __init__(self, open_model: Callable[[Progress], Served], **settings: Any) -> None:
-        self.settings = Settings("tales", **{"port": 0, "grace_seconds": 1.0} | settings)
+    def __init__(self, open_model: Callable[[Progress], ServedModel], **settings: Any) -> None:
+        self.settings = ServerSettings("tales", **{"port": 0, "grace_seconds": 1.0} | settings)
         self._listener = listener.listen(self.settings)
         self.host, self.port = self._listener.getsockname()[:2]
         self.url = listener.url(self._listener, self.settings.host)
@@ -110,12 +110,12 @@ class Running:
         return time.monotonic() - started
 
 
-def opened(model: Path, **options: Any) -> Callable[[Progress], Served]:
-    return lambda progress: Served(str(model), progress, **OPTIONS | options)
+def opened(model: Path, **options: Any) -> Callable[[Progress], ServedModel]:
+    return lambda progress: ServedModel(str(model), progress, **OPTIONS | options)
 
 
 @contextlib.contextmanager
-def running(open_model: Callable[[Progress], Served], **settings: Any) -> Iterator[Running]:
+def running(open_model: Callable[[Progress], ServedModel], **settings: Any) -> Iterator[Running]:
     server = Running(open_model, **settings)
     try:
         yield server.wait()

@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_speq.bench import compare, matrix, output, policies, prompts, rows, runner, watched
+from edge_speq import texts as prompts
+from edge_speq.bench import arms as policies
+from edge_speq.bench import compare, instrumented, matrix, output, rows, runner
+from edge_speq.bench.arms import Arm, BenchSettings, Fleet
 from edge_speq.bench.matrix import Case
-from edge_speq.bench.measure import Passage, Reading, Sample
-from edge_speq.bench.policies import Arm, Fleet, Settings
+from edge_speq.bench.measure import PassageSample, Reading, Sample
 from edge_speq.bench.runner import Bench, Series
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
 
 SHORT = tuple(prompts.Prompt(name, name, f"Once upon a {name} there was") for name in ("time", "hill"))
 
 
-def settings(bundled: tuple[Path, Path], **changes: Any) -> Settings:
+def settings(bundled: tuple[Path, Path], **changes: Any) -> BenchSettings:
     """One short test of two short texts, on the bundled model without a draft."""
     options: dict[str, Any] = {
         "model": str(bundled[0]),
@@ -38,7 +40,7 @@ def settings(bundled: tuple[Path, Path], **changes: Any) -> Settings:
         "vram_budget": None,
         "baseline": "cpu-moe",
     }
-    return Settings(**options | changes)
+    return BenchSettings(**options | changes)
 
 
 # --- the matrix --------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def test_the_faster_load_is_kept(bundled: tuple[Path, Path], monkeypatch: pytest
     arm, made = Arm("cpu-moe", "0", 1), []
     load = Fleet._load_stock
 
-    def loaded(self: Fleet, arm: Arm, mapped: bool) -> watched.Stock:
+    def loaded(self: Fleet, arm: Arm, mapped: bool) -> instrumented.StockLlama:
         made.append(load(self, arm, mapped))
         return made[-1]
 
@@ -267,22 +269,22 @@ def test_cpu_moe_keeps_as_few_layers_on_the_cpu_as_the_budget_allows(
         found.fixed_bytes = 1000 - 100 * (len(patterns) - 1)  # the last entry ends the list
         return found
 
-    stock = watched.Stock.__new__(watched.Stock)
+    stock = instrumented.StockLlama.__new__(instrumented.StockLlama)
     stock._wanted = stock._draft_params = None
     stock.model_path = str(bundled[0])
-    monkeypatch.setattr(watched.survey, "survey", survey)
+    monkeypatch.setattr(instrumented.survey, "survey", survey)
 
     class Params:
         tensor_buft_overrides: Any = None
 
-    n_layers = watched.n_layers(str(bundled[0]))
+    n_layers = instrumented.n_layers(str(bundled[0]))
     assert stock._fewest(1000, Params(), None) == 0
     assert stock._fewest(750, Params(), None) == 3
     assert stock._fewest(0, Params(), None) == n_layers == 6
 
 
 def test_the_layers_of_cpu_moe_are_llama_cpps() -> None:
-    overrides = watched._overrides(2)
+    overrides = instrumented._overrides(2)
     assert [entry.pattern for entry in overrides] == [
         rb"blk\.0\.ffn_(up|down|gate|gate_up)_(ch|)exps",
         rb"blk\.1\.ffn_(up|down|gate|gate_up)_(ch|)exps",
@@ -321,7 +323,7 @@ def test_a_verdict_gets_no_better() -> None:
 
 
 def test_what_was_not_asked_counts_as_different() -> None:
-    judge = compare.Judge([Passage(prompts.bundled().chosen[0], Reading([], [1]), [1, 2], 1.0, None, [])])
+    judge = compare.Judge([PassageSample(prompts.bundled().chosen[0], Reading([], [1]), [1, 2], 1.0, None, [])])
     same, other = compare.Verdict(), compare.Verdict()
     judge.compare([[1, 2]], same)
     judge.compare([[1, 3]], other)
@@ -333,18 +335,18 @@ def test_what_was_not_asked_counts_as_different() -> None:
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """cpu-moe with a sampler that picks what is least likely, from the fourth token on."""
-    generate = watched.Watched.generate
+    generate = instrumented.InstrumentedLlama.generate
 
-    def generated(self: watched.Watched, tokens: list[int], **options: Any) -> Iterator[int]:
+    def generated(self: instrumented.InstrumentedLlama, tokens: list[int], **options: Any) -> Iterator[int]:
         stream = generate(self, tokens, **options)
-        if not isinstance(self, watched.Stock):
+        if not isinstance(self, instrumented.StockLlama):
             return stream
         return _least_likely(self, stream)
 
-    monkeypatch.setattr(watched.Watched, "generate", generated)
+    monkeypatch.setattr(instrumented.InstrumentedLlama, "generate", generated)
 
 
-def _least_likely(model: watched.Watched, stream: Any) -> Iterator[int]:
+def _least_likely(model: instrumented.InstrumentedLlama, stream: Any) -> Iterator[int]:
     with contextlib.closing(stream):
         for i, token in enumerate(stream):
             yield token if i < 3 else int(np.argmin(model.logits(-1)))

@@ -14,7 +14,8 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from edge_speq import EdgeError, EdgeLlama, engine
+from edge_speq import EdgeError, EdgeLlama
+from edge_speq.runtime import loading
 
 PROMPT = "It was a dark and stormy night; the rain fell in torrents"
 PLACEMENTS: dict[str, dict[str, Any]] = {
@@ -165,13 +166,13 @@ def test_a_shift_of_the_context_is_not_torn(bundled: tuple[Path, Path], monkeypa
         stream.close()
         stream = model.generate(tokens, temp=0.0)
         assert [next(stream) for _ in range(256 - len(tokens) + 1)] == taken[:-1]
-        decode = engine.decode
+        decode = loading.decode
 
         def cancelled_at_once(*args: Any, **kwargs: Any) -> None:
             model.cancel()
             decode(*args, **kwargs)
 
-        monkeypatch.setattr(engine, "decode", cancelled_at_once)
+        monkeypatch.setattr(loading, "decode", cancelled_at_once)
         with pytest.raises(EdgeError, match="cancelled"):
             list(stream)
         monkeypatch.undo()

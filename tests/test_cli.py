@@ -11,10 +11,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from edge_speq import demo
 from edge_speq.core import ExpertCounters
+from edge_speq.gguf import bundled
 
-SCHEMA = json.loads((Path(demo.__file__).parent / "schema" / "run.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(bundled.__file__).parent / "schema" / "run.schema.json").read_text(encoding="utf-8"))
 
 
 def edge_speq(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -44,8 +44,8 @@ def run_json(*arguments: str) -> dict:
 def test_without_arguments_the_bundled_demo_runs_with_half_of_its_experts() -> None:
     done = edge_speq("run", "-n", "24", "-t", "1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(demo.PROMPT)
-    assert len(done.stdout) > len(demo.PROMPT) + 40
+    assert done.stdout.startswith(bundled.PROMPT)
+    assert len(done.stdout) > len(bundled.PROMPT) + 40
     for word in ("tok/s", "hits", "misses", "accepted", "MiB"):
         assert word in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from test_cli import edge_speq
 
+from edge_speq import progress as watch
 from edge_speq.cli.convert import VERBS
 from edge_speq.cli.convert_verbs import common
-from edge_speq.convert import watch
 
 
 def test_progress_shows_percent_rate_and_time_left() -> None:

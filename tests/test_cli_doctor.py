@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
-from edge_speq import EdgeError, demo, machine, speeds
+from edge_speq import EdgeError
+from edge_speq import system as machine
 from edge_speq.cli import doctor
+from edge_speq.gguf import bundled as demo
+from edge_speq.tune import link_speed
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"package", "llama.cpp", "device", "built for", "driver", "cpu", "memory", "memlock", "pinned", "demo", "disk"}
@@ -194,7 +197,7 @@ def test_it_takes_seconds() -> None:
 def test_the_disk_is_measured_with_the_named_file(tmp_path: Path) -> None:
     path = tmp_path / "large.bin"
     path.write_bytes(bytes(range(256)) * (1 << 15))
-    rate = speeds.disk(path)
+    rate = link_speed.disk(path)
     if rate is None:
         pytest.skip("this system keeps what it has read")
     assert rate.n_bytes == 8 << 20
@@ -206,11 +209,11 @@ def test_the_disk_is_measured_with_the_named_file(tmp_path: Path) -> None:
 def test_reading_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "large.bin"
     path.write_bytes(bytes(32 << 20))
-    monkeypatch.setattr(speeds, "SECONDS", 0.0)
-    assert speeds.disk(path) is None  # no time for a first piece
-    monkeypatch.setattr(speeds, "SECONDS", 1.0)
-    monkeypatch.setattr(speeds, "MOST", 8 << 20)
-    rate = speeds.disk(path)
+    monkeypatch.setattr(link_speed, "SECONDS", 0.0)
+    assert link_speed.disk(path) is None  # no time for a first piece
+    monkeypatch.setattr(link_speed, "SECONDS", 1.0)
+    monkeypatch.setattr(link_speed, "MOST", 8 << 20)
+    rate = link_speed.disk(path)
     assert rate is None or rate.n_bytes == 8 << 20
 
 
@@ -222,7 +225,7 @@ def test_a_file_that_cannot_be_read_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_the_link_is_left_out_with_a_reason() -> None:
-    if speeds.has_link():
+    if link_speed.has_link():
         pytest.skip("there is a GPU")
     finding = doctor.link_rate(None)
     assert (finding.status, finding.values) == ("ok", {})
@@ -231,19 +234,19 @@ def test_without_a_gpu_the_link_is_left_out_with_a_reason() -> None:
 
 def test_transfers_into_slots_are_timed(tiny: Any) -> None:
     """Here also without a GPU: then they are copies within RAM."""
-    rate = speeds.link()
+    rate = link_speed.link()
     assert 1e7 < rate.bytes_per_s < 1e12
     assert 90 << 10 < rate.n_bytes < 110 << 10  # an expert of the bundled model
     with pytest.raises(EdgeError, match="no experts to send"):
-        speeds.link(str(tiny.dense()))
+        link_speed.link(str(tiny.dense()))
 
 
 def test_page_locking_leaves_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_speq import engine
+    from edge_speq.runtime import loading
 
     monkeypatch.setattr(machine, "memory", lambda: (16 << 30, 12 << 30))
     most = doctor.page_locked().values["most_bytes"]
-    assert engine.fits_in_memory(most) and not engine.fits_in_memory(most + (1 << 20))
+    assert loading.fits_in_memory(most) and not loading.fits_in_memory(most + (1 << 20))
     monkeypatch.setattr(machine, "memory", lambda: None)
     assert doctor.page_locked().status == "ok"
 

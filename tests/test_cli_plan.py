@@ -9,11 +9,14 @@ from typing import Any
 import jsonschema
 import pytest
 
-from edge_speq import EdgeLlama, demo, engine
-from edge_speq.cli import arguments, main, parser
+from edge_speq import EdgeLlama
+from edge_speq.cli import arguments
 from edge_speq.cli import plan as cli_plan
+from edge_speq.cli.main import main, parser
+from edge_speq.gguf import bundled
+from edge_speq.runtime import loading as engine
 
-SCHEMAS = Path(demo.__file__).parent / "schema"
+SCHEMAS = Path(bundled.__file__).parent / "schema"
 SCHEMA = json.loads((SCHEMAS / "plan.schema.json").read_text(encoding="utf-8"))
 RUN_SCHEMA = json.loads((SCHEMAS / "run.schema.json").read_text(encoding="utf-8"))
 
@@ -214,7 +217,7 @@ def test_even_routing_is_the_linear_model(capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_trace_is_replayed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = str(tmp_path / "text.npz")
-    model, draft = str(demo.path(demo.MODEL)), str(demo.path(demo.DRAFT))
+    model, draft = str(bundled.path(bundled.MODEL)), str(bundled.path(bundled.DRAFT))
     record = ["trace", model, "--draft", draft, "--speculation", "2", "-n", "24", "-o", path]
     assert main(record) == 0
     each = planned(capsys, *LAPTOP, "--speculation", "2", "--trace", path)["estimate"]["per_token"]
@@ -227,7 +230,7 @@ def test_a_trace_is_replayed(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 
 def test_real_routing_repeats_itself(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """So a replay fetches less than even routing would."""
-    path, model = str(tmp_path / "text.npz"), str(demo.path(demo.MODEL))
+    path, model = str(tmp_path / "text.npz"), str(bundled.path(bundled.MODEL))
     assert main(["trace", model, "-n", "24", "-o", path]) == 0
     options = (model, "--vram", "30MiB", "--ram", "16GiB", "-c", "512")
     even = planned(capsys, *options)["estimate"]["per_token"]

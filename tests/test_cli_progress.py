@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from edge_speq import EdgeError, demo, engine
+from edge_speq import EdgeError
 from edge_speq.cli import progress
+from edge_speq.gguf import bundled
+from edge_speq.runtime import loading as engine
 
 
 class Clock:
@@ -51,12 +53,12 @@ def test_the_line_is_erased_when_the_load_fails() -> None:
     assert screen.getvalue().endswith("\r\x1b[K")
 
 
-def load(callback: Any) -> progress.Callback:
+def load(callback: Any) -> progress.LoadCallback:
     import llama_cpp
 
     params = llama_cpp.llama_model_default_params()
     attached = progress.attach(params, callback)
-    engine.load_model(demo.path(demo.DRAFT), params, "draft").close()
+    engine.load_model(bundled.path(bundled.DRAFT), params, "draft").close()
     return attached
 
 
@@ -81,12 +83,12 @@ def test_an_exception_ends_the_load_and_is_kept(capfd: pytest.CaptureFixture[str
     params = llama_cpp.llama_model_default_params()
     attached = progress.attach(params, interrupted)
     with pytest.raises(EdgeError, match="cannot load"):
-        engine.load_model(demo.path(demo.DRAFT), params, "draft")
+        engine.load_model(bundled.path(bundled.DRAFT), params, "draft")
     assert isinstance(attached.error, KeyboardInterrupt)
     assert capfd.readouterr().err == ""
 
 
-IMPATIENT = "from edge_speq.cli import main, progress; progress.DELAY = 0.0; raise SystemExit(main({}))"
+IMPATIENT = "from edge_speq.cli.main import main, progress; progress.DELAY = 0.0; raise SystemExit(main({}))"
 
 
 @pytest.mark.parametrize("command", [["run", "-n", "4", "-t", "1"], ["chat", "-n", "4", "-t", "1"]])

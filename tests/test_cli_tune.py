@@ -12,9 +12,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from edge_speq import demo
-from edge_speq.cli import main, parser
 from edge_speq.cli import tune as command
+from edge_speq.cli.main import main, parser
+from edge_speq.gguf import bundled as demo
 
 MODEL = str(demo.path(demo.MODEL))
 CHOSEN = {"speculation": 1, "compute": "device", "n_threads": 1}

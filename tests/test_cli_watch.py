@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_speq import demo
 from edge_speq.cli import heatmap
-from edge_speq.cli.watch import RESTORE, SCREEN, View
-from edge_speq.steps import StepRecord
+from edge_speq.cli.live_view import RESTORE, SCREEN, View
+from edge_speq.engine.step_records import StepRecord
+from edge_speq.gguf import bundled
 
 RUN = ["-m", "edge_speq", "run", "-t", "1"]
 FIGURES = ("tok/s", "K ", "% hits", "GB/s", "stalled")
@@ -37,7 +37,7 @@ def test_a_pipe_gets_lines_without_escapes() -> None:
     done = run("-n", "12", "--watch")
     assert done.returncode == 0
     assert "\x1b" not in done.stdout + done.stderr
-    assert done.stdout.startswith(demo.PROMPT)
+    assert done.stdout.startswith(bundled.PROMPT)
     line = next(line for line in done.stderr.splitlines() if line.startswith("step "))
     for word in FIGURES:
         assert word in line
@@ -89,7 +89,7 @@ def test_a_terminal_shows_the_map_and_gets_its_screen_back() -> None:
     assert screen.count(SCREEN) == 1 and RESTORE not in screen
     for word in (*FIGURES, "tales-moe.gguf", "█", "·"):
         assert word in screen
-    assert after.startswith(demo.PROMPT)  # the text, and then the report
+    assert after.startswith(bundled.PROMPT)  # the text, and then the report
     assert "hits" in after and "\x1b" not in after
 
 
@@ -115,7 +115,7 @@ def test_ctrl_c_restores_the_screen_and_leaves_the_text() -> None:
         terminal.interrupt()
         assert terminal.wait() == 130
         assert terminal.is_unchanged()
-        assert RESTORE + demo.PROMPT in terminal.text
+        assert RESTORE + bundled.PROMPT in terminal.text
 
 
 def test_an_error_restores_the_screen(capsys: pytest.CaptureFixture[str]) -> None:

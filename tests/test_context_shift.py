@@ -14,7 +14,7 @@ import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from edge_speq import EdgeError, EdgeLlama
-from edge_speq.drafts import DraftModel
+from edge_speq.drafting.draft_model import DraftModel
 
 PROMPT = "It was a dark and stormy night; the rain fell in torrents"
 ON = {0: -100.0, 2: -100.0}  # never the end of the text

@@ -1,4 +1,4 @@
-"""edge_speq.convert.atomic: outputs are whole or absent."""
+"""edge_speq.gguf.atomic: outputs are whole or absent."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from edge_speq.convert import atomic
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import atomic
 
 KILLED = """
 import os, sys

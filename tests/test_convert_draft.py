@@ -1,4 +1,4 @@
-"""edge_speq.convert.draft, agreement and verify: the twin keeps what it should and is measured as it is."""
+"""convert.quantization.draft, agreement and verify: the twin keeps what it should and is measured as it is."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ import pytest
 import tiny_models
 from test_cli import edge_speq
 
-from edge_speq import EdgeLlama, gguf_file, gguf_model, twin_file
-from edge_speq.convert import agreement, draft, imatrix, layout, quantize, reader, verify
-from edge_speq.core import EdgeError
+from edge_speq import EdgeLlama
+from edge_speq.convert.evaluation import agreement, reader, verify
+from edge_speq.convert.quantization import draft, imatrix, quantize
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import draft_experts, layout
+from edge_speq.gguf import model as gguf_model
 
 TEXT = reader.read_text(None)
 
@@ -130,7 +134,7 @@ def test_experts_alone_are_the_twins_experts_and_name_their_target(
     assert all(alone["tensors"][name] == whole["tensors"][name] for name in names)
     fields = gguf.GGUFReader(out).fields
     assert fields[draft.TARGET_HASH].contents() == verify.describe(bundled[0])[1]["content_sha256"]
-    assert fields[twin_file.KIND].contents() == twin_file.EXPERTS_ONLY
+    assert fields[draft_experts.KIND].contents() == draft_experts.EXPERTS_ONLY
 
 
 @pytest.mark.long

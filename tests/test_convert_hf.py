@@ -13,9 +13,10 @@ import pytest
 import tiny_checkpoint
 from test_cli import edge_speq
 
-from edge_speq import gguf_file
-from edge_speq.convert import hf, hf_child, reader
-from edge_speq.core import EdgeError
+from edge_speq.convert.evaluation import reader
+from edge_speq.convert.huggingface import hf, hf_child
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import container as gguf_file
 
 OWN = """
 import runpy, sys

@@ -1,4 +1,4 @@
-"""edge_speq.convert.imatrix: what the callback sees is what goes into the weights, and the file is llama.cpp's."""
+"""convert.quantization.imatrix: what the callback sees is what goes into the weights, and the file is llama.cpp's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import gguf
 import numpy as np
 import pytest
 
-from edge_speq import gguf_model, machine
-from edge_speq.convert import container, graph, imatrix, reader
-from edge_speq.core import EdgeError
+from edge_speq import system
+from edge_speq.convert.evaluation import graph, reader
+from edge_speq.convert.quantization import imatrix
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import model as gguf_model
+from edge_speq.gguf import writer
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def test_every_weight_of_the_blocks_is_seen_and_every_row_counted(collected: ima
 def test_sums_are_those_of_a_plain_loop(bundled: tuple[Path, Path]) -> None:
     seen: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
 
-    def keep(name: str, _weight: graph.Tensor, rows: graph.Rows, ids: graph.Ids | None) -> None:
+    def keep(name: str, _weight: graph.GraphTensor, rows: graph.Rows, ids: graph.Ids | None) -> None:
         seen[name] = rows.copy(), None if ids is None else ids.copy()
 
     text = reader.read_text(None)
@@ -65,7 +68,7 @@ def test_no_copy_of_what_all_experts_saw_is_made() -> None:
     n_expert, columns = 32, 4096
     ids = np.random.default_rng(0).permuted(np.tile(np.arange(n_expert, dtype=np.int32), (512, 1)), axis=1)[:, :4]
     rows = np.random.default_rng(1).standard_normal((512, 4, columns), dtype=np.float32)
-    weight, found = graph.Tensor(), imatrix.Importance()
+    weight, found = graph.GraphTensor(), imatrix.Importance()
     weight.ne[:] = (columns, 8, n_expert, 1)
     found.observe("blk.0.ffn_down_exps.weight", weight, rows, ids)  # now the sums are there
     tracemalloc.start()
@@ -114,10 +117,10 @@ def test_means_of_experts_seldom_seen_are_drawn_to_those_of_all() -> None:
 def test_what_is_no_importance_matrix_is_refused(bundled: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(EdgeError, match="holds no importance matrix"):
         imatrix.read(bundled[0])
-    sums = container.Entry("blk.0.x.weight.in_sum2", (2, 1), 0, 8, [np.array([1, np.nan], "<f4").tobytes()])
-    counts = container.Entry("blk.0.x.weight.counts", (1, 1), 0, 4, [np.array([1], "<f4").tobytes()])
+    sums = writer.Entry("blk.0.x.weight.in_sum2", (2, 1), 0, 8, [np.array([1, np.nan], "<f4").tobytes()])
+    counts = writer.Entry("blk.0.x.weight.counts", (1, 1), 0, 4, [np.array([1], "<f4").tobytes()])
     for entries in ([sums], [sums, counts]):
-        container.write(tmp_path / "bad.gguf", {"general.type": "imatrix"}, entries)
+        writer.write(tmp_path / "bad.gguf", {"general.type": "imatrix"}, entries)
         with pytest.raises(EdgeError, match=r"sums without counts that fit, or not finite \(blk\.0\.x\.weight"):
             imatrix.read(tmp_path / "bad.gguf")
 
@@ -152,7 +155,7 @@ def test_a_model_that_does_not_fit_in_memory_is_not_read_again_for_each_piece(
 ) -> None:
     model, n_bytes = gguf_model.check_model(bundled[0]), bundled[0].stat().st_size
     for memory, most in ((None, 2), ((n_bytes, 0), 0), ((2 * n_bytes, 0), 1), ((3 * n_bytes, 0), 2)):
-        monkeypatch.setattr(machine, "memory", lambda memory=memory: memory)
+        monkeypatch.setattr(system, "memory", lambda memory=memory: memory)
         for n in (1, 2):
             assert reader.piece_of(*[model] * n) == (reader.PIECE if n <= most else reader.WINDOW)
 

@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 import tiny_checkpoint
 
-from edge_speq.convert import atomic, draft, hf, quantize
-from edge_speq.core import EdgeError
+from edge_speq.convert.huggingface import hf
+from edge_speq.convert.quantization import draft, quantize
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import atomic
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL, no RLIMIT_FSIZE there")
 SUFFIX = atomic.SUFFIX

@@ -13,12 +13,15 @@ import pytest
 import tiny_models
 from test_convert_split import ROUNDING, logits, nmse
 
-from edge_speq import EdgeError, EdgeLlama, _native, engine, gguf_file
-from edge_speq.cli import main
-from edge_speq.convert import activations, ordering, pack
-from edge_speq.convert.pack import Wanted
-from edge_speq.convert.rewrite import Rewrite, Source
-from edge_speq.gguf_model import check_model
+from edge_speq import EdgeError, EdgeLlama, _native
+from edge_speq.cli.main import main
+from edge_speq.convert import ordering, pack
+from edge_speq.convert.evaluation import activations
+from edge_speq.convert.pack import PackOptions
+from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf.model import check_model
+from edge_speq.gguf.rewrite import Rewrite, Source
+from edge_speq.runtime import loading
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -38,7 +41,7 @@ def test_nothing_changed_gives_the_same_file(tiny: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("alignment", [64, 4096, 65536])
 def test_every_tensor_begins_on_a_page(bundled: tuple[Path, Path], tmp_path: Path, alignment: int) -> None:
     out = tmp_path / "out.gguf"
-    made = pack.pack(bundled[0], out, Wanted(alignment))
+    made = pack.pack(bundled[0], out, PackOptions(alignment))
     assert out.stat().st_size == made.n_bytes
     tensors = tiny_models.gguf.GGUFReader(out).tensors
     assert all(tensor.data_offset % alignment == 0 for tensor in tensors)
@@ -56,7 +59,7 @@ def test_every_tensor_begins_on_a_page(bundled: tuple[Path, Path], tmp_path: Pat
 def test_gate_and_up_fused_are_two_reads_an_expert(tiny: Any, tmp_path: Path, kind: str) -> None:
     """Bit for bit the same logits and the same counters, from slots with two tensors instead of three."""
     model, out = tiny.moe("deepseek2", kind), tmp_path / "out.gguf"
-    made = pack.pack(model, out, Wanted(fuse=True))
+    made = pack.pack(model, out, PackOptions(fuse=True))
     assert (made.fused_blocks, made.reads_per_expert, made.unfused) == (3, 2, None)
     np.testing.assert_array_equal(logits(out), logits(model))
     seen = []
@@ -74,13 +77,13 @@ def test_gate_and_up_fused_are_two_reads_an_expert(tiny: Any, tmp_path: Path, ki
 
 def test_what_cannot_be_fused_stays_apart_and_says_why(tiny: Any, tmp_path: Path) -> None:
     model = tiny.moe("qwen3moe")
-    made = pack.pack(model, tmp_path / "out.gguf", Wanted())
+    made = pack.pack(model, tmp_path / "out.gguf", PackOptions())
     assert made.fused_blocks == 0 and made.unfused is not None and "qwen3moe" in made.unfused
     with pytest.raises(EdgeError, match="takes no fused tensor"):
-        pack.pack(model, tmp_path / "other.gguf", Wanted(fuse=True))
+        pack.pack(model, tmp_path / "other.gguf", PackOptions(fuse=True))
     scaled = tiny.moe("deepseek2", scales=True)
     with pytest.raises(EdgeError, match="scale"):
-        pack.pack(scaled, tmp_path / "other.gguf", Wanted(fuse=True))
+        pack.pack(scaled, tmp_path / "other.gguf", PackOptions(fuse=True))
 
 
 def test_experts_chosen_together_lie_together(
@@ -117,7 +120,7 @@ def test_biases_and_scales_follow_their_experts(tiny: Any, tmp_path: Path, arch:
     blocks = {str(block): [[5, 1], [5, 1], [1, 7], [0, 5]] for block in range(4)}
     trace = tmp_path / "trace.json"
     trace.write_text(json.dumps({"routing": blocks}))
-    made = pack.pack(model, out, Wanted(order=str(trace)))
+    made = pack.pack(model, out, PackOptions(order=str(trace)))
     assert made.runs is not None and made.runs_before is not None
     assert made.runs < made.runs_before
     assert contents(out) != contents(model)
@@ -146,17 +149,17 @@ def test_bad_traces_are_refused(tiny: Any, tmp_path: Path, content: str, match: 
     trace = tmp_path / "trace.json"
     trace.write_text(content)
     with pytest.raises(EdgeError, match=match):
-        pack.pack(tiny.moe("qwen3moe"), tmp_path / "out.gguf", Wanted(order=str(trace)))
+        pack.pack(tiny.moe("qwen3moe"), tmp_path / "out.gguf", PackOptions(order=str(trace)))
     assert list(tmp_path.iterdir()) == [trace]
 
 
 def test_groups_keep_their_order_and_alignments_are_powers_of_two(tiny: Any, tmp_path: Path) -> None:
     for arch in ("deepseek2", "grovemoe"):
         with pytest.raises(EdgeError, match=r"groups|change places"):
-            pack.pack(tiny.moe(arch), tmp_path / "out.gguf", Wanted(order="bundled"))
+            pack.pack(tiny.moe(arch), tmp_path / "out.gguf", PackOptions(order="bundled"))
     for alignment in (16, 48, 1 << 17):
         with pytest.raises(EdgeError, match="power of two"):
-            pack.pack(tiny.moe("qwen3moe"), tmp_path / "out.gguf", Wanted(alignment))
+            pack.pack(tiny.moe("qwen3moe"), tmp_path / "out.gguf", PackOptions(alignment))
 
 
 @pytest.mark.parametrize("no_tensor_first", [False, True])
@@ -169,7 +172,7 @@ def test_a_model_in_parts_becomes_one_file(
         patched.setattr(tiny_models.gguf, "GGUFWriter", writer)
         tiny_models.write_tiny(tmp_path / "moe.gguf", "qwen3moe", n_layer=4)
     first, out = min(tmp_path.glob("moe-*")), tmp_path / "out.gguf"
-    pack.pack(first, out, Wanted(32))
+    pack.pack(first, out, PackOptions(32))
     assert not any(key.startswith("split.") for key in gguf_file.read(out).fields)
     assert contents(out) == contents(tiny.moe("qwen3moe"))
     np.testing.assert_array_equal(logits(out), logits(tiny.moe("qwen3moe")))
@@ -177,12 +180,12 @@ def test_a_model_in_parts_becomes_one_file(
 
 def test_slots_see_two_tensors_of_a_fused_model(tiny: Any, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    pack.pack(tiny.moe("deepseek2"), out, Wanted())
-    params = engine.llama_cpp.llama_model_default_params()
-    keep = engine.experts_on_host(params)
+    pack.pack(tiny.moe("deepseek2"), out, PackOptions())
+    params = loading.llama_cpp.llama_model_default_params()
+    keep = loading.experts_on_host(params)
     sizes = []
     for path in (tiny.moe("deepseek2"), out):
-        with contextlib.closing(engine.load_model(path, params, "model")) as model:
+        with contextlib.closing(loading.load_model(path, params, "model")) as model:
             sizes.append(_native.model_experts(model.model))
     del keep
     assert sizes[0] == sizes[1]

@@ -1,4 +1,4 @@
-"""edge_speq.convert.pretokenizer: rules are known by what they say, whatever the vocabulary."""
+"""edge_speq.convert.huggingface.pretokenizer: rules are known by what they say, whatever the vocabulary."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from edge_speq.convert import pretokenizer
-from edge_speq.convert.pretokenizer import GPT2, GPT4O, LLAMA3, QWEN2, QWEN35, TEKKEN, recognize
+from edge_speq.convert.huggingface import pretokenizer
+from edge_speq.convert.huggingface.pretokenizer import GPT2, GPT4O, LLAMA3, QWEN2, QWEN35, TEKKEN, recognize
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 GPT2_STEP = BYTES | {"use_regex": True}

@@ -1,4 +1,4 @@
-"""edge_speq.convert.quantize and sensitivity: the sizes foretold, the types asked for, the same bytes every time."""
+"""convert.quantization.quantize and sensitivity: the sizes foretold, the types asked for, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import tiny_models
 
-from edge_speq import gguf_file
-from edge_speq.convert import imatrix, quantize, reader, sensitivity, types
-from edge_speq.core import EdgeError
+from edge_speq.convert.evaluation import reader
+from edge_speq.convert.quantization import imatrix, quantize, sensitivity, types
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import container as gguf_file
 
 
 def sha(path: Path) -> str:

@@ -16,11 +16,13 @@ import numpy.typing as npt
 import pytest
 
 from edge_speq import EdgeError, EdgeLlama
-from edge_speq.cli import main
-from edge_speq.convert import activations, elastic, numbers, partition, reader, split, tilt
-from edge_speq.convert.rewrite import Changes, Rewrite, Source
-from edge_speq.convert.split import Wanted
-from edge_speq.gguf_model import check_model
+from edge_speq.cli.main import main
+from edge_speq.convert.evaluation import activations, reader
+from edge_speq.convert.sub_experts import elastic_k, partition, router_tilt, split
+from edge_speq.convert.sub_experts.options import SplitOptions
+from edge_speq.gguf import quant_blocks
+from edge_speq.gguf.model import check_model
+from edge_speq.gguf.rewrite import Changes, Rewrite, Source
 
 AS_IT_IS = {"profiled": False}
 # NMSE that rounding may cost. Another order of additions moves F16 activations by a bit and, where two experts are
@@ -75,10 +77,10 @@ def test_annealing_finds_the_best_partition_of_a_few_units(n_spare: int) -> None
     np.testing.assert_array_equal(again, parts)
 
 
-@pytest.mark.parametrize("kind", sorted(numbers.SCALABLE))
+@pytest.mark.parametrize("kind", sorted(quant_blocks.SCALABLE))
 def test_scales_of_blocks_are_multiplied_in_place(kind: str) -> None:
     random = np.random.default_rng(2)
-    elements, size = numbers.block(kind)
+    elements, size = quant_blocks.block(kind)
     blocks = random.integers(0, 256, (64, size), np.uint8)
     if kind == "F32":
         blocks[:] = random.standard_normal(64, np.float32).view(np.uint8).reshape(64, 4)
@@ -88,17 +90,17 @@ def test_scales_of_blocks_are_multiplied_in_place(kind: str) -> None:
         )
     elif kind == "MXFP4":
         blocks[:, 0] = random.integers(100, 130, 64)
-    for offset in numbers.HALVES.get(kind, ()):
+    for offset in quant_blocks.HALVES.get(kind, ()):
         blocks[:, offset : offset + 2] = random.uniform(1e-6, 2.0, (64, 1)).astype(np.float16).view(np.uint8)
-    plain = numbers.dequantize(blocks.tobytes(), kind, elements)
+    plain = quant_blocks.dequantize(blocks.tobytes(), kind, elements)
     for factor in (2, 4, 8):
-        scaled = numbers.dequantize(numbers.scale(blocks, kind, factor).tobytes(), kind, elements)
+        scaled = quant_blocks.dequantize(quant_blocks.scale(blocks, kind, factor).tobytes(), kind, elements)
         np.testing.assert_array_equal(scaled, plain * factor)
     if kind == "MXFP4":
         with pytest.raises(EdgeError, match="cannot hold 3 times"):
-            numbers.scale(blocks, kind, 3)
+            quant_blocks.scale(blocks, kind, 3)
         return
-    scaled = numbers.dequantize(numbers.scale(blocks, kind, 3).tobytes(), kind, elements)
+    scaled = quant_blocks.dequantize(quant_blocks.scale(blocks, kind, 3).tobytes(), kind, elements)
     bound = np.abs(plain).max() * (
         2**-7 if kind == "BF16" else 2**-8
     )  # of differences of scaled numbers, in some types
@@ -107,7 +109,7 @@ def test_scales_of_blocks_are_multiplied_in_place(kind: str) -> None:
 
 def test_a_scale_that_would_overflow_is_refused() -> None:
     with pytest.raises(EdgeError, match="requantize"):
-        numbers.scale(np.array([[40000.0]], np.float16).view(np.uint8), "F16", 2)
+        quant_blocks.scale(np.array([[40000.0]], np.float16).view(np.uint8), "F16", 2)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_all_parts_active_are_the_model(
 ) -> None:
     model = tiny.moe(arch, kind, **options)
     out = tmp_path / "split.gguf"
-    made = split.split(model, out, Wanted(n, **AS_IT_IS))
+    made = split.split(model, out, SplitOptions(n, **AS_IT_IS))
     assert (made.n_expert, made.n_expert_used) == (8 * n, 2 * n)
     assert out.stat().st_size == made.n_bytes
     assert made.exact_scale
@@ -145,7 +147,7 @@ def test_all_parts_active_are_the_model(
 
 def test_scales_are_rounded_where_n_is_no_power_of_two_and_the_graph_has_none(tiny: Any, tmp_path: Path) -> None:
     model, out = tiny.moe("olmoe", n_ff=384), tmp_path / "split.gguf"
-    assert not split.split(model, out, Wanted(3, **AS_IT_IS)).exact_scale
+    assert not split.split(model, out, SplitOptions(3, **AS_IT_IS)).exact_scale
     assert nmse(logits(model), logits(out)) < 10 * ROUNDING
 
 
@@ -161,14 +163,14 @@ def test_softmax_and_sigmoid_gates_normalised_or_not(
     changes |= {f"{prefix}_gating_func": (4, function), f"{prefix}_weights_norm": (7, norm)}
     model = changed(tiny.moe("deepseek2", gate=gate, n_layer=2), tmp_path / "model.gguf", changes)
     out = tmp_path / "split.gguf"
-    split.split(model, out, Wanted(4, **AS_IT_IS))
+    split.split(model, out, SplitOptions(4, **AS_IT_IS))
     assert nmse(logits(model), logits(out)) < ROUNDING
 
 
 def test_partitioned_neurons_are_the_model_too(whole: Path, tmp_path: Path) -> None:
     """Neurons anywhere, as the profile has them; and profile, partition and file are the same the second time."""
     outs = [tmp_path / "a.gguf", tmp_path / "b.gguf"]
-    made = [split.split(whole, out, Wanted(4, iterations=1000)) for out in outs]
+    made = [split.split(whole, out, SplitOptions(4, iterations=1000)) for out in outs]
     assert outs[0].read_bytes() == outs[1].read_bytes()
     assert made[0].objective is not None and made[0].objective_contiguous is not None
     assert made[0].objective < 0.95 * made[0].objective_contiguous
@@ -197,7 +199,7 @@ def test_a_quantized_model_whose_blocks_are_too_wide_is_requantized(
 
 def test_slots_hold_sub_experts(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "split.gguf"
-    split.split(whole, out, Wanted(4, **AS_IT_IS))
+    split.split(whole, out, SplitOptions(4, **AS_IT_IS))
     options = {"n_ctx": 128, "n_threads": 1, "n_threads_batch": 1, "logits_all": True}
     rows, sizes = [], []
     for path, more in ((whole, {}), (out, {}), (out, {"resident": "1/2", "policy": "lru"})):
@@ -215,10 +217,10 @@ def test_slots_hold_sub_experts(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_fewer_parts_lose_some_and_read_less(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "split.gguf"
-    made = split.split(whole, out, Wanted(4, used=12, **AS_IT_IS))
+    made = split.split(whole, out, SplitOptions(4, used=12, **AS_IT_IS))
     assert made.n_expert_used == 12 < made.n_expert_used_full == 16
     before = out.read_bytes()
-    points = elastic.points(out, [16, 8], token_bytes=made.sub_expert_bytes * 6)
+    points = elastic_k.points(out, [16, 8], token_bytes=made.sub_expert_bytes * 6)
     assert out.read_bytes() == before
     assert points[0].bytes_per_token == 2 * points[1].bytes_per_token
     texts = [text for some in activations.held_out().values() for text in some]
@@ -230,14 +232,14 @@ def test_tilts_weigh_as_much_as_none_and_the_constant_is_one() -> None:
     random = np.random.default_rng(4)
     totals = random.gamma(0.5, size=(5, 12))
     totals[2] = 0  # an expert that no token chose
-    order = tilt.by_mass(totals, 4)
+    order = router_tilt.by_mass(totals, 4)
     assert (np.sort(order.reshape(5, -1), axis=1) == np.arange(12)).all()
-    t = tilt.tilts(totals, order, 0.5)
+    t = router_tilt.tilts(totals, order, 0.5)
     np.testing.assert_allclose(np.exp(t).mean(axis=1), 1)
     assert (t[2] == 0).all()
     assert (np.diff(t[[0, 1, 3, 4]], axis=1) <= 0).all()
     x = (random.standard_normal((300, 64)) * 0.3 + random.standard_normal(64)).astype(np.float32)
-    u = tilt.constant(x[:200])
+    u = router_tilt.constant(x[:200])
     assert np.abs(x[200:] @ u - 1).mean() < 0.1
 
 
@@ -245,21 +247,21 @@ def test_tilts_weigh_as_much_as_none_and_the_constant_is_one() -> None:
 def test_a_tilted_router_drops_what_matters_less(whole: Path, tmp_path: Path) -> None:
     """Of the same bytes a token, a tilt loses less than dropping whole experts; with all parts it loses a little."""
     out, texts = tmp_path / "split.gguf", [text for some in activations.held_out().values() for text in some]
-    planned = split.split(whole, out, Wanted(4, tilt=0.25), dry_run=True)
-    made = split.split(whole, out, Wanted(4, tilt=0.25))
+    planned = split.split(whole, out, SplitOptions(4, tilt=0.25), dry_run=True)
+    made = split.split(whole, out, SplitOptions(4, tilt=0.25))
     assert planned.n_bytes == made.n_bytes == out.stat().st_size
     source = activations.perplexity(whole, texts)
     assert activations.perplexity(out, texts) == pytest.approx(source, rel=0.01)
-    tilted = elastic.points(out, [12], 1)[0].perplexity
-    split.split(whole, out, Wanted(4, used=12, **AS_IT_IS), force=True)
+    tilted = elastic_k.points(out, [12], 1)[0].perplexity
+    split.split(whole, out, SplitOptions(4, used=12, **AS_IT_IS), force=True)
     assert source < tilted < activations.perplexity(out, texts)
 
 
 def test_a_tilt_needs_scales_in_the_graph_and_a_profile(tiny: Any, tmp_path: Path) -> None:
     for model, wanted in (
-        (tiny.moe("olmoe"), Wanted(4, tilt=0.25)),
-        (tiny.moe("qwen3moe"), Wanted(4, tilt=0.25, **AS_IT_IS)),
-        (tiny.moe("qwen3moe"), Wanted(4, tilt=1.5)),
+        (tiny.moe("olmoe"), SplitOptions(4, tilt=0.25)),
+        (tiny.moe("qwen3moe"), SplitOptions(4, tilt=0.25, **AS_IT_IS)),
+        (tiny.moe("qwen3moe"), SplitOptions(4, tilt=1.5)),
     ):
         with pytest.raises(EdgeError, match="tilt"):
             split.split(model, tmp_path / "out.gguf", wanted)
@@ -278,43 +280,43 @@ def test_a_tilt_needs_scales_in_the_graph_and_a_profile(tiny: Any, tmp_path: Pat
 )
 def test_what_cannot_be_split_is_refused(tiny: Any, tmp_path: Path, arch: Any, kind: str, n: int, match: str) -> None:
     with pytest.raises(EdgeError, match=match) as refused:
-        split.split(tiny.moe(arch, kind), tmp_path / "out.gguf", Wanted(n, **AS_IT_IS))
+        split.split(tiny.moe(arch, kind), tmp_path / "out.gguf", SplitOptions(n, **AS_IT_IS))
     assert refused.value.usage
     assert not list(tmp_path.iterdir())
 
 
 def test_a_dense_model_and_an_impossible_k_are_refused(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(EdgeError, match="no routed experts"):
-        split.split(tiny.dense(), tmp_path / "out.gguf", Wanted(2, **AS_IT_IS))
+        split.split(tiny.dense(), tmp_path / "out.gguf", SplitOptions(2, **AS_IT_IS))
     with pytest.raises(EdgeError, match="give 1 to 4"):
-        split.split(tiny.moe("qwen3moe"), tmp_path / "out.gguf", Wanted(2, used=5, **AS_IT_IS))
+        split.split(tiny.moe("qwen3moe"), tmp_path / "out.gguf", SplitOptions(2, used=5, **AS_IT_IS))
 
 
 def test_a_text_of_a_few_tokens_leaves_nothing_behind(tiny: Any, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a few words of text")
     with pytest.raises(EdgeError, match="says little"):
-        split.split(tiny.moe("qwen3moe"), tmp_path / "out.gguf", Wanted(2, text=text))
+        split.split(tiny.moe("qwen3moe"), tmp_path / "out.gguf", SplitOptions(2, text=text))
     assert list(tmp_path.iterdir()) == [text]
 
 
 def test_a_dry_run_knows_the_size_and_writes_nothing(tiny: Any, tmp_path: Path) -> None:
     model, out = tiny.moe("qwen3moe"), tmp_path / "out.gguf"
-    planned = split.split(model, out, Wanted(4), dry_run=True)
+    planned = split.split(model, out, SplitOptions(4), dry_run=True)
     assert not list(tmp_path.iterdir())
-    split.split(model, out, Wanted(4, **AS_IT_IS))
+    split.split(model, out, SplitOptions(4, **AS_IT_IS))
     assert out.stat().st_size == planned.n_bytes
     with pytest.raises(EdgeError, match="exists already"):
-        split.split(model, out, Wanted(4), dry_run=True)
+        split.split(model, out, SplitOptions(4), dry_run=True)
 
 
 def test_memory_stays_below_two_tensors(tiny: Any, tmp_path: Path) -> None:
     model = tiny.moe("mixtral", n_ff=2048, n_layer=2)
     largest = max(tensor.n_bytes for tensor in check_model(model).tensors.values())
-    split.split(model, tmp_path / "out.gguf", Wanted(4, **AS_IT_IS))  # imports
+    split.split(model, tmp_path / "out.gguf", SplitOptions(4, **AS_IT_IS))  # imports
     tracemalloc.start()
     try:
-        split.split(model, tmp_path / "out.gguf", Wanted(4, **AS_IT_IS), force=True)
+        split.split(model, tmp_path / "out.gguf", SplitOptions(4, **AS_IT_IS), force=True)
         assert tracemalloc.get_traced_memory()[1] < 2 * largest
     finally:
         tracemalloc.stop()

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from edge_speq.core import EdgeError, ExpertCounters, Speculation, parse_bytes, parse_share
+from edge_speq.core import ExpertCounters, Speculation
+from edge_speq.errors import EdgeError
+from edge_speq.units import parse_bytes, parse_share
 
 
 @pytest.mark.parametrize(

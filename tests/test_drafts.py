@@ -13,7 +13,8 @@ from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecodi
 from test_speculation import llm, prompts, texts
 
 from edge_speq import EdgeError, EdgeLlama
-from edge_speq.drafts import NO_ROUTING, Shown
+from edge_speq.drafting.base import NO_ROUTING
+from edge_speq.drafting.draft_model import RoutingBuffer
 
 N = 24
 
@@ -198,7 +199,7 @@ def test_a_draft_model_that_is_not_to_speculate_is_not_asked(bundled: tuple[Path
 
 def test_routing_is_shown_in_the_same_arrays_each_time() -> None:
     """Also beyond the room that there was at first; without some token's routing there is none."""
-    shown, lasting = Shown(), {}
+    shown, lasting = RoutingBuffer(), {}
     for text in range(3):
         graphs = np.random.default_rng(text).integers(0, 99, (20, 3, 2, 4), dtype=np.int32)  # of two tokens each
         shown.begin()

@@ -7,19 +7,19 @@ import dataclasses
 import numpy as np
 import pytest
 
-from edge_speq import presets
 from edge_speq._reckoning import Pool
 from edge_speq.core import ExpertGroup, Experts
-from edge_speq.presets import Setting
-from edge_speq.presets.duel import DECAYS, Duel
-from edge_speq.residency import Residency
+from edge_speq.policies import registry as policies
+from edge_speq.policies.context import PolicyContext
+from edge_speq.policies.set_dueling import DECAYS, SetDueling
+from edge_speq.simulate.slots import Residency
 
 N_BLOCKS, N_EXPERT, USED = 4, 32, 4
 EXPERTS = Experts(N_BLOCKS, N_EXPERT, USED, (ExpertGroup(N_BLOCKS, N_BLOCKS * N_EXPERT, 1000, tuple(range(N_BLOCKS))),))
 
 
-def setting(share: float) -> Setting:
-    return Setting.nominal(EXPERTS, (int(share * EXPERTS.total),), 0, 10**9, has_twin=False)
+def setting(share: float) -> PolicyContext:
+    return PolicyContext.nominal(EXPERTS, (int(share * EXPERTS.total),), 0, 10**9, has_twin=False)
 
 
 def loops(n_steps: int) -> np.ndarray:
@@ -43,7 +43,7 @@ def waves(n_steps: int) -> np.ndarray:
     return steps
 
 
-def misses(policy: presets.Policy, steps: np.ndarray, share: float, *, shows: bool = False) -> int:
+def misses(policy: policies.Policy, steps: np.ndarray, share: float, *, shows: bool = False) -> int:
     """shows: a draft that is always right."""
     slots = Residency(EXPERTS, setting(share).slots, link_bytes_per_s=10**9, block_ns=500)
     for routing in steps:
@@ -60,11 +60,13 @@ def misses(policy: presets.Policy, steps: np.ndarray, share: float, *, shows: bo
 def test_a_twin_that_is_not_asked_leaves_the_slots_to_the_rules() -> None:
     """And has them while it is."""
     twin = dataclasses.replace(setting(1 / 4), has_twin=True)
-    auto, rules, waits = (presets.make(*given) for given in (("auto", twin), ("auto", setting(1 / 4)), ("waits", twin)))
+    auto, rules, waits = (
+        policies.make(*given) for given in (("auto", twin), ("auto", setting(1 / 4)), ("waits", twin))
+    )
     found = [misses(policy, loops(400), 1 / 4) for policy in (auto, rules, waits)]
     assert found[0] == pytest.approx(found[1], rel=0.02) and found[0] != found[2]
-    shown = [misses(presets.make(name, twin), loops(100), 1 / 4, shows=True) for name in ("auto", "waits")]
-    assert shown[0] == shown[1] < misses(presets.make("auto", twin), loops(100), 1 / 4)
+    shown = [misses(policies.make(name, twin), loops(100), 1 / 4, shows=True) for name in ("auto", "waits")]
+    assert shown[0] == shown[1] < misses(policies.make("auto", twin), loops(100), 1 / 4)
 
 
 def test_a_prompt_says_what_is_wanted_often() -> None:
@@ -72,7 +74,7 @@ def test_a_prompt_says_what_is_wanted_often() -> None:
     steps = loops(60)
     found = []
     for reads in (False, True):
-        duel = Duel(setting(1 / 4))
+        duel = SetDueling(setting(1 / 4))
         misses(duel, (loops(400) + 13) % N_EXPERT, 1 / 4)  # another text
         if reads:
             duel.read(np.concatenate(steps[:40], axis=1))
@@ -83,9 +85,9 @@ def test_a_prompt_says_what_is_wanted_often() -> None:
 @pytest.mark.parametrize(("text", "rule"), [(loops, "frequency"), (waves, "lru")])
 def test_slots_follow_the_rule_that_misses_least(text, rule: str) -> None:
     steps = text(400)
-    duel = Duel(setting(1 / 4))
+    duel = SetDueling(setting(1 / 4))
     seen = misses(duel, steps, 1 / 4)
-    others = {name: misses(presets.make(name, setting(1 / 4)), steps, 1 / 4) for name in ("lru", "lfru")}
+    others = {name: misses(policies.make(name, setting(1 / 4)), steps, 1 / 4) for name in ("lru", "lfru")}
     assert duel.rule.startswith(rule)
     assert seen <= 1.03 * others["lru"]
     if rule == "frequency":
@@ -93,7 +95,7 @@ def test_slots_follow_the_rule_that_misses_least(text, rule: str) -> None:
 
 
 def test_the_rule_changes_with_the_text() -> None:
-    duel = Duel(setting(1 / 4))
+    duel = SetDueling(setting(1 / 4))
     misses(duel, loops(300), 1 / 4)
     assert duel.rule.startswith("frequency")
     misses(duel, waves(400), 1 / 4)
@@ -102,7 +104,7 @@ def test_the_rule_changes_with_the_text() -> None:
 
 def test_where_nobody_fetches_on_demand_frequency_admits() -> None:
     """Recency cannot tell which absent expert has earned a slot."""
-    duel = Duel(setting(1 / 4))
+    duel = SetDueling(setting(1 / 4))
     slots = Residency(EXPERTS, setting(1 / 4).slots, link_bytes_per_s=10**9, block_ns=500)
     duel.admissions(slots)  # asked from the first step on
     for routing in loops(40):
@@ -116,7 +118,7 @@ def test_where_nobody_fetches_on_demand_frequency_admits() -> None:
 
 def test_large_models_are_sampled() -> None:
     large = Experts(48, 128, 8, (ExpertGroup(48, 6144, 1000),))
-    duel = Duel(Setting.nominal(large, (1536,), 0, 10**9, has_twin=False))
+    duel = SetDueling(PolicyContext.nominal(large, (1536,), 0, 10**9, has_twin=False))
     assert duel._pools[0]._kept.size <= 1024
     assert duel._pools[0].size == duel._pools[0]._kept.size // 4
 
@@ -137,7 +139,7 @@ def test_a_pool_gives_up_what_is_worth_least_and_the_wanted_last() -> None:
 
 def test_what_rules_count_is_what_was_demanded() -> None:
     """However the pools look at it: here the sample is the whole model."""
-    duel, often = Duel(setting(1 / 8)), np.zeros((N_BLOCKS, N_EXPERT))
+    duel, often = SetDueling(setting(1 / 8)), np.zeros((N_BLOCKS, N_EXPERT))
     for routing in loops(60):
         now = np.zeros_like(often)
         np.put_along_axis(now, routing[:, 0], 1.0, axis=1)
@@ -147,12 +149,12 @@ def test_what_rules_count_is_what_was_demanded() -> None:
 
 
 def test_auto_without_a_twin_is_the_duel() -> None:
-    made = presets.make("auto", setting(1 / 4))
-    assert isinstance(made, Duel) and made.name == "auto" and made.sees == "counts"
+    made = policies.make("auto", setting(1 / 4))
+    assert isinstance(made, SetDueling) and made.name == "auto" and made.sees == "counts"
 
 
 def test_other_slot_counts_are_followed() -> None:
-    duel = Duel(setting(1 / 4))
+    duel = SetDueling(setting(1 / 4))
     misses(duel, loops(50), 1 / 4)
     before = duel._pools[0].size
     duel.resized((EXPERTS.total // 2,))

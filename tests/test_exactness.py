@@ -14,7 +14,10 @@ import pytest
 import tiny_models
 from llama_cpp import _internals as internals
 
-from edge_speq import EdgeError, _native, engine, gguf_file, gguf_model
+from edge_speq import EdgeError, _native
+from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import model as gguf_model
+from edge_speq.runtime import loading
 
 WIDTHS = [40, 1, 1, 2, 5, 1, 2, 2, 5, 5, 1]  # a prefill, then single tokens and verify steps in mixed order
 MAX_WIDTH = 5
@@ -24,8 +27,8 @@ Logits = npt.NDArray[np.float32]
 @contextlib.contextmanager
 def loaded(path: Path) -> Iterator[internals.LlamaModel]:
     params = llama_cpp.llama_model_default_params()
-    keep_alive = engine.experts_on_host(params)
-    with contextlib.closing(engine.load_model(path, params, "model")) as model:
+    keep_alive = loading.experts_on_host(params)
+    with contextlib.closing(loading.load_model(path, params, "model")) as model:
         yield model
     del keep_alive
 
@@ -58,7 +61,7 @@ def logits(
         for width in widths:
             chunk = [int(t) for t in tokens[past : past + width]]
             n_rows = min(width, n_logits)
-            engine.decode(context, batch, chunk, past, n_rows, hook=hook)
+            loading.decode(context, batch, chunk, past, n_rows, hook=hook)
             rows.append(np.ctypeslib.as_array(context.get_logits(), shape=(n_rows, n_vocab)).copy())
             past += width
     return np.concatenate(rows)
@@ -258,11 +261,11 @@ def test_a_graph_is_not_reused_under_another_hook(tiny) -> None:
             contextlib.closing(internals.LlamaContext(model=model, params=params)) as context,
             contextlib.closing(internals.LlamaBatch(n_tokens=8, embd=0, n_seq_max=1)) as batch,
         ):
-            engine.decode(context, batch, [5], 0, 1)
+            loading.decode(context, batch, [5], 0, 1)
             before = np.ctypeslib.as_array(context.get_logits(), shape=(model.n_vocab(),)).copy()
             hook.detach()  # its routing buffer is gone: a reused graph would write to freed memory
             context.kv_cache_clear()
-            engine.decode(context, batch, [5], 0, 1)
+            loading.decode(context, batch, [5], 0, 1)
             after = np.ctypeslib.as_array(context.get_logits(), shape=(model.n_vocab(),)).copy()
     np.testing.assert_array_equal(after, before)
 

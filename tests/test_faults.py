@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import test_speculation as speculation
 
-from edge_speq import EdgeError, EdgeLlama, _native, gguf_file
+from edge_speq import EdgeError, EdgeLlama, _native
+from edge_speq.gguf import container as gguf_file
 
 PROMPT = "Once upon a time"
 

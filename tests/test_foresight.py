@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from edge_speq import foresight
 from edge_speq.core import ExpertGroup, Experts
+from edge_speq.policies import prediction
 
 TARGET = Experts(2, 8, 2, (ExpertGroup(2, 16, 100),))
 DENSE = Experts(0, 0, 0, ())
@@ -21,11 +21,11 @@ def test_a_draft_with_the_same_blocks_and_experts_is_a_twin() -> None:
         (DENSE, "counts"),
         (None, "counts"),
     ):
-        assert foresight.choose(TARGET, draft).name == name
+        assert prediction.choose(TARGET, draft).name == name
 
 
 def test_counts_weigh_how_often_and_how_lately_steps_demand_an_expert() -> None:
-    counts = foresight.Counts(TARGET)
+    counts = prediction.Frequency(TARGET)
     for step in range(400):
         counts.observe(routing(((0, 1 if step % 2 else 2), (2, 3)), ((0, 4), (2, 3))))
     assert 0.99 < counts.worth()[0, 0] <= 1.0  # twice a step is one demand
@@ -38,7 +38,7 @@ def test_counts_weigh_how_often_and_how_lately_steps_demand_an_expert() -> None:
 
 
 def test_the_twin_expects_what_the_draft_routed_as_surely_as_it_was_right() -> None:
-    twin = foresight.Twin(TARGET)
+    twin = prediction.Twin(TARGET)
     drafted = routing(((0, 1), (7, 3)), ((1, 2), (7, 4)))
     assert twin.expect(None) is None
     expected = twin.expect(drafted)
@@ -55,7 +55,7 @@ def test_the_twin_expects_what_the_draft_routed_as_surely_as_it_was_right() -> N
 
 
 def test_a_twin_that_is_mostly_wrong_is_not_worth_bytes() -> None:
-    twin = foresight.Twin(TARGET)
+    twin = prediction.Twin(TARGET)
     assert twin.worth_fetching()
     for _ in range(100):
         twin.expect(routing(((0, 1), (0, 1))))
@@ -66,5 +66,5 @@ def test_a_twin_that_is_mostly_wrong_is_not_worth_bytes() -> None:
 def test_orders_come_by_block_then_by_chance() -> None:
     expected = np.zeros((2, 8), dtype=np.float32)
     expected[0, 3], expected[0, 5], expected[1, 0] = 0.25, 0.75, 1
-    assert foresight.orders(expected).tolist() == [(0, 5, 0, 0.75), (0, 3, 0, 0.25), (1, 0, 1, 1.0)]
-    assert len(foresight.orders(None)) == 0
+    assert prediction.orders(expected).tolist() == [(0, 5, 0, 0.75), (0, 3, 0, 0.25), (1, 0, 1, 1.0)]
+    assert len(prediction.orders(None)) == 0

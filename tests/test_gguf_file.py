@@ -21,10 +21,11 @@ from attacks import fuzz
 from attacks.bad_gguf import ARRAY, ATTACKS, F32, I32, STRING, U16, Entry, Parts, string
 from attacks.bad_graphs import FINDINGS
 
-from edge_speq import EdgeError, EdgeLlama, gguf_file
-from edge_speq.cli import main
-from edge_speq.gguf_file import GGUFError
-from edge_speq.gguf_model import check_model
+from edge_speq import EdgeError, EdgeLlama
+from edge_speq.cli.main import main
+from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf.container import GGUFError
+from edge_speq.gguf.model import check_model
 
 MAX_PYTHON_BYTES = 16 << 20  # of the validator, whatever a 2 MB file claims
 LOADER = Path(__file__).parent / "attacks" / "load_gguf.py"

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_speq.acceptance import Acceptance
-from edge_speq.core import EdgeError
-from edge_speq.governor import (
+from edge_speq.engine.draft_length.acceptance import Acceptance
+from edge_speq.engine.draft_length.controller import (
     BACK_OFF,
     CREDIT,
     FIRST,
@@ -25,10 +24,11 @@ from edge_speq.governor import (
     TRIAL_MOST,
     TRIAL_SLUMP,
     UNSAID,
-    Governor,
+    DraftLengthController,
 )
-from edge_speq.pace import Pace
-from edge_speq.voice import BELIEVED, Voice
+from edge_speq.engine.draft_length.proposal_rate import BELIEVED, ProposalRate
+from edge_speq.engine.draft_length.step_cost import StepCost
+from edge_speq.errors import EdgeError
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "docs" / "measurements" / "governor.json"
@@ -41,7 +41,7 @@ class Steps:
     def __init__(
         self, *, extra: float, p: float = 1.0, k_max: int = 4, scatter: float = 0.0, seed: int = 1, **options: Any
     ) -> None:
-        self.governor = Governor(k_max, fixed=False, **options)
+        self.governor = DraftLengthController(k_max, fixed=False, **options)
         self.base, self.extra, self.p, self._scatter = 1.0, extra, p, scatter
         self._random = np.random.default_rng(seed)
         self.seconds, self.tokens = list[float](), 0
@@ -174,7 +174,7 @@ class Reader:
     step costs 1 second and `extra` more for each drafted token."""
 
     def __init__(self, *, extra: float, reading: float, p: float, prompt: int = 200, seed: int = 1) -> None:
-        self.governor = Governor(4, fixed=False)
+        self.governor = DraftLengthController(4, fixed=False)
         self.governor.unread = lambda: self.n - self.read
         self.n, self.read, self.prompt = prompt, 0, prompt
         self.glances = self.readings = self.drafting = 0
@@ -247,13 +247,13 @@ def test_while_drafts_wait_it_looks_at_few_steps(monkeypatch: pytest.MonkeyPatch
     """A look costs a small model's step some percent. No step is lost by it: scatter is known from all of them."""
     steps = Steps(extra=1.5, p=0.3, scatter=0.15)
     looks = list[int]()
-    observe = Pace.observe
+    observe = StepCost.observe
 
-    def counted(pace: Pace, k: int, seconds: float, n: int = 1, square: float | None = None) -> None:
+    def counted(pace: StepCost, k: int, seconds: float, n: int = 1, square: float | None = None) -> None:
         looks.append(n)
         observe(pace, k, seconds, n, square)
 
-    monkeypatch.setattr(Pace, "observe", counted)
+    monkeypatch.setattr(StepCost, "observe", counted)
     noises = list[float]()
     for _ in range(15):
         steps.run(100)
@@ -302,15 +302,15 @@ def test_a_latency_limit_bounds_the_step() -> None:
     assert set(Steps(extra=0.1, latency_limit_ms=900.0).run(100)) == {0}  # none keeps it, and none is shorter
     for wrong in (0, -1, float("nan")):
         with pytest.raises(EdgeError, match="latency_limit_ms"):
-            Governor(4, fixed=False, latency_limit_ms=wrong)
+            DraftLengthController(4, fixed=False, latency_limit_ms=wrong)
 
 
 def test_a_fixed_length_stays_and_zero_stays_zero() -> None:
-    governor = Governor(8, fixed=True)
+    governor = DraftLengthController(8, fixed=True)
     for _ in range(100):
         governor.observe(0, mismatch=True, seconds=100.0)
     assert governor.k() == 8
-    none = Governor(0, fixed=False)
+    none = DraftLengthController(0, fixed=False)
     for _ in range(20):
         none.observe(0, mismatch=False, seconds=1.0)
     assert none.k() == 0
@@ -325,7 +325,7 @@ def test_a_lower_bound_that_comes_later_is_kept() -> None:
 
 def test_the_first_step_after_a_change_is_not_counted() -> None:
     """It rebuilds graphs, and the draft reads what was written without it."""
-    governor = Governor(4, fixed=False)
+    governor = DraftLengthController(4, fixed=False)
     governor.observe(0, mismatch=False, seconds=1000.0)
     assert not any(governor.pace.tested)
     governor.observe(0, mismatch=False, seconds=1.0)
@@ -334,7 +334,7 @@ def test_the_first_step_after_a_change_is_not_counted() -> None:
 
 def test_what_was_drafted_counts_not_what_was_asked_for() -> None:
     """A draft may have nothing to say, or the context no room for it."""
-    governor = Governor(8, fixed=False)
+    governor = DraftLengthController(8, fixed=False)
     for _ in range(10):
         governor.observe(0, mismatch=False, seconds=1.0, drafted=0)
         governor.observe(2, mismatch=False, seconds=1.5, drafted=2)
@@ -346,7 +346,7 @@ def test_what_was_drafted_counts_not_what_was_asked_for() -> None:
 
 def test_a_trial_lasts_until_the_draft_had_something_to_say() -> None:
     """An n-gram draft is silent most of the time. Steps without drafted tokens say nothing of those with them."""
-    governor = Governor(2, fixed=False)
+    governor = DraftLengthController(2, fixed=False)
     for step in range(400):
         k = governor.k() if step % 20 >= 15 else 0
         governor.observe(k, mismatch=False, seconds=1 + 0.05 * k, drafted=k)
@@ -355,7 +355,7 @@ def test_a_trial_lasts_until_the_draft_had_something_to_say() -> None:
 
 def test_a_trial_in_which_the_draft_says_nothing_ends() -> None:
     """Asking takes time, too."""
-    governor = Governor(2, fixed=False)
+    governor = DraftLengthController(2, fixed=False)
     asked = 0
     for _ in range(400):
         asked += governor.k() > 0
@@ -368,7 +368,7 @@ def test_a_draft_that_speaks_seldom_is_judged_by_all_steps_in_which_it_is_asked(
     more, which settled steps alone would not show."""
 
     def spoken(rebuilding: float) -> int:
-        governor, before, n = Governor(2, fixed=False), 0, 0
+        governor, before, n = DraftLengthController(2, fixed=False), 0, 0
         for step in range(1200):
             k = governor.k() if step % 10 < 2 else 0
             governor.observe(k, mismatch=False, seconds=1 + 0.2 * k + rebuilding * (k != before), drafted=k)
@@ -380,7 +380,13 @@ def test_a_draft_that_speaks_seldom_is_judged_by_all_steps_in_which_it_is_asked(
 
 
 def drafted_in(
-    governor: Governor, texts: int, *, n: int, rights: Callable[[int], bool], cost: float = 0.9, reading: float = 0.0
+    governor: DraftLengthController,
+    texts: int,
+    *,
+    n: int,
+    rights: Callable[[int], bool],
+    cost: float = 0.9,
+    reading: float = 0.0,
 ) -> list[int]:
     """What was drafted in each step of texts of n steps. A drafted token takes `cost` steps; all of a step's match, or
     none, as `rights` says of the step's place in its text. The first step in a text that drafts reads, too."""
@@ -400,7 +406,9 @@ def drafted_in(
 def test_a_draft_that_is_wrong_at_the_beginning_of_each_text_loses_little() -> None:
     """What is expected lags behind: right at the end of one text, a draft is believed at the beginning of the next.
     Where only expected losses counted, 27 steps were lost in one text."""
-    lengths = np.array(drafted_in(Governor(4, fixed=False), 12, n=100, rights=lambda step: step >= 40, cost=0.5))
+    lengths = np.array(
+        drafted_in(DraftLengthController(4, fixed=False), 12, n=100, rights=lambda step: step >= 40, cost=0.5)
+    )
     wrong = np.arange(len(lengths)) % 100 < 40
     assert (1 + lengths * ~wrong).sum() / (1 + 0.5 * lengths).sum() >= 1.03
     assert (0.5 * lengths * wrong).reshape(12, 100).sum(axis=1).max() <= 3 * SLUMP + 2
@@ -408,7 +416,7 @@ def test_a_draft_that_is_wrong_at_the_beginning_of_each_text_loses_little() -> N
 
 def test_a_trial_that_really_loses_ends_whatever_is_expected() -> None:
     """Half of the steps are silent, so none that speaks is like the one before, and no look says what they take."""
-    governor, asked, lost = Governor(1, fixed=False), 0, 0.0
+    governor, asked, lost = DraftLengthController(1, fixed=False), 0, 0.0
     for step in range(FIRST + 12):
         k = governor.k()
         drafted = k if step % 2 else 0
@@ -420,14 +428,14 @@ def test_a_trial_that_really_loses_ends_whatever_is_expected() -> None:
 
 def test_reading_a_new_text_is_no_loss_of_a_draft_in_force() -> None:
     """No draft would be tried at the beginning of every text."""
-    governor = Governor(4, fixed=False)
+    governor = DraftLengthController(4, fixed=False)
     drafted_in(governor, 1, n=400, rights=lambda step: True, cost=0.1)
     assert governor.k() == 4
     assert 0 not in drafted_in(governor, 1, n=3, rights=lambda step: True, cost=0.1, reading=30.0)
 
 
 def test_a_step_without_a_time_changes_nothing_but_acceptance() -> None:
-    governor = Governor(4, fixed=False)
+    governor = DraftLengthController(4, fixed=False)
     for _ in range(100):
         governor.observe(0, mismatch=False, seconds=None)
     assert governor.k() == 0  # still measuring
@@ -435,7 +443,7 @@ def test_a_step_without_a_time_changes_nothing_but_acceptance() -> None:
 
 def test_without_time_acceptance_decides() -> None:
     def driven(matches: Callable[[int], int]) -> int:
-        governor = Governor(4, fixed=False, timed=False)
+        governor = DraftLengthController(4, fixed=False, timed=False)
         for _ in range(200):
             k = governor.k()
             governor.observe(matches(k), mismatch=matches(k) < k, seconds=5.0)
@@ -477,7 +485,7 @@ def test_a_change_of_class_is_told_once(before: tuple[int, bool], after: tuple[i
 
 
 def test_one_length_says_something_of_the_others_and_its_pace_of_all() -> None:
-    pace = Pace(8)
+    pace = StepCost(8)
     for _ in range(12):
         pace.observe(0, 1.0)
         pace.observe(2, 3.0)
@@ -492,7 +500,7 @@ def test_one_length_says_something_of_the_others_and_its_pace_of_all() -> None:
 
 def test_silence_shares_out_what_drafting_is_worth() -> None:
     """Logarithms of tokens a second: 2 tokens in 1.5 seconds a spoken step, else 1 in 1; a change takes 0.25 more."""
-    voice = Voice()
+    voice = ProposalRate()
     assert voice.values([1.0, 2.0], [0.0, np.log(1.5)]) == pytest.approx([0.0, np.log(2 / 1.5)])
     for step in range(2000):
         voice.heard(spoke=step % 4 == 0)

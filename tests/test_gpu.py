@@ -18,7 +18,8 @@ import test_hybrid as hybrid
 import test_speculation as speculation
 from llama_cpp import _internals as internals
 
-from edge_speq import EdgeLlama, _native, engine
+from edge_speq import EdgeLlama, _native
+from edge_speq.runtime import loading as engine
 from edge_speq.trace.gates import GateReader
 
 pytestmark = pytest.mark.gpu

@@ -12,8 +12,12 @@ import test_exactness as exactness
 import test_speculation as speculation
 from llama_cpp import _internals as internals
 
-from edge_speq import _native, engine, gguf_file, gguf_model, twin_file
-from edge_speq.convert import draft as convert_draft
+from edge_speq import _native
+from edge_speq.convert.quantization import draft as convert_draft
+from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import draft_experts
+from edge_speq.gguf import model as gguf_model
+from edge_speq.runtime import loading
 
 pytestmark = pytest.mark.gpu
 
@@ -39,11 +43,11 @@ def logits_between_drafts(model: internals.LlamaModel, hook: _native.Hook, uses:
         for past, token in enumerate(tokens):
             for i in range(2 if uses else 0):
                 if hook.use_experts(uses):
-                    engine.decode(context, batch, [tokens[past - i]], past + i, 1, hook=hook)
+                    loading.decode(context, batch, [tokens[past - i]], past + i, 1, hook=hook)
                     drafted += hook.routing().shape[1]
             hook.use_experts("own")
             context.kv_cache_seq_rm(-1, past, -1)
-            engine.decode(context, batch, [token], past, 1, hook=hook)
+            loading.decode(context, batch, [token], past, 1, hook=hook)
             rows.append(np.ctypeslib.as_array(context.get_logits(), shape=(model.n_vocab(),)).copy())
     assert drafted > n // 2 or not uses
     return np.stack(rows)
@@ -51,7 +55,7 @@ def logits_between_drafts(model: internals.LlamaModel, hook: _native.Hook, uses:
 
 @pytest.mark.parametrize("uses", ["twin", "resident"])
 def test_drafts_leave_no_trace_in_the_logits(bundled: tuple[Path, Path], experts_only: Path, uses: str) -> None:
-    twin = twin_file.read(gguf_file.read(experts_only), gguf_model.check_model(bundled[0]))
+    twin = draft_experts.read(gguf_file.read(experts_only), gguf_model.check_model(bundled[0]))
     seen = []
     with exactness.loaded(bundled[0]) as model:
         experts = _native.model_experts(model.model)

@@ -15,7 +15,9 @@ import test_exactness as exactness
 import test_speculation as speculation
 from llama_cpp import _internals as internals
 
-from edge_speq import EdgeError, _native, engine, foresight, ggml
+from edge_speq import EdgeError, _native, ggml
+from edge_speq.policies import prediction
+from edge_speq.runtime import loading
 
 ARCHITECTURES = (
     *("qwen3moe", "mixtral", "olmoe", "qwen2moe", "phimoe", "deepseek2", "gpt-oss", "granitemoe", "grovemoe"),
@@ -102,7 +104,7 @@ def test_admissions_are_the_absent_experts_of_most_worth() -> None:
     worth[0, 1], worth[1, 2], worth[1, 3], worth[0, 0] = 0.5, 0.9, 0.8, 0.1
     states = np.zeros((2, 4), dtype=np.uint8)
     states[1, 3] = 2
-    orders = foresight.admissions(worth, states)
+    orders = prediction.admissions(worth, states)
     assert [(int(o["block"]), int(o["expert"]), int(o["deadline"])) for o in orders] == [(1, 2, 2), (0, 1, 2)]
 
 
@@ -145,10 +147,10 @@ def decoded(model: Any, hook: _native.Hook, params: Any, n: int) -> list[Any]:
     ):
         for past in range(n):
             try:
-                engine.decode(context, batch, [4 + past], past, 1, hook=hook)
+                loading.decode(context, batch, [4 + past], past, 1, hook=hook)
             except EdgeError:
                 rows.append(None)
-                engine.decode(context, batch, [4 + past], past, 1, hook=hook)
+                loading.decode(context, batch, [4 + past], past, 1, hook=hook)
                 continue
             rows.append(np.ctypeslib.as_array(context.get_logits(), shape=(model.n_vocab(),)).copy())
     return rows

@@ -12,8 +12,9 @@ import gguf
 import numpy as np
 import pytest
 
-from edge_speq import EdgeLlama, _native, gguf_model
-from edge_speq.core import EdgeError
+from edge_speq import EdgeLlama, _native
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import model as gguf_model
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
 import inflate

@@ -21,8 +21,8 @@ import deaths
 import pytest
 
 from edge_speq import Budget, EdgeError, Session
-from edge_speq.isolation.process import Process, obituary
-from edge_speq.isolation.wire import loads, portable
+from edge_speq.session.subprocess.process import Process, obituary
+from edge_speq.session.subprocess.wire import loads, portable
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills with POSIX signals")
 

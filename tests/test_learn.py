@@ -15,23 +15,24 @@ from learning import SMALL, made, recording, setting, text
 from test_speculation import llm, prompts, texts
 from traces import EXPERTS
 
-from edge_speq import EdgeError, presets, trace
-from edge_speq.cli import main
+from edge_speq import EdgeError, trace
+from edge_speq.bench.recorder import Recorder
+from edge_speq.cli.main import main
 from edge_speq.core import Experts
-from edge_speq.foresight import weights
-from edge_speq.foresight.learned import Learned
-from edge_speq.foresight.weights import Weights
-from edge_speq.presets import Setting
-from edge_speq.presets.learned import MOST_WASTED, Learning
+from edge_speq.policies import registry as policies
+from edge_speq.policies.context import PolicyContext
+from edge_speq.policies.learned import network_file
+from edge_speq.policies.learned.network import Learned
+from edge_speq.policies.learned.network_file import Weights
+from edge_speq.policies.learned.policy import MOST_WASTED, Learning
 from edge_speq.simulate.replay import Replay
-from edge_speq.trace.record import Recorder
-from edge_speq.tune.samples import gather
+from edge_speq.tune.learned.training_set import gather
 
 
 @pytest.fixture(scope="module")
 def learn() -> Any:
     pytest.importorskip("torch", reason="the extra `train` is not installed")
-    from edge_speq.tune.learn import learn
+    from edge_speq.tune.learned.train_network import learn
 
     return learn
 
@@ -48,7 +49,7 @@ def test_training_and_the_network_at_work_agree(learn: Any, trained: dict[str, W
     """The same chances for a held-out recording, from torch in batches and from numpy step by step."""
     import torch
 
-    from edge_speq.tune.learn import _Training
+    from edge_speq.tune.learned.train_network import _Training
 
     for name, draft in (("tokens", None), ("draft", SMALL)):
         w, found = trained[name], recording(7, 40, draft)
@@ -83,7 +84,9 @@ def test_what_tokens_decide_is_learned(trained: dict[str, Weights]) -> None:
         assert held["precision"] > 0.85 and held["recall"] > 0.8, name
     for name, draft in (("tokens", None), ("draft", SMALL)):
         steps, given = text(9, 400, draft), setting(trained[name])
-        runs = {policy: Replay(presets.make(policy, given), given).run(steps) for policy in ("lfru", "learned", "auto")}
+        runs = {
+            policy: Replay(policies.make(policy, given), given).run(steps) for policy in ("lfru", "learned", "auto")
+        }
         assert all(run.failed is None for run in runs.values())
         assert (runs["learned"].counters.misses or 0) < 0.8 * (runs["lfru"].counters.misses or 0)
         assert (runs["auto"].counters.misses or 0) < 0.85 * (runs["lfru"].counters.misses or 0)
@@ -112,7 +115,7 @@ def test_traces_that_do_not_go_together_are_refused(learn: Any) -> None:
 
 
 def test_without_torch_one_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_speq.tune.learn import learn
+    from edge_speq.tune.learned.train_network import learn
 
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(EdgeError, match=r"edge-speq\[train\]"):
@@ -126,7 +129,7 @@ def test_nothing_is_fetched_while_too_much_of_it_would_be_wasted(trained: dict[s
     if not sure:
         other = np.random.default_rng(99)
         steps = [dataclasses.replace(step, routing=other.permuted(step.routing, axis=0)) for step in steps]
-    policy = presets.make("learned", setting(trained["tokens"]))
+    policy = policies.make("learned", setting(trained["tokens"]))
     assert isinstance(policy, Learning)
     c = Replay(policy, setting(trained["tokens"])).run(steps).counters
     assert (policy.wasted <= MOST_WASTED) == sure
@@ -177,9 +180,9 @@ def test_a_replay_gives_the_engines_counters(
         llm_.write()
         to.meta |= llm_.meta()
         slots, live = llm_.stats().plan.slots, llm_.stats().experts
-    found, learned = trace.read(out), weights.read(foresight[1])
-    given = Setting.nominal(found.experts, slots, 2, 12_500_000_000, learned, has_twin=False)
-    replayed = Replay(presets.make("learned", given), given).run(found.steps).counters
+    found, learned = trace.read(out), network_file.read(foresight[1])
+    given = PolicyContext.nominal(found.experts, slots, 2, 12_500_000_000, learned, has_twin=False)
+    replayed = Replay(policies.make("learned", given), given).run(found.steps).counters
     assert (replayed.hits, replayed.misses, replayed.prefetched, replayed.bytes_fetched) == (
         live.hits,
         live.misses,
@@ -201,7 +204,7 @@ def test_simulate_and_its_errors(
     assert "| learned |" not in capsys.readouterr().out
     assert main([*replay, "--policy", "all", "--foresight", file]) == 0
     assert "| learned |" in capsys.readouterr().out
-    weights.write(made(), tmp_path / "other.npz")
+    network_file.write(made(), tmp_path / "other.npz")
     for options, cause in (
         (["--policy", "learned"], "needs a file"),
         (["--policy", "auto", "--foresight", str(tmp_path / "none.npz")], "there is no foresight"),

@@ -11,13 +11,13 @@ import pytest
 from learning import SMALL, made, setting, text
 from traces import EXPERTS, LINK, routing
 
-from edge_speq import presets
 from edge_speq.core import ExpertGroup, Experts
-from edge_speq.foresight.learned import History, Learned
-from edge_speq.foresight.weights import geometry
-from edge_speq.presets.learned import Reliability, Useful
-from edge_speq.residency import Residency
+from edge_speq.policies import registry as presets
+from edge_speq.policies.learned.network import History, Learned
+from edge_speq.policies.learned.network_file import geometry
+from edge_speq.policies.learned.policy import Reliability, Useful
 from edge_speq.simulate.replay import Replay, with_tokens
+from edge_speq.simulate.slots import Residency
 from edge_speq.simulate.steps import _part, recorded
 
 TARGET = geometry(EXPERTS)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from test_speculation import llm, prompts, texts
 
-from edge_speq import EdgeError, EdgeLlama, presets
+from edge_speq import EdgeError, EdgeLlama
 from edge_speq.core import POLICIES, SLOT_POLICIES
-from edge_speq.foresight.depth import PERIOD, TRIAL, Depth
-from edge_speq.presets.governors import Cascade, Roofline
-from edge_speq.presets.policy import Policy
+from edge_speq.engine.draft_length.lookahead_depth import PERIOD, TRIAL, LookaheadDepth
+from edge_speq.policies import registry as presets
+from edge_speq.policies.base import Policy
+from edge_speq.policies.published.draft_lengths import Cascade, Roofline
 
 NEEDY = ("moe-prism", "moe-spec", "learned", "oracle")  # experts in parts, a text that may change, files of foresight
 
@@ -89,7 +90,7 @@ class Broken(Policy):
     is_timed = False  # it is its own governor
     where = ""
 
-    def __init__(self, setting: presets.Setting) -> None:
+    def __init__(self, setting: presets.PolicyContext) -> None:
         super().__init__(setting)
         self._steps = 0
         if self.where == "governor":
@@ -223,7 +224,7 @@ def test_a_processor_in_python_is_asked_for_text_alone(bundled: tuple[Path, Path
 
 def settled(token: float, stall: list[float], n: int = 12000, k: int = 2) -> list[int]:
     """The depth at each step when a token further takes `token` seconds and leaves stall[depth], with noise."""
-    depth, random, taken = Depth(fixed=False), np.random.default_rng(3), []
+    depth, random, taken = LookaheadDepth(fixed=False), np.random.default_rng(3), []
     for _ in range(n):
         now = depth.limit(k + 2)
         depth.observe(k, (k + now) * token + stall[now] * float(random.normal(1.0, 0.1)))
@@ -242,7 +243,7 @@ def test_the_depth_follows_what_pays() -> None:
 
 
 def test_the_depth_is_measured_at_one_length() -> None:
-    depth = Depth(fixed=False)
+    depth = LookaheadDepth(fixed=False)
     for step in range(8 * (PERIOD + TRIAL)):
         depth.limit(4)
         depth.observe(2, 1.0)
@@ -253,7 +254,7 @@ def test_the_depth_is_measured_at_one_length() -> None:
 
 
 def test_virtual_time_decides_nothing() -> None:
-    depth = Depth(fixed=True)
+    depth = LookaheadDepth(fixed=True)
     for _ in range(500):
         depth.observe(2, 9.0)
     assert depth.limit(4) == 4

@@ -11,7 +11,7 @@ import test_speculation as speculation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_speq.ngram import NGramDraft
+from edge_speq.drafting.ngram import NGramDraft
 
 TEXTS = st.lists(st.integers(0, 3), min_size=0, max_size=60)
 

@@ -17,15 +17,17 @@ from test_presets_live import schema
 from test_speculation import llm, prompts, texts
 from traces import EXPERTS, setting, text
 
-from edge_speq import EdgeError, presets, trace
-from edge_speq.cli import main
-from edge_speq.presets import oracle
-from edge_speq.presets.oracle import Oracle, Recorded
-from edge_speq.simulate import Costs, Replay
+from edge_speq import EdgeError, trace
+from edge_speq.cli.main import main
+from edge_speq.policies import oracle
+from edge_speq.policies import registry as policies
+from edge_speq.policies.oracle import Oracle, Recorded
 from edge_speq.simulate.bounds import bounds
+from edge_speq.simulate.costs import StepCosts
+from edge_speq.simulate.replay import Replay
 from edge_speq.trace import Step
 
-OTHERS = [name for name in presets.PRESETS if not presets.make(name, setting()).lossy and name != "oracle"]
+OTHERS = [name for name in policies.PRESETS if not policies.make(name, setting()).lossy and name != "oracle"]
 ASKED = 4  # prompts
 
 # --- replayed ------------------------------------------------------------------------------------------------
@@ -35,7 +37,7 @@ ASKED = 4  # prompts
 def test_it_misses_least_of_all_and_reads_little_more_than_the_bound(n_slots: int, k: int) -> None:
     recorded, made = text(21, 300, k=k, passages=3), setting(n_slots, k)
     outcome = Replay("oracle", made).run(recorded)
-    c, best = outcome.counters, bounds(recorded, made, Costs.of_setting(made)).belady
+    c, best = outcome.counters, bounds(recorded, made, StepCosts.of_setting(made)).belady
     assert outcome.failed is None and outcome.foreseen is not None
     assert (outcome.foreseen["precision"], outcome.foreseen["recall"]) == (1.0, 1.0)
     assert c.misses is not None and best.misses is not None and c.misses < best.misses  # prefetches arrive in time
@@ -51,7 +53,10 @@ def test_without_prefetches_slots_keep_what_beladys_rule_keeps(monkeypatch: pyte
     recorded = [step for step in text(22, 300) if not step.is_prompt]  # before a prompt nobody is asked
     for n_slots in (8, 12, 20):
         made = setting(n_slots)
-        c, best = Replay("oracle", made).run(recorded).counters, bounds(recorded, made, Costs.of_setting(made)).belady
+        c, best = (
+            Replay("oracle", made).run(recorded).counters,
+            bounds(recorded, made, StepCosts.of_setting(made)).belady,
+        )
         assert c.prefetched == 0 and (c.misses, c.bytes_fetched) == (best.misses, best.bytes_fetched)
 
 
@@ -59,7 +64,7 @@ def test_governed_steps_are_found_in_the_text_as_well() -> None:
     recorded, made = text(23, 200, k=4, passages=2), setting(16, 4)
     outcome = Replay("oracle", made).run(recorded)
     policy = Oracle(made)
-    policy.governor = presets.governors.Fixed(1)
+    policy.governor = policies.governors.Fixed(1)
     shorter = Replay(policy, made, governed=True).run(recorded)
     assert shorter.steps > outcome.steps and shorter.foreseen is not None
     assert (shorter.foreseen["precision"], shorter.foreseen["recall"]) == (1.0, 1.0)
@@ -168,7 +173,7 @@ def test_live_it_writes_the_same_text_and_hits_most(
 def test_a_replay_gives_the_engines_counters(arms: dict[str, tuple[list[str], Any]], recorded: Path) -> None:
     known, stats = trace.read(recorded), arms["oracle"][1]
     rate = 12_500_000_000
-    made = presets.Setting.nominal(known.experts, stats.plan.slots, 2, rate, has_twin=True)
+    made = policies.PolicyContext.nominal(known.experts, stats.plan.slots, 2, rate, has_twin=True)
     counters = dataclasses.asdict(Replay("oracle", made).run(known.steps).counters)
     assert counters == dataclasses.asdict(stats.experts) | {"cpu_ms": 0.0}
 

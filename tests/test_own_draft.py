@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import test_speculation as speculation
 
-from edge_speq import EdgeError, EdgeLlama, gguf_file, twin_file
-from edge_speq.convert import draft as convert_draft
+from edge_speq import EdgeError, EdgeLlama
+from edge_speq.convert.quantization import draft as convert_draft
+from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import draft_experts
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +194,7 @@ def test_experts_of_another_model_are_refused(
         EdgeLlama(str(tiny.moe("qwen3moe")), draft=experts_only, resident="1/2", n_ctx=128)
     other = tmp_path / "other.gguf"
     data = experts_only.read_bytes()
-    at = data.index(twin_file.ROUTERS_HASH.encode()) + len(twin_file.ROUTERS_HASH) + 12
+    at = data.index(draft_experts.ROUTERS_HASH.encode()) + len(draft_experts.ROUTERS_HASH) + 12
     other.write_bytes(data[:at] + b"0" * 64 + data[at + 64 :])
     with pytest.raises(EdgeError, match="its routers were others"):
         EdgeLlama(str(bundled[0]), draft=other, resident="1/2", n_ctx=128)

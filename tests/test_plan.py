@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_speq import _native
-from edge_speq.core import EdgeError, ExpertGroup, Experts
-from edge_speq.plan import plan
+from edge_speq.core import ExpertGroup, Experts
+from edge_speq.errors import EdgeError
+from edge_speq.planning.planner import plan
 
 TALES = Experts(6, 32, 4, (ExpertGroup(6, 192, 100_000),))
 TWO_GROUPS = Experts(8, 8, 2, (ExpertGroup(5, 40, 1000), ExpertGroup(3, 24, 1500)))

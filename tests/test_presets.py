@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from traces import EXPERTS, routing, setting, text
 
-from edge_speq import presets
-from edge_speq.core import EdgeError
-from edge_speq.presets import governors
-from edge_speq.presets.published import MoePrism, MoeSpac, MoeSpec, MoeSpeq, SpecMoeOff, SpMoe
-from edge_speq.presets.waits import Waits
-from edge_speq.residency import ABSENT
-from edge_speq.simulate import Costs, Replay
+from edge_speq.errors import EdgeError
+from edge_speq.policies import registry as policies
+from edge_speq.policies.next_use import NextUse
+from edge_speq.policies.published import draft_lengths
+from edge_speq.policies.published.systems import MoePrism, MoeSpac, MoeSpec, MoeSpeq, SpecMoeOff, SpMoe
 from edge_speq.simulate.bounds import bounds
+from edge_speq.simulate.costs import StepCosts
+from edge_speq.simulate.replay import Replay
+from edge_speq.simulate.slots import ABSENT
 
 NO_DRAFT = None
 BLOCKS = np.arange(EXPERTS.n_blocks)[:, None, None]
@@ -47,7 +48,7 @@ def ids(*tokens: tuple[int, int]) -> np.ndarray:
 def closed(name: str, recorded: list[Any], n_slots: int) -> float:
     """Share of the gap in reads between LRU and Belady."""
     made = setting(n_slots)
-    lru, best = Replay("lru", made).run(recorded), bounds(recorded, made, Costs.of_setting(made))
+    lru, best = Replay("lru", made).run(recorded), bounds(recorded, made, StepCosts.of_setting(made))
     read = Replay(name, made).run(recorded).counters.bytes_fetched
     least = best.belady.bytes_fetched
     return (lru.counters.bytes_fetched - read) / (lru.counters.bytes_fetched - least)
@@ -74,7 +75,7 @@ def test_waits_without_a_draft_is_no_worse_than_lfru(n_slots: int) -> None:
 def test_waits_learns_how_far_a_draft_can_be_trusted() -> None:
     rates = []
     for right in (1.0, 0.5):
-        policy = Waits(setting())
+        policy = NextUse(setting())
         Replay(policy, setting()).run(text(13, 200, right=right))
         rates.append((policy.coming.inside, policy.following.inside))
     (sure, then_sure), (unsure, then_unsure) = rates
@@ -83,7 +84,7 @@ def test_waits_learns_how_far_a_draft_can_be_trusted() -> None:
 
 
 def test_waits_scores_are_minus_the_expected_wait() -> None:
-    policy, slots = Waits(setting()), Seen()
+    policy, slots = NextUse(setting()), Seen()
     policy.coming.inside = 0.9
     policy.foresee(slots, ids((0, 1), (0, 2), (0, 3)), 2)  # nothing is known of the step after
     often = 2 / 16
@@ -98,7 +99,7 @@ def test_waits_scores_are_minus_the_expected_wait() -> None:
 
 
 def test_waits_reckons_from_both_sets_what_it_says_of_every_expert() -> None:
-    policy, slots = Waits(setting()), Seen()
+    policy, slots = NextUse(setting()), Seen()
     for step in range(6):
         policy.observe(ids((step, step + 1), (2, 3)), 1)
     often, (coming, following) = policy._often.reshape(4, 16).copy(), (policy.coming, policy.following)
@@ -117,7 +118,7 @@ def test_waits_reckons_from_both_sets_what_it_says_of_every_expert() -> None:
 
 
 def test_waits_counts_its_foresight_however_long_it_runs() -> None:
-    policy, slots = Waits(setting()), Seen()
+    policy, slots = NextUse(setting()), Seen()
     for _ in range(600):  # more than a byte holds
         policy.foresee(slots, ids((0, 1), (0, 2)), 1)
         policy.observe(ids((0, 1), (1, 5)), 1)
@@ -128,7 +129,7 @@ def test_waits_counts_its_foresight_however_long_it_runs() -> None:
 
 
 def test_waits_does_not_fetch_for_a_draft_that_is_mostly_wrong() -> None:
-    policy, slots = Waits(setting()), Seen()
+    policy, slots = NextUse(setting()), Seen()
     policy.coming.inside = 0.4
     policy.foresee(slots, ids((0, 1), (0, 2), (0, 3)), 2)
     assert slots.budget == 0
@@ -207,7 +208,7 @@ def test_cpu_moe_computes_everything_on_the_cpu() -> None:
 # --- governors -----------------------------------------------------------------------------------------------
 
 
-def drive(governor: governors.Governor, n: int, p: float, base: float, each: float) -> list[int]:
+def drive(governor: draft_lengths.DraftLengthRule, n: int, p: float, base: float, each: float) -> list[int]:
     """The lengths that a governor picks when a step of k costs base + k * each and tokens match with chance p."""
     random, picked = np.random.default_rng(0), []
     for _ in range(n):
@@ -219,15 +220,15 @@ def drive(governor: governors.Governor, n: int, p: float, base: float, each: flo
 
 
 def test_cascade_stops_where_a_draft_costs_more_than_it_saves() -> None:
-    picked = drive(governors.Cascade(4), 600, p=0.2, base=1.0, each=1.0)
+    picked = drive(draft_lengths.Cascade(4), 600, p=0.2, base=1.0, each=1.0)
     assert np.mean(np.array(picked[-300:]) == 0) > 0.9  # it backs off further and further
-    picked = drive(governors.Cascade(4), 600, p=0.95, base=1.0, each=0.02)
+    picked = drive(draft_lengths.Cascade(4), 600, p=0.95, base=1.0, each=0.02)
     assert np.mean(picked[-300:]) > 2.0
 
 
 def test_the_roofline_weighs_acceptance_against_experts() -> None:
     def settled(p: float, draft_ms: float) -> int:
-        made = governors.Roofline(6, draft_ms=draft_ms, transfer_ms=0.1, verify_ms=1.0)
+        made = draft_lengths.Roofline(6, draft_ms=draft_ms, transfer_ms=0.1, verify_ms=1.0)
         return drive(made, 200, p, 1.0, 0.0)[-1]
 
     assert settled(0.98, 0.01) == 6 > settled(0.5, 0.8) >= 1  # none is no choice, as published
@@ -237,10 +238,10 @@ def test_the_roofline_weighs_acceptance_against_experts() -> None:
 
 
 def test_names() -> None:
-    assert presets.names("lru, waits,lru") == ["lru", "waits"]
-    assert presets.names("all") == list(presets.PRESETS)
+    assert policies.names("lru, waits,lru") == ["lru", "waits"]
+    assert policies.names("all") == list(policies.PRESETS)
     with pytest.raises(EdgeError) as caught:
-        presets.names("best")
+        policies.names("best")
     assert caught.value.usage
 
 
@@ -249,7 +250,7 @@ def test_every_preset_has_a_row_in_the_docs() -> None:
     if not page.exists():
         pytest.skip("the documentation is not part of this copy")
     rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
-    assert {row.split("`")[1] for row in rows} >= set(presets.PRESETS)
+    assert {row.split("`")[1] for row in rows} >= set(policies.PRESETS)
 
 
 def test_keeping_alone_fetches_nothing_ahead() -> None:
@@ -261,8 +262,8 @@ def test_keeping_alone_fetches_nothing_ahead() -> None:
 
 def test_presets_do_nothing_strange_without_a_draft() -> None:
     random = np.random.default_rng(1)
-    for name in presets.PRESETS:
-        policy, slots = presets.make(name, setting()), Seen()
+    for name in policies.PRESETS:
+        policy, slots = policies.make(name, setting()), Seen()
         for _ in range(20):
             policy.foresee(slots, None, 0)
             policy.observe(routing(random, 1), 0)

@@ -15,17 +15,20 @@ from conftest import TinyModels
 from test_speculation import llm, prompts, texts
 from traces import EXPERTS, setting
 
-from edge_speq import EdgeError, EdgeLlama, demo, survey
-from edge_speq.cli import bench, main
-from edge_speq.convert import split
-from edge_speq.convert.rewrite import Rewrite, Source
-from edge_speq.convert.split import Wanted
+from edge_speq import EdgeError, EdgeLlama
+from edge_speq.cli import bench
+from edge_speq.cli.main import main
+from edge_speq.convert.sub_experts import split
+from edge_speq.convert.sub_experts.options import SplitOptions
 from edge_speq.core import SLOT_POLICIES
-from edge_speq.gguf_model import check_model
-from edge_speq.parts import ALL_USED
-from edge_speq.presets.governors import Roofline
-from edge_speq.presets.published import SpecMoeOff
-from edge_speq.residency import Residency
+from edge_speq.gguf import bundled as demo
+from edge_speq.gguf.model import check_model
+from edge_speq.gguf.rewrite import Rewrite, Source
+from edge_speq.planning import survey
+from edge_speq.planning.sub_experts import ALL_USED
+from edge_speq.policies.published.draft_lengths import Roofline
+from edge_speq.policies.published.systems import SpecMoeOff
+from edge_speq.simulate.slots import Residency
 
 SCHEMAS = Path(demo.__file__).parent / "schema"
 KEY = "qwen3moe.expert_used_count"
@@ -101,7 +104,7 @@ def cut(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     folder = tmp_path_factory.mktemp("parts")
     whole, few = folder / "eight.gguf", folder / "six.gguf"
     for path, used in ((whole, None), (few, 6)):
-        split.split(tiny.moe("qwen3moe"), path, Wanted(4, used=used, profiled=False))
+        split.split(tiny.moe("qwen3moe"), path, SplitOptions(4, used=used, profiled=False))
     return whole, few
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from edge_speq import EdgeError, EdgeLlama, profile
-from edge_speq.profile import Key, Profile
+from edge_speq import EdgeError, EdgeLlama
+from edge_speq.planning import profile
+from edge_speq.planning.profile import Key, TuneProfile
 
 CHOSEN = {"speculation": 2, "compute": "device", "n_threads": 1}
 Pair = tuple[Path, Path]
@@ -26,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def stored(bundled: Pair, *, bounds: dict[str, Any] | None = None, chosen: dict[str, Any] = CHOSEN) -> Path:
     made_for = profile.key(*bundled)
-    return profile.store(Profile(made_for, bounds or {"resident": "1/2", "vram_budget": None}, chosen, {}))
+    return profile.store(TuneProfile(made_for, bounds or {"resident": "1/2", "vram_budget": None}, chosen, {}))
 
 
 def applied(bundled: Pair, wanted: str | Path | None = "auto", **options: Any) -> dict[str, Any] | None:

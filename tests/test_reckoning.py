@@ -10,7 +10,8 @@ import pytest
 from test_speculation import llm, prompts, texts
 
 from edge_speq import EdgeLlama, _reckoning
-from edge_speq.core import EdgeError, ExpertGroup, Experts
+from edge_speq.core import ExpertGroup, Experts
+from edge_speq.errors import EdgeError
 
 EXPERTS = Experts(3, 10, 2, (ExpertGroup(3, 30, 1000, (0, 1, 2)),))
 

@@ -16,8 +16,10 @@ from hypothesis import stateful
 from hypothesis import strategies as st
 from llama_cpp import _internals as internals
 
-from edge_speq import _native, engine, residency
+from edge_speq import _native
 from edge_speq.core import ExpertGroup, Experts
+from edge_speq.runtime import loading
+from edge_speq.simulate import slots as residency
 
 MAX_WIDTH = 3
 EXPERT = 1000  # bytes
@@ -81,7 +83,7 @@ class Session:
         if self._past + len(tokens) > 64:
             self._context.kv_cache_clear()
             self._past = 0
-        engine.decode(self._context, self._batch, tokens, self._past, len(tokens), hook=self._hook)
+        loading.decode(self._context, self._batch, tokens, self._past, len(tokens), hook=self._hook)
         self._past += len(tokens)
 
     def close(self) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edge_speq import EdgeLlama, speculate
+from edge_speq import EdgeLlama
+from edge_speq.engine import loop
 
 PROMPT = [72, 101, 108, 112]
 PLAIN = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temp": 1.0}
@@ -102,7 +103,7 @@ def test_sampled_tokens_have_the_distribution_of_the_target(pair: tuple[Path, Pa
 class Lenient:
     """The engine of speculate.accept, whose sampler lets a share of the draft's wrong guesses pass."""
 
-    def __init__(self, engine: speculate.Engine, drafted: list[int], dice: random.Random) -> None:
+    def __init__(self, engine: loop.Verifier, drafted: list[int], dice: random.Random) -> None:
         self._engine, self._drafted, self._dice = engine, drafted, dice
 
     def __getattr__(self, name: str) -> Any:
@@ -116,8 +117,8 @@ class Lenient:
 
 def test_a_lenient_acceptance_rule_is_found_out(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     target, draft = pair
-    accept, dice = speculate.accept, random.Random(1)
-    monkeypatch.setattr(speculate, "accept", lambda engine, drafted: accept(Lenient(engine, drafted, dice), drafted))
+    accept, dice = loop.accept, random.Random(1)
+    monkeypatch.setattr(loop, "accept", lambda engine, drafted: accept(Lenient(engine, drafted, dice), drafted))
     exact = first_two(target)
     with opened(target, draft=draft, speculation=1, resident=1.0, policy="lru") as llm:
         first, second = sampled(llm, 4_000)

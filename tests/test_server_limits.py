@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from served import Running, opened, running
 
-from edge_speq import EdgeError, grammar
+from edge_speq import EdgeError
+from edge_speq.runtime import grammar
 from edge_speq.server import grammars, listener
-from edge_speq.server.model import Progress, Served
-from edge_speq.server.settings import Settings
+from edge_speq.server.model import Progress, ServedModel
+from edge_speq.server.settings import ServerSettings
 
 KEY = "sesame-open"
 LIMITS: dict[str, Any] = {
@@ -128,7 +129,7 @@ def test_what_is_no_http(server: Running) -> None:
 def test_health_while_loading(bundled: tuple[Path, Path]) -> None:
     go_on = threading.Event()
 
-    def open_late(progress: Progress) -> Served:
+    def open_late(progress: Progress) -> ServedModel:
         progress(0.25)
         assert go_on.wait(30)
         return opened(bundled[0])(progress)
@@ -151,7 +152,7 @@ def test_health_while_loading(bundled: tuple[Path, Path]) -> None:
 def test_a_load_ends_with_the_server(bundled: tuple[Path, Path]) -> None:
     going = threading.Event()
 
-    def open_slowly(progress: Progress) -> Served:
+    def open_slowly(progress: Progress) -> ServedModel:
         def slowly(fraction: float) -> bool:
             going.set()
             time.sleep(0.01)
@@ -187,16 +188,16 @@ def test_stopping_ends_what_is_served_and_refuses_what_waits(bundled: tuple[Path
 def test_settings_that_cannot_be_served() -> None:
     for wrong in ({"port": 70000}, {"n_waiting": -1}, {"api_key": ""}, {"api_key": "ключ"}, {"api_key": "a b"}):
         with pytest.raises(EdgeError):
-            Settings("x", **wrong)
+            ServerSettings("x", **wrong)
     for host in ("0.0.0.0", "::"):
         with pytest.raises(EdgeError, match="can be reached by others"):
-            listener.listen(Settings("x", host, 0))
-    listener.listen(Settings("x", "0.0.0.0", 0, KEY)).close()
+            listener.listen(ServerSettings("x", host, 0))
+    listener.listen(ServerSettings("x", "0.0.0.0", 0, KEY)).close()
     with pytest.raises(EdgeError, match="is no address"):
-        listener.listen(Settings("x", "no.such.host.invalid", 0))
-    with contextlib.closing(listener.listen(Settings("x", port=0))) as taken:
+        listener.listen(ServerSettings("x", "no.such.host.invalid", 0))
+    with contextlib.closing(listener.listen(ServerSettings("x", port=0))) as taken:
         with pytest.raises(EdgeError, match="cannot listen") as error:
-            listener.listen(Settings("x", port=taken.getsockname()[1]))
+            listener.listen(ServerSettings("x", port=taken.getsockname()[1]))
         assert "--port" in error.value.hint and not error.value.usage
 
 

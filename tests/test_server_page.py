@@ -16,7 +16,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 from served import Running, opened, running
 
-from edge_speq import demo
+from edge_speq.gguf import bundled as demo
 
 KEY = "sesame-open"
 LONG = "Tell me about the fox and the hare."  # the bundled model does, at length

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from edge_speq import EdgeError, EdgeLlama, Session
-from edge_speq.reply import Call, Request
+from edge_speq.session.requests import ModelCall, SessionRequest
 
 OPTIONS: dict[str, Any] = {
     "n_ctx": 2048,
@@ -366,7 +366,7 @@ print(next(stream), flush=True)
 
 def test_a_request_takes_what_it_is_given() -> None:
     """Without an engine: what is put, and by whom it is read."""
-    request = Request(Call("x"), capacity=3, patience=0.05)
+    request = SessionRequest(ModelCall("x"), capacity=3, patience=0.05)
     for i in range(3):
         request.put(i)
     with pytest.raises(EdgeError, match=r"for 0\.05 seconds"):
@@ -380,4 +380,4 @@ def test_a_request_takes_what_it_is_given() -> None:
     with pytest.raises(EdgeError, match="broken"):
         request.next()
     with pytest.raises(TimeoutError):
-        Request(Call("x")).next(timeout=0.01)
+        SessionRequest(ModelCall("x")).next(timeout=0.01)

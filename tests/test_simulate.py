@@ -18,20 +18,27 @@ from hypothesis import stateful
 from hypothesis import strategies as st
 from traces import EXPERTS, LINK, routing, setting, text
 
-from edge_speq import presets, residency, trace
-from edge_speq.bench import bound
-from edge_speq.cli import main
-from edge_speq.core import EdgeError, ExpertCounters, ExpertGroup, Experts
-from edge_speq.presets.governors import Fixed
-from edge_speq.presets.policy import Policy, Routing, Slots, make_orders
-from edge_speq.simulate import Costs, Replay, costs, places, report, steps, windows
+from edge_speq import trace
+from edge_speq.bench import clairvoyant_bound
+from edge_speq.bench.recorder import Recorder
+from edge_speq.cli.main import main
+from edge_speq.core import ExpertCounters, ExpertGroup, Experts
+from edge_speq.errors import EdgeError
+from edge_speq.policies import registry as policies
+from edge_speq.policies.base import Policy
+from edge_speq.policies.context import Slots
+from edge_speq.policies.prediction import Routing, make_orders
+from edge_speq.policies.published.draft_lengths import Fixed
+from edge_speq.simulate import costs, placement, report, steps, window_quality
+from edge_speq.simulate import slots as residency
 from edge_speq.simulate.bounds import bounds
-from edge_speq.trace.record import Recorder
+from edge_speq.simulate.costs import StepCosts
+from edge_speq.simulate.replay import Replay
 from edge_speq.trace.writer import Writer
 
-LOSSLESS = [name for name in presets.PRESETS if not presets.make(name, setting()).lossy]
+LOSSLESS = [name for name in policies.PRESETS if not policies.make(name, setting()).lossy]
 FETCHING = ("auto", "twin", "waits", "moe-speq", "sp-moe")
-IN_SLOTS = [name for name in presets.PRESETS if presets.make(name, setting()).place == "slots"]
+IN_SLOTS = [name for name in policies.PRESETS if policies.make(name, setting()).place == "slots"]
 
 # --- against the engine --------------------------------------------------------------------------------------
 
@@ -69,7 +76,7 @@ def test_counters_are_the_engines(bundled: tuple[Path, Path], twin: Path, policy
             model.create_completion(prompt, max_tokens=20, temperature=0.8, seed=3)
         model.write()
         meta, experts, slots = model.meta(), model._experts, model._plan.slots
-    wanted = report.Wanted([policy], [0.25], meta["link_bytes_per_s"])
+    wanted = report.SimulateOptions([policy], [0.25], meta["link_bytes_per_s"])
     found = trace.Trace(Path("made"), meta | {"prompts": []}, experts, tuple(recorded))
     made = report.make_setting(found, 0.25, wanted)
     if policy == "moe-spac":  # what the CPU computes needs no slots, so the engine's floor is lower
@@ -90,7 +97,7 @@ def test_step_times_are_predicted(bundled: tuple[Path, Path]) -> None:
     link = 100_000_000
     options: dict[str, Any] = {"policy": "lru", "link": link, "n_ctx": 512, "n_threads": 1}
 
-    def run(share: str) -> tuple[list[trace.Step], presets.Setting]:
+    def run(share: str) -> tuple[list[trace.Step], policies.PolicyContext]:
         model = Recorder(str(bundled[0]), resident=share, **options)
         recorded: list[trace.Step] = []
         model.sink = recorded.append
@@ -99,10 +106,10 @@ def test_step_times_are_predicted(bundled: tuple[Path, Path]) -> None:
                 model.begin_passage(index)
                 model.create_completion("The sea", max_tokens=64, temperature=0.8, seed=index)
             model.write()
-            return recorded, presets.Setting(model._experts, model._plan.slots, 0, link, 0.0, 0.0)
+            return recorded, policies.PolicyContext(model._experts, model._plan.slots, 0, link, 0.0, 0.0)
 
     recorded, made = run("1/4")
-    fitted = Costs.fit(recorded)
+    fitted = StepCosts.fit(recorded)
     rate = costs.link_of(recorded, Replay("lru", made).run(recorded).step_bytes)
     assert rate is not None and 0.5 * link < rate < 1.05 * link
     recorded, made = run("1/2")
@@ -140,14 +147,14 @@ def test_belady_reads_as_little_as_any_order_of_evictions(seed: int, n_slots: in
     recorded = [routing(random, 1, experts) for _ in range(14)]
     best = residency.Belady(experts, [n_slots], recorded, link_bytes_per_s=LINK, block_ns=0).replay()
     assert best.misses == brute_force_reads([tuple(step[0, 0].tolist()) for step in recorded], n_slots)
-    assert bound.clairvoyant_bytes(experts, [n_slots], recorded, warm=False) == best.bytes_fetched
+    assert clairvoyant_bound.clairvoyant_bytes(experts, [n_slots], recorded, warm=False) == best.bytes_fetched
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_no_lossless_policy_beats_the_bounds(name: str) -> None:
     recorded, made = text(3, 200), setting()
     outcome = Replay(name, made).run(recorded)
-    best = bounds(recorded, made, Costs.of_setting(made))
+    best = bounds(recorded, made, StepCosts.of_setting(made))
     if outcome.counters.cpu_computed:
         return  # reads of the CPU are not counted
     assert outcome.counters.bytes_fetched >= best.belady.bytes_fetched
@@ -161,7 +168,7 @@ def test_no_lossless_policy_beats_the_bounds(name: str) -> None:
 class Raises(Policy):
     name = "raises"
 
-    def __init__(self, made: presets.Setting, where: str, after: int) -> None:
+    def __init__(self, made: policies.PolicyContext, where: str, after: int) -> None:
         super().__init__(made)
         self._where, self._left = where, after
 
@@ -189,7 +196,7 @@ def test_a_policy_that_raises_is_reported_and_lru_takes_over(where: str, caplog:
 
 def test_a_lossy_policy_that_raises_leaves_whole_experts() -> None:
     made = setting()
-    policy = presets.make("moe-prism", made)
+    policy = policies.make("moe-prism", made)
     policy.demanded = lambda *_: 1 // 0  # type: ignore[method-assign]
     outcome = Replay(policy, made).run(text(3, 20))
     assert outcome.failed and outcome.kept_pairs == 1.0
@@ -266,7 +273,7 @@ def test_a_missing_first_token_is_stood_in_for() -> None:
 
 def test_transfers_go_on_while_the_draft_runs() -> None:
     made = setting()
-    place = places.place(presets.make("lru", made), made)
+    place = placement.place(policies.make("lru", made), made)
     orders = make_orders(np.array([0, 0]), np.array([3, 5]), priority=1.0)
     place.prefetch(orders)
     place.wait(1400)  # ns: one of two experts of 1 us each has come
@@ -280,7 +287,7 @@ def test_transfers_go_on_while_the_draft_runs() -> None:
 
 def test_costs_are_found_in_recorded_times() -> None:
     recorded = text(5, 200)
-    fitted = Costs.fit(recorded)
+    fitted = StepCosts.fit(recorded)
     assert fitted.base_ms == pytest.approx({3: 1.0 + 3 - 0.25})
     shown = {step.foreseen.shape[1] for step in recorded if step.foreseen is not None}
     assert shown == {7}  # the draft has run on for their routing, 1 ms for all
@@ -289,33 +296,33 @@ def test_costs_are_found_in_recorded_times() -> None:
     assert costs.link_of(recorded, [500] * len(recorded)) == pytest.approx(500 / 0.25e-3)
     assert costs.link_of(recorded, [0] * len(recorded)) is None
     with pytest.raises(EdgeError):
-        Costs.fit([])
+        StepCosts.fit([])
 
 
 def test_costs_between_widths_are_interpolated() -> None:
-    made = Costs({1: 2.0, 5: 6.0})
+    made = StepCosts({1: 2.0, 5: 6.0})
     assert [made.base(width) for width in (1, 3, 5, 9)] == [2.0, 4.0, 6.0, 6.0]
 
 
 def test_windows_measure_what_a_draft_sees() -> None:
-    perfect = windows.window(text(7, 60, k=3, right=1.0), EXPERTS, 4)
+    perfect = window_quality.window(text(7, 60, k=3, right=1.0), EXPERTS, 4)
     assert perfect is not None
     assert (perfect.verified_precision, perfect.verified_recall, perfect.same_set) == (1.0, 1.0, 1.0)
-    blind = windows.window(text(7, 60, k=3, right=0.0), EXPERTS, 4)
+    blind = window_quality.window(text(7, 60, k=3, right=0.0), EXPERTS, 4)
     assert blind is not None and blind.verified_recall < 0.8 and blind.same_set < 0.3
-    assert windows.window(text(7, 60, k=0), EXPERTS, 4) is None
+    assert window_quality.window(text(7, 60, k=0), EXPERTS, 4) is None
 
 
 def test_slots_are_the_planners(bundled: tuple[Path, Path]) -> None:
-    from edge_speq import plan
+    from edge_speq.planning import planner
 
     for share, k in ((1 / 4, 0), (1 / 2, 1), (3 / 4, 2)):
-        made = plan.plan(
+        made = planner.plan(
             EXPERTS, policy="lru", resident=share, budget_bytes=None, fixed_bytes=0, speculation=k, has_draft=k > 0
         )
-        assert places.slots_for(EXPERTS, share, k) == made.slots
+        assert placement.slots_for(EXPERTS, share, k) == made.slots
     with pytest.raises(EdgeError, match="too few"):
-        places.slots_for(EXPERTS, 1 / 16, 2)
+        placement.slots_for(EXPERTS, 1 / 16, 2)
 
 
 # --- reports and the command ---------------------------------------------------------------------------------
@@ -334,7 +341,7 @@ def file(tmp_path: Path) -> Path:
 def test_every_preset_is_compared(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", str(file), "--policy", "all", "--resident", "1/2,3/4", "--by-class", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    without_file = [name for name in presets.PRESETS if name != "learned"]
+    without_file = [name for name in policies.PRESETS if name != "learned"]
     assert {row["policy"] for row in rows} == {"belady", *without_file}
     assert {row["domain"] for row in rows} == {"prose", "code", "all"}
     assert len(rows) == 2 * 3 * (1 + len(without_file)) and not any(row["failed"] for row in rows)

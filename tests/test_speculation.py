@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from edge_speq import EdgeLlama, demo, drafts, request
-from edge_speq.governor import BACK_OFF, FIRST, TRIAL_MOST
+from edge_speq import EdgeLlama
+from edge_speq.drafting import base
+from edge_speq.engine import generation
+from edge_speq.engine.draft_length.controller import BACK_OFF, FIRST, TRIAL_MOST
+from edge_speq.gguf import bundled as demo
 
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 N_PREDICT = 40
@@ -126,7 +129,7 @@ class FakeTime:
             self.widths.append(len(drafted))
 
         monkeypatch.setattr(EdgeLlama, "extend", timed)
-        monkeypatch.setattr(request.Request, "clock", lambda _: self.now)
+        monkeypatch.setattr(generation.Generation, "clock", lambda _: self.now)
 
 
 @pytest.mark.parametrize(("extra", "pays"), [(0.01, True), (3.0, False)])
@@ -134,9 +137,9 @@ def test_auto_drafts_as_long_as_it_pays(tiny, monkeypatch: pytest.MonkeyPatch, e
     """The model as its own draft, always right. Off, it decodes nothing and foresees nothing."""
     model = tiny.moe("qwen3moe")
     decoded: list[int] = []
-    decode = drafts.DraftModel._decode
+    decode = base.DraftModel._decode
     monkeypatch.setattr(
-        drafts.DraftModel, "_decode", lambda self, tokens: [decoded.append(len(tokens)), decode(self, tokens)]
+        base.DraftModel, "_decode", lambda self, tokens: [decoded.append(len(tokens)), decode(self, tokens)]
     )
     with llm(model) as plain, llm(model, draft=model, resident="3/4") as speculating:
         expected = [t for t, _ in zip(plain.generate([5, 6], temp=0.0), range(100), strict=False)]
@@ -162,9 +165,9 @@ def test_a_draft_reads_a_long_text_only_where_a_glance_leaves_hope(
     """At a glance it reads the last token, and is mostly wrong. Texts stay what they are."""
     model, prompt = tiny.moe("qwen3moe"), [5 + i % 50 for i in range(60)]
     decoded: list[int] = []
-    decode = drafts.DraftModel._decode
+    decode = base.DraftModel._decode
     monkeypatch.setattr(
-        drafts.DraftModel, "_decode", lambda self, tokens: [decoded.append(len(tokens)), decode(self, tokens)]
+        base.DraftModel, "_decode", lambda self, tokens: [decoded.append(len(tokens)), decode(self, tokens)]
     )
     with llm(model) as plain, llm(model, draft=model, resident="3/4") as speculating:
         expected = [t for t, _ in zip(plain.generate(prompt, temp=0.0), range(100), strict=False)]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edge_speq import EdgeLlama
-from edge_speq.steps import StepRecord
+from edge_speq.engine.step_records import StepRecord
 
 PROMPT = "The old house stood at the end of the lane, and"
 

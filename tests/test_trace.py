@@ -17,10 +17,10 @@ import pytest
 from traces import EXPERTS, text
 
 from edge_speq import EdgeLlama, trace
-from edge_speq.cli import main
-from edge_speq.core import EdgeError
+from edge_speq.bench.recorder import Recorder
+from edge_speq.cli.main import main
+from edge_speq.errors import EdgeError
 from edge_speq.trace import Step, Writer, writer
-from edge_speq.trace.record import Recorder
 
 META: dict[str, Any] = {
     "experts": dataclasses.asdict(EXPERTS),

@@ -121,7 +121,7 @@ def test_prepared_text_is_balanced_and_packed(tmp_path: Path) -> None:
 def test_llama_cpp_computes_the_same(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     for package in ("transformers", "sentencepiece", "tokenizers"):
         pytest.importorskip(package, reason=f"needs {package}, of the extra edge-speq[convert]")
-    from edge_speq.convert import hf
+    from edge_speq.convert.huggingface import hf
 
     folder = trained[0]
     write_tokenizer(folder)

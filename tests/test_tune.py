@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import traces
 
-from edge_speq.simulate.costs import Costs
+from edge_speq.simulate.costs import StepCosts
 from edge_speq.simulate.replay import Replay
-from edge_speq.tune import search
-from edge_speq.tune.search import Hybrid, Measured
-from edge_speq.tune.tuner import Tuner, Wanted
+from edge_speq.tune import predict
+from edge_speq.tune.predict import Hybrid, Measured
+from edge_speq.tune.tuner import TuneOptions, Tuner
 
 BASE = {1: 2.0, 2: 2.5, 3: 3.0}
 
@@ -40,11 +40,11 @@ def measured(**changes: object) -> Measured:
     [({}, 4), ({8: {1: 1.0, 3: 1.5}}, 8), ({8: {1: 2.0, 3: 2.95}}, 4), ({2: {1: 1.9, 3: 4.0}}, 4)],
 )
 def test_threads_change_only_for_a_clear_gain(others: dict, best: int) -> None:
-    assert search.best_threads(measured(threads_ms={4: {1: 2.0, 3: 3.0}} | others)) == best
+    assert predict.best_threads(measured(threads_ms={4: {1: 2.0, 3: 3.0}} | others)) == best
 
 
 def test_other_threads_scale_the_costs_by_width() -> None:
-    scaled = search.scaled(measured(threads_ms={4: {1: 2.0, 3: 3.0}, 8: {1: 1.0, 3: 2.4}}), 8)
+    scaled = predict.scaled(measured(threads_ms={4: {1: 2.0, 3: 3.0}, 8: {1: 1.0, 3: 2.4}}), 8)
     assert scaled.base_ms == pytest.approx({1: 1.0, 2: 2.5 * 0.65, 3: 2.4})
     assert scaled.draft_ms == pytest.approx(0.25)
 
@@ -53,7 +53,7 @@ def test_other_threads_scale_the_costs_by_width() -> None:
 
 
 def test_without_slots_it_is_the_linear_model() -> None:
-    found = {c.speculation: c for c in search.candidates(measured(), None, [], None, None)}
+    found = {c.speculation: c for c in predict.candidates(measured(), None, [], None, None)}
     assert sorted(found) == [0, 1, 2]
     assert found[0].predicted_tok_per_s == pytest.approx(1e3 / (2.0 + 0.1))
     one, two = 1 + 3 / 4, 1 + 5 / 4  # tokens a step that steps of two drafted ones would have had
@@ -65,8 +65,8 @@ def test_without_slots_it_is_the_linear_model() -> None:
 def test_with_slots_stalls_are_those_of_the_replay() -> None:
     steps = [step for step in traces.text(1, 120) if not step.is_prompt]
     setting = traces.setting(n_slots=14)
-    ours = {c.speculation: c for c in search.candidates(measured(overhead_ms=0.0), setting, steps, 0.4, 0.4)}
-    theirs = Replay("auto", setting, Costs(BASE, 0.5), drafts=True).run(steps)
+    ours = {c.speculation: c for c in predict.candidates(measured(overhead_ms=0.0), setting, steps, 0.4, 0.4)}
+    theirs = Replay("auto", setting, StepCosts(BASE, 0.5), drafts=True).run(steps)
     assert ours[2].predicted_tok_per_s == pytest.approx(theirs.tok_per_s)
     assert theirs.counters.stall_ms > 0
 
@@ -77,7 +77,7 @@ def test_shorter_steps_are_the_same_text(shows: bool) -> None:
     steps = [step for step in traces.text(2, 80) if not step.is_prompt]
     if not shows:
         steps = [dataclasses.replace(step, foreseen=None, n_shown=0) for step in steps]
-    tokens = {k: search.replayed(traces.setting(14), steps, k) for k in (0, 1, 2)}
+    tokens = {k: predict.replayed(traces.setting(14), steps, k) for k in (0, 1, 2)}
     assert {out.tokens for out in tokens.values()} == {sum(step.n_accepted + 1 for step in steps)}
     assert tokens[0].drafted == 0
     assert tokens[0].steps > tokens[1].steps > tokens[2].steps == len(steps)
@@ -92,7 +92,7 @@ def test_hybrid_misses_cost_what_they_did() -> None:
         costs = measured(hybrid=dataclasses.replace(hybrid, **changes))
         return {
             c.compute: c.predicted_tok_per_s
-            for c in search.candidates(costs, setting, steps, 0.4, 0.4)
+            for c in predict.candidates(costs, setting, steps, 0.4, 0.4)
             if c.speculation == 0
         }
 
@@ -109,7 +109,7 @@ def test_without_a_draft_its_bytes_are_slots() -> None:
     setting = dataclasses.replace(traces.setting(8), link_bytes_per_s=10**6)
 
     def alone(share: float) -> float:
-        found = search.candidates(measured(), setting, steps, 0.2, share)
+        found = predict.candidates(measured(), setting, steps, 0.2, share)
         return next(c.predicted_tok_per_s for c in found if c.speculation == 0)
 
     assert alone(0.9) > alone(0.25)
@@ -121,7 +121,9 @@ def test_without_a_draft_its_bytes_are_slots() -> None:
 @pytest.mark.long
 def test_a_real_model_is_tuned_within_its_time(bundled: tuple[Path, Path]) -> None:
     said: list[str] = []
-    wanted = Wanted(str(bundled[0]), str(bundled[1]), {"resident": "1/2", "vram_budget": None}, {"n_ctx": 512}, 30.0)
+    wanted = TuneOptions(
+        str(bundled[0]), str(bundled[1]), {"resident": "1/2", "vram_budget": None}, {"n_ctx": 512}, 30.0
+    )
     found = Tuner(wanted, said.append).run()
     assert found.bounds == {"resident": "1/2", "vram_budget": None}
     assert set(found.chosen) == {"speculation", "compute", "n_threads"}
@@ -131,7 +133,7 @@ def test_a_real_model_is_tuned_within_its_time(bundled: tuple[Path, Path]) -> No
     assert len(costs["accepted"]) == 4 and costs["accepted"] == sorted(costs["accepted"], reverse=True)
     assert costs["link_bytes_per_s"] > 0
     speeds = [one["tok_per_s"] for one in results["checked"]]
-    assert speeds[0] * (1 + search.PREFERENCE) >= max(speeds)
+    assert speeds[0] * (1 + predict.PREFERENCE) >= max(speeds)
     assert found.chosen == results["checked"][0]["chosen"]
     assert any(one["predicted_tok_per_s"] is None for one in results["checked"])  # what a run without a profile does
     assert {c["speculation"] for c in results["candidates"]} == {0, 1, 2, 3, 4}
@@ -141,7 +143,7 @@ def test_a_real_model_is_tuned_within_its_time(bundled: tuple[Path, Path]) -> No
 
 def test_too_little_time_leaves_parts_out_and_says_so(bundled: tuple[Path, Path]) -> None:
     said: list[str] = []
-    found = Tuner(Wanted(str(bundled[0]), None, {"resident": "1/2"}, {"n_ctx": 512}, 3.0), said.append).run()
+    found = Tuner(TuneOptions(str(bundled[0]), None, {"resident": "1/2"}, {"n_ctx": 512}, 3.0), said.append).run()
     assert found.found["skipped"]
     assert {f"left out: {text}" for text in found.found["skipped"]} <= set(said)
     assert found.chosen["speculation"] in (0, "auto")

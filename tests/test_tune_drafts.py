@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from edge_speq import EdgeError, EdgeLlama, profile
+from edge_speq import EdgeError, EdgeLlama
 from edge_speq.cli import tune as command
-from edge_speq.convert import draft as convert_draft
-from edge_speq.gguf_file import read
-from edge_speq.profile import Profile
-from edge_speq.tune import drafts, gauge
-from edge_speq.tune.gauge import Gauge, Trial, Worth
-from edge_speq.tune.tuner import Wanted
+from edge_speq.convert.quantization import draft as convert_draft
+from edge_speq.gguf.container import read
+from edge_speq.planning import profile
+from edge_speq.planning.profile import TuneProfile
+from edge_speq.tune import choose_draft, measure
+from edge_speq.tune.measure import Gauge, Trial, Worth
+from edge_speq.tune.tuner import TuneOptions
 
 Pair = tuple[Path, Path]
 OPTIONS = {"n_ctx": 512}
@@ -29,11 +30,11 @@ OPTIONS = {"n_ctx": 512}
 def test_names_are_split_and_told_once(tmp_path: Path) -> None:
     odd = tmp_path / "a,b.gguf"
     odd.write_bytes(b"")
-    assert drafts.names([]) == []
-    assert drafts.names(["none,self, ngram", "self", "x.gguf"]) == ["none", "self", "ngram", "x.gguf"]
-    assert drafts.names([str(odd)]) == [str(odd)]
+    assert choose_draft.names([]) == []
+    assert choose_draft.names(["none,self, ngram", "self", "x.gguf"]) == ["none", "self", "ngram", "x.gguf"]
+    assert choose_draft.names([str(odd)]) == [str(odd)]
     with pytest.raises(EdgeError, match="empty name"):
-        drafts.names(["self,,ngram"])
+        choose_draft.names(["self,,ngram"])
 
 
 # --- the choice ------------------------------------------------------------------------------------------
@@ -52,15 +53,15 @@ class Tuned:
     tokens_per_step = 1.5
     tried: list[tuple[str | None, int]]
 
-    def __init__(self, wanted: Wanted, say: Any) -> None:
+    def __init__(self, wanted: TuneOptions, say: Any) -> None:
         self._wanted = wanted
         self._left = {n: list(speeds) for n, speeds in self.speeds[wanted.draft].items()}
 
-    def run(self) -> Profile:
+    def run(self) -> TuneProfile:
         assert self._wanted.must_draft is (self._wanted.draft is not None)
         chosen = {"speculation": 1, "compute": "device", "n_threads": next(iter(self._left))}
         made_for = profile.Key("m", None, "d")
-        return Profile(made_for, {}, chosen, {"skipped": [], "candidates": [], "checked": []})
+        return TuneProfile(made_for, {}, chosen, {"skipped": [], "candidates": [], "checked": []})
 
     def trial(self, chosen: dict[str, Any], n: int, seconds: float) -> Trial:
         self.tried.append((self._wanted.draft, chosen["n_threads"]))
@@ -69,13 +70,13 @@ class Tuned:
 
 @pytest.fixture
 def choose(bundled: Pair, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(drafts, "Tuner", Tuned)
+    monkeypatch.setattr(choose_draft, "Tuner", Tuned)
 
-    def choose(speeds: dict[str | None, dict[int, list[float]]], tokens_per_step: float = 1.5) -> Profile:
+    def choose(speeds: dict[str | None, dict[int, list[float]]], tokens_per_step: float = 1.5) -> TuneProfile:
         monkeypatch.setattr(Tuned, "speeds", speeds, raising=False)
         monkeypatch.setattr(Tuned, "tokens_per_step", tokens_per_step)
         monkeypatch.setattr(Tuned, "tried", [], raising=False)
-        return drafts.Choice(Wanted(str(bundled[0])), [name for name in speeds if name]).run()
+        return choose_draft.Choice(TuneOptions(str(bundled[0])), [name for name in speeds if name]).run()
 
     return choose
 
@@ -111,13 +112,13 @@ def test_they_are_measured_in_turn_with_one_anothers_threads(choose: Any) -> Non
 
 
 @pytest.fixture(scope="module")
-def weighed(bundled: Pair) -> Profile:
+def weighed(bundled: Pair) -> TuneProfile:
     """Where the small dense model would leave too few slots."""
-    wanted = Wanted(str(bundled[0]), None, {"vram_budget": "30MiB"}, OPTIONS, 16.0)
-    return drafts.Choice(wanted, ["self", "ngram", str(bundled[1])]).run()
+    wanted = TuneOptions(str(bundled[0]), None, {"vram_budget": "30MiB"}, OPTIONS, 16.0)
+    return choose_draft.Choice(wanted, ["self", "ngram", str(bundled[1])]).run()
 
 
-def test_what_does_not_fit_is_named_with_its_reason(weighed: Profile, bundled: Pair) -> None:
+def test_what_does_not_fit_is_named_with_its_reason(weighed: TuneProfile, bundled: Pair) -> None:
     rows = {row["draft"]: row for row in weighed.found["drafts"]}
     assert list(rows) == ["none", "self", "ngram", str(bundled[1])]
     assert "slots would be too few" in rows[str(bundled[1])]["left_out"]
@@ -126,7 +127,7 @@ def test_what_does_not_fit_is_named_with_its_reason(weighed: Profile, bundled: P
     assert [name for name, row in rows.items() if row["left_out"] is None] == ["none", "self", "ngram"]
 
 
-def test_each_that_fits_is_reported(weighed: Profile) -> None:
+def test_each_that_fits_is_reported(weighed: TuneProfile) -> None:
     none, own, ngram = weighed.found["drafts"][:3]
     for row in (none, own, ngram):
         assert row["tok_per_s"] > 0 and row["predicted_tok_per_s"] > 0
@@ -143,7 +144,7 @@ def test_each_that_fits_is_reported(weighed: Profile) -> None:
     assert weighed.found["seconds"] < 32
 
 
-def test_the_report_has_a_line_for_each(weighed: Profile) -> None:
+def test_the_report_has_a_line_for_each(weighed: TuneProfile) -> None:
     said = command.report(weighed)
     assert [name for name in ("none", "self", "ngram") if f" {name} " in said] == ["none", "self", "ngram"]
     assert "left out " in said and "61%" in said
@@ -151,19 +152,19 @@ def test_the_report_has_a_line_for_each(weighed: Profile) -> None:
 
 def test_a_budget_that_fits_none_is_an_error(bundled: Pair) -> None:
     with pytest.raises(EdgeError, match="too few"):
-        drafts.Choice(Wanted(str(bundled[0]), None, {"vram_budget": "1MiB"}, OPTIONS, 5.0), ["self"]).run()
+        choose_draft.Choice(TuneOptions(str(bundled[0]), None, {"vram_budget": "1MiB"}, OPTIONS, 5.0), ["self"]).run()
 
 
 def test_a_file_that_is_not_there_is_an_error_at_once(bundled: Pair, tmp_path: Path) -> None:
     with pytest.raises(EdgeError, match="draft file not found"):
-        drafts.Choice(Wanted(str(bundled[0])), ["self", str(tmp_path / "none.gguf")])
+        choose_draft.Choice(TuneOptions(str(bundled[0])), ["self", str(tmp_path / "none.gguf")])
 
 
 def worth(bundled: Pair, **options: Any) -> Worth:
     options = {"vram_budget": "45MiB", "n_threads": 1} | OPTIONS | options
     with contextlib.closing(Gauge(str(bundled[0]), **options)) as llm:
-        done, _ = gauge.live(llm, gauge.tokens_of(llm, ["The old house stood"], 8), 24, 5.0)
-        return gauge.worth(llm, done)
+        done, _ = measure.live(llm, measure.tokens_of(llm, ["The old house stood"], 8), 24, 5.0)
+        return measure.worth(llm, done)
 
 
 def test_a_drafts_bytes_come_off_the_slots(bundled: Pair) -> None:
@@ -202,7 +203,7 @@ def stored(bundled: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
         chosen = {"draft": draft, "speculation": 2, "compute": "device", "n_threads": 1}
         bounds = {"resident": "1/2", "vram_budget": None}
         made_for, of_draft = profile.key(bundled[0], None), profile.key(bundled[0], draft).draft
-        return profile.store(Profile(made_for, bounds, chosen, {}, of_draft)), draft
+        return profile.store(TuneProfile(made_for, bounds, chosen, {}, of_draft)), draft
 
     return stored
 
@@ -230,7 +231,7 @@ def test_a_draft_that_the_user_names_is_kept(stored: Any, bundled: Pair) -> None
     stored()
     assert run(bundled, draft="ngram", resident="1/2")[0] is None
     chosen = {"speculation": 1, "compute": "device", "n_threads": 1}
-    profile.store(Profile(profile.key(bundled[0], "ngram"), {"resident": "1/2", "vram_budget": None}, chosen, {}))
+    profile.store(TuneProfile(profile.key(bundled[0], "ngram"), {"resident": "1/2", "vram_budget": None}, chosen, {}))
     applied = run(bundled, draft="ngram")[0]
     assert applied is not None and applied["speculation"] == 1 and "draft" not in applied
 

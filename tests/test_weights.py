@@ -18,15 +18,15 @@ from traces import EXPERTS
 
 from edge_speq import EdgeError
 from edge_speq.core import Experts
-from edge_speq.foresight import weights
-from edge_speq.foresight.weights import Weights
+from edge_speq.policies.learned import network_file
+from edge_speq.policies.learned.network_file import Weights
 
 
 def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
     for draft in (None, SMALL, EXPERTS):
         before, path = made(draft=draft), tmp_path / "foresight.npz"
-        weights.write(before, path)
-        after = weights.read(path)
+        network_file.write(before, path)
+        after = network_file.read(path)
         assert after.meta == before.meta and (after.target, after.draft) == (before.target, before.draft)
         for field in dataclasses.fields(Weights):
             if field.name != "meta":
@@ -43,7 +43,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
         pytest.skip("no named pipes here")
     for path in (fifo, tmp_path):
         with pytest.raises(EdgeError, match="no file"):
-            weights.write(made(), path)
+            network_file.write(made(), path)
     assert fifo.is_fifo() and list(tmp_path.iterdir()) == [fifo]
 
 
@@ -97,30 +97,30 @@ def _set(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
 )
 def test_a_file_that_is_not_sound_is_one_error(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = tmp_path / "foresight.npz"
-    weights.write(made(), path)
+    network_file.write(made(), path)
     rewritten(path, change)
     with pytest.raises(EdgeError) as caught:
-        weights.read(path)
+        network_file.read(path)
     assert str(path) in caught.value.message and "--learn" in caught.value.hint
 
 
 def test_a_corrupt_or_missing_file_is_one_error(tmp_path: Path) -> None:
     path = tmp_path / "foresight.npz"
-    weights.write(made(), path)
+    network_file.write(made(), path)
     whole = path.read_bytes()
     for bad in (b"", pickle.dumps(made().meta), whole[: len(whole) // 2], whole[:200] + b"\0" * 400 + whole[600:]):
         path.write_bytes(bad)
         with pytest.raises(EdgeError):
-            weights.read(path)
+            network_file.read(path)
     with pytest.raises(EdgeError) as caught:
-        weights.read(tmp_path / "none.npz")
+        network_file.read(tmp_path / "none.npz")
     assert caught.value.usage
 
 
 def test_a_small_file_cannot_ask_for_much_memory(tmp_path: Path) -> None:
     """A header of 8 GB over zeros that deflate to nothing is refused before they are read."""
     path = tmp_path / "bomb.npz"
-    weights.write(made(), path)
+    network_file.write(made(), path)
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -134,7 +134,7 @@ def test_a_small_file_cannot_ask_for_much_memory(tmp_path: Path) -> None:
                 for _ in range(64):
                     member.write(bytes(1 << 20))
     with pytest.raises(EdgeError, match="out is float32 of shape"):
-        weights.read(path)
+        network_file.read(path)
 
 
 def test_it_serves_the_models_that_it_was_learned_for() -> None:
@@ -155,10 +155,10 @@ def test_it_serves_the_models_that_it_was_learned_for() -> None:
 
 
 def test_a_file_and_a_policy_go_together_or_not(tmp_path: Path) -> None:
-    weights.write(made(), tmp_path / "f.npz")
-    assert weights.given(None, "auto") is None
-    assert weights.given(tmp_path / "f.npz", "auto") is not None
+    network_file.write(made(), tmp_path / "f.npz")
+    assert network_file.load_for_policy(None, "auto") is None
+    assert network_file.load_for_policy(tmp_path / "f.npz", "auto") is not None
     for path, policy, cause in ((None, "learned", "needs a file"), (tmp_path / "f.npz", "lru", "reads no learned")):
         with pytest.raises(EdgeError, match=cause) as caught:
-            weights.given(path, policy)
+            network_file.load_for_policy(path, policy)
         assert caught.value.usage

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from edge_speq.core import ExpertGroup, Experts
-from edge_speq.presets import Setting
+from edge_speq.policies.context import PolicyContext
 from edge_speq.trace import Step
 
 EXPERTS = Experts(4, 16, 2, (ExpertGroup(2, 32, 1000, (0, 2)), ExpertGroup(2, 32, 700, (1, 3))))
 LINK = 10**9  # bytes per second: an expert takes a microsecond
 
 
-def setting(n_slots: int = 12, k_max: int = 2) -> Setting:
-    return Setting(EXPERTS, (n_slots, n_slots), k_max, LINK, block_ms=0.0005, draft_ms=0.002, has_twin=True)
+def setting(n_slots: int = 12, k_max: int = 2) -> PolicyContext:
+    return PolicyContext(EXPERTS, (n_slots, n_slots), k_max, LINK, block_ms=0.0005, draft_ms=0.002, has_twin=True)
 
 
 def routing(random: np.random.Generator, width: int, experts: Experts = EXPERTS) -> np.ndarray:

@@ -25,14 +25,17 @@ import numpy.typing as npt
 import preset_table
 from every_token import EveryToken, Recording, record
 
-from edge_speq import _native, demo, presets
-from edge_speq.bench import prompts
-from edge_speq.presets import Policy, Setting, Slots
-from edge_speq.presets.governors import Fixed
-from edge_speq.presets.waits import Waits
-from edge_speq.simulate.costs import Costs
-from edge_speq.simulate.places import slots_for
-from edge_speq.simulate.steps import Part
+from edge_speq import _native
+from edge_speq import texts as prompts
+from edge_speq.gguf import bundled as demo
+from edge_speq.policies import registry as presets
+from edge_speq.policies.base import Policy
+from edge_speq.policies.context import PolicyContext, Slots
+from edge_speq.policies.next_use import NextUse
+from edge_speq.policies.published.draft_lengths import Fixed
+from edge_speq.simulate.costs import StepCosts
+from edge_speq.simulate.placement import slots_for
+from edge_speq.simulate.steps import ReplayedStep
 
 LINKS = (3_000_000_000, 12_500_000_000, 50_000_000_000)
 CPU_BYTES_PER_S = 25_000_000_000  # that expert weights are read with by a laptop's CPU
@@ -43,10 +46,10 @@ PASSES = 2
 FIXED_K = 2  # where no governor chooses
 
 
-class FetchesOnly(Waits):
+class FetchesOnly(NextUse):
     """Foresight for fetches, and nothing for eviction: what was used last stays."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: PolicyContext) -> None:
         super().__init__(setting, most_ahead=1)
 
     def foresee(self, slots: Slots, draft_routing: npt.NDArray[np.int32] | None, n_drafted: int) -> None:
@@ -70,22 +73,22 @@ class _Unscored:
 class Hybrid(EveryToken):
     """Misses go to the CPU and over the link at once, so that both are done together: their speeds add up."""
 
-    def _step(self, part: Part) -> float:
+    def _step(self, part: ReplayedStep) -> float:
         before, link = self.place.stall_ns, self.setting.link_bytes_per_s
         ms = super()._step(part)
         return ms - (self.place.stall_ns - before) / 1e6 * CPU_BYTES_PER_S / (link + CPU_BYTES_PER_S)
 
 
-def _auto(setting: Setting) -> Policy:
-    return Waits(setting, most_ahead=1)
+def _auto(setting: PolicyContext) -> Policy:
+    return NextUse(setting, most_ahead=1)
 
 
-def _lfru(setting: Setting) -> Policy:
+def _lfru(setting: PolicyContext) -> Policy:
     return presets.make("lfru", setting)
 
 
 NO_HYBRID, NONE = "no hybrid", "none of them (lru)"
-ARMS: dict[str, tuple[Callable[[Setting], Policy], str]] = {  # and the draft length: of the governor, or fixed
+ARMS: dict[str, tuple[Callable[[PolicyContext], Policy], str]] = {  # and the draft length: of the governor, or fixed
     "all parts": (_auto, "governor"),
     "no foresight": (_lfru, "governor"),
     "no utility eviction": (FetchesOnly, "governor"),
@@ -96,16 +99,16 @@ ARMS: dict[str, tuple[Callable[[Setting], Policy], str]] = {  # and the draft le
 }
 
 
-def settings(recording: Recording, place: tuple[str, float, int], link: int) -> tuple[Setting, Costs]:
+def settings(recording: Recording, place: tuple[str, float, int], link: int) -> tuple[PolicyContext, StepCosts]:
     _, share, k_max = place
     slots = slots_for(recording.experts, share, k_max)
-    nominal = Setting.nominal(recording.experts, slots, k_max, 12_500_000_000, has_twin=recording.is_twin)
+    nominal = PolicyContext.nominal(recording.experts, slots, k_max, 12_500_000_000, has_twin=recording.is_twin)
     setting = dataclasses.replace(nominal, link_bytes_per_s=link, draft_ms=0.0)
     computing = setting.block_ms * setting.experts.n_blocks
     base = {width: computing * (1 + WIDENING * (width - 1)) for width in range(1, k_max + 2)}
-    alone = governor_table.written(recording.steps[: governor_table.N_TEXTS], setting, Costs(base), Fixed(0))[0]
+    alone = governor_table.written(recording.steps[: governor_table.N_TEXTS], setting, StepCosts(base), Fixed(0))[0]
     setting = dataclasses.replace(setting, draft_ms=DRAFT_COST * 1e3 / alone[0])
-    return setting, Costs(base, setting.draft_ms)
+    return setting, StepCosts(base, setting.draft_ms)
 
 
 def row(recording: Recording, place: tuple[str, float, int], link: int, domain: str, name: str) -> dict[str, Any]:

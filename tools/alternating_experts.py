@@ -16,7 +16,8 @@ from pathlib import Path
 import llama_cpp
 from llama_cpp import _internals as internals
 
-from edge_speq import _native, engine
+from edge_speq import _native
+from edge_speq.runtime import loading
 
 MODES, PAST, REPETITIONS = ("own", "resident"), 40, 12
 
@@ -25,8 +26,8 @@ def measure(path: Path) -> dict[str, tuple[float, float]]:
     """For each mode the milliseconds of a step after its like, and after the other."""
     params, contexts = llama_cpp.llama_model_default_params(), llama_cpp.llama_context_default_params()
     contexts.n_ctx, contexts.n_threads, contexts.n_threads_batch = 256, 1, 1
-    keep_alive = engine.experts_on_host(params)
-    with contextlib.closing(engine.load_model(path, params, "model")) as model:
+    keep_alive = loading.experts_on_host(params)
+    with contextlib.closing(loading.load_model(path, params, "model")) as model:
         experts = _native.model_experts(model.model)
         hook = _native.Hook(model.model, experts, 1, [group.n_experts * 3 // 4 for group in experts.groups])
         with (
@@ -39,12 +40,12 @@ def measure(path: Path) -> dict[str, tuple[float, float]]:
                 if not hook.use_experts(mode):
                     raise SystemExit(f"{path}: too few experts of a block are in slots")
                 context.kv_cache_seq_rm(-1, PAST, -1)
-                engine.decode(context, batch, [17], PAST, 1, hook=hook)
+                loading.decode(context, batch, [17], PAST, 1, hook=hook)
                 return 1e3 * (time.perf_counter() - started)
 
-            engine.decode(context, batch, list(range(5, 5 + PAST)), 0, 1, hook=hook)
+            loading.decode(context, batch, list(range(5, 5 + PAST)), 0, 1, hook=hook)
             for token in range(8):
-                engine.decode(context, batch, [token], PAST, 1, hook=hook)
+                loading.decode(context, batch, [token], PAST, 1, hook=hook)
                 context.kv_cache_seq_rm(-1, PAST, -1)
             alike = {mode: min(step(mode) for _ in range(REPETITIONS)) for mode in MODES}
             turns = [{mode: step(mode) for mode in MODES} for _ in range(REPETITIONS)]

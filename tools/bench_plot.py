@@ -23,7 +23,8 @@ from typing import Any
 
 from bench_report import Group, Row, Spread, groups, read
 
-from edge_speq.core import EdgeError, parse_share
+from edge_speq.errors import EdgeError
+from edge_speq.units import parse_share
 
 COLOURS = {"auto": "tab:blue", "device": "tab:cyan", "hybrid": "tab:purple", "lfru": "tab:green", "lru": "tab:orange",
            "cpu-moe": "tab:red", "all": "tab:gray"}  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_speq.convert import reader
+from edge_speq.convert.evaluation import reader
 
 
 def compare(model: Any, tokenizer: Any, gguf: str, text: str, most: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from typing import Any
 
 import inflate_model
 
-from edge_speq import gguf_file
+from edge_speq.gguf import container as gguf_file
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / "tests" / "tiny_checkpoint.py"

@@ -18,8 +18,10 @@ from typing import Any
 
 from foresight_table import prompts
 
-from edge_speq import EdgeLlama, demo
-from edge_speq.convert import agreement, draft, reader
+from edge_speq import EdgeLlama
+from edge_speq.convert.evaluation import agreement, reader
+from edge_speq.convert.quantization import draft
+from edge_speq.gguf import bundled as demo
 
 TYPES = ("iq2_xs", "q2_k", "iq3_xxs", "q3_k")
 K, N_TOKENS = 2, 64

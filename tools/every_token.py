@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_speq.bench.prompts import Prompt
+from edge_speq.bench.recorder import Recorder
 from edge_speq.core import Experts
-from edge_speq.presets import Policy, Setting
-from edge_speq.simulate.costs import Costs
-from edge_speq.simulate.replay import Outcome, Replay
+from edge_speq.policies.base import Policy
+from edge_speq.policies.context import PolicyContext
+from edge_speq.simulate.costs import StepCosts
+from edge_speq.simulate.replay import Replay, ReplayOutcome
 from edge_speq.simulate.steps import _part as part_of
+from edge_speq.texts import Prompt
 from edge_speq.trace import Step
-from edge_speq.trace.record import Recorder
 
 TEMPERATURE = 0.8
 READ_AT_ONCE = 8  # tokens that the draft reads in the time of one, when it had not been asked for a while
@@ -83,20 +84,20 @@ def _right(drafted: Sequence[int], text: Sequence[int]) -> int:
 class EveryToken(Replay):
     """A policy over such a recording, with the draft lengths of its governor."""
 
-    def __init__(self, policy: Policy, setting: Setting, costs: Costs) -> None:
+    def __init__(self, policy: Policy, setting: PolicyContext, costs: StepCosts) -> None:
         super().__init__(policy, setting, costs, governed=True, drafts=True)
         self.lengths: list[int] = []
 
-    def over(self, passages: Sequence[Sequence[Step]], begin: Callable[[], None] | None = None) -> Outcome:
+    def over(self, passages: Sequence[Sequence[Step]], begin: Callable[[], None] | None = None) -> ReplayOutcome:
         """begin: called before each text. Counters are those of the replay so far."""
-        out = Outcome(self.name, self._lossy, self.place.counters())
+        out = ReplayOutcome(self.name, self._lossy, self.place.counters())
         for steps in passages:
             if begin is not None:
                 begin()
             self._passage(steps, out)
         return dataclasses.replace(out, counters=self.place.counters(), failed=self._failed)
 
-    def _passage(self, steps: Sequence[Step], out: Outcome) -> None:
+    def _passage(self, steps: Sequence[Step], out: ReplayOutcome) -> None:
         at = unread = 0  # the place, and tokens that the draft has not read
         while at < len(steps):
             governor = self.policy.governor

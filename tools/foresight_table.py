@@ -23,8 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import preset_table
 
-from edge_speq import EdgeLlama, _native, demo, residency
-from edge_speq.convert import quantize
+from edge_speq import EdgeLlama, _native
+from edge_speq.convert.quantization import quantize
+from edge_speq.gguf import bundled as demo
+from edge_speq.simulate import slots as residency
 
 PROMPTS = Path(__file__).resolve().parent.parent / "tests" / "data" / "prompts"
 CLASSES = ("chat", "code", "prose", "textbook")

@@ -19,8 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_speq import EdgeLlama, demo
-from edge_speq.bench import prompts
+from edge_speq import EdgeLlama
+from edge_speq import texts as prompts
+from edge_speq.gguf import bundled as demo
 
 
 def write(model: EdgeLlama, text: str, n_tokens: int, temperature: float) -> tuple[int, float]:

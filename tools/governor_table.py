@@ -27,14 +27,17 @@ import numpy as np
 import preset_table
 from every_token import EveryToken, Recording, record
 
-from edge_speq import _native, demo, presets
-from edge_speq.bench import prompts
-from edge_speq.governor import Governor
-from edge_speq.presets import Policy, Setting
-from edge_speq.presets import governors as published
-from edge_speq.presets.waits import Waits
-from edge_speq.simulate.costs import Costs
-from edge_speq.simulate.places import slots_for
+from edge_speq import _native
+from edge_speq import texts as prompts
+from edge_speq.engine.draft_length.controller import DraftLengthController
+from edge_speq.gguf import bundled as demo
+from edge_speq.policies import registry as policies
+from edge_speq.policies.base import Policy
+from edge_speq.policies.context import PolicyContext
+from edge_speq.policies.next_use import NextUse
+from edge_speq.policies.published import draft_lengths as published
+from edge_speq.simulate.costs import StepCosts
+from edge_speq.simulate.placement import slots_for
 from edge_speq.trace import Step
 
 K_MAX, N_TEXTS, N_TOKENS, PASSES = 8, 8, 64, 3
@@ -71,28 +74,28 @@ def cells() -> Iterator[Cell]:
         yield Cell(draft, place[0], link, cost, shape[0], shape[1])
 
 
-def make_policy(setting: Setting) -> Policy:
+def make_policy(setting: PolicyContext) -> Policy:
     """`auto`, the draft looking as far as the engine's does at first."""
-    return Waits(setting, most_ahead=1) if setting.has_twin else presets.make("lfru", setting)
+    return NextUse(setting, most_ahead=1) if setting.has_twin else policies.make("lfru", setting)
 
 
-def settings(recording: Recording, cell: Cell) -> tuple[Setting, Costs]:
+def settings(recording: Recording, cell: Cell) -> tuple[PolicyContext, StepCosts]:
     share, k_max = cell.place
     slots = slots_for(recording.experts, share, k_max)
-    nominal = Setting.nominal(recording.experts, slots, k_max, LINKS[1], has_twin=recording.is_twin)
+    nominal = PolicyContext.nominal(recording.experts, slots, k_max, LINKS[1], has_twin=recording.is_twin)
     setting = dataclasses.replace(
         nominal, link_bytes_per_s=cell.link, block_ms=cell.block * nominal.block_ms, draft_ms=0.0
     )
     computing = setting.block_ms * setting.experts.n_blocks
     base = {width: computing * (1 + cell.widening * (width - 1)) for width in range(1, k_max + 2)}
-    alone = written(recording.steps[:N_TEXTS], setting, Costs(base), published.Fixed(0))[0]
+    alone = written(recording.steps[:N_TEXTS], setting, StepCosts(base), published.Fixed(0))[0]
     step_ms = 1e3 / alone[0]
     setting = dataclasses.replace(setting, draft_ms=cell.draft_cost * step_ms)
-    return setting, Costs(base, setting.draft_ms)
+    return setting, StepCosts(base, setting.draft_ms)
 
 
 def written(
-    passages: Sequence[Sequence[Step]], setting: Setting, costs: Costs, governor: Any, passes: int = 1
+    passages: Sequence[Sequence[Step]], setting: PolicyContext, costs: StepCosts, governor: Any, passes: int = 1
 ) -> tuple[list[float], list[int]]:
     """Tokens a second of all passes and of each, and the draft lengths."""
     policy = make_policy(setting)
@@ -107,11 +110,11 @@ def written(
     return [1e3 * tokens / ms, *speeds], replay.lengths
 
 
-def governor_for(setting: Setting) -> Governor:
+def governor_for(setting: PolicyContext) -> DraftLengthController:
     """As the engine makes it: it does not know what steps cost here, only a laptop's nominal costs."""
     known = (setting.experts, setting.slots, setting.k_max, setting.link_bytes_per_s)
-    made = Governor(setting.k_max, fixed=False)
-    made.expect(published.roofline(Setting.nominal(*known, has_twin=setting.has_twin)))
+    made = DraftLengthController(setting.k_max, fixed=False)
+    made.expect(published.roofline(PolicyContext.nominal(*known, has_twin=setting.has_twin)))
     return made
 
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from step_times import Placement
 
 from edge_speq import _native
-from edge_speq.bench import prompts
+from edge_speq import texts as prompts
 
 Rows = npt.NDArray[np.float32]
 LINK = 1_000_000_000  # bytes per second

@@ -317,7 +317,7 @@ def verify(source: Path, out: Path) -> dict[str, Any]:
     try:
         import inflate_check
 
-        from edge_speq.core import EdgeError
+        from edge_speq.errors import EdgeError
     except ImportError as error:
         raise InflateError(f"--verify needs edge_speq: {error}") from error
     try:

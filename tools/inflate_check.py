@@ -21,9 +21,10 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import EdgeLlama, _native, residency
-from edge_speq.bench import prompts
+from edge_speq import EdgeLlama, _native
+from edge_speq import texts as prompts
 from edge_speq.core import Experts
+from edge_speq.simulate import slots as residency
 
 Routing = npt.NDArray[np.int32]  # [n_blocks, n_tokens, n_expert_used]
 

@@ -14,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_speq import presets, trace
-from edge_speq.core import EdgeError
-from edge_speq.presets import Setting
+from edge_speq import trace
+from edge_speq.errors import EdgeError
+from edge_speq.policies import registry as policies
+from edge_speq.policies.context import PolicyContext
 from edge_speq.simulate.replay import Replay
 from edge_speq.trace.reader import Trace
 from edge_speq.trace.step import Step
@@ -29,8 +30,8 @@ SHORT, TURNS = 20, 5  # tokens of a text, and how often each comes
 def misses(recorded: Trace, steps: Sequence[Step], share: float, policy: str) -> int:
     experts = recorded.experts
     slots = tuple(max(int(share * group.n_experts), experts.n_expert_used + 1) for group in experts.groups)
-    setting = Setting.nominal(experts, slots, 0, 12_500_000_000, has_twin=False)
-    counted = Replay(presets.make(policy, setting), setting).run(steps).counters.misses
+    setting = PolicyContext.nominal(experts, slots, 0, 12_500_000_000, has_twin=False)
+    counted = Replay(policies.make(policy, setting), setting).run(steps).counters.misses
     assert counted is not None
     return counted
 

@@ -23,17 +23,18 @@ import numpy as np
 import numpy.typing as npt
 import preset_table
 
-from edge_speq import _native, demo, trace
-from edge_speq.bench import prompts
-from edge_speq.foresight import weights
-from edge_speq.foresight.learned import Learned
-from edge_speq.foresight.weights import Weights
-from edge_speq.presets.policy import Sets
+from edge_speq import _native, trace
+from edge_speq import texts as prompts
+from edge_speq.bench.recorder import Recorder
+from edge_speq.gguf import bundled as demo
+from edge_speq.policies.learned import network_file
+from edge_speq.policies.learned.network import Learned
+from edge_speq.policies.learned.network_file import Weights
+from edge_speq.policies.prediction import Sets
 from edge_speq.simulate import report
-from edge_speq.simulate.windows import _overlap, _places, _texts
+from edge_speq.simulate.window_quality import _overlap, _places, _texts
 from edge_speq.trace import Trace
-from edge_speq.trace.record import Recorder
-from edge_speq.tune.learn import learn
+from edge_speq.tune.learned.train_network import learn
 
 PROMPTS = Path(__file__).resolve().parent.parent / "tests" / "data" / "prompts"
 CLASSES = ("chat", "code", "prose", "textbook")
@@ -107,8 +108,8 @@ def learned_from(kind: str, folder: Path, target: Path, draft: Path | None) -> W
         lengths = TRAIN_K if draft is not None else (0,)
         files = {k: folder / f"{kind}-{k}-train.npz" for k in lengths}
         traces = [record(target, draft, k, file, texts, TRAIN_TOKENS, TRAIN_SEEDS) for k, file in files.items()]
-        weights.write(learn(traces, say=lambda text: print(f"{kind}: {text}", file=sys.stderr)), path)
-    return weights.read(path)
+        network_file.write(learn(traces, say=lambda text: print(f"{kind}: {text}", file=sys.stderr)), path)
+    return network_file.read(path)
 
 
 def window(recorded: Trace, learned: Weights) -> dict[str, float]:
@@ -208,7 +209,7 @@ def measured(kind: str, folder: Path) -> list[dict[str, Any]]:
         chosen = prompts.bundled(N_TEXTS).chosen
         recorded = record(target, draft, k, folder / f"{kind}-{k}-test.npz", chosen, TEST_TOKENS, (1,))
         numerator, denominator = share.split("/")
-        wanted = report.Wanted(POLICIES, [int(numerator) / int(denominator)], LINK, foresight=learned)
+        wanted = report.SimulateOptions(POLICIES, [int(numerator) / int(denominator)], LINK, foresight=learned)
         made = [row | {"share": share, "draft": kind} for row in report.simulate([recorded], wanted)]
         if k >= WINDOW:
             made[-1]["window"] = window(recorded, learned)

@@ -21,7 +21,8 @@ from pathlib import Path
 import llama_cpp as lib
 import numpy as np
 
-from edge_speq.convert import graph, hf
+from edge_speq.convert.evaluation import graph
+from edge_speq.convert.huggingface import hf
 
 CONTEXT = 512  # tokens of one calibration or measuring window
 IM_END = 2  # the token that ends a chat turn; <|endoftext|> is 0
@@ -70,10 +71,10 @@ class Importance:
         self.callback = lib.ggml_backend_sched_eval_callback(self._observe)
 
     def _observe(self, address: int, ask: bool, _user: int | None) -> bool:
-        node = graph.Tensor.from_address(address)
+        node = graph.GraphTensor.from_address(address)
         if not node.src[0] or not node.src[1]:
             return not ask
-        weight, x = graph.Tensor.from_address(node.src[0]), graph.Tensor.from_address(node.src[1])
+        weight, x = graph.GraphTensor.from_address(node.src[0]), graph.GraphTensor.from_address(node.src[1])
         name = weight.name.decode()
         if not name.endswith(".weight") or x.type != 0 or weight.ne[0] != x.ne[0]:  # F32 activations into a weight
             return not ask
@@ -84,7 +85,7 @@ class Importance:
         sums = self.sums.setdefault(name, np.zeros((n, weight.ne[0])))
         counts = self.counts.setdefault(name, np.zeros(n))
         if node.src[2]:  # MUL_MAT_ID: ids [token, k], rows [token, 1 or k, ne0]
-            ids = graph.Tensor.from_address(node.src[2]).array(np.int32)[0]
+            ids = graph.GraphTensor.from_address(node.src[2]).array(np.int32)[0]
             squares = np.broadcast_to(np.square(rows), (*ids.shape, weight.ne[0])).reshape(ids.size, -1)
             chosen = np.eye(n, dtype=np.float32)[ids.ravel()]
             sums += chosen.T @ squares

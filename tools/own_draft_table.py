@@ -18,8 +18,9 @@ from typing import Any
 
 from foresight_table import prompts
 
-from edge_speq import EdgeError, EdgeLlama, demo
-from edge_speq.convert import draft as twins
+from edge_speq import EdgeError, EdgeLlama
+from edge_speq.convert.quantization import draft as twins
+from edge_speq.gguf import bundled as demo
 
 K, N_TOKENS, KIND = 2, 64, "q2_k"
 OPTIONS: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 2, "deterministic": True}

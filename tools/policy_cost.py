@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import EdgeLlama, _native, presets
-from edge_speq.core import EdgeError, ExpertGroup, Experts
-from edge_speq.presets import Setting
+from edge_speq import EdgeLlama, _native
+from edge_speq.core import ExpertGroup, Experts
+from edge_speq.errors import EdgeError
+from edge_speq.policies import registry as presets
+from edge_speq.policies.context import PolicyContext
 
 STEPS, WARM_UP = 600, 100
 CASES = "waits 4", "waits 2", "waits 0", "auto 0", "lfru 0", "twin 4", "moe-spac 4"  # policy, drafted tokens
@@ -66,7 +68,9 @@ def routing(experts: Experts, n_tokens: int, seed: int) -> Routing:
 
 def isolated(experts: Experts, name: str, k: int) -> tuple[list[float], list[float]]:
     """Microseconds before and after each step."""
-    setting = Setting.nominal(experts, (experts.total // 4,), k, 12_500_000_000, has_twin=name != "auto" and k > 0)
+    setting = PolicyContext.nominal(
+        experts, (experts.total // 4,), k, 12_500_000_000, has_twin=name != "auto" and k > 0
+    )
     policy, slots = presets.make(name, setting), Slots(experts, 1 / 4)
     width = k + 1
     line = routing(experts, (STEPS + 2) * width, seed=0)

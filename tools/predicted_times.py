@@ -19,18 +19,19 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from edge_speq import machine, trace
-from edge_speq.bench import prompts
-from edge_speq.core import parse_rate
-from edge_speq.presets import Setting
-from edge_speq.simulate import Costs, Replay, costs
-from edge_speq.trace.record import Recorder
+from edge_speq import system, texts, trace
+from edge_speq.bench.recorder import Recorder
+from edge_speq.policies.context import PolicyContext
+from edge_speq.simulate import costs
+from edge_speq.simulate.costs import StepCosts
+from edge_speq.simulate.replay import Replay
+from edge_speq.units import parse_rate
 
 Steps = list[trace.Step]
 FITTED = "lru", "1/4"
 
 
-def recorded(options: argparse.Namespace, policy: str, share: str, k: int) -> tuple[Steps, Setting]:
+def recorded(options: argparse.Namespace, policy: str, share: str, k: int) -> tuple[Steps, PolicyContext]:
     drafting: dict[str, Any] = {"draft": options.draft} if k else {}
     model = Recorder(
         options.model,
@@ -46,13 +47,13 @@ def recorded(options: argparse.Namespace, policy: str, share: str, k: int) -> tu
     steps: Steps = []
     model.sink = steps.append
     with contextlib.closing(model):
-        for index, prompt in enumerate(prompts.bundled().chosen):
+        for index, prompt in enumerate(texts.bundled().chosen):
             model.begin_passage(index)
             model.create_completion(prompt.text, max_tokens=options.n_tokens, temperature=0.0)
         model.write()
         plan = model._plan
         link = parse_rate(options.link) if options.link else 1
-        return steps, Setting(model._experts, plan.slots, plan.k_max, link, 0.0, 0.0, has_twin=k > 0)
+        return steps, PolicyContext(model._experts, plan.slots, plan.k_max, link, 0.0, 0.0, has_twin=k > 0)
 
 
 def narrow(steps: Steps) -> Steps:
@@ -67,14 +68,14 @@ def later(steps: Steps) -> list[bool]:
 class Fit:
     """What a run under lru says of the machine."""
 
-    def __init__(self, steps: Steps, made: Setting) -> None:
-        self.costs = Costs.fit(steps)
+    def __init__(self, steps: Steps, made: PolicyContext) -> None:
+        self.costs = StepCosts.fit(steps)
         found = costs.link_of(steps, Replay("lru", made).run(steps).step_bytes)
         if found is None:
             raise SystemExit("nothing was fetched: give a larger model or a smaller share")
         self.link = round(found)
 
-    def error(self, policy: str, steps: Steps, made: Setting) -> float:
+    def error(self, policy: str, steps: Steps, made: PolicyContext) -> float:
         """Of the prediction, relative."""
         block_ms = costs.block_ms(self.costs, made.k_max + 1, made.experts.n_blocks)
         made = dataclasses.replace(made, link_bytes_per_s=self.link, block_ms=block_ms, draft_ms=self.costs.draft_ms)
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--draft", help="a twin, for runs of --k drafted tokens; without one none is drafted")
     parser.add_argument("--k", type=int, default=2)
     parser.add_argument("--link", help="emulated: 12.5GB/s; the link as it is when left out")
-    parser.add_argument("--threads", type=int, default=machine.usable_cpus())
+    parser.add_argument("--threads", type=int, default=system.usable_cpus())
     parser.add_argument("--policies", default="lru,lfru,twin,waits")
     parser.add_argument("--shares", default="1/4,1/2,3/4")
     parser.add_argument("-n", "--n-tokens", type=int, default=32)

@@ -22,11 +22,12 @@ from typing import Any
 
 import llama_cpp
 
-from edge_speq import _native, demo, trace
-from edge_speq.bench import prompts
-from edge_speq.presets import PRESETS
+from edge_speq import _native, trace
+from edge_speq import texts as prompts
+from edge_speq.bench.recorder import Recorder
+from edge_speq.gguf import bundled as demo
+from edge_speq.policies.registry import PRESETS
 from edge_speq.simulate import report
-from edge_speq.trace.record import Recorder
 
 TWINS = {"Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, "Q2_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K}
 CASES = (("1/8", 1), ("1/4", 2), ("1/2", 2), ("1/2", 4))
@@ -155,7 +156,7 @@ def main() -> None:
             for share, k in CASES:
                 print(f"{kind}, K = {k}, {share} resident", file=sys.stderr)
                 numerator, denominator = share.split("/")
-                wanted = report.Wanted(NAMES, [int(numerator) / int(denominator)], LINK, by_class=True)
+                wanted = report.SimulateOptions(NAMES, [int(numerator) / int(denominator)], LINK, by_class=True)
                 made = report.simulate([traces[k]], wanted)
                 rows += [row | {"share": share, "twin": kind} for row in made]
     whole = [row for row in rows if row["domain"] == "all"]

@@ -18,11 +18,11 @@ import llama_cpp
 import step_record
 
 from edge_speq import _native
-from edge_speq.bench import prompts
-from edge_speq.bench.watched import Watched
+from edge_speq import texts as prompts
+from edge_speq.bench.instrumented import InstrumentedLlama
 
 
-class Timed(Watched):
+class Timed(InstrumentedLlama):
     decoding = 0.0  # seconds
 
     def _decode(self, chunk: list[int], past: int, n_rows: int) -> None:

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 
 from server_clients import CONTEXT, RESIDENT, TIMEOUT, Client, Expected
 
-from edge_speq import demo
+from edge_speq.gguf import bundled as demo
 
 MIB = 1 << 20
 ROUNDS = 10

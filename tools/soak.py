@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from edge_speq import EdgeError, EdgeLlama, _native, demo
+from edge_speq import EdgeError, EdgeLlama, _native
+from edge_speq.gguf import bundled as demo
 
 MIB = 1 << 20
 PROMPTS = ("The old house", "Once upon a time there was", "def main(", "1 + 1 =", "A fox and a hare", "Dear")

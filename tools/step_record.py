@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import machine
-from edge_speq.bench import bound, prompts
-from edge_speq.bench.policies import COMPUTES
+from edge_speq import system
+from edge_speq import texts as prompts
+from edge_speq.bench import clairvoyant_bound
+from edge_speq.bench.arms import COMPUTES
+from edge_speq.bench.instrumented import InstrumentedLlama
 from edge_speq.bench.rows import machine as hardware
-from edge_speq.bench.watched import Watched
 from edge_speq.cli.bench import emulation
 from edge_speq.core import ExpertCounters
 
@@ -33,7 +34,7 @@ RESIDENT = 2  # of Hook.states(), and above it
 Record = dict[str, Any]
 
 
-class Recorded(Watched):
+class Recorded(InstrumentedLlama):
     """Keeps what the counters say of each step while it is watched."""
 
     def begin(self) -> None:
@@ -99,7 +100,7 @@ def record(model: Recorded, n_tokens: int, keep: int) -> Record:
         "foresight": model.stats().foresight,
         "device": str(model.device),
         "resident_fraction": model.resident_fraction(),
-        "link_bytes_per_s": model._link or bound.link_rate(model),
+        "link_bytes_per_s": model._link or clairvoyant_bound.link_rate(model),
         "hit_rate": hits / (hits + misses),
         "mean_ms": _means(steps, drafts),
         "demanded": model.demanded.tolist(),
@@ -161,7 +162,7 @@ def main() -> None:
         spent = ", ".join(f"{what} {ms:.2f} ms" for what, ms in runs[-1]["mean_ms"].items())
         print(f"{name}: hit rate {runs[-1]['hit_rate']:.3f}; of a step: {spent}")
     made = {"model": arguments.model.name, "emulation": arguments.emulate, "deterministic": arguments.deterministic}
-    made |= {"resident": arguments.resident} | hardware(machine.cpu_model(), None) | {"runs": runs}
+    made |= {"resident": arguments.resident} | hardware(system.cpu_model(), None) | {"runs": runs}
     arguments.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 

@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edge_speq import _native
-from edge_speq.bench import prompts
-from edge_speq.bench.policies import COMPUTES
-from edge_speq.bench.watched import Watched
+from edge_speq import _native, texts
+from edge_speq.bench.arms import COMPUTES
+from edge_speq.bench.instrumented import InstrumentedLlama
 from edge_speq.cli.bench import emulation
 
 WARM_UP = 24  # tokens: slots are filled, costs learned, graphs built
@@ -62,14 +61,14 @@ def joined(spans: list[Span]) -> list[Span]:
     return out
 
 
-def timeline(model: Watched, n_steps: int) -> dict[str, Any]:
+def timeline(model: InstrumentedLlama, n_steps: int) -> dict[str, Any]:
     """Milliseconds from the first recorded step's begin on."""
     hook = model._hook
     assert hook is not None
     events: list[dict[str, Any]] = []
     steps: list[tuple[int, int]] = []
     model.reset()
-    stream = model.generate(model.words(prompts.bundled().chosen[0].text, add_bos=True), temp=0.0)
+    stream = model.generate(model.words(texts.bundled().chosen[0].text, add_bos=True), temp=0.0)
     with contextlib.closing(stream):
         for _ in range(1 + WARM_UP):
             next(stream)
@@ -118,7 +117,7 @@ def main() -> None:
         options = {"compute": policy, "policy": "auto"} if policy in COMPUTES else {"policy": policy}
         options |= {"n_ctx": 512, "speculation": 0, "draft": None, "link": link}
         options |= {"n_threads": threads, "n_threads_batch": threads}
-        with contextlib.closing(Watched(a.model, resident=a.resident, **options)) as model:
+        with contextlib.closing(InstrumentedLlama(a.model, resident=a.resident, **options)) as model:
             found[policy] = timeline(model, a.steps) | {"device": str(model.device), "link": link, "threads": threads}
     a.out.write_text(json.dumps({"model": Path(a.model).name, "resident": a.resident, "policies": found}) + "\n")
 

@@ -27,7 +27,9 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import _internals as internals
 
-from edge_speq import _native, engine, plan
+from edge_speq import _native
+from edge_speq.planning import planner
+from edge_speq.runtime import loading
 
 WIDTHS = (1, 2, 4)
 SHARES = (("1/8", 0.125), ("1/4", 0.25), ("1/2", 0.5))
@@ -45,11 +47,11 @@ class Placement:
         if load.get("mmap", True) is False:
             params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         if load.get("experts_on_cpu", share is not None):
-            self._keep_alive = engine.experts_on_host(params)
+            self._keep_alive = loading.experts_on_host(params)
             params.use_extra_bufts = share is None  # llama.cpp's default, repacking included, for the baseline
             if share is not None and params.load_mode == llama_cpp.LLAMA_LOAD_MODE_NONE:
-                engine.pin_experts(self._keep_alive)
-        self._model = engine.load_model(path, params, "model")
+                loading.pin_experts(self._keep_alive)
+        self._model = loading.load_model(path, params, "model")
         self.n_vocab = self._model.n_vocab()
         compute = "hybrid" if load.get("hybrid") else "device"
         self._transfers = _native.Transfers(load.get("link", 0), compute=compute, n_threads=threads)
@@ -63,7 +65,7 @@ class Placement:
 
     def _slots(self, share: float) -> _native.Hook:
         experts = _native.model_experts(self._model.model)
-        made = plan.plan(
+        made = planner.plan(
             experts,
             policy="lru",
             resident=share,
@@ -83,7 +85,7 @@ class Placement:
 
     def step(self, tokens: list[int], past: int) -> float:
         started = time.perf_counter()
-        engine.decode(self._context, self._batch, tokens, past, len(tokens), hook=self.hook)
+        loading.decode(self._context, self._batch, tokens, past, len(tokens), hook=self.hook)
         llama_cpp.llama_synchronize(self._context.ctx)
         return time.perf_counter() - started
 

@@ -216,7 +216,7 @@ def check(folder: Path, files: list[str], text: str | None, n_tokens: int) -> li
     import tokenizers
     from checkpoint_check import compare
 
-    from edge_speq.convert import reader
+    from edge_speq.convert.evaluation import reader
 
     weights, shape = load(folder)
     encoder = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

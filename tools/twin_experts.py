@@ -14,9 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from edge_speq import gguf_file, gguf_model, twin_file
-from edge_speq.convert import atomic, container, draft
-from edge_speq.core import EdgeError
+from edge_speq.convert.quantization import draft
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import atomic, draft_experts, writer
+from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import model as gguf_model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,12 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         target, twin = gguf_model.check_model(options.target), gguf_model.check_model(options.twin)
-        if twin_file.routers_hash(target) != twin_file.routers_hash(twin):
+        if draft_experts.routers_hash(target) != draft_experts.routers_hash(twin):
             raise EdgeError(f"{options.twin} has other routers than {options.target}")
         keys = draft.keys(target, content="")
         with atomic.output(options.out, force=True) as temporary:
-            container.write(temporary, keys, draft.entries(gguf_file.read(options.twin)))
-        twin_file.read(gguf_file.read(options.out), target)
+            writer.write(temporary, keys, draft.entries(gguf_file.read(options.twin)))
+        draft_experts.read(gguf_file.read(options.out), target)
     except EdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,11 +2,11 @@
 
 from PyInstaller.utils.hooks import collect_data_files
 
-datas = collect_data_files("edge_speq", includes=["models/*.gguf", "schema/*.json", "bench/data/*"])
+datas = collect_data_files("edge_speq", includes=["models/*.gguf", "schema/*.json", "data/*"])
 hiddenimports = [
-    "edge_speq.isolation.child",
-    "edge_speq.isolation.remote",
-    "edge_speq.llama",
-    "edge_speq.local",
-    "edge_speq.session",
+    "edge_speq.session.subprocess.child",
+    "edge_speq.session.subprocess.remote",
+    "edge_speq.engine.llama",
+    "edge_speq.session.in_process",
+    "edge_speq.session.session",
 ]

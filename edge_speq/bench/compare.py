@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edge_speq.bench.measure import Passage, Reading
-from edge_speq.bench.watched import Watched
+from edge_speq.bench.instrumented import InstrumentedLlama
+from edge_speq.bench.measure import PassageSample, Reading
 
 NEAR_TIE = 0.5  # logits: kernels for other widths and packings move this model's by more (docs/performance.md)
 
@@ -35,7 +35,7 @@ def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
 class Judge:
     """Compares with what the reference wrote; asks the reference how close a call was, once for each question."""
 
-    def __init__(self, expected: list[Passage]) -> None:
+    def __init__(self, expected: list[PassageSample]) -> None:
         self._expected = expected
         self._open: list[tuple[Verdict, Reading, list[int], int, int]] = []
         self._gaps: dict[tuple[int, int, int], float] = {}
@@ -47,7 +47,7 @@ class Judge:
             if at is not None:
                 self._open.append((verdict, passage.reading, passage.output, at, got[at]))
 
-    def settle(self, reference: Callable[[], Watched] | None) -> None:
+    def settle(self, reference: Callable[[], InstrumentedLlama] | None) -> None:
         """reference is only called for what was not asked before; without it such texts count as different."""
         for verdict, read, expected, at, token in self._open:
             key = (id(read), at, token)
@@ -57,7 +57,7 @@ class Judge:
         self._open = []
 
 
-def gap(reference: Watched, read: Reading, expected: list[int], at: int, token: int) -> float:
+def gap(reference: InstrumentedLlama, read: Reading, expected: list[int], at: int, token: int) -> float:
     """How far, in the reference's logits, token lies behind what the reference wrote at a position."""
     reference.reset()
     for part in (read.before, read.prompt, *([t] for t in expected[:at])):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
 
 MOST_VALUES = 1000  # of one option
 RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from edge_speq.bench.instrumented import InstrumentedLlama, MeasuredStep
 from edge_speq.bench.matrix import Case
-from edge_speq.bench.prompts import Prompt, Texts
-from edge_speq.bench.watched import Step, Watched
 from edge_speq.core import ExpertCounters, Speculation, Stats
+from edge_speq.texts import Prompt, Texts
 
 EVENTS = tuple(f.name for f in dataclasses.fields(ExpertCounters) if f.name not in ("total", "slots"))
 
@@ -26,7 +26,7 @@ class Reading:
 
 
 @dataclass(slots=True)
-class Passage:
+class PassageSample:
     """One prompt of a repetition."""
 
     prompt: Prompt
@@ -34,14 +34,14 @@ class Passage:
     output: list[int]  # greedy
     seconds: float  # of the timed part
     ttft_seconds: float | None
-    steps: list[Step]  # of the timed part, only where tokens are generated and nothing else
+    steps: list[MeasuredStep]  # of the timed part, only where tokens are generated and nothing else
 
 
 @dataclass(slots=True)
 class Sample:
     """One repetition: sums over its prompts, of the timed parts only."""
 
-    passages: list[Passage] = field(default_factory=list)
+    passages: list[PassageSample] = field(default_factory=list)
     n_tokens: int = 0
     seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -61,7 +61,7 @@ class Sample:
         return [passage.output for passage in self.passages]
 
 
-def reading(model: Watched, case: Case, prompt: Prompt, texts: Texts) -> Reading:
+def reading(model: InstrumentedLlama, case: Case, prompt: Prompt, texts: Texts) -> Reading:
     """A generation test reads its prompt as it is, or as many tokens as its depth says; other tests as many tokens as
     they are to read, after as many as the depth says."""
     if case.n_prompt == 0:
@@ -70,7 +70,7 @@ def reading(model: Watched, case: Case, prompt: Prompt, texts: Texts) -> Reading
     return Reading(tokens[: case.n_depth], tokens[case.n_depth :])
 
 
-def measure(model: Watched, case: Case, texts: Texts, prompts: Iterable[Prompt] | None = None) -> Sample:
+def measure(model: InstrumentedLlama, case: Case, texts: Texts, prompts: Iterable[Prompt] | None = None) -> Sample:
     """One repetition. Times are the clock's; in deterministic mode the stalls, which are virtual, are added to them."""
     sample = Sample()
     for prompt in texts.chosen if prompts is None else prompts:
@@ -85,12 +85,12 @@ def measure(model: Watched, case: Case, texts: Texts, prompts: Iterable[Prompt] 
     return sample
 
 
-def _passage(model: Watched, case: Case, prompt: Prompt, read: Reading, sample: Sample) -> Passage:
+def _passage(model: InstrumentedLlama, case: Case, prompt: Prompt, read: Reading, sample: Sample) -> PassageSample:
     if not case.n_gen:
         started = time.perf_counter()
         model.eval(read.prompt)
         elapsed = time.perf_counter() - started
-        return Passage(prompt, read, [int(np.argmax(model.logits(-1)))], elapsed, None, [])
+        return PassageSample(prompt, read, [int(np.argmax(model.logits(-1)))], elapsed, None, [])
     stream = model.generate(read.prompt, temp=0.0, reset=not read.before)
     try:
         started = time.perf_counter()
@@ -107,7 +107,7 @@ def _passage(model: Watched, case: Case, prompt: Prompt, read: Reading, sample: 
     stalled = _add_events(sample, before, after)
     sample.draft_seconds += model.draft_seconds
     seconds = elapsed + (stalled if model._deterministic else 0.0) + (first if case.n_prompt else 0.0)
-    return Passage(prompt, read, output, seconds, first, [] if case.n_prompt else steps)
+    return PassageSample(prompt, read, output, seconds, first, [] if case.n_prompt else steps)
 
 
 def _add_events(sample: Sample, before: Stats, after: Stats) -> float:

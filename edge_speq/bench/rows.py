@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
 import statistics
 from collections.abc import Iterable
@@ -12,14 +11,22 @@ from typing import Any
 
 import llama_cpp
 
-from edge_speq import __version__, _native, gguf_file, gguf_model
-from edge_speq.bench.policies import SLOTS, Facts, Settings
-from edge_speq.bench.runner import Bench, Result
-from edge_speq.machine import gpu_drivers
+from edge_speq import __version__, _native
+from edge_speq.bench.arms import SLOTS, BenchSettings, Facts
+from edge_speq.bench.runner import ArmResult, Bench
+from edge_speq.gguf import model as gguf_model
+from edge_speq.gguf.fingerprint import header_hash
+from edge_speq.system import gpu_drivers
 
 Row = dict[str, Any]
+
+
 SAMPLES = ("samples_ns", "samples_ts")  # only in JSON, as with llama-bench
+
+
 FORESEEN = ("precision", "recall", "lead_tokens")
+
+
 NESTED = (*SAMPLES, "ts_by_class")
 
 
@@ -43,19 +50,6 @@ def model_keys(path: str) -> Row:
     return {"model_filename": path, "model_hash": header_hash(file)} | _description(path)
 
 
-def header_hash(file: gguf_file.GGUFFile) -> str:
-    """sha256 of each part's bytes up to the end of its tensor table, then of its size as 8 bytes, low ones first. Tells
-    models, types and shapes apart, and finds a truncated file; does not read the weights."""
-    digest = hashlib.sha256()
-    for path in file.paths:
-        entries = [t for t in file.tensors.values() if t.file == path]
-        end = max((t.offset + 8 + len(t.name.encode()) + 4 + 8 * len(t.ne) + 12 for t in entries), default=0)
-        with path.open("rb") as stream:
-            digest.update(stream.read(end))
-        digest.update(path.stat().st_size.to_bytes(8, "little"))
-    return digest.hexdigest()
-
-
 def _description(path: str) -> Row:
     params = llama_cpp.llama_model_default_params()
     params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
@@ -72,7 +66,7 @@ def _description(path: str) -> Row:
         llama_cpp.llama_model_free(model)
 
 
-def rows(results: Iterable[Result], bench: Bench, hardware: Row) -> list[Row]:
+def rows(results: Iterable[ArmResult], bench: Bench, hardware: Row) -> list[Row]:
     """One row for each result, in the order of tests and arms."""
     settings = bench.settings
     common = hardware | model_keys(settings.model)
@@ -104,11 +98,11 @@ def _compares(row: Row) -> bool:
     return row["outputs_match"] is True or (row["outputs_match"] is not False and not row["lossy"])
 
 
-def _row(result: Result, facts: Facts, settings: Settings, budget: int) -> Row:
+def _row(result: ArmResult, facts: Facts, settings: BenchSettings, budget: int) -> Row:
     return _test_keys(result, facts) | _edge_keys(result, facts, settings, budget)
 
 
-def _test_keys(result: Result, facts: Facts) -> Row:
+def _test_keys(result: ArmResult, facts: Facts) -> Row:
     case = result.case
     times = [round(1e9 * sample.seconds) for sample in result.samples]
     speeds = [sample.speed for sample in result.samples]
@@ -136,7 +130,7 @@ def _test_keys(result: Result, facts: Facts) -> Row:
     }
 
 
-def _edge_keys(result: Result, facts: Facts, settings: Settings, budget: int) -> Row:
+def _edge_keys(result: ArmResult, facts: Facts, settings: BenchSettings, budget: int) -> Row:
     share = facts.resident_fraction
     drafts = settings.draft is not None and result.arm.speculation != "0"
     return {
@@ -172,7 +166,7 @@ def _edge_keys(result: Result, facts: Facts, settings: Settings, budget: int) ->
     }
 
 
-def _events(result: Result) -> Row:
+def _events(result: ArmResult) -> Row:
     """Sums over the counted repetitions' timed parts."""
 
     def total(name: str) -> float | None:
@@ -200,12 +194,12 @@ def _events(result: Result) -> Row:
     }
 
 
-def _ttft_ms(result: Result) -> float | None:
+def _ttft_ms(result: ArmResult) -> float | None:
     times = [p.ttft_seconds for s in result.samples for p in s.passages if p.ttft_seconds is not None]
     return 1e3 * statistics.mean(times) if times else None
 
 
-def _by_class(result: Result) -> dict[str, float]:
+def _by_class(result: ArmResult) -> dict[str, float]:
     """Tokens per second of each class of texts, over all repetitions."""
     seconds: dict[str, list[float]] = {}
     for sample in result.samples:

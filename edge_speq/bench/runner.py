@@ -9,18 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from edge_speq.bench import bound
+from edge_speq.bench import clairvoyant_bound
+from edge_speq.bench.arms import SLOTS, Arm, BenchSettings, Fleet, arms, reference, rotated
 from edge_speq.bench.compare import Judge, Verdict
+from edge_speq.bench.instrumented import InstrumentedLlama
 from edge_speq.bench.matrix import Case
 from edge_speq.bench.measure import Sample, measure
-from edge_speq.bench.policies import SLOTS, Arm, Fleet, Settings, arms, reference, rotated
-from edge_speq.bench.watched import Watched
-from edge_speq.core import EdgeError, parse_rate
-from edge_speq.llama import LAPTOP_LINK
+from edge_speq.engine.llama import LAPTOP_LINK
+from edge_speq.errors import EdgeError
+from edge_speq.units import parse_rate
 
 
 @dataclass(slots=True)
-class Result:
+class ArmResult:
     """One arm in one test."""
 
     arm: Arm
@@ -41,12 +42,12 @@ class Bench:
     A fleet that is given stays open."""
 
     def __init__(
-        self, settings: Settings, say: Callable[[str], None] = lambda _: None, fleet: Fleet | None = None
+        self, settings: BenchSettings, say: Callable[[str], None] = lambda _: None, fleet: Fleet | None = None
     ) -> None:
         self.settings, self.fleet = settings, fleet or Fleet(settings, say)
         self._closes = fleet is None
         self.arms = arms(settings)
-        self.results = {(arm, case): Result(arm, case) for arm in self.arms for case in settings.cases}
+        self.results = {(arm, case): ArmResult(arm, case) for arm in self.arms for case in settings.cases}
         self.stopped = False
         self._say = say
         self._judges: dict[Case, Judge] = {}
@@ -56,7 +57,7 @@ class Bench:
         self.stopped = True
         self.fleet.cancel()
 
-    def run(self) -> list[Result]:
+    def run(self) -> list[ArmResult]:
         """The finished results. Raises EdgeError."""
         with self.fleet if self._closes else contextlib.nullcontext():
             try:
@@ -84,7 +85,7 @@ class Bench:
             self._say(f"reference text, {case.name}")
             self._judges[case] = Judge(measure(self._reference(), case, self.settings.texts).passages)
 
-    def _reference(self) -> Watched:
+    def _reference(self) -> InstrumentedLlama:
         return self.fleet.open(reference(self.settings))
 
     def _visit(self, arm: Arm, what: str, *, counted: bool) -> None:
@@ -107,7 +108,7 @@ class Bench:
                 result.samples.append(sample)
                 result.test_time = result.test_time or started
 
-    def _open(self, arm: Arm) -> Watched | None:
+    def _open(self, arm: Arm) -> InstrumentedLlama | None:
         """None for an `all` that does not fit: a ceiling may be out of reach."""
         if arm not in self.arms:
             return None
@@ -129,9 +130,9 @@ class Bench:
                 self._say(f"bound: {result.arm.name}, {result.case.name}")
                 self._bound(result)
 
-    def _bound(self, result: Result) -> None:
+    def _bound(self, result: ArmResult) -> None:
         facts, needed = self.fleet.facts[result.arm], dict[object, int]()
-        link, hybrid = self._link(result.arm), bound.hybrid_costs(self.fleet.open(result.arm))
+        link, hybrid = self._link(result.arm), clairvoyant_bound.hybrid_costs(self.fleet.open(result.arm))
         rate, ceiling = link, self._ceiling(result.arm)
         if hybrid is not None:
             result.cpu_bytes_per_s, result.contention = round(hybrid.cpu_bytes_per_s), hybrid.contention
@@ -143,35 +144,41 @@ class Bench:
             steps = [step for passage in sample.passages for step in passage.steps]
             if any(step.routing is None for step in steps):
                 return
-            key = bound.steps_key(sample)
+            key = clairvoyant_bound.steps_key(sample)
             if ceiling is None or key not in needed:
                 routing = [step.routing for step in steps if step.routing is not None]
-                needed[key] = bound.clairvoyant_bytes(facts.experts, facts.slots, routing, bypass=hybrid is not None)
+                needed[key] = clairvoyant_bound.clairvoyant_bytes(
+                    facts.experts, facts.slots, routing, bypass=hybrid is not None
+                )
             on_link = needed[key] / rate if rate else 0.0
             computing = self._computing(result, sample, key, ceiling) + sample.draft_seconds
             speeds.append(sample.n_tokens / max(on_link, computing))
         result.bound_ts, result.bound_compute = statistics.mean(speeds), "stalls" if ceiling is None else "all"
         result.link_bytes_per_s = None if link is None else round(link)
 
-    def _computing(self, result: Result, sample: Sample, key: object, ceiling: Watched | None) -> float:
+    def _computing(self, result: ArmResult, sample: Sample, key: object, ceiling: InstrumentedLlama | None) -> float:
         if ceiling is None:
-            return bound.compute_seconds(sample, None)
+            return clairvoyant_bound.compute_seconds(sample, None)
         what = (result.case, result.arm.threads, key)
         if what not in self._replayed:
-            own = [bound.own_seconds(s) for s in self._ceiling_samples(result) if bound.steps_key(s) == key]
-            self._replayed[what] = min([bound.compute_seconds(sample, ceiling), *own])
+            own = [
+                clairvoyant_bound.own_seconds(s)
+                for s in self._ceiling_samples(result)
+                if clairvoyant_bound.steps_key(s) == key
+            ]
+            self._replayed[what] = min([clairvoyant_bound.compute_seconds(sample, ceiling), *own])
         return self._replayed[what]
 
-    def _ceiling_samples(self, result: Result) -> list[Sample]:
+    def _ceiling_samples(self, result: ArmResult) -> list[Sample]:
         arms = [arm for arm in self.arms if arm.policy == "all" and arm.threads == result.arm.threads]
         return [sample for arm in arms for sample in self.results[arm, result.case].samples]
 
     def _link(self, arm: Arm) -> float | None:
         if self.settings.link is not None:
             return parse_rate(self.settings.link)
-        return LAPTOP_LINK if self.settings.deterministic else bound.link_rate(self.fleet.open(arm))
+        return LAPTOP_LINK if self.settings.deterministic else clairvoyant_bound.link_rate(self.fleet.open(arm))
 
-    def _ceiling(self, arm: Arm) -> Watched | None:
+    def _ceiling(self, arm: Arm) -> InstrumentedLlama | None:
         """Its steps do as much as the arm's: not where the arm runs fewer parts of experts."""
         used = self.fleet.facts[arm].experts.n_expert_used
         found = [other for other in self.arms if other.policy == "all" and other.threads == arm.threads]
@@ -184,7 +191,7 @@ class Series:
     they are compared; what does not depend on the share stays in memory."""
 
     def __init__(
-        self, settings: Settings, shares: Sequence[str | None], say: Callable[[str], None] = lambda _: None
+        self, settings: BenchSettings, shares: Sequence[str | None], say: Callable[[str], None] = lambda _: None
     ) -> None:
         self.stopped = self.interrupted = False  # the latter: a Ctrl-C was noted
         self._settings, self._shares, self._say = settings, shares, say
@@ -197,7 +204,7 @@ class Series:
         if self._job is not None:
             self._job.stop()
 
-    def run(self) -> Iterator[tuple[Bench, list[Result]]]:
+    def run(self) -> Iterator[tuple[Bench, list[ArmResult]]]:
         """Each share's finished results, to be read before the next is asked for. Raises EdgeError."""
         with self._fleet:
             for share in self._shares:

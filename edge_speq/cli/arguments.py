@@ -6,12 +6,13 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from edge_speq import demo
 from edge_speq.cli import progress
-from edge_speq.core import COMPUTES, POLICIES, SLOT_POLICIES, parse_policy
+from edge_speq.core import COMPUTES, POLICIES, SLOT_POLICIES
+from edge_speq.gguf import bundled as demo
+from edge_speq.units import parse_policy
 
 if TYPE_CHECKING:
-    from edge_speq.llama import EdgeLlama
+    from edge_speq.engine.llama import EdgeLlama
 
 DEMO_RESIDENT = "1/2"
 DEMO_SEED = 7
@@ -97,7 +98,7 @@ def edge_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def llama_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of llama_cpp.Llama itself."""
-    from edge_speq.engine import trained_context
+    from edge_speq.runtime.loading import trained_context
 
     n_ctx = arguments.ctx_size or min(trained_context(arguments.model), DEFAULT_CONTEXT)
     # llama.cpp makes that many cells and llama_cpp.Llama would leave the last ones unused
@@ -116,7 +117,7 @@ def profile(arguments: argparse.Namespace) -> str | None:
 
 def load(arguments: argparse.Namespace, **more: Any) -> EdgeLlama:
     """The model, with a line of progress on a terminal when that takes a while. more: EdgeLlama's."""
-    from edge_speq.llama import EdgeLlama
+    from edge_speq.engine.llama import EdgeLlama
 
     class Watched(EdgeLlama):
         def _configure(self, model_params: Any, context_params: Any) -> None:

@@ -10,20 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_speq import demo, interrupt, machine
-from edge_speq.core import (
-    POLICIES,
-    EdgeError,
-    parse_bytes,
-    parse_policy,
-    parse_rate,
-    parse_share,
-    parse_speculation,
-    require_choice,
-)
+from edge_speq import system
+from edge_speq.cli import interrupt
+from edge_speq.core import POLICIES
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import bundled as demo
+from edge_speq.units import parse_bytes, parse_policy, parse_rate, parse_share, parse_speculation, require_choice
 
 if TYPE_CHECKING:
-    from edge_speq.bench.policies import Settings
+    from edge_speq.bench.arms import BenchSettings
     from edge_speq.bench.runner import Series
 
 LLAMA_CPP_LOG = logging.getLogger("edge_speq.llama_cpp")
@@ -105,9 +100,9 @@ def _finished(series: Series) -> Iterator[list[Any]]:
     """The rows of each share."""
     from edge_speq.bench import rows
 
-    memory = machine.memory()
+    memory = system.memory()
     for job, results in series.run():
-        hardware = rows.machine(machine.cpu_model(), None if memory is None else memory[0])
+        hardware = rows.machine(system.cpu_model(), None if memory is None else memory[0])
         yield rows.rows(results, job, hardware)
 
 
@@ -146,10 +141,10 @@ class Progress:
 # --- options ---------------------------------------------------------------------------------------------
 
 
-def settings(options: argparse.Namespace) -> Settings:
+def settings(options: argparse.Namespace) -> BenchSettings:
     """The options, checked. Raises EdgeError (exit code 2) for what they do not allow."""
     from edge_speq.bench import matrix
-    from edge_speq.bench.policies import Settings
+    from edge_speq.bench.arms import BenchSettings
 
     if options.repetitions < 1:
         raise EdgeError(f"-r {options.repetitions} measures nothing", "give at least 1", usage=True)
@@ -157,7 +152,7 @@ def settings(options: argparse.Namespace) -> Settings:
     model, draft = _models(options)
     policies = matrix.choices(options.policy, lambda name: parse_policy(name, CHOICES))
     speculations = matrix.choices(options.speculation, parse_speculation) if draft else ["0"]
-    return Settings(
+    return BenchSettings(
         model=model,
         draft=draft,
         policies=tuple(policies),
@@ -179,13 +174,13 @@ def settings(options: argparse.Namespace) -> Settings:
 
 
 def _foresight(path: str | None, policies: list[str]) -> str | None:
-    from edge_speq import presets
-    from edge_speq.foresight import weights
-    from edge_speq.presets import oracle
+    from edge_speq.policies import oracle
+    from edge_speq.policies import registry as presets
+    from edge_speq.policies.learned import network_file
 
     for policy in policies if path is None else presets.readers(policies)[-1:]:
-        if oracle.given(path, policy) is None:
-            weights.given(path, policy)
+        if oracle.load_for_policy(path, policy) is None:
+            network_file.load_for_policy(path, policy)
     return path
 
 
@@ -203,14 +198,15 @@ def emulation(text: str | None) -> dict[str, str]:
 
 
 def _models(options: argparse.Namespace) -> tuple[str, str | None]:
-    from edge_speq import draft_argument, gguf_model
+    from edge_speq.drafting import spec
+    from edge_speq.gguf import model as gguf_model
 
     if options.model is None:
         draft = options.draft or str(demo.path(demo.DRAFT))
         options.model = str(demo.path(demo.MODEL))
     else:
         draft = options.draft
-    draft_argument.read(draft, gguf_model.check_model(options.model))
+    spec.read(draft, gguf_model.check_model(options.model))
     return options.model, draft
 
 
@@ -241,7 +237,7 @@ def _threads(options: argparse.Namespace, emulated: dict[str, str]) -> tuple[int
 
 
 def _texts(options: argparse.Namespace) -> Any:
-    from edge_speq.bench import prompts
+    from edge_speq import texts as prompts
 
     if options.texts < 1:
         raise EdgeError(f"--texts {options.texts} leaves nothing to read", "give at least 1", usage=True)

@@ -11,15 +11,14 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from edge_speq import interrupt
-from edge_speq.cli import arguments
+from edge_speq.cli import arguments, interrupt
 from edge_speq.cli.lines import Lines
 from edge_speq.cli.run import report
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
 
 if TYPE_CHECKING:
     from edge_speq.cli.conversation import Conversation, Pieces
-    from edge_speq.llama import EdgeLlama
+    from edge_speq.engine.llama import EdgeLlama
 
 COMMAND = re.compile(r"/(\w*)(?:\s+(.*))?")  # /usr/bin is no command
 HELP = '''\
@@ -59,13 +58,13 @@ def chat(options: argparse.Namespace) -> int:
         if "tokenizer.chat_template" not in llm.metadata:
             say(f"note: the model has no chat template, {llm.chat_format} is used: replies may be poor")
         conversation = Conversation(llm, options.system, options.n_predict, options.temp, options.seed)
-        Session(llm, conversation, data=options.json).run()
+        ChatSession(llm, conversation, data=options.json).run()
     finally:
         llm.close()
     return 0
 
 
-class Session:
+class ChatSession:
     """Reads messages and commands and writes replies. With `data`, one JSON object a reply."""
 
     def __init__(self, llm: EdgeLlama, conversation: Conversation, *, data: bool) -> None:
@@ -125,7 +124,7 @@ class Session:
             say(f"/{name} is no command, /help lists them")
 
     def _answer(self, pieces: Pieces) -> None:
-        reply = Reply(self._llm)
+        reply = ChatReply(self._llm)
         with reply.stoppable() if self._lines.typed else contextlib.nullcontext():  # else Ctrl-C ends the command
             for piece in reply.read(pieces):
                 self._tell_forgotten()
@@ -146,7 +145,7 @@ class Session:
         print(json.dumps(reply | {"stats": self._llm.stats().to_dict()}), flush=True)
 
 
-class Reply:
+class ChatReply:
     """A reply while it is written, and how Ctrl-C stops it."""
 
     def __init__(self, llm: EdgeLlama) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
 
 if TYPE_CHECKING:
-    from edge_speq.llama import EdgeLlama
+    from edge_speq.engine.llama import EdgeLlama
 
 Message = dict[str, str]  # role and content
 Pieces = Generator[str, None, None]  # of a reply

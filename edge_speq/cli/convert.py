@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from edge_speq import interrupt
+from edge_speq.cli import interrupt
 from edge_speq.cli.convert_verbs import draft, hf, imatrix, inspect, pack, quantize, split, verify
 
 VERBS: tuple[Any, ...] = (hf, quantize, imatrix, draft, split, pack, verify, inspect)
@@ -31,7 +31,7 @@ def convert(options: argparse.Namespace) -> int:
 
 
 def _leave(*_: object) -> None:
-    from edge_speq.convert import atomic
+    from edge_speq.gguf import atomic
 
     atomic.discard_all()
     interrupt._leave()

@@ -22,8 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_speq import __version__, demo, gguf_model, machine
-from edge_speq.core import EdgeError
+from edge_speq import __version__
+from edge_speq import system as machine
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import model as gguf_model
 
 MIN_DISK = 1 << 30  # bytes
 MIN_MEMORY = 1 << 30
@@ -226,11 +229,11 @@ def driver() -> Finding:
 
 def disk_rate(model: str | None) -> Finding:
     """Of reading the model."""
-    from edge_speq import speeds
+    from edge_speq.tune import link_speed
 
     try:
         path = Path(model) if model is not None else demo.path(demo.MODEL)
-        rate = speeds.disk(path)
+        rate = link_speed.disk(path)
     except (OSError, EdgeError) as error:
         return Finding("disk speed", "warn", f"not measured: {error}", "name a file that can be read")
     if rate is None:
@@ -242,13 +245,13 @@ def disk_rate(model: str | None) -> Finding:
 
 def link_rate(model: str | None) -> Finding:
     """Of experts on their way to the GPU."""
-    from edge_speq import speeds
+    from edge_speq.tune import link_speed
 
-    if not speeds.has_link():
+    if not link_speed.has_link():
         return Finding("link speed", "ok", "not measured: there is no GPU, experts move within RAM")
     try:
         with _captured("edge_speq"):
-            rate = speeds.link(model)
+            rate = link_speed.link(model)
     except EdgeError as error:
         return Finding("link speed", "warn", f"not measured: {error.message}", error.hint or "name another MODEL")
     small = "" if rate.n_bytes >= LARGE_EXPERT else "; name a MODEL with larger ones, which go faster"

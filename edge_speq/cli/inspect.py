@@ -7,8 +7,8 @@ import json
 from collections import Counter, defaultdict
 from typing import Any
 
-from edge_speq.gguf_file import TOKENS, GGUFFile, Tensor
-from edge_speq.gguf_model import EXPERTS, architecture, check_model, hyperparameter
+from edge_speq.gguf.container import TOKENS, GGUFFile, Tensor
+from edge_speq.gguf.model import EXPERTS, architecture, check_model, hyperparameter
 
 PARTS = ("gate", "up", "gate_up", "down")  # of one expert
 ROLES = {"router": ("ffn_gate_inp.",), "attention": ("attn_",), "shared expert": ("shexp", "chexps")}

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from edge_speq.cli import arguments
 from edge_speq.cli.inspect import summarize
-from edge_speq.core import EdgeError, parse_bytes, parse_rate
-from edge_speq.gguf_model import EXPERTS, check_model
+from edge_speq.errors import EdgeError
+from edge_speq.gguf.model import EXPERTS, check_model
+from edge_speq.units import parse_bytes, parse_rate
 
 if TYPE_CHECKING:
     from edge_speq.core import Plan
-    from edge_speq.estimate import Laptop
-    from edge_speq.survey import Request, Survey
+    from edge_speq.planning.survey import LoadRequest, Survey
+    from edge_speq.simulate.estimate import Laptop
 
 NO_GPU = "no GPU: the CPU computes, and weights, which are mapped file pages, are not counted"
 LINK = "12.5GB/s"  # PCIe 4 x8
@@ -40,7 +41,7 @@ def add_parser(commands: Any) -> None:
 
 
 def plan(options: argparse.Namespace) -> int:
-    from edge_speq import survey
+    from edge_speq.planning import survey
 
     arguments.with_demo_defaults(options)
     laptop = _laptop(options)
@@ -59,7 +60,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def _laptop(options: argparse.Namespace) -> Laptop | None:
     """The other machine, None when this one is meant. Raises EdgeError for half of a description."""
-    from edge_speq.estimate import THREADS, Laptop
+    from edge_speq.simulate.estimate import THREADS, Laptop
 
     if options.ram is None and options.link is None:
         if options.trace is not None:
@@ -71,7 +72,7 @@ def _laptop(options: argparse.Namespace) -> Laptop | None:
     return Laptop(parse_bytes(options.vram_budget), ram, parse_rate(options.link or LINK), options.threads or THREADS)
 
 
-def elsewhere(laptop: Laptop, wanted: Request, found: Survey) -> tuple[Request, Survey]:
+def elsewhere(laptop: Laptop, wanted: LoadRequest, found: Survey) -> tuple[LoadRequest, Survey]:
     """The same request for a GPU that is not here. Where this machine has none itself, its weights come from the files'
     headers; KV and compute buffers are those of the dry load here."""
     from edge_speq._native import Device
@@ -100,7 +101,7 @@ def _estimate(
     options: argparse.Namespace, laptop: Laptop, found: Survey, decided: Plan, summary: dict[str, Any]
 ) -> dict[str, Any] | None:
     from edge_speq import trace
-    from edge_speq.estimate import estimate
+    from edge_speq.simulate.estimate import estimate
 
     experts = found.experts
     if not experts.n_blocks:
@@ -135,7 +136,7 @@ class _NotLoadedError(Exception):
     pass
 
 
-def summarize_plan(wanted: Request, found: Survey, decided: Plan, n_ctx: int) -> dict[str, Any]:
+def summarize_plan(wanted: LoadRequest, found: Survey, decided: Plan, n_ctx: int) -> dict[str, Any]:
     experts, on_gpu = found.experts, wanted.device.is_gpu
     slots = decided.slots or (0,) * len(experts.groups)
     resident = experts.total_bytes if decided.policy == "all" and on_gpu else decided.slot_bytes
@@ -185,7 +186,7 @@ def _file(path: Path) -> dict[str, Any]:
     }
 
 
-def _draft(wanted: Request) -> dict[str, Any] | None:
+def _draft(wanted: LoadRequest) -> dict[str, Any] | None:
     """A file, or what the model drafts for itself with."""
     if wanted.draft is not None:
         return _file(wanted.draft)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from edge_speq import interrupt
+from edge_speq.cli import interrupt
 
 DELAY = 0.5  # seconds: a faster load is not worth a line
 
@@ -41,7 +41,7 @@ class Line:
         self._terminal.flush()
 
 
-class Callback:
+class LoadCallback:
     """A Python callable as llama.cpp's progress callback. False ends the load, and so does an exception, which is
     kept in `error`: ctypes would only print it."""
 
@@ -60,8 +60,8 @@ class Callback:
             return False
 
 
-def attach(model_params: Any, progress: Callable[[float], bool | None]) -> Callback:
+def attach(model_params: Any, progress: Callable[[float], bool | None]) -> LoadCallback:
     """Has llama.cpp call progress with fractions from 0 to 1 while it loads. The result must outlive the load."""
-    callback = Callback(progress)
+    callback = LoadCallback(progress)
     model_params.progress_callback = callback.function
     return callback

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from edge_speq import demo, interrupt
-from edge_speq.cli import arguments
-from edge_speq.core import EdgeError, Stats
+from edge_speq.cli import arguments, interrupt
+from edge_speq.core import Stats
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import bundled as demo
 
 if TYPE_CHECKING:
-    from edge_speq.cli.watch import View
-    from edge_speq.llama import EdgeLlama
-    from edge_speq.steps import StepRecord
+    from edge_speq.cli.live_view import View
+    from edge_speq.engine.llama import EdgeLlama
+    from edge_speq.engine.step_records import StepRecord
 
 
 def add_parser(commands: Any) -> None:
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _view(options: argparse.Namespace) -> View:
-    from edge_speq.cli.watch import View
+    from edge_speq.cli.live_view import View
 
     return View(sys.stderr, name=Path(options.model).name, link=options.link)
 

@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_speq import interrupt
-from edge_speq.cli import arguments
-from edge_speq.core import EdgeError
+from edge_speq.cli import arguments, interrupt
+from edge_speq.errors import EdgeError
 
 if TYPE_CHECKING:
-    from edge_speq.server.model import Progress, Served
+    from edge_speq.server.model import Progress, ServedModel
     from edge_speq.server.serving import Server
-    from edge_speq.server.settings import Settings
+    from edge_speq.server.settings import ServerSettings
 
 HOST, PORT, QUEUE = "127.0.0.1", 8080, 32
 KEY_VARIABLE = "EDGE_SPEQ_API_KEY"
@@ -66,12 +65,12 @@ def serve(options: argparse.Namespace) -> int:
     return interrupt.EXIT_CODE if received == [signal.SIGINT] else 0
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    from edge_speq.server.settings import Settings
+def _settings(options: argparse.Namespace) -> ServerSettings:
+    from edge_speq.server.settings import ServerSettings
 
     name = options.alias or Path(options.model).stem
     key = _api_key(options)
-    return Settings(name, options.host, options.port, key, n_waiting=options.queue)
+    return ServerSettings(name, options.host, options.port, key, n_waiting=options.queue)
 
 
 def _api_key(options: argparse.Namespace) -> str | None:
@@ -85,15 +84,15 @@ def _api_key(options: argparse.Namespace) -> str | None:
         raise EdgeError(f"cannot read {options.api_key_file}: {error}", "it must be a text file", usage=True) from error
 
 
-def _open(options: argparse.Namespace, progress: Progress) -> Served:
+def _open(options: argparse.Namespace, progress: Progress) -> ServedModel:
     """In the model's thread."""
-    from edge_speq.server.model import Served
+    from edge_speq.server.model import ServedModel
 
     given = arguments.edge_options(options) | arguments.llama_options(options)
     given |= {"link": options.link, "deterministic": options.deterministic, "profile": arguments.profile(options)}
     if options.chat_format is not None:
         given["chat_format"] = _known_format(options.chat_format)
-    return Served(options.model, progress, **given)
+    return ServedModel(options.model, progress, **given)
 
 
 def _known_format(name: str) -> str:
@@ -105,7 +104,7 @@ def _known_format(name: str) -> str:
     return name
 
 
-def _ready(options: argparse.Namespace, settings: Settings, url: str) -> None:
+def _ready(options: argparse.Namespace, settings: ServerSettings, url: str) -> None:
     if options.json:
         print(json.dumps({"url": url, "model": settings.name}), flush=True)
     else:

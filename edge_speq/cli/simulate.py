@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_speq.core import EdgeError, parse_rate, parse_share
+from edge_speq.errors import EdgeError
+from edge_speq.units import parse_rate, parse_share
 
 DEFAULT_POLICIES = "lru,lfru,auto"
 FORMATS = ("md", "csv", "json")
@@ -38,19 +39,20 @@ def add_parser(commands: Any) -> None:
 
 
 def simulate(options: argparse.Namespace) -> int:
-    from edge_speq import presets, trace
-    from edge_speq.foresight import weights
+    from edge_speq import trace
+    from edge_speq.policies import registry as presets
+    from edge_speq.policies.learned import network_file
     from edge_speq.simulate import report
 
     for name in ("block_ms", "draft_ms", "cpu_ms"):
         value = getattr(options, name)
         if value is not None and not 0 <= value < 1e9:
             raise EdgeError(f"--{name.replace('_', '-')} {value} is not a time", "give milliseconds", usage=True)
-    learned = None if options.foresight is None else weights.read(options.foresight)
+    learned = None if options.foresight is None else network_file.read(options.foresight)
     policies = presets.names(options.policy)
     if options.policy == "all" and learned is None:
         policies = [name for name in policies if name != "learned"]
-    wanted = report.Wanted(
+    wanted = report.SimulateOptions(
         policies=policies,
         shares=[parse_share(share.strip()) for share in options.resident.split(",")],
         link_bytes_per_s=parse_rate(options.link),

@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_speq import interrupt
-from edge_speq.cli import arguments
-from edge_speq.core import EdgeError
+from edge_speq.cli import arguments, interrupt
+from edge_speq.errors import EdgeError
 
 if TYPE_CHECKING:
-    from edge_speq.bench.prompts import Prompt
-    from edge_speq.trace.record import Recorder
+    from edge_speq.bench.recorder import Recorder
+    from edge_speq.texts import Prompt
 
 LLAMA_CPP_LOG = logging.getLogger("edge_speq.llama_cpp")
 
@@ -42,7 +41,7 @@ def add_parser(commands: Any) -> None:
 
 
 def trace(options: argparse.Namespace) -> int:
-    from edge_speq.bench import prompts
+    from edge_speq import texts as prompts
     from edge_speq.trace import Writer
 
     if options.foresee < 0 or options.texts < 1:
@@ -75,8 +74,8 @@ def _refuse_unwritable(path: Path) -> None:
 
 
 def _load(options: argparse.Namespace) -> Recorder:
-    from edge_speq import demo
-    from edge_speq.trace.record import Recorder
+    from edge_speq.bench.recorder import Recorder
+    from edge_speq.gguf import bundled as demo
 
     if options.model is None:  # everything resident: routing does not depend on slots
         options.model = str(demo.path(demo.MODEL))

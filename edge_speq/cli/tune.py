@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_speq import interrupt
-from edge_speq.cli import arguments
-from edge_speq.core import EdgeError
+from edge_speq.cli import arguments, interrupt
+from edge_speq.errors import EdgeError
 
 if TYPE_CHECKING:
-    from edge_speq.foresight.weights import Weights
-    from edge_speq.profile import Profile
+    from edge_speq.planning.profile import TuneProfile
+    from edge_speq.policies.learned.network_file import Weights
     from edge_speq.trace import Trace
 
 SECONDS = 150.0
@@ -55,20 +54,20 @@ def add_parser(commands: Any) -> None:
 def tune(options: argparse.Namespace) -> int:
     if options.learn is not None or options.out is not None:
         return learn(options)
-    from edge_speq import profile as profiles
-    from edge_speq.tune import drafts
-    from edge_speq.tune.tuner import Tuner, Wanted
+    from edge_speq.planning import profile as profiles
+    from edge_speq.tune import choose_draft
+    from edge_speq.tune.tuner import TuneOptions, Tuner
 
     if options.seconds <= 0:
         raise EdgeError("--seconds is a time", f"give more than 0, such as {SECONDS:g}", usage=True)
-    several = drafts.names(options.draft or [])
-    chooses = several == [drafts.NONE] or len(several) > 1
+    several = choose_draft.names(options.draft or [])
+    chooses = several == [choose_draft.NONE] or len(several) > 1
     options.draft = None if not several else ",".join(several) if chooses else several[0]
     arguments.with_demo_defaults(options)
     bounds = {"resident": options.resident, "vram_budget": options.vram_budget}
-    wanted = Wanted(options.model, options.draft, bounds, arguments.llama_options(options), options.seconds)
+    wanted = TuneOptions(options.model, options.draft, bounds, arguments.llama_options(options), options.seconds)
     with _Progress(quiet=options.json) as say:
-        found = drafts.Choice(wanted, several, say).run() if chooses else Tuner(wanted, say).run()
+        found = choose_draft.Choice(wanted, several, say).run() if chooses else Tuner(wanted, say).run()
     path = None if options.dry_run else profiles.store(found)
     summary = {"profile": None if path is None else str(path), **dataclasses.asdict(found)}
     print(json.dumps(summary) if options.json else report(found))
@@ -85,15 +84,15 @@ def learn(options: argparse.Namespace) -> int:
     if is_other or not options.out.absolute().parent.is_dir():
         raise EdgeError(f"cannot write {options.out}", "give a file in a folder that exists", usage=True)
     from edge_speq import trace
-    from edge_speq.foresight import weights
-    from edge_speq.tune import learn as training
+    from edge_speq.policies.learned import network_file
+    from edge_speq.tune.learned import train_network as training
 
     traces = [trace.read(path) for path in options.learn]
     if options.model is not None:
         _require_model(options.model, traces)
     with _Progress(quiet=options.json) as say:
         made = training.learn(traces, seed=options.seed, say=say)
-    weights.write(made, options.out)
+    network_file.write(made, options.out)
     print(json.dumps({"foresight": str(options.out), **made.meta}) if options.json else learned(made))
     if not options.json:
         print(f"stored     {options.out}: --foresight {options.out} uses it", file=sys.stderr)
@@ -101,7 +100,7 @@ def learn(options: argparse.Namespace) -> int:
 
 
 def _require_model(model: str, traces: list[Trace]) -> None:
-    from edge_speq.gguf_model import check_model, hyperparameter
+    from edge_speq.gguf.model import check_model, hyperparameter
 
     file = check_model(model)
     n_expert = hyperparameter(file, "expert_count")
@@ -150,7 +149,7 @@ class _Progress:
             interrupt.last_words(b"")
 
 
-def report(found: Profile) -> str:
+def report(found: TuneProfile) -> str:
     """Costs, candidates, and what came of it, for people."""
     costs, results = found.found["costs"], found.found
     widths = ", ".join(f"{ms:.2f} of {width}" for width, ms in costs["base_ms"].items())

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq.convert import activations
-from edge_speq.convert.graph import Ids
-from edge_speq.convert.reader import read_text
-from edge_speq.core import EdgeError
+from edge_speq.convert.evaluation import activations
+from edge_speq.convert.evaluation.graph import Ids
+from edge_speq.convert.evaluation.reader import read_text
+from edge_speq.errors import EdgeError
 
 Permutation = npt.NDArray[np.int64]  # the source's expert at each place
 

@@ -20,14 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from edge_speq.convert import Progress, atomic, ordering, routed, silent
-from edge_speq.convert.graph import Ids
+from edge_speq.convert import ordering
+from edge_speq.convert.evaluation.graph import Ids
 from edge_speq.convert.ordering import Permutation
-from edge_speq.convert.rewrite import NewTensor, Rewrite, Source
-from edge_speq.convert.routed import Block
-from edge_speq.core import EdgeError
-from edge_speq.gguf_file import MAX_ALIGNMENT, GGUFFile
-from edge_speq.gguf_model import MOE_ARCHITECTURES, TABLES, architecture, check_model, hyperparameter
+from edge_speq.convert.sub_experts import expert_tensors
+from edge_speq.convert.sub_experts.expert_tensors import Block
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import atomic
+from edge_speq.gguf.container import MAX_ALIGNMENT, GGUFFile
+from edge_speq.gguf.model import MOE_ARCHITECTURES, TABLES, architecture, check_model, hyperparameter
+from edge_speq.gguf.rewrite import NewTensor, Rewrite, Source
+from edge_speq.progress import Progress, silent
 
 # whose loaders ask for ffn_gate_up_exps first: llama_model_base::create_tensor_gate_up_exps and gemma4.cpp
 _FUSABLE = "cohere2moe deepseek2 deepseek2-ocr gemma4 granite_swa hy_v3 qwen35moe qwen3next qwen4exp"
@@ -40,14 +43,14 @@ ALIGNMENTS = tuple(1 << i for i in range(5, MAX_ALIGNMENT.bit_length()))
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class PackOptions:
     alignment: int = PAGE
     fuse: bool | None = None  # None: where the architecture and the tensors allow it
     order: str | None = None  # a trace, a text, or "bundled"
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class PackSummary:
     out: str
     n_bytes: int
     source_bytes: int
@@ -67,21 +70,21 @@ class Summary:
 def pack(
     model: str | Path,
     out: str | Path,
-    wanted: Wanted,
+    wanted: PackOptions,
     *,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress = silent,
-) -> Summary:
+) -> PackSummary:
     """Raises EdgeError for what cannot be packed as wanted."""
     file = check_model(model)
     if wanted.alignment not in ALIGNMENTS:
         most = ALIGNMENTS[-1]
         raise EdgeError(f"an alignment of {wanted.alignment}", f"give a power of two from 32 to {most}", usage=True)
-    blocks = routed.blocks(file)
+    blocks = expert_tensors.blocks(file)
     whys = {index: why for index, block in blocks.items() if (why := _unfusable(file, block))}
     if wanted.fuse and whys:
-        routed.refuse(file, f"gate and up cannot be fused: {next(iter(whys.values()))}", "leave --fuse out")
+        expert_tensors.refuse(file, f"gate and up cannot be fused: {next(iter(whys.values()))}", "leave --fuse out")
     fused = set() if wanted.fuse is False else set(blocks) - set(whys)
     with Source(file) as source:
         size = _rewrite(source, blocks, fused, {}, wanted.alignment).size
@@ -94,7 +97,7 @@ def pack(
                 rewrite.write(path, progress)
     same = {index: np.arange(_n_expert(block)) for index, block in blocks.items()}
     reads = [sum(_is_weight(part) for part in block.tensors) - (index in fused) for index, block in blocks.items()]
-    return Summary(
+    return PackSummary(
         out=str(out),
         n_bytes=size,
         source_bytes=file.size,
@@ -139,9 +142,9 @@ def _trace(file: GGUFFile, blocks: Mapping[int, Block], order: str | None) -> di
         return {}
     arch = architecture(file)
     if arch not in MOE_ARCHITECTURES or arch in ORDERED or any(map(TABLES.search, file.tensors)):
-        routed.refuse(file, f"the experts of {arch} cannot change places", "leave --order out")
+        expert_tensors.refuse(file, f"the experts of {arch} cannot change places", "leave --order out")
     if hyperparameter(file, "expert_group_count") > 1:
-        routed.refuse(file, "its router chooses groups of neighbouring experts", "leave --order out")
+        expert_tensors.refuse(file, "its router chooses groups of neighbouring experts", "leave --order out")
     trace = ordering.routing(file.paths[0], order)
     ordering.check(trace, {index: _n_expert(block) for index, block in blocks.items()})
     return trace

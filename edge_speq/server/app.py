@@ -18,7 +18,7 @@ from edge_speq.server.errors import ApiError
 from edge_speq.server.guard import Guard
 from edge_speq.server.job import Job
 from edge_speq.server.requests import ChatRequest, CompletionRequest
-from edge_speq.server.settings import Settings
+from edge_speq.server.settings import ServerSettings
 from edge_speq.server.worker import Worker
 
 PAGE = Path(__file__).parent / "page"
@@ -31,7 +31,7 @@ PAGE_HEADERS = {
 }
 
 
-def create(worker: Worker, settings: Settings) -> Any:
+def create(worker: Worker, settings: ServerSettings) -> Any:
     """The ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts from elsewhere
     routes = Routes(worker, settings)
@@ -59,7 +59,7 @@ def create(worker: Worker, settings: Settings) -> Any:
 
 
 class Routes:
-    def __init__(self, worker: Worker, settings: Settings) -> None:
+    def __init__(self, worker: Worker, settings: ServerSettings) -> None:
         self._worker, self._settings = worker, settings
         self._started = int(time.time())
         self._files = {name: (PAGE / name).read_bytes() for name in PAGE_TYPES}

@@ -10,11 +10,11 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edge_speq.server.errors import ApiError
-from edge_speq.server.settings import Settings
+from edge_speq.server.settings import ServerSettings
 
 
 class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn is not seen by mypy
-    settings: Settings  # of the subclass that `limited` makes
+    settings: ServerSettings  # of the subclass that `limited` makes
 
     _deadline: asyncio.TimerHandle | None = None  # for the head of a request
     _stalled: asyncio.TimerHandle | None = None  # for a full buffer to be read
@@ -92,6 +92,6 @@ class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn is not seen by m
             self.transport.close()
 
 
-def limited(settings: Settings) -> type[Connection]:
+def limited(settings: ServerSettings) -> type[Connection]:
     """Connections with these limits: uvicorn makes them itself, and passes nothing on."""
     return type("LimitedConnection", (Connection,), {"settings": settings})

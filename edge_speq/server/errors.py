@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
 

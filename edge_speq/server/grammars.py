@@ -10,7 +10,7 @@ from typing import Any
 
 from llama_cpp.llama_grammar import json_schema_to_gbnf
 
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
 
 MAX_REPETITIONS = 1000  # that a schema may ask for; llama.cpp refuses more than 2,000 of one kind
 MAX_PATTERN = 1000  # characters of a regular expression

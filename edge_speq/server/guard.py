@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from edge_speq.server.errors import ApiError
-from edge_speq.server.settings import Settings
+from edge_speq.server.settings import ServerSettings
 
 PUBLIC = ("/", "/health", "/v1/health")
 PUBLIC_FOLDER = "/page/"
@@ -21,7 +21,7 @@ HEADERS = [(b"x-content-type-options", b"nosniff")]
 
 
 class Guard:
-    def __init__(self, app: Any, settings: Settings) -> None:
+    def __init__(self, app: Any, settings: ServerSettings) -> None:
         self._app, self._settings = app, settings
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -64,7 +64,7 @@ class Guard:
 class _Body:
     """The request's body, as long as it is small and comes soon enough."""
 
-    def __init__(self, receive: Any, settings: Settings) -> None:
+    def __init__(self, receive: Any, settings: ServerSettings) -> None:
         self._receive, self._settings = receive, settings
         self._n_bytes = 0
         self._deadline: float | None = asyncio.get_running_loop().time() + settings.body_seconds
@@ -87,7 +87,7 @@ class _Body:
         return message
 
 
-def _too_large(settings: Settings) -> ApiError:
+def _too_large(settings: ServerSettings) -> ApiError:
     return ApiError(413, f"the body has more than {settings.max_body} bytes", closes=True)
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from edge_speq.server.errors import ApiError
 
 if TYPE_CHECKING:
-    from edge_speq.server.model import Served
+    from edge_speq.server.model import ServedModel
 
-Work = Callable[["Served"], Generator[dict[str, Any], None, None]]
+Work = Callable[["ServedModel"], Generator[dict[str, Any], None, None]]
 
 
 @dataclass(frozen=True, slots=True)

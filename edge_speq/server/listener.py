@@ -6,14 +6,14 @@ import ipaddress
 import socket
 from typing import Any
 
-from edge_speq.core import EdgeError
-from edge_speq.server.settings import Settings
+from edge_speq.errors import EdgeError
+from edge_speq.server.settings import ServerSettings
 
 BACKLOG = 128
 IDLE, INTERVAL, PROBES = 60, 15, 4  # seconds, seconds, probes: when a client whose machine is gone is noticed
 
 
-def listen(settings: Settings) -> socket.socket:
+def listen(settings: ServerSettings) -> socket.socket:
     """A listening socket on the settings' host and port. Raises EdgeError when the port is taken or the host is not
     this machine's, and when others could reach it without a key."""
     family, address = _resolve(settings.host, settings.port)

@@ -8,9 +8,9 @@ from typing import Any
 
 import llama_cpp
 
-from edge_speq.cancellation import CANCELLED
-from edge_speq.core import EdgeError
-from edge_speq.llama import EdgeLlama
+from edge_speq.engine.llama import EdgeLlama
+from edge_speq.errors import EdgeError
+from edge_speq.runtime.cancellation import CANCELLED
 
 Progress = Callable[[float], bool]  # takes the fraction that is loaded, says whether to go on
 
@@ -31,7 +31,7 @@ class Usage:
         }
 
 
-class Served(EdgeLlama):
+class ServedModel(EdgeLlama):
     """Used by one thread, its worker's; cancel(), stats() and residency() may be called from others."""
 
     def __init__(self, model_path: str, progress: Progress, **options: Any) -> None:

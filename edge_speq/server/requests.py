@@ -98,7 +98,7 @@ class CompletionRequest(_Request):
         return self._arguments("best_of", "logprobs")
 
 
-class Part(_Strict):
+class ContentPart(_Strict):
     type: Literal["text"]  # models that read images are not served
     text: str
 
@@ -108,7 +108,7 @@ class CalledFunction(_Strict):
     arguments: str
 
 
-class Call(_Strict):
+class ToolCall(_Strict):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -116,10 +116,10 @@ class Call(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     function_call: CalledFunction | None = None
 

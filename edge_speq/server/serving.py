@@ -11,8 +11,8 @@ from typing import Any
 import uvicorn
 
 from edge_speq.server import app, connection
-from edge_speq.server.model import Progress, Served
-from edge_speq.server.settings import Settings
+from edge_speq.server.model import Progress, ServedModel
+from edge_speq.server.settings import ServerSettings
 from edge_speq.server.worker import Worker
 
 KEEP_ALIVE = 15  # seconds that a connection may be idle between two requests
@@ -44,8 +44,8 @@ class Server:
 
     def __init__(
         self,
-        open_model: Callable[[Progress], Served],
-        settings: Settings,
+        open_model: Callable[[Progress], ServedModel],
+        settings: ServerSettings,
         ready: Callable[[], Any] = lambda: None,
     ) -> None:
         self._settings, self._ready = settings, ready

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ServerSettings:
     """Sizes are bytes, times seconds. Raises EdgeError for what cannot be served."""
 
     name: str  # of the model, as clients see it

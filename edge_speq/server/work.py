@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
 from edge_speq.server import grammars
 from edge_speq.server.job import Work
-from edge_speq.server.model import Served
+from edge_speq.server.model import ServedModel
 from edge_speq.server.requests import ChatRequest, CompletionRequest
 
 CHOOSING = "chatml-function-calling"
@@ -18,7 +18,7 @@ def completion(request: CompletionRequest, name: str) -> Work:
     """Yields the answer, or its chunks."""
     arguments = request.arguments() | {"model": name}
 
-    def work(llm: Served) -> Generator[dict[str, Any], None, None]:
+    def work(llm: ServedModel) -> Generator[dict[str, Any], None, None]:
         _require_biases(llm, arguments)
         yield from _parts(llm.create_completion(**arguments))
 
@@ -30,7 +30,7 @@ def chat(request: ChatRequest, name: str) -> Work:
     arguments = request.arguments() | {"model": name}
     schemas = request.schemas()
 
-    def work(llm: Served) -> Generator[dict[str, Any], None, None]:
+    def work(llm: ServedModel) -> Generator[dict[str, Any], None, None]:
         _require_biases(llm, arguments)
         for schema in schemas:
             grammars.require_schema(schema)
@@ -41,7 +41,7 @@ def chat(request: ChatRequest, name: str) -> Work:
     return work
 
 
-def _chat(llm: Served, arguments: dict[str, Any]) -> Any:
+def _chat(llm: ServedModel, arguments: dict[str, Any]) -> Any:
     """The one handler that lets the model choose a tool does so only when asked, and cannot stream then."""
     if llm.chat_format == CHOOSING and arguments.get("tools"):
         arguments = {"tool_choice": "auto"} | arguments
@@ -68,7 +68,7 @@ def _parts(answer: Any) -> Iterator[dict[str, Any]]:
         yield from answer
 
 
-def _require_biases(llm: Served, arguments: dict[str, Any]) -> None:
+def _require_biases(llm: ServedModel, arguments: dict[str, Any]) -> None:
     """llama_cpp would raise an IndexError from a callback of the sampler."""
     if any(token >= llm.n_vocab() for token in arguments.get("logit_bias", ())):
         raise EdgeError(f"logit_bias names a token that is not below {llm.n_vocab()}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from edge_speq.server import errors
 from edge_speq.server.errors import ApiError
 from edge_speq.server.job import Done, Job
-from edge_speq.server.model import Progress, Served, Usage
+from edge_speq.server.model import Progress, ServedModel, Usage
 
 STACK = 16 << 20  # bytes: llama.cpp's grammars call themselves; some systems give a thread half a MiB
 MAX_RETRY = 60  # seconds
@@ -24,7 +24,7 @@ log = logging.getLogger("edge_speq.server")
 
 
 @dataclass(slots=True)
-class Counts:
+class RequestCounts:
     """Requests since the start, whose work was: finished, given up by the client, refused by a full queue, failed."""
 
     finished: int = 0
@@ -40,17 +40,19 @@ class Worker:
     `open_model` is called in that thread; `changed` there, too, when the model is ready or could not be loaded.
     """
 
-    def __init__(self, open_model: Callable[[Progress], Served], n_waiting: int, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, open_model: Callable[[Progress], ServedModel], n_waiting: int, changed: Callable[[], None]
+    ) -> None:
         self._open, self._n_waiting, self._changed = open_model, n_waiting, changed
         self._waiting: collections.deque[Job] = collections.deque()
         self._current: Job | None = None
         self._stopping = False
         self._wake = threading.Condition()  # guards the three above
-        self._llm: Served | None = None
+        self._llm: ServedModel | None = None
         self._seconds = 1.0  # that a request takes, smoothed
         self.progress = 0.0  # of the load
         self.error: BaseException | None = None  # why the model could not be loaded
-        self.counts = Counts()
+        self.counts = RequestCounts()
         self._timer: threading.Timer | None = None  # until what is served is cancelled
         self._thread = threading.Thread(target=self._work, name="edge-speq-model")
 
@@ -62,7 +64,7 @@ class Worker:
             threading.stack_size(before)
 
     @property
-    def llm(self) -> Served | None:
+    def llm(self) -> ServedModel | None:
         """The model, None while it is loaded."""
         return self._llm
 
@@ -82,7 +84,7 @@ class Worker:
         job = self._current
         return job is not None and job.is_cancelled
 
-    def require_ready(self) -> Served:
+    def require_ready(self) -> ServedModel:
         """The model. Raises ApiError while it is loaded and when the server stops."""
         if self._stopping:
             raise ApiError(503, "the server stops", code="stopping", retry_after=5, closes=True)
@@ -168,7 +170,7 @@ class Worker:
             self._current = self._waiting.popleft() if self._waiting else None
             return self._current
 
-    def _serve(self, llm: Served, job: Job) -> None:
+    def _serve(self, llm: ServedModel, job: Job) -> None:
         started = time.monotonic()
         llm.usage, llm.is_abandoned = Usage(), lambda: job.is_cancelled
         end = self._run(llm, job)
@@ -182,7 +184,7 @@ class Worker:
             self._current = None
         job.put(end)  # last, so that who asks again at once does not find himself in the way
 
-    def _run(self, llm: Served, job: Job) -> Done | ApiError:
+    def _run(self, llm: ServedModel, job: Job) -> Done | ApiError:
         """Puts the job's parts, and returns its end."""
         try:
             with contextlib.closing(job.work(llm)) as parts:

@@ -1,4 +1,5 @@
-"""Replay of recorded routing, with a clock and a link, under the policies of edge_speq.presets. No llama.cpp needed.
+"""Replay of recorded routing, with a clock and a link, under the policies of edge_speq.policies. No
+llama.cpp needed.
 
 steps    what is replayed: recorded steps, or shorter ones where a governor chose fewer draft tokens
 replay   one policy over all steps             places   slots, streamed layers, or the CPU
@@ -8,8 +9,8 @@ windows  how well the draft's routing foresees the next tokens     report   tabl
 
 from __future__ import annotations
 
-from edge_speq.simulate.costs import Costs
-from edge_speq.simulate.replay import Outcome, Replay
+from edge_speq.simulate.costs import StepCosts
+from edge_speq.simulate.replay import Replay, ReplayOutcome
 from edge_speq.simulate.report import simulate
 
-__all__ = ["Costs", "Outcome", "Replay", "simulate"]
+__all__ = ["Replay", "ReplayOutcome", "StepCosts", "simulate"]

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_speq.core import ExpertCounters
-from edge_speq.presets import Setting
-from edge_speq.residency import Belady
-from edge_speq.simulate.costs import Costs
+from edge_speq.policies.context import PolicyContext
+from edge_speq.simulate.costs import StepCosts
+from edge_speq.simulate.slots import Belady
 from edge_speq.trace import Step
 
 
@@ -26,7 +26,7 @@ class Bounds:
         return 1e3 * self.tokens / self.overlap_ms if self.overlap_ms else 0.0
 
 
-def bounds(steps: Sequence[Step], setting: Setting, costs: Costs) -> Bounds:
+def bounds(steps: Sequence[Step], setting: PolicyContext, costs: StepCosts) -> Bounds:
     """Of the recorded steps. The cache begins empty, as in a replay."""
     routing: list[npt.NDArray[np.int32]] = [step.routing for step in steps]
     best = Belady(

@@ -18,27 +18,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_speq.core import EdgeError
-from edge_speq.presets import Setting
+from edge_speq.errors import EdgeError
+from edge_speq.policies.context import PolicyContext
 from edge_speq.trace import Step
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
+class StepCosts:
     base_ms: dict[int, float]  # by width
     draft_ms: float = 0.0
     cpu_ms: float = 0.0  # an expert that the CPU computes
 
     @staticmethod
-    def of_setting(setting: Setting) -> Costs:
+    def of_setting(setting: PolicyContext) -> StepCosts:
         """A laptop that needs n blocks of block_ms for a narrow step whatever its width. An expert on the CPU takes
         as long as reading it at 60 GB/s."""
         compute = setting.block_ms * setting.experts.n_blocks
         largest = max((group.expert_bytes for group in setting.experts.groups), default=0)
-        return Costs(dict.fromkeys((1,), compute), setting.draft_ms, largest / 60e9 * 1e3)
+        return StepCosts(dict.fromkeys((1,), compute), setting.draft_ms, largest / 60e9 * 1e3)
 
     @staticmethod
-    def fit(steps: Sequence[Step]) -> Costs:
+    def fit(steps: Sequence[Step]) -> StepCosts:
         """From recorded steps; prompts say nothing."""
         timed = [step for step in steps if not step.is_prompt]
         if not timed:
@@ -48,7 +48,7 @@ class Costs:
             computed.setdefault(step.width, []).append(step.step_ms - step.stall_ms)
         base = {width: max(0.0, float(np.median(values))) for width, values in computed.items()}
         drafted = [step.draft_ms / step.n_decoded for step in timed if step.n_drafted]
-        return Costs(base, float(np.median(drafted)) if drafted else 0.0)
+        return StepCosts(base, float(np.median(drafted)) if drafted else 0.0)
 
     def base(self, width: int) -> float:
         """Interpolated between known widths, level beyond them."""
@@ -70,6 +70,6 @@ def link_of(steps: Sequence[Step], bytes_by_step: Sequence[int]) -> float | None
     return float(np.median(rates)) if rates else None
 
 
-def block_ms(costs: Costs, width: int, n_blocks: int) -> float:
+def block_ms(costs: StepCosts, width: int, n_blocks: int) -> float:
     """That one block of a step computes."""
     return costs.base(width) / max(1, n_blocks)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

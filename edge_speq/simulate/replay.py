@@ -11,21 +11,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import presets
 from edge_speq.core import ExpertCounters
-from edge_speq.presets import Policy, Setting
-from edge_speq.presets.policy import NO_ORDERS
+from edge_speq.policies import registry as presets
+from edge_speq.policies.base import Policy
+from edge_speq.policies.context import PolicyContext
+from edge_speq.policies.prediction import NO_ORDERS
 from edge_speq.simulate import steps
-from edge_speq.simulate.costs import Costs
-from edge_speq.simulate.places import place
-from edge_speq.simulate.steps import Part
+from edge_speq.simulate.costs import StepCosts
+from edge_speq.simulate.placement import place
+from edge_speq.simulate.steps import ReplayedStep
 from edge_speq.trace import Step
 
 log = logging.getLogger("edge_speq")
 
 
 @dataclass(slots=True)
-class Outcome:
+class ReplayOutcome:
     """What a replay came to. `ms` is predicted: computing, drafting, stalls, and experts that the CPU computed."""
 
     policy: str
@@ -59,8 +60,8 @@ class Replay:
     def __init__(
         self,
         policy: str | Policy,
-        setting: Setting,
-        costs: Costs | None = None,
+        setting: PolicyContext,
+        costs: StepCosts | None = None,
         *,
         governed: bool = False,
         drafts: bool = False,
@@ -70,13 +71,13 @@ class Replay:
         self.name, self._lossy = self.policy.name, self.policy.lossy
         self._parts_of_expert = self.policy.split
         self.place = place(self.policy, setting)
-        self._costs = costs or Costs.of_setting(setting)
+        self._costs = costs or StepCosts.of_setting(setting)
         self._governed, self._drafts = governed, drafts
         self._failed: str | None = None
         self._pairs = [0, 0]  # routed, run
 
-    def run(self, recorded: Sequence[Step]) -> Outcome:
-        out = Outcome(self.name, self._lossy, ExpertCounters())
+    def run(self, recorded: Sequence[Step]) -> ReplayOutcome:
+        out = ReplayOutcome(self.name, self._lossy, ExpertCounters())
         self._safely(self.policy.begin_replay, recorded)
         for part, tokens in with_tokens(self._parts(recorded), recorded):
             if part.foresees:
@@ -99,28 +100,28 @@ class Replay:
         out.kept_pairs = self._pairs[1] / max(1, self._pairs[0])
         return out
 
-    def _read(self, part: Part) -> None:
+    def _read(self, part: ReplayedStep) -> None:
         if part.read is not None:
             self._safely(self.policy.read, part.read)
 
-    def _parts(self, recorded: Sequence[Step]) -> Iterable[Part]:
+    def _parts(self, recorded: Sequence[Step]) -> Iterable[ReplayedStep]:
         if self._governed and self.policy.governor is not None:
             return steps.governed(recorded, self.policy.governor)
         return steps.recorded(recorded)
 
-    def _foresee(self, part: Part) -> None:
+    def _foresee(self, part: ReplayedStep) -> None:
         if self._drafts and part.foreseen is not None and self.policy.reads_draft:
             for n in range(1, part.n_drafted + 1):
                 self.place.wait(round(1e6 * self.setting.draft_ms))
                 self._safely(self.policy.drafting, self.place, part.foreseen[:, :n])
         self._safely(self._foresee_soundly, part)
 
-    def _foresee_soundly(self, part: Part) -> None:
+    def _foresee_soundly(self, part: ReplayedStep) -> None:
         self.policy.foresee(self.place, part.foreseen if self.policy.reads_draft else None, part.n_drafted)
         if not np.isfinite(self.place.scores).all():
             raise ValueError("its scores are not finite")
 
-    def _step(self, part: Part) -> float:
+    def _step(self, part: ReplayedStep) -> float:
         """Runs a step; what it takes in ms, the draft included."""
         stalled, computed = self.place.stall_ns, self.place.cpu_computed
         routing = self._demanded(part) if self._lossy else part.routing
@@ -136,14 +137,14 @@ class Replay:
             drafted = min(drafted + self.policy.ahead(drafted), part.foreseen.shape[1])
         return self._costs.step_ms(part.routing.shape[1], drafted, stall_ms, on_cpu)
 
-    def _demanded(self, part: Part) -> npt.NDArray[np.int32]:
+    def _demanded(self, part: ReplayedStep) -> npt.NDArray[np.int32]:
         asked = self._safely(self.policy.demanded, part.routing, part.gates)
         if asked is None:  # lru has taken over: all parts of all experts
             n, (blocks, width, _) = self._parts_of_expert, part.routing.shape
             asked = (part.routing[..., None] * n + np.arange(n)).reshape(blocks, width, -1)
         return np.asarray(asked)
 
-    def _count(self, out: Outcome, part: Part, ms: float) -> None:
+    def _count(self, out: ReplayOutcome, part: ReplayedStep, ms: float) -> None:
         out.steps += 1
         out.tokens += part.n_accepted + 1
         out.drafted += part.n_drafted
@@ -170,7 +171,7 @@ class Replay:
             return None
 
 
-def with_tokens(parts: Iterable[Part], recorded: Sequence[Step]) -> Iterator[tuple[Part, list[int]]]:
+def with_tokens(parts: Iterable[ReplayedStep], recorded: Sequence[Step]) -> Iterator[tuple[ReplayedStep, list[int]]]:
     """Each part with the ids of its tokens; parts cover the text of the recorded steps one after the other."""
     rest, step, at = iter(recorded), None, 0
     for part in parts:

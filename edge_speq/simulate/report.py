@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edge_speq.core import EdgeError
-from edge_speq.foresight.weights import LEARN, Weights
-from edge_speq.presets import Setting
+from edge_speq.errors import EdgeError
+from edge_speq.policies.context import PolicyContext
+from edge_speq.policies.learned.network_file import LEARN, Weights
 from edge_speq.simulate.bounds import Bounds, bounds
-from edge_speq.simulate.costs import Costs
-from edge_speq.simulate.places import slots_for
-from edge_speq.simulate.replay import Outcome, Replay
-from edge_speq.simulate.windows import window
+from edge_speq.simulate.costs import StepCosts
+from edge_speq.simulate.placement import slots_for
+from edge_speq.simulate.replay import Replay, ReplayOutcome
+from edge_speq.simulate.window_quality import window
 from edge_speq.trace import Step, Trace
 
 Row = dict[str, Any]
@@ -26,7 +26,7 @@ WINDOW = 4  # tokens of foresight that quality refers to
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class SimulateOptions:
     policies: Sequence[str]
     shares: Sequence[float]
     link_bytes_per_s: int
@@ -38,7 +38,9 @@ class Wanted:
     foresight: Weights | None = None  # learned
 
 
-def simulate(traces: Sequence[Trace], wanted: Wanted, said: Callable[[str], None] = lambda _: None) -> list[Row]:
+def simulate(
+    traces: Sequence[Trace], wanted: SimulateOptions, said: Callable[[str], None] = lambda _: None
+) -> list[Row]:
     """A row for each policy, and one for Belady's rule, by trace, share and class. A share that is too small for a
     trace's draft length is said and left out. Raises EdgeError when nothing is left."""
     if "learned" in wanted.policies and wanted.foresight is None:
@@ -60,7 +62,7 @@ def simulate(traces: Sequence[Trace], wanted: Wanted, said: Callable[[str], None
     return rows
 
 
-def make_setting(trace: Trace, share: float, wanted: Wanted) -> Setting:
+def make_setting(trace: Trace, share: float, wanted: SimulateOptions) -> PolicyContext:
     experts = trace.experts
     if not experts.n_blocks:
         raise EdgeError(f"{trace.path} is of a model without routed experts", "record a MoE")
@@ -69,7 +71,7 @@ def make_setting(trace: Trace, share: float, wanted: Wanted) -> Setting:
         learned.require(experts, trace.draft_experts)
     slots = slots_for(experts, share, trace.k_max)
     link = wanted.link_bytes_per_s
-    made = Setting.nominal(experts, slots, trace.k_max, link, learned, has_twin=_has_twin(trace))
+    made = PolicyContext.nominal(experts, slots, trace.k_max, link, learned, has_twin=_has_twin(trace))
     if wanted.block_ms is not None:
         draft_ms = wanted.block_ms * experts.n_blocks if trace.k_max else 0.0
         made = dataclasses.replace(made, block_ms=wanted.block_ms, draft_ms=draft_ms)
@@ -77,7 +79,7 @@ def make_setting(trace: Trace, share: float, wanted: Wanted) -> Setting:
 
 
 def _has_twin(trace: Trace) -> bool:
-    """Recorded draft routing that fits the target's is taken for a twin's, as edge_speq.foresight.choose does."""
+    """Recorded draft routing that fits the target's is taken for a twin's."""
     return bool(trace.meta.get("is_twin", any(step.foreseen is not None for step in trace.steps)))
 
 
@@ -89,9 +91,9 @@ def _classes(trace: Trace, by_class: bool) -> Iterator[tuple[str, Sequence[Step]
 
 
 def _rows(
-    trace: Trace, steps: Sequence[Step], domain: str, share: float, setting: Setting, wanted: Wanted
+    trace: Trace, steps: Sequence[Step], domain: str, share: float, setting: PolicyContext, wanted: SimulateOptions
 ) -> Iterator[Row]:
-    costs = Costs.of_setting(setting)
+    costs = StepCosts.of_setting(setting)
     if wanted.cpu_ms is not None:
         costs = dataclasses.replace(costs, cpu_ms=wanted.cpu_ms)
     best = bounds(steps, setting, costs)
@@ -115,7 +117,7 @@ def _rows(
         yield row
 
 
-def _row(outcome: Outcome, lru: Outcome, best: Bounds) -> Row:
+def _row(outcome: ReplayOutcome, lru: ReplayOutcome, best: Bounds) -> Row:
     c, parts = outcome.counters, outcome.parts
     misses = c.misses or 0
     return {
@@ -146,8 +148,10 @@ def _row(outcome: Outcome, lru: Outcome, best: Bounds) -> Row:
     }
 
 
-def _belady_row(best: Bounds, lru: Outcome) -> Row:
-    bound = Outcome("belady", False, best.belady, lru.steps, best.tokens, lru.drafted, lru.accepted, best.overlap_ms)
+def _belady_row(best: Bounds, lru: ReplayOutcome) -> Row:
+    bound = ReplayOutcome(
+        "belady", False, best.belady, lru.steps, best.tokens, lru.drafted, lru.accepted, best.overlap_ms
+    )
     return _row(bound, lru, best)
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq.presets.governors import Governor
+from edge_speq.policies.published.draft_lengths import DraftLengthRule
 from edge_speq.trace import Step
 
 Routing = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ReplayedStep:
     """A step to replay."""
 
     routing: Routing
@@ -34,12 +34,12 @@ class Part:
     read: Routing | None  # of a prompt before the step, or of which the step is the end
 
 
-def recorded(steps: Sequence[Step]) -> Iterator[Part]:
+def recorded(steps: Sequence[Step]) -> Iterator[ReplayedStep]:
     for step in steps:
         yield _part(step, 0, step.n_drafted, step.n_accepted)
 
 
-def governed(steps: Sequence[Step], governor: Governor) -> Iterator[Part]:
+def governed(steps: Sequence[Step], governor: DraftLengthRule) -> Iterator[ReplayedStep]:
     """The caller tells the governor how each step went before it takes the next one."""
     for step in steps:
         if step.is_prompt or step.foreseen is None:
@@ -53,10 +53,10 @@ def governed(steps: Sequence[Step], governor: Governor) -> Iterator[Part]:
             at += kept + 1
 
 
-def _part(step: Step, at: int, n_drafted: int, n_accepted: int) -> Part:
+def _part(step: Step, at: int, n_drafted: int, n_accepted: int) -> ReplayedStep:
     end = step.width if not at and n_drafted == step.n_drafted else at + n_drafted + 1
     seen = None if step.foreseen is None or (not n_drafted and step.n_drafted) else _aligned(step)[:, at:]
-    return Part(
+    return ReplayedStep(
         routing=step.routing[:, at:end],
         foreseen=seen,
         gates=None if step.gates is None else step.gates[:, at:end],

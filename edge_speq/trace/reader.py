@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq.core import EdgeError, ExpertGroup, Experts
+from edge_speq.core import ExpertGroup, Experts
+from edge_speq.errors import EdgeError
 from edge_speq.trace.step import Step
 from edge_speq.trace.writer import IS_PROMPT, VERSION, WHOLE
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq.core import EdgeError
+from edge_speq.errors import EdgeError
 from edge_speq.trace.step import Step
 
 VERSION = 1

@@ -9,24 +9,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edge_speq import machine
-from edge_speq import profile as profiles
-from edge_speq.bench import prompts
-from edge_speq.core import EdgeError, parse_share
-from edge_speq.presets import Setting
-from edge_speq.profile import Profile
-from edge_speq.simulate import Costs
-from edge_speq.steps import StepRecord
+from edge_speq import system
+from edge_speq import texts as prompts
+from edge_speq.engine.step_records import StepRecord
+from edge_speq.errors import EdgeError
+from edge_speq.planning import profile as profiles
+from edge_speq.planning.profile import TuneProfile
+from edge_speq.policies.context import PolicyContext
+from edge_speq.simulate.costs import StepCosts
 from edge_speq.trace import Step
-from edge_speq.tune import gauge, search
-from edge_speq.tune.gauge import FEWEST_TOKENS, MOST_TOKENS, PROMPT_TOKENS, Gauge, Live, Trial, Worth
-from edge_speq.tune.search import Candidate, Hybrid, Measured
+from edge_speq.tune import measure as gauge
+from edge_speq.tune import predict as search
+from edge_speq.tune.measure import FEWEST_TOKENS, MOST_TOKENS, PROMPT_TOKENS, Gauge, Live, Trial, Worth
+from edge_speq.tune.predict import Candidate, Hybrid, Measured
+from edge_speq.units import parse_share
 
 LINK_FALLBACK = 12_500_000_000  # bytes per second, of slots that never waited
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class TuneOptions:
     """What is tuned: files, bounds, and arguments of llama_cpp.Llama."""
 
     model: str
@@ -43,7 +45,7 @@ class _Recording:
 
     measured: Measured
     steps: list[Step]
-    setting: Setting | None
+    setting: PolicyContext | None
     resident: float | None
     resident_alone: float | None
     load_seconds: float
@@ -67,7 +69,7 @@ class _Checked:
 
 
 class Tuner:
-    def __init__(self, wanted: Wanted, say: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, wanted: TuneOptions, say: Callable[[str], None] = lambda _: None) -> None:
         self._wanted, self._say = wanted, say
         self._until = time.monotonic() + wanted.seconds
         self._skipped: list[str] = []
@@ -77,7 +79,7 @@ class Tuner:
         self.trial_seconds = 0.0  # that one will take, about
         self.best: Trial | None = None  # of what was chosen, None where there was no time to measure it
 
-    def run(self) -> Profile:
+    def run(self) -> TuneProfile:
         """Raises EdgeError for a model that cannot be loaded so. Never takes much longer than it was given, unless
         loading does."""
         made_for = profiles.key(self._wanted.model, self._wanted.draft)
@@ -96,7 +98,7 @@ class Tuner:
         checked = self._check(ranked, n_threads, recording)
         self.best = checked[0].trial
         bounds = {name: self._wanted.bounds.get(name) for name in profiles.BOUNDS}
-        return Profile(made_for, bounds, checked[0].chosen, self._found(scaled, ranked, checked))
+        return TuneProfile(made_for, bounds, checked[0].chosen, self._found(scaled, ranked, checked))
 
     # --- measuring -------------------------------------------------------------------------------------
 
@@ -181,7 +183,7 @@ class Tuner:
         self, llm: Gauge, text: list[int], prompt: int, base: dict[int, float], k_max: int
     ) -> dict[int, dict[int, float]]:
         """Milliseconds of the narrowest and the widest step for each number of threads worth a try."""
-        usable, cores = machine.usable_cpus(), machine.cores() or machine.usable_cpus()
+        usable, cores = system.usable_cpus(), system.cores() or system.usable_cpus()
         tried = sorted({max(1, n) for n in (usable, min(cores, usable), cores // 2, cores // 4)} - {llm.n_threads})
         ends = sorted({1, k_max + 1})
         found = {llm.n_threads: {w: base[w] for w in ends}}
@@ -193,13 +195,13 @@ class Tuner:
             found[n] = {w: llm.width(text, prompt, w, n, self._share_of_time(0.015)).base_ms for w in ends}
         return found
 
-    def _setting(self, llm: Gauge, measured: Measured) -> Setting | None:
+    def _setting(self, llm: Gauge, measured: Measured) -> PolicyContext | None:
         plan = llm.stats().plan
         if plan.policy != "slots":
             return None
         block_ms = measured.base_ms[1] / max(1, llm._experts.n_blocks)
         link = round(measured.link_bytes_per_s or measured.order_bytes_per_s or LINK_FALLBACK)
-        return Setting(
+        return PolicyContext(
             llm._experts, plan.slots, plan.k_max, link, block_ms, measured.draft_ms, has_twin=bool(llm._is_twin())
         )
 
@@ -301,7 +303,7 @@ def _row(one: _Checked) -> dict[str, Any]:
 def _draft_ms(steps: Sequence[Step], whole: Sequence[StepRecord], k_max: int, rest_ms: float) -> float:
     """Of a token that the draft decodes. Where no step was recorded that is one of those that it proposes."""
     if any(step.n_drafted for step in steps):
-        return Costs.fit(steps).draft_ms
+        return StepCosts.fit(steps).draft_ms
     return max(0.0, _step_ms(whole) - rest_ms) / k_max if k_max and whole else 0.0
 
 

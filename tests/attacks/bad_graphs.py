@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from attacks.bad_gguf import ARRAY, F16, F32, I32, STRING, Parts, string
 
-from edge_speq.gguf_file import TYPES
+from edge_speq.gguf.container import TYPES
 
 F32_VALUE = 6
 Q8_1, Q8_K, BF16 = 9, 15, 30

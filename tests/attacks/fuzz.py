@@ -28,8 +28,8 @@ import tiny_models
 from attacks.bad_gguf import Parts
 from attacks.mutants import mutant
 
-from edge_speq.gguf_file import GGUFError
-from edge_speq.gguf_model import check_model
+from edge_speq.gguf.container import GGUFError
+from edge_speq.gguf.model import check_model
 
 LOADER = Path(__file__).parent / "load_gguf.py"
 BATCH = 100

@@ -21,7 +21,9 @@ from typing import IO
 
 import llama_cpp  # noqa: F401  # before the fork: children share it
 
-from edge_speq import EdgeError, EdgeLlama, _native, gguf_file, gguf_model
+from edge_speq import EdgeError, EdgeLlama, _native
+from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import model as gguf_model
 
 MAX_BYTES = 1 << 30  # of address space beyond what the process has at its start
 MAX_SECONDS = 20

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import gguf
 from attacks.bad_gguf import ARRAY, F16, F32, I32, STRING, Entry, Parts, string
 
-from edge_speq.gguf_file import TYPES
+from edge_speq.gguf.container import TYPES
 
 F32_VALUE, BOOL, F64_VALUE = 6, 7, 12
 CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from edge_speq import interrupt
-from edge_speq.cli import arguments
-from edge_speq.convert import Progress, silent
+from edge_speq.cli import arguments, interrupt
+from edge_speq.progress import Progress, silent
 
 DELAY = 0.5  # seconds: what is faster is not worth a line
 PERIOD = 0.1  # seconds between two updates

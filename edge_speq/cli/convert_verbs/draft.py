@@ -28,8 +28,10 @@ def add_parser(verbs: Any) -> None:
 
 
 def draft(options: argparse.Namespace) -> int:
-    from edge_speq.convert import atomic, imatrix, reader
-    from edge_speq.convert import draft as drafts
+    from edge_speq.convert.evaluation import reader
+    from edge_speq.convert.quantization import draft as drafts
+    from edge_speq.convert.quantization import imatrix
+    from edge_speq.gguf import atomic
 
     atomic.check(options.out, options.force, sources=[options.target])
     # an importance matrix is made on the second half of the text, so that the first half is new to the twin
@@ -50,8 +52,9 @@ def draft(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace, recipe: Any) -> dict[str, Any]:
-    from edge_speq.convert import atomic, quantize
-    from edge_speq.convert import draft as drafts
+    from edge_speq.convert.quantization import draft as drafts
+    from edge_speq.convert.quantization import quantize
+    from edge_speq.gguf import atomic
 
     n_bytes = quantize.plan(options.target, recipe).n_bytes
     if options.experts_only:
@@ -61,8 +64,8 @@ def _dry_run(options: argparse.Namespace, recipe: Any) -> dict[str, Any]:
 
 
 def _make(options: argparse.Namespace, recipe: Any, text: str) -> dict[str, Any]:
-    from edge_speq.convert import agreement
-    from edge_speq.convert import draft as drafts
+    from edge_speq.convert.evaluation import agreement
+    from edge_speq.convert.quantization import draft as drafts
 
     found: list[dict[str, Any]] = []
 
@@ -85,7 +88,7 @@ def _make(options: argparse.Namespace, recipe: Any, text: str) -> dict[str, Any]
 
 
 def _summary(options: argparse.Namespace, n_bytes: int, agreement: dict[str, Any] | None) -> dict[str, Any]:
-    from edge_speq import gguf_file
+    from edge_speq.gguf import container as gguf_file
 
     return {
         "target": options.target,

@@ -35,8 +35,8 @@ def add_parser(verbs: Any) -> None:
 
 
 def hf(options: argparse.Namespace) -> int:
-    from edge_speq.convert import hf as converting
-    from edge_speq.convert import imatrix, quantize
+    from edge_speq.convert.huggingface import hf as converting
+    from edge_speq.convert.quantization import imatrix, quantize
 
     outtype, recipe = options.outtype.lower(), None
     importance = imatrix.read(options.imatrix) if options.imatrix else None

@@ -26,8 +26,9 @@ def add_parser(verbs: Any) -> None:
 
 
 def imatrix(options: argparse.Namespace) -> int:
-    from edge_speq.convert import atomic, reader
-    from edge_speq.convert import imatrix as matrix
+    from edge_speq.convert.evaluation import reader
+    from edge_speq.convert.quantization import imatrix as matrix
+    from edge_speq.gguf import atomic
 
     sources = [options.model, *([options.text] if options.text else [])]
     atomic.check(options.out, options.force, sources=sources)

@@ -31,7 +31,7 @@ def add_parser(verbs: Any) -> None:
 def pack(options: argparse.Namespace) -> int:
     from edge_speq.convert import pack as packing
 
-    wanted = packing.Wanted(options.align, options.fuse, options.order)
+    wanted = packing.PackOptions(options.align, options.fuse, options.order)
     with common.progress(options, "writing") as progress:
         made = packing.pack(
             options.source,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_speq.cli.convert_verbs import common
-from edge_speq.convert.types import FTYPES
-from edge_speq.core import EdgeError
+from edge_speq.convert.quantization.types import FTYPES
+from edge_speq.errors import EdgeError
 
 
 def add_parser(verbs: Any) -> None:
@@ -42,8 +42,9 @@ def add_parser(verbs: Any) -> None:
 
 
 def quantize(options: argparse.Namespace) -> int:
-    from edge_speq.convert import atomic, imatrix
-    from edge_speq.convert import quantize as quantizing
+    from edge_speq.convert.quantization import imatrix
+    from edge_speq.convert.quantization import quantize as quantizing
+    from edge_speq.gguf import atomic
 
     importance = imatrix.read(options.imatrix) if options.imatrix else None
     named = {"importance": importance, "importance_name": Path(options.imatrix or "").name}
@@ -72,7 +73,8 @@ def quantize(options: argparse.Namespace) -> int:
 
 def _raised(options: argparse.Namespace, importance: Any) -> tuple[dict[int, float] | None, dict[int, str]]:
     """Sensitivity by block, and the type of the blocks that get a better one."""
-    from edge_speq.convert import reader, sensitivity, types
+    from edge_speq.convert.evaluation import reader
+    from edge_speq.convert.quantization import sensitivity, types
 
     if options.raised is None:
         return None, {}

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_speq.cli.convert_verbs import common
-from edge_speq.core import EdgeError
+from edge_speq.convert.sub_experts.options import SplitOptions
+from edge_speq.errors import EdgeError
 
 REQUANTIZED = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
@@ -46,9 +47,9 @@ def add_parser(verbs: Any) -> None:
 
 
 def split(options: argparse.Namespace) -> int:
-    from edge_speq.convert import split as splitting
+    from edge_speq.convert.sub_experts import split as splitting
 
-    wanted = splitting.Wanted(
+    wanted = SplitOptions(
         n_sub=options.sub_experts,
         requantize=options.requantize,
         used=options.k,

@@ -27,8 +27,8 @@ def add_parser(verbs: Any) -> None:
 
 
 def verify(options: argparse.Namespace) -> int:
-    from edge_speq.convert import verify as verifying
-    from edge_speq.core import EdgeError
+    from edge_speq.convert.evaluation import verify as verifying
+    from edge_speq.errors import EdgeError
 
     summary: dict[str, Any] = {"first": _describe(options, options.first)}
     if options.second is None:
@@ -51,7 +51,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def _describe(options: argparse.Namespace, path: str) -> dict[str, Any]:
-    from edge_speq.convert import verify as verifying
+    from edge_speq.convert.evaluation import verify as verifying
 
     with common.progress(options, "hashing") as progress:
         return verifying.describe(path, progress)[1]

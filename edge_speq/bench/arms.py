@@ -1,0 +1,291 @@
+"""Which model each policy is, at equal bytes on the compute device, and which of them are in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from edge_speq import _native
+from edge_speq.bench.instrumented import InstrumentedLlama, StockLlama
+from edge_speq.bench.matrix import Case
+from edge_speq.bench.measure import reading
+from edge_speq.core import SLOT_POLICIES, Experts
+from edge_speq.gguf import model as gguf_model
+from edge_speq.planning import planner
+from edge_speq.policies import registry as presets
+from edge_speq.runtime import loading as engine
+from edge_speq.texts import Texts
+
+COMPUTES = ("device", "hybrid", "hybrid-ahead")
+SLOTS = (*SLOT_POLICIES, *COMPUTES)
+WARM_UP = 16  # tokens after each load: graphs are built and slots filled
+DEFAULT_RESIDENT = "1/4"
+CONTEXT_STEP = 256  # llama_context pads n_ctx to this many cells
+ROOM_TO_SPARE = 16  # cells: the last verify step may look further than the text goes
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """What is to be measured, checked."""
+
+    model: str
+    draft: str | None
+    policies: tuple[str, ...]
+    speculations: tuple[str, ...]
+    threads: tuple[int | None, ...]
+    cases: tuple[Case, ...]
+    texts: Texts
+    repetitions: int
+    resident: str | None
+    vram_budget: str | None
+    baseline: str
+    link: str | None = None
+    deterministic: bool = False
+    emulation: str | None = None  # in words, for every row
+    load_mode: str = "auto"  # of stock arms: "mmap", "none", or whichever is faster
+    warm_up: bool = True
+    foresight: str | None = None  # a file, of presets.readers
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One competitor."""
+
+    policy: str
+    speculation: str
+    threads: int | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy}, K={self.speculation}" + (f", {self.threads} threads" if self.threads else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What an arm turned out to be when it was loaded."""
+
+    used_bytes: int
+    resident_fraction: float | None
+    n_cpu_moe: int | None
+    load_mode: str
+    placement: str  # "slots", "cpu-moe" or "all"
+    slots: tuple[int, ...]
+    experts: Experts
+    n_threads: int
+    n_batch: int
+    n_ubatch: int
+    flash_attn: bool
+    is_uncounted: bool  # every expert resident where no GPU is: used_bytes leaves mapped pages out
+    lossy: bool = False  # a token runs less of its experts than the model's router chose
+
+
+def arms(settings: BenchSettings) -> list[Arm]:
+    """All combinations, in the order of the arguments."""
+    wanted = [(p, s, t) for t in settings.threads for p in settings.policies for s in settings.speculations]
+    return [Arm(*choice) for choice in wanted]
+
+
+def rotated(competitors: list[Arm], repetition: int) -> list[Arm]:
+    """Another arm begins in each repetition, so that none always runs on the warmest machine."""
+    start = repetition % len(competitors)
+    return competitors[start:] + competitors[:start]
+
+
+def reference(settings: BenchSettings) -> Arm:
+    """Whose text the others must write: demand loads only, no draft."""
+    return Arm("lru", "0", settings.threads[0])
+
+
+class Fleet:
+    """Opens arms. As many stay in memory as device and host have room for.
+
+    The anchor, the first arm with slots, is bounded as the user said, and what it then uses is the budget of the
+    others: slots with another draft length get it as vram_budget, cpu-moe as room for whole layers of experts. `all`
+    gets no bound.
+
+    rebound() changes the share and keeps what does not depend on it.
+    """
+
+    def __init__(self, settings: BenchSettings, say: Callable[[str], None]) -> None:
+        self.facts: dict[Arm, Facts] = {}
+        self.budget_bytes: int | None = None
+        self.resident = settings.resident  # of the anchor; None where a budget decides
+        self._settings, self._say = settings, say
+        self._open: dict[Arm, InstrumentedLlama] = {}
+        self._mapped: dict[Arm, bool] = {}  # of stock arms: the better load mode
+        self._n_cpu_moe: dict[Arm, int | None] = {}  # found by dry loads
+        self._anchor = next((arm for arm in arms(settings) if arm.policy in SLOTS), reference(settings))
+        self._n_ctx = self._size = 0
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for model in self._open.values():
+            model.close()
+        self._open = {}
+
+    def rebound(self, resident: str | None) -> None:
+        """Another share of the experts in slots. `all` stays in memory, and load modes once found stay known: on the
+        CPU side an expert costs what it costs, however many layers are there."""
+        self._settings = dataclasses.replace(self._settings, resident=resident)
+        for arm in [arm for arm in self._open if arm.policy != "all"]:
+            self._open.pop(arm).close()
+        self.facts = {arm: facts for arm, facts in self.facts.items() if arm.policy == "all"}
+        self.budget_bytes = None
+        self._n_cpu_moe = {}
+
+    def cancel(self) -> None:
+        """From any thread: what runs ends soon."""
+        for model in list(self._open.values()):
+            model.cancel()
+
+    def open(self, arm: Arm) -> InstrumentedLlama:
+        """An arm, loaded and warmed up. Raises EdgeError."""
+        if self.budget_bytes is None:
+            _native.load_backends()
+            self._settle_bounds()
+            self._load(self._anchor)
+            facts = self.facts[self._anchor]
+            self.budget_bytes = facts.used_bytes + (facts.experts.total_bytes if facts.is_uncounted else 0)
+        if arm not in self._open:
+            self._load(arm)
+        return self._open[arm]
+
+    def _load(self, arm: Arm) -> None:
+        while self._open and not self._has_room(arm):  # arms take turns, so the last one waits longest for its next
+            self._open.popitem()[1].close()
+        if arm.policy not in SLOTS:
+            self._open[arm] = self._stock(arm)
+        else:
+            self._say(f"loading {arm.name}")
+            self._open[arm] = self._slots(arm)
+        if arm not in self.facts:
+            self.facts[arm] = _facts(self._open[arm])
+        self._warm(self._open[arm])
+
+    def _has_room(self, arm: Arm) -> bool:
+        known, free_bytes = self.facts.get(arm), _native.compute_device().free_bytes
+        need = known.used_bytes if known is not None else (self.budget_bytes or 0) + self._size * (arm.policy == "all")
+        # page-locked experts are a copy in RAM for each model; without room for it they would be mapped for some only
+        return free_bytes >= need + planner.AUTO_MARGIN and engine.fits_in_memory(self._size)
+
+    def _settle_bounds(self) -> None:
+        """One size for the whole run, though what is free on the device changes."""
+        if not self._n_ctx:
+            self._vram_budget = planner.budget(self._settings.vram_budget, _native.compute_device())
+        bounded = self._settings.resident is not None or self._vram_budget is not None
+        self.resident = self._settings.resident if bounded else DEFAULT_RESIDENT
+        self._n_ctx, self._size = self._context(), gguf_model.check_model(self._settings.model).size
+
+    def _context(self) -> int:
+        """Tokens that the longest test puts into the context; a generation test's prompt is as long as its text."""
+        longest = max(len(prompt.text.encode()) for prompt in self._settings.texts.chosen)
+        needs = [
+            c.n_depth + c.n_tokens + (longest if not c.n_prompt and not c.n_depth else 0) for c in self._settings.cases
+        ]
+        return -(-(max(needs) + WARM_UP + ROOM_TO_SPARE) // CONTEXT_STEP) * CONTEXT_STEP
+
+    def _slots(self, arm: Arm) -> InstrumentedLlama:
+        bounds: dict[str, Any] = {"vram_budget": self.budget_bytes}
+        if arm.speculation == self._anchor.speculation:
+            bounds = {"resident": self.resident, "vram_budget": self._vram_budget}
+        policy = arm.policy
+        if policy in COMPUTES:  # auto, but for where missing experts are computed
+            bounds["compute"], policy = policy, "auto"
+        if policy in presets.readers(self._settings.policies):
+            bounds["foresight"] = self._settings.foresight
+        return InstrumentedLlama(self._settings.model, policy=policy, **bounds, **self._options(arm))
+
+    def _stock(self, arm: Arm) -> InstrumentedLlama:
+        mapped = self._mapped.get(arm)
+        if mapped is None and self._settings.load_mode != "auto":
+            mapped = self._settings.load_mode == "mmap"
+        elif mapped is None and arm.policy == "all" and _native.compute_device().is_gpu:
+            mapped = True  # the weights are on the device either way
+        return self._faster_load(arm) if mapped is None else self._load_stock(arm, mapped)
+
+    def _faster_load(self, arm: Arm) -> StockLlama:
+        """The mapped file or the file read into memory, whichever is faster at prompts, and at generating where that is
+        asked for. Each is tried once."""
+        models = dict[bool, StockLlama]()
+        times = dict[bool, float]()
+        try:
+            for mapped in (True, False):
+                if models and not self._has_room(arm):
+                    models.pop(True).close()
+                models[mapped] = self._load_stock(arm, mapped)
+                self._warm(models[mapped])
+                times[mapped] = self._tried(models[mapped])
+            best = self._mapped[arm] = times[True] <= times[False]
+            return models.pop(best) if best in models else self._load_stock(arm, best)
+        finally:
+            for model in models.values():
+                model.close()
+
+    def _load_stock(self, arm: Arm, mapped: bool) -> StockLlama:
+        self._say(f"loading {arm.name}, {'mapped' if mapped else 'read into memory'}")
+        budget = self.budget_bytes if arm.policy == "cpu-moe" else None
+        options = self._options(arm) | {"use_mmap": mapped, "n_cpu_moe": self._n_cpu_moe.get(arm)}
+        model = StockLlama(self._settings.model, device_budget=budget, policy=arm.policy, **options)
+        self._n_cpu_moe[arm] = model.n_cpu_moe
+        return model
+
+    def _options(self, arm: Arm) -> dict[str, Any]:
+        settings = self._settings
+        options: dict[str, Any] = {
+            "draft": settings.draft,
+            "speculation": arm.speculation,
+            "link": settings.link,
+            "deterministic": settings.deterministic,
+            "n_ctx": self._n_ctx,
+        }
+        return options | ({"n_threads": arm.threads, "n_threads_batch": arm.threads} if arm.threads else {})
+
+    def _tried(self, model: InstrumentedLlama) -> float:
+        """Seconds of what is going to be measured, in short: a prompt, and tokens after it where they are asked for."""
+        texts, cases = self._settings.texts, self._settings.cases
+        case = max(cases, key=lambda case: (case.n_gen > 0, case.n_prompt))
+        read = reading(model, case, texts.chosen[0], texts)
+        tokens, generates = [*read.before, *read.prompt], case.n_gen > 0
+        model.reset()
+        started = time.perf_counter()
+        with contextlib.closing(model.generate(tokens, temp=0.0)) as stream:
+            for _ in range(1 + WARM_UP * generates):
+                next(stream)
+        return time.perf_counter() - started
+
+    def _warm(self, model: InstrumentedLlama) -> None:
+        """Some tokens after the first prompt's first."""
+        model.reset()
+        prompt = self._settings.texts.chosen[0].text
+        stream = model.generate(model.words(prompt, add_bos=True)[:WARM_UP], temp=0.0)
+        with contextlib.closing(stream):
+            for _ in range(1 + WARM_UP):
+                next(stream)
+
+
+def _facts(model: InstrumentedLlama) -> Facts:
+    made = model.stats()
+    return Facts(
+        used_bytes=made.used_bytes,
+        resident_fraction=model.resident_fraction(),
+        n_cpu_moe=model.n_cpu_moe,
+        load_mode="mmap" if model.is_mapped() else "none",
+        placement=made.plan.policy,
+        slots=made.plan.slots,
+        experts=model._experts,
+        n_threads=model.n_threads,
+        n_batch=model.n_batch,
+        n_ubatch=int(model.context_params.n_ubatch),
+        flash_attn=bool(model.context_params.flash_attn_type > 0),
+        is_uncounted=made.plan.policy != "slots" and not model.device.is_gpu,
+        lossy=made.lossy,
+    )

@@ -1,0 +1,60 @@
+"""Whether a GGUF file is sound, what its tensors hash to, and how two files differ, in bytes and in what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edge_speq.convert.evaluation import agreement, reader
+from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import layout
+from edge_speq.gguf import model as gguf_model
+from edge_speq.gguf.container import GGUFFile
+from edge_speq.progress import Progress, silent
+
+
+def describe(path: str | Path, progress: Progress = silent) -> tuple[GGUFFile, dict[str, Any]]:
+    """Checks the structure, and roles and shapes where the file is a model; reads and hashes every tensor. Raises
+    GGUFError at what is wrong."""
+    file = gguf_file.read(path)
+    is_model = f"{gguf_model.architecture(file)}.block_count" in file.fields
+    if is_model:
+        gguf_model.check_model(path)
+    hashes = layout.hashes(file, progress)
+    tensors = {
+        name: {"type": tensor.type.lower(), "ne": list(tensor.ne), "sha256": hashes[name]}
+        for name, tensor in file.tensors.items()
+    }
+    summary = {
+        "files": [str(part) for part in file.paths],
+        "is_model": is_model,
+        "size_bytes": file.size,
+        "n_tensors": len(tensors),
+        "content_sha256": layout.content_hash(file, hashes),
+        "tensors": tensors,
+    }
+    return file, summary
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[str]]:
+    """Names of tensors of two summaries of `describe`, by how they differ."""
+    first, second = a["tensors"], b["tensors"]
+    both = [name for name in first if name in second]
+    return {
+        "only_in_first": [name for name in first if name not in second],
+        "only_in_second": [name for name in second if name not in first],
+        "other_shape": [name for name in both if first[name]["ne"] != second[name]["ne"]],
+        "other_type": [name for name in both if first[name]["type"] != second[name]["type"]],
+        "other_bytes": [
+            name
+            for name in both
+            if first[name]["sha256"] != second[name]["sha256"] and first[name]["type"] == second[name]["type"]
+        ],
+    }
+
+
+def compare(
+    a: str | Path, b: str | Path, text: str | Path | None = None, *, most: int | None, progress: Progress = silent
+) -> agreement.Agreement:
+    """What both say to a text, the bundled prompts by default. progress counts tokens."""
+    return agreement.measure(a, b, reader.read_text(text), most=most, progress=progress)

@@ -1,0 +1,1 @@
+"""Fewer bits: quantization, importance matrices, draft twins."""

@@ -1,0 +1,1 @@
+"""Experts cut into sub-experts (MoE-Prism)."""

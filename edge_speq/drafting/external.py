@@ -1,0 +1,46 @@
+"""A llama_cpp LlamaDraftModel object as a draft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edge_speq.core import Experts
+from edge_speq.drafting.base import Routing, Seen, Text, log
+
+
+class ObjectDraft:
+    """A llama_cpp.llama_speculative.LlamaDraftModel. One that raises is out of use until the next request begins."""
+
+    experts: Experts | None = None
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._failed = False
+
+    def begin(self) -> None:
+        self._failed = False
+
+    def propose(
+        self, text: Text, k: int, sampler: Any, ahead: int = 0, seen: Seen | None = None
+    ) -> tuple[list[int], Routing | None]:
+        if self._failed:
+            return [], None
+        try:
+            tokens = np.asarray(self._model(text)).reshape(-1)[:k]
+            return [int(token) for token in tokens], None
+        except Exception:  # not ours, and a guess is not worth the request
+            self._failed = True
+            log.warning("the draft_model raised, so this request goes on without a draft", exc_info=True)
+            return [], None
+
+    def unread(self, text: Text) -> int:
+        return 0
+
+    def shift(self, n_keep: int, n_discard: int) -> None: ...
+
+    def memory_used(self) -> int:
+        return 0
+
+    def close(self) -> None: ...

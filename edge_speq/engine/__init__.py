@@ -1,0 +1,1 @@
+"""One decode: the model in memory, the generate loop, the draft length."""

@@ -1,0 +1,229 @@
+"""The target's context: llama_cpp.Llama's decoding, with rollback, context shift, the hook and a draft in mind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import Llama
+
+from edge_speq import _native
+from edge_speq.core import Plan
+from edge_speq.engine.exclusive import ExclusiveUse
+from edge_speq.engine.speculator import Speculator
+from edge_speq.errors import EdgeError
+from edge_speq.runtime import loading
+from edge_speq.runtime.cancellation import Cancellation
+
+UNBOUNDED = 2**31 - 1  # tokens
+
+log = logging.getLogger("edge_speq")
+
+
+class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
+    """The half of EdgeLlama that looks after the context: which tokens its KV cache holds, and whose they are."""
+
+    n_tokens: int
+    n_batch: int
+    _n_ctx: int
+    version = 0  # counts what happened to the context from outside a request
+    _requires_eval: bool
+    _hook: _native.Hook | None
+    _lookahead: Speculator
+    _plan: Plan
+    _turns: ExclusiveUse
+    _cancellation: Cancellation
+    _shifts: bool  # when the context is full
+    _n_keep: int  # tokens that a shift leaves alone, -1 for the prompt
+    _unserved = False  # narrow graphs were not served from slots, and it was said
+
+    def _open_context(self) -> None:
+        """Called once, when the context exists."""
+        self._size = min(self._n_ctx, len(self.input_ids))  # llama.cpp rounds n_ctx up, llama_cpp.Llama does not
+        self._n_intact = UNBOUNDED  # tokens at the front that still have the keys and values of their own context
+        self._n_kept = 0  # tokens that a shift leaves alone in this request
+        self._cancellation.watch(self._ctx.ctx)
+        if not self._shifts:
+            self._n_ctx = self._size
+        elif loading.can_shift(self._model, self._ctx):
+            self._n_ctx = UNBOUNDED  # what _create_completion cuts max_tokens down to
+        else:
+            raise EdgeError("this model cannot shift its context", "leave context_shift out", usage=True)
+
+    def _forget_cancellation(self) -> None:
+        """A cancellation that came when its request was over is not meant for the next one."""
+        if self._cancellation.clear() and self._hook is not None:
+            self._hook.end_step()
+
+    def _require_open(self) -> None:
+        if self._ctx.ctx is None:
+            raise EdgeError("the model is closed")
+
+    def require_running(self) -> None:
+        """Raises EdgeError when the model was closed or its request cancelled."""
+        self._require_open()
+        self._cancellation.check()
+
+    def room(self) -> int:
+        """Tokens that the next verify step can have: the context has cells for them, and one batch rows."""
+        return min(self._plan.max_width, self._size - self.n_tokens, self.n_batch)
+
+    def cells(self) -> int:
+        """Tokens that the context holds at most."""
+        return self._size
+
+    def lend_context(self) -> tuple[Any, Any]:
+        """Its llama.cpp context and batch, threads set for narrow graphs. What the KV cache holds beyond the text is
+        taken out, and the logits at hand will be the borrower's."""
+        self._require_open()
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        self._requires_eval = True  # until a step is verified
+        self._ctx.set_n_threads(self._narrow_threads, self._narrow_threads)
+        return self._ctx, self._batch
+
+    @property
+    def _narrow_threads(self) -> int:
+        """Threads of llama.cpp for graphs that slots serve. On a GPU the CPU looks up embeddings and no more, missing
+        experts being computed by threads of the hook's, beside which llama.cpp's would only spin."""
+        served = self._hook is not None and self._hook.n_slots > 0 and not self._unserved
+        return 1 if served and self.device.is_gpu else self.n_threads
+
+    def serves(self, request: object) -> bool:
+        return self._ctx.ctx is not None and self._turns.holds(request)
+
+    # --- decoding --------------------------------------------------------------------------------------
+
+    def extend(self, text: list[int], drafted: list[int]) -> None:
+        """Decodes text, and after it drafted tokens that are not text yet, with logits for the last token of text and
+        every drafted one. Raises EdgeError; what was decoded before stays."""
+        self._require_open()
+        shifted = self._make_room(len(text))
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        self._requires_eval = True  # until the step is settled
+        tokens = text + drafted
+        # llama.cpp takes its batch threads from two tokens on; a verify step is as narrow as a decode step, and
+        # more threads than that only wait for each other
+        narrow = len(tokens) <= self._plan.max_width
+        threads = self._narrow_threads
+        self._ctx.set_n_threads(threads, threads if narrow else self.n_threads_batch)
+        past, end = self.n_tokens, self.n_tokens + len(text)
+        width = self.n_batch if narrow else self.context_params.n_ubatch  # a cancellation waits for one ubatch
+        # aborted, the rotation of shifted keys would leave some of them at their old positions
+        with self._cancellation.ignored(self._ctx.ctx) if shifted else contextlib.nullcontext():
+            for start in range(0, len(tokens), width):
+                chunk = tokens[start : start + width]
+                self._decode(chunk, past + start, len(drafted) + 1 if start + len(chunk) == len(tokens) else 1)
+                self.n_tokens = min(past + start + len(chunk), end)
+        llama_cpp.llama_synchronize(self._ctx.ctx)
+        self._requires_eval = len(drafted) > 0
+
+    def _decode(self, chunk: list[int], past: int, n_rows: int) -> None:
+        self._cancellation.check()
+        # without logits for every token the last block would lack rows of routing
+        n_logits = len(chunk) if len(chunk) <= self._plan.max_width else min(n_rows, len(chunk))
+        loading.decode(self._ctx, self._batch, chunk, past, n_logits, hook=self._hook, logits_all=self._logits_all)
+        self.input_ids[past : past + len(chunk)] = chunk
+        if self._logits_all:
+            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(chunk) * self._n_vocab,))
+            self.scores[past : past + len(chunk), :].reshape(-1)[:] = logits
+        self._warn_if_unserved(len(chunk))
+
+    def _warn_if_unserved(self, width: int) -> None:
+        if self._hook is None or self._unserved or width > min(self._plan.max_width, self.context_params.n_ubatch):
+            return
+        if not self._hook.routing().shape[1]:
+            self._unserved = True
+            log.warning("this model takes llama.cpp's stock path: its experts are not served from slots")
+
+    def logits(self, row: int) -> npt.NDArray[np.float32]:
+        """A row of the last step, counted from the end: -1 is the last. A view of native memory."""
+        return np.ctypeslib.as_array(self._ctx.get_logits_ith(row), shape=(self._n_vocab,))
+
+    def roll_back(self, n_refused: int) -> None:
+        """Ends a verify step: takes the drafted tokens that did not become text out of the KV cache."""
+        if n_refused:
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        else:
+            self._requires_eval = False
+
+    def _reuse_prefix(self, tokens: list[int]) -> list[int]:
+        """Keeps what the KV cache shares with tokens and returns the rest; [] when its logits are live too."""
+        shared = min(loading.shared_prefix(self._input_ids, np.asarray(tokens, dtype=np.intc)), self._n_intact)
+        if shared == len(tokens) == self.n_tokens and shared and not self._requires_eval:
+            return []
+        shared = min(shared, len(tokens) - 1)  # the last token is decoded again for its logits
+        self._n_intact = UNBOUNDED
+        if shared <= 0 or not self._ctx.kv_cache_seq_rm(-1, shared, -1):
+            self.reset()
+            return tokens
+        self.n_tokens = shared
+        self._requires_eval = True
+        return tokens[shared:]
+
+    # --- the context is full ---------------------------------------------------------------------------
+
+    def _make_room(self, n: int) -> bool:
+        """Shifts the context until n more tokens fit; whether it had to. Raises EdgeError when they cannot."""
+        shifted = False
+        while self.n_tokens + n > self._size:
+            n_keep = min(self._n_kept, self._size - 4, self.n_tokens)
+            if not self._shifts or n_keep + n > self._size:
+                raise EdgeError(
+                    f"the context of {self._size} tokens is full", "ask for a larger n_ctx, or for context_shift"
+                )
+            self._shift(n_keep, min((self._size - n_keep) // 2, self.n_tokens - n_keep))
+            shifted = True
+        return shifted
+
+    def _shift(self, n_keep: int, n_discard: int) -> None:
+        n = self.n_tokens
+        log.info("the context is full: %d of its tokens are discarded", n_discard)
+        loading.shift(self._ctx, n_keep, n_discard, n)
+        self.input_ids[n_keep : n - n_discard] = self.input_ids[n_keep + n_discard : n].copy()
+        self.n_tokens = n - n_discard
+        self._n_intact = min(self._n_intact, n_keep)  # what follows was computed with the discarded tokens in sight
+        self._lookahead.shift(n_keep, n_discard)
+
+    # --- llama_cpp.Llama's own ways to the context: not while another thread uses it ---------------------
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Decodes tokens into the context, as llama_cpp.Llama.eval does."""
+        with self._outside():
+            if not self._turns.is_open:
+                self._forget_cancellation()
+            self.extend(list(tokens), [])
+
+    def reset(self) -> None:
+        with self._outside():
+            self._n_intact = UNBOUNDED
+            super().reset()
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        with self._outside():
+            return super().embed(*args, **kwargs)
+
+    def save_state(self) -> Any:
+        with self._turns.use():
+            self._require_open()
+            state = super().save_state()
+            state.n_intact = self._n_intact
+            return state
+
+    def load_state(self, state: Any) -> None:
+        with self._outside():
+            super().load_state(state)
+            self._n_intact = getattr(state, "n_intact", UNBOUNDED)
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # saved in the middle of a step it has drafted tokens, too
+
+    @contextlib.contextmanager
+    def _outside(self) -> Iterator[None]:
+        with self._turns.use():
+            self._turns.require_mine()
+            self._require_open()
+            self.version += 1
+            yield

@@ -1,0 +1,1 @@
+"""How many tokens to draft: measured acceptance and measured step costs."""

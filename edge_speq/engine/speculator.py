@@ -1,0 +1,292 @@
+"""What is known before the target runs: the drafted tokens, and the experts that they will want."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_speq import _native
+from edge_speq.core import Speculation
+from edge_speq.drafting.base import Draft, Routing, Text
+from edge_speq.engine.draft_length.controller import DraftLengthController
+from edge_speq.engine.draft_length.lookahead_depth import LookaheadDepth
+from edge_speq.policies.base import Policy
+from edge_speq.policies.context import Slots
+from edge_speq.policies.draft_routing import Quality
+from edge_speq.policies.prediction import NO_ORDERS, Scores
+from edge_speq.policies.published.draft_lengths import DraftLengthRule as AnyGovernor
+from edge_speq.policies.published.draft_lengths import roofline
+
+log = logging.getLogger("edge_speq")
+
+SMOOTHING = 0.9
+TELL_EVERY = 16  # steps after which a policy is told what was measured
+
+
+class AdmittingSlots:
+    """Slots into which nobody fetches on demand: what has earned a slot is ordered after what is expected."""
+
+    def __init__(self, hook: _native.Hook, policy: Policy) -> None:
+        self._hook, self._policy = hook, policy
+
+    @property
+    def scores(self) -> Scores:
+        return self._hook.scores
+
+    def states(self) -> npt.NDArray[np.uint8]:
+        return self._hook.states()
+
+    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
+        earned = self._policy.admissions(self._hook)
+        earned = earned.copy()  # the policy's
+        earned["priority"] += margin  # they have one of their own
+        wanted = np.concatenate([orders[: None if byte_budget else 0], earned])
+        return self._hook.prefetch(wanted, _native.NO_BUDGET, margin)
+
+
+class Speculator:
+    """A draft, the governor of its length, and the policy that turns both passes' routing into prefetches.
+
+    A policy that raises is reported, counted, and replaced by lru: a guess is not worth the request. `virtual`: time
+    is, so nothing may follow the clock. `admits`: nobody fetches what is missing.
+    """
+
+    def __init__(
+        self,
+        *,
+        draft: Draft | None,
+        governor: DraftLengthController,
+        policy: Policy | None,
+        hook: _native.Hook | None,
+        n_vocab: int,
+        admits: bool = False,
+        virtual: bool = False,
+    ) -> None:
+        self.counts = Speculation()
+        self.failures = 0
+        self.depth = LookaheadDepth(fixed=virtual)
+        self._draft, self._governor, self._hook = draft, governor, hook
+        self._policy = policy if hook is not None else None
+        self._admits, self._virtual, self._n_vocab = admits, virtual, n_vocab
+        self._k_max = governor.k_max
+        if self._policy is not None:
+            governor.expect(roofline(self._policy.setting))
+        me = weakref.ref(self)  # else the two would wait for the garbage collector, and with them a draft
+        governor.unread = lambda: 0 if (own := me()) is None else own._unread()
+        self._text: Text = np.zeros(0, dtype=np.intc)  # before the step
+        self._seen_from: int | None = None  # where the text begins that a draft sees which only glances at it
+        self._tokens: list[int] = []  # of the step: the last one of text, and those drafted
+        self._routing: Routing | None = None  # the draft's, of the tokens drafted last and of some after them
+        self._n_drafted = 0
+        self._looks_further = False  # the policy has a use for routing beyond the drafted tokens
+        self._is_first = True  # step of the request: the draft reads the prompt
+        self._draft_seconds = self._waited = 0.0
+        self._draft_ms = self._block_ms = 0.0  # averages
+        self._n_measured = 0
+
+    def limit(self, k_max: int) -> None:
+        """Drafts at most k_max tokens a step from now on."""
+        self._k_max = self._governor.k_max = k_max
+
+    def resized(self, slots: tuple[int, ...]) -> None:
+        """Each group has so many slots from now on."""
+        if self._policy is not None:
+            self._safely(self._policy.resized, slots)
+
+    @property
+    def name(self) -> str:
+        """What the policy knows of later demands."""
+        return self._policy.sees if self._policy is not None else "none"
+
+    @property
+    def policy(self) -> str:
+        return self._policy.name if self._policy is not None else "none"
+
+    @property
+    def quality(self) -> Quality | None:
+        """How well the target's experts were foreseen, None where nothing foresees them."""
+        return self._policy.quality if self._policy is not None else None
+
+    @property
+    def foreseen(self) -> dict[str, float] | None:
+        """That in figures, over all blocks; None until a step was foreseen."""
+        quality = self.quality
+        return quality.summary() if quality is not None and quality.n_steps else None
+
+    def begin(self) -> None:
+        """A new request begins."""
+        self._is_first, self._seen_from = True, None
+        self._governor.begin()
+        if self._draft is not None:
+            self._draft.begin()
+
+    # --- before a step ---------------------------------------------------------------------------------
+
+    def draft(self, text: Text, room: int, sampler: object) -> list[int]:
+        """At most room tokens that may continue text, all of the target's vocabulary."""
+        self.counts.steps += 1
+        self._routing, self._n_drafted, self._draft_seconds = None, 0, 0.0
+        self._waited = self._seconds_waited()
+        self._text = text
+        self._tokens = [int(token) for token in text[-1:]]
+        k = min(room, self._k_max, self._length())
+        if self._draft is None or k <= 0:
+            self._seen_from = None
+            return []
+        started = time.perf_counter()
+        drafted, routing = self._draft.propose(self._shown(text), k, sampler, self._further(k), self._watcher())
+        self._draft_seconds = time.perf_counter() - started
+        if self._reads_draft:
+            self._routing = routing
+        # a draft's vocabulary may be padded further than ours; what comes after such a token is no guess any more
+        unknown = next((i for i, token in enumerate(drafted) if not 0 <= token < self._n_vocab), None)
+        drafted = drafted[:unknown]
+        self._n_drafted = len(drafted)
+        self._tokens += drafted
+        self.counts.drafted += len(drafted)
+        return drafted
+
+    def _shown(self, text: Text) -> Text:
+        """What the draft sees of it: all, but for a glance."""
+        if not self._governor.glances:
+            self._seen_from = None
+            return text
+        if self._seen_from is None:
+            self._seen_from = len(text) - 1
+        return text[self._seen_from :]
+
+    def _unread(self) -> int:
+        """Tokens of the text that the draft would have to read if the governor asked it now."""
+        own = self._policy.governor if self._policy is not None else None
+        return 0 if self._draft is None or own is not None else self._draft.unread(self._text)
+
+    @property
+    def _reads_draft(self) -> bool:
+        return self._policy is not None and self._policy.reads_draft
+
+    def _length(self) -> int:
+        own = self._policy.governor if self._policy is not None else None
+        return self._governor.k() if own is None else int(self._safely(own.k) or 0)
+
+    def _further(self, k: int) -> int:
+        """Tokens that the draft runs on, for their routing."""
+        if self._policy is None or not self._reads_draft:
+            return 0
+        wanted = self._safely(self._policy.ahead, k)
+        self._looks_further = bool(wanted)
+        return self.depth.limit(wanted) if wanted else 0
+
+    def _watcher(self) -> Callable[[Routing], None] | None:
+        """What a policy does while the draft runs, in which no virtual time passes."""
+        policy = self._policy
+        if policy is None or self._virtual or not self._reads_draft or type(policy).drafting is Policy.drafting:
+            return None
+
+        def seen(routing: Routing) -> None:
+            if self._policy is policy:
+                self._safely(policy.drafting, self._slots(policy), routing)
+
+        return seen
+
+    def foresee(self) -> None:
+        """Orders the experts that verifying is expected to need."""
+        policy, hook = self._policy, self._hook
+        if policy is None or hook is None or type(policy) is Policy:
+            return
+        hook.are_sound = None
+        try:  # here and not by _safely: between two decodes a call of a function takes a microsecond and more
+            policy.verifying(self._tokens)
+            policy.foresee(self._slots(policy) if self._admits else hook, self._routing, self._n_drafted)
+            if not (np.isfinite(hook.scores).all() if hook.are_sound is None else hook.are_sound):
+                raise ValueError("its scores are not finite")
+        except Exception as error:  # a policy may be anybody's
+            self._replace(f"{type(error).__name__}: {error}")
+
+    def _slots(self, policy: Policy) -> Slots:
+        assert self._hook is not None
+        return AdmittingSlots(self._hook, policy) if self._admits else self._hook
+
+    # --- after it --------------------------------------------------------------------------------------
+
+    def observe(self, n_tokens: int, n_accepted: int) -> None:
+        """The target decoded n_tokens in one step, of which n_accepted drafted ones became text."""
+        policy, hook = self._policy, self._hook
+        if policy is None or hook is None or type(policy) is Policy:
+            return
+        routing = hook.routing()
+        if routing.shape[1] != n_tokens:  # a prompt: in several batches it leaves only the last
+            self._safely(self._read, policy, hook)
+            return
+        try:
+            policy.observe(routing, n_accepted)
+        except Exception as error:
+            self._replace(f"{type(error).__name__}: {error}")
+
+    @staticmethod
+    def _read(policy: Policy, hook: _native.Hook) -> None:
+        routing = hook.prompt()
+        if routing.shape[1]:
+            policy.read(routing)
+
+    def govern(self, kept: int, *, mismatch: bool, seconds: float | None) -> None:
+        own: AnyGovernor | None = self._policy.governor if self._policy is not None else None
+        self._governor.observe(kept, mismatch=mismatch, seconds=seconds, drafted=self._n_drafted)
+        if own is not None:
+            self._safely(lambda: own.observe(kept, mismatch=mismatch, seconds=seconds))
+        if seconds is not None and not self._virtual:
+            if not self._is_first:
+                self._measure(seconds)
+            self._is_first = False
+
+    def _measure(self, seconds: float) -> None:
+        if self._policy is None or not self._n_drafted:
+            return
+        waited = self._seconds_waited() - self._waited
+        if self._looks_further:
+            self.depth.observe(self._n_drafted, self._draft_seconds + waited)
+        own = (seconds - self._draft_seconds - waited) / self._policy.setting.experts.n_blocks
+        self._n_measured += 1
+        weight = max(1 - SMOOTHING, 1 / self._n_measured)
+        self._draft_ms += weight * (1e3 * self._draft_seconds / self._n_drafted - self._draft_ms)
+        self._block_ms += weight * (1e3 * max(own, 0.0) - self._block_ms)
+        if self._n_measured % TELL_EVERY == 0:
+            self._safely(self._policy.measured, self._draft_ms, self._block_ms)
+
+    def _seconds_waited(self) -> float:
+        """That the target waited for experts, or for the CPU's."""
+        if self._hook is None or self._virtual or not self._reads_draft:
+            return 0.0
+        counters = self._hook.counters()
+        return (counters.stall_ms + counters.cpu_ms) / 1e3
+
+    def _safely(self, act: Callable[..., Any], *arguments: Any) -> Any:
+        """None where it raised."""
+        try:
+            return act(*arguments)
+        except Exception as error:  # a policy may be anybody's
+            self._replace(f"{type(error).__name__}: {error}")
+            return None
+
+    def _replace(self, reason: str) -> None:
+        assert self._policy is not None and self._hook is not None
+        log.warning("policy %s failed, lru takes over: %s", self._policy.name, reason)
+        self.failures += 1
+        self._policy = Policy(self._policy.setting)
+        self._hook.scores[:] = 0
+        self._hook.prefetch(NO_ORDERS)
+
+    def shift(self, n_keep: int, n_discard: int) -> None:
+        self._seen_from = None
+        if self._draft is not None:
+            self._draft.shift(n_keep, n_discard)
+
+    def memory_used(self) -> int:
+        """Bytes on the compute device: the draft and the slots."""
+        used = self._draft.memory_used() if self._draft is not None else 0
+        return used + (self._hook.bytes_held() if self._hook is not None else 0)

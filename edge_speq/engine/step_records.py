@@ -1,0 +1,87 @@
+"""Each verify step as a record, for whoever wants to see a text come about."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from edge_speq.core import ExpertCounters
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One verify step, or the decoding of a prompt. Expert events are those of ExpertCounters, since the last record:
+    a resize between two steps counts with the second."""
+
+    tokens: int  # that the target decoded: the text's last ones and the drafted ones
+    drafted: int
+    accepted: int
+    hits: int | None  # None: the policy has no slots
+    misses: int | None
+    fetched: int
+    cpu_computed: int | None
+    bytes_fetched: int
+    stall_ms: float
+    cpu_ms: float
+    seconds: float  # drafting and verifying; without the sampler and the consumer of the text
+    is_prompt: bool
+
+
+OnStep = Callable[[StepRecord], None]
+
+
+class StepRecords:
+    """Makes the records and hands them to on_step. An exception of on_step ends the request; where the text is being
+    closed already, since its last token was the last one wanted, nothing can be raised, and `over` raises it."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self._on_step = on_step
+        self._before = ExpertCounters()
+        self._error: BaseException | None = None
+
+    def begin(self) -> None:
+        """A new request."""
+        self._error = None
+
+    def end(
+        self, now: ExpertCounters, *, tokens: int, drafted: int, accepted: int, seconds: float, is_prompt: bool
+    ) -> None:
+        """now: the counters after the step."""
+        before, self._before = self._before, now
+        record = StepRecord(
+            tokens=tokens,
+            drafted=drafted,
+            accepted=accepted,
+            hits=None if now.hits is None else now.hits - (before.hits or 0),
+            misses=None if now.misses is None else now.misses - (before.misses or 0),
+            fetched=now.fetched - before.fetched,
+            cpu_computed=None if now.cpu_computed is None else now.cpu_computed - (before.cpu_computed or 0),
+            bytes_fetched=now.bytes_fetched - before.bytes_fetched,
+            stall_ms=now.stall_ms - before.stall_ms,
+            cpu_ms=now.cpu_ms - before.cpu_ms,
+            seconds=seconds,
+            is_prompt=is_prompt,
+        )
+        closes = sys.exc_info()[0] is GeneratorExit
+        try:
+            self._on_step(record)
+        except BaseException as error:
+            if not closes:
+                raise
+            self._error = error
+
+    def over(self, chunks: Generator[Any, None, None]) -> Iterator[Any]:
+        """chunks of a completion, which end with what on_step raised."""
+        with closing(chunks):
+            for chunk in chunks:
+                self._raise()
+                yield chunk
+            self._raise()
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error

@@ -1,0 +1,20 @@
+"""A short hash that identifies a GGUF file by its header."""
+
+from __future__ import annotations
+
+import hashlib
+
+from edge_speq.gguf import container as gguf_file
+
+
+def header_hash(file: gguf_file.GGUFFile) -> str:
+    """sha256 of each part's bytes up to the end of its tensor table, then of its size as 8 bytes, low ones first. Tells
+    models, types and shapes apart, and finds a truncated file; does not read the weights."""
+    digest = hashlib.sha256()
+    for path in file.paths:
+        entries = [t for t in file.tensors.values() if t.file == path]
+        end = max((t.offset + 8 + len(t.name.encode()) + 4 + 8 * len(t.ne) + 12 for t in entries), default=0)
+        with path.open("rb") as stream:
+            digest.update(stream.read(end))
+        digest.update(path.stat().st_size.to_bytes(8, "little"))
+    return digest.hexdigest()

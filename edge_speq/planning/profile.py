@@ -1,0 +1,235 @@
+"""What `edge-speq tune` found for a model, its draft and a device: a JSON file in the user's configuration folder.
+
+A profile fills in arguments that were left at their defaults. One that cannot be read, or that was made by another
+build or on a machine with other processors, is ignored with a warning that names its file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_speq import __version__, _native
+from edge_speq import system as machine
+from edge_speq.core import COMPUTES
+from edge_speq.drafting.spec import is_file
+from edge_speq.errors import EdgeError
+from edge_speq.units import parse_bytes, parse_share, parse_speculation
+
+VERSION = 1
+FOLDER_VARIABLE = "EDGE_SPEQ_CONFIG"
+BOUNDS = ("resident", "vram_budget")
+AGAIN = "run edge-speq tune again, or delete the file"
+
+log = logging.getLogger("edge_speq")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a profile is for. Hashes are those of bench.rows.header_hash: headers and sizes, not weights."""
+
+    model: str
+    draft: str | None  # of a file its hash, else what was named
+    device: str  # as ggml and its driver name it
+
+    @property
+    def file_name(self) -> str:
+        """Short, and safe on every file system."""
+        device = re.sub(r"[^A-Za-z0-9]+", "-", self.device).strip("-")[:40]
+        tail = hashlib.sha256(self.device.encode()).hexdigest()[:8]
+        return f"{self.model[:16]}-{(self.draft or 'alone')[:16]}-{device}-{tail}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TuneProfile:
+    """`bounds` are the arguments resident and vram_budget that were tuned for, `chosen` what was found best under
+    them: speculation, compute, n_threads, and draft where tune chose one of several: an absolute path, "self" or
+    "ngram". `found` says how, for people: costs, candidates, predicted and measured."""
+
+    key: Key
+    bounds: dict[str, Any]
+    chosen: dict[str, Any]
+    found: dict[str, Any]
+    draft_hash: str | None = None  # of the chosen draft, as in Key
+
+
+def folder() -> Path:
+    """Where profiles are; EDGE_SPEQ_CONFIG moves it."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named:
+        return Path(named) / "profiles"
+    if sys.platform == "win32":
+        base = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return base / "edge_speq" / "profiles"
+
+
+def key(model: str | Path, draft: str | Path | None) -> Key:
+    """Reads headers and loads the backends. Raises EdgeError for files that are none."""
+    from edge_speq.gguf import model as gguf_model
+    from edge_speq.gguf.fingerprint import header_hash
+
+    _native.load_backends()
+    of_draft = None if draft is None else draft_hash(draft)
+    return Key(header_hash(gguf_model.check_model(model)), of_draft, str(_native.compute_device()))
+
+
+def draft_hash(draft: str | Path) -> str:
+    """What tells drafts apart. Raises EdgeError for a file that is none."""
+    from edge_speq.gguf import container as gguf_file
+    from edge_speq.gguf.fingerprint import header_hash
+
+    return header_hash(gguf_file.read(draft, "draft")) if is_file(draft) else str(draft)
+
+
+# --- storing and reading -----------------------------------------------------------------------------------
+
+
+def store(profile: TuneProfile) -> Path:
+    """Writes it where "auto" looks for it, in place of an earlier one: whole or not at all. Raises EdgeError."""
+    from edge_speq.gguf import atomic
+
+    path = folder() / profile.key.file_name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EdgeError(f"cannot make the folder {path.parent}: {error}", f"name another: {FOLDER_VARIABLE}") from error
+    with atomic.output(path, force=True) as temporary:
+        temporary.write_text(json.dumps(_stamp() | dataclasses.asdict(profile), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _stamp() -> dict[str, Any]:
+    """What makes a profile stale when it changes."""
+    return {
+        "version": VERSION,
+        "edge_speq": __version__,
+        "llama_cpp": _native.llama_cpp_commit(),
+        "processors": machine.usable_cpus(),
+    }
+
+
+def read(path: Path, wanted: Key) -> TuneProfile:
+    """Raises EdgeError for a file that is corrupt, stale or for something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        made_for, of_draft = Key(**data["key"]), data.get("draft_hash")
+        profile = TuneProfile(made_for, data["bounds"], data["chosen"], data["found"], of_draft)
+        _require_sound(profile)
+    except OSError as error:
+        raise EdgeError(f"cannot read the profile {path}: {error}", AGAIN) from error
+    except (ValueError, TypeError, KeyError, AttributeError, EdgeError) as error:
+        raise EdgeError(f"the profile {path} is corrupt: {error!r}", AGAIN) from error
+    for name, now in _stamp().items():
+        if data.get(name) != now:
+            raise EdgeError(f"the profile {path} is stale: {name} was {data.get(name)!r} and is {now!r}", AGAIN)
+    for field in dataclasses.fields(Key):
+        if getattr(profile.key, field.name) != getattr(wanted, field.name):
+            raise EdgeError(f"the profile {path} was made for another {field.name}", AGAIN)
+    _require_draft(profile, path)
+    return profile
+
+
+def _require_draft(profile: TuneProfile, path: Path) -> None:
+    """The chosen draft is still what was chosen."""
+    draft = profile.chosen.get("draft")
+    if draft is None:
+        return
+    try:
+        is_same = draft_hash(draft) == profile.draft_hash
+    except EdgeError as error:
+        raise EdgeError(f"the profile {path} is stale: {error.message}", AGAIN) from error
+    if not is_same:
+        raise EdgeError(f"the profile {path} is stale: the draft {draft} has changed", AGAIN)
+
+
+def _require_sound(profile: TuneProfile) -> None:
+    """Values that EdgeLlama would refuse are no profile."""
+    chosen, bounds = profile.chosen, profile.bounds
+    if not set(chosen) <= {"speculation", "compute", "n_threads", "draft"} or not set(bounds) <= set(BOUNDS):
+        raise ValueError("unknown arguments")
+    parse_speculation(chosen["speculation"])
+    if chosen["compute"] not in COMPUTES or not (type(chosen["n_threads"]) is int and 0 < chosen["n_threads"] <= 4096):
+        raise ValueError("compute or n_threads is not possible")
+    draft = chosen.get("draft")
+    if draft is not None and is_file(draft) and not Path(draft).is_absolute():
+        raise ValueError("draft is not an absolute path")
+    _normal(bounds)
+
+
+# --- applying ----------------------------------------------------------------------------------------------
+
+
+def apply(wanted: str | Path, model: str | Path, asked: dict[str, Any], llama: dict[str, Any]) -> dict[str, Any] | None:
+    """Fills in asked (survey.ARGUMENTS) and llama (llama_cpp.Llama's) from the profile "auto" finds or a path names.
+    Returns its path and what it filled in, None when it was not used. Raises EdgeError for a path that is no file."""
+    path = None if wanted == "auto" else Path(wanted)
+    if path is not None and not path.is_file():
+        raise EdgeError(f"there is no profile {path}", "edge-speq tune writes one", usage=True)
+    if asked["policy"] != "auto" or asked["draft_model"] is not None:
+        return None
+    if path is None and not any(folder().glob("*.json")):  # hashing files is worth saving
+        return None
+    try:
+        made_for = key(model, asked["draft"])
+    except EdgeError:  # whoever loads the files says what is wrong with them
+        return None
+    path = path or folder() / made_for.file_name
+    profile = _usable(path, made_for, asked)
+    return None if profile is None else {"path": str(path), "applied": _fill_in(profile, asked, llama)}
+
+
+def _usable(path: Path, made_for: Key, asked: dict[str, Any]) -> TuneProfile | None:
+    if not path.is_file():
+        return None
+    try:
+        profile = read(path, made_for)
+    except EdgeError as error:
+        log.warning("%s", error)
+        return None
+    if _alike(profile.bounds, asked):
+        return profile
+    log.info("%s is for other bounds: %s", path, profile.bounds)
+    return None
+
+
+def _alike(bounds: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether the caller asked for nothing, or for the very bounds of the profile."""
+    given = {name: asked[name] for name in BOUNDS}
+    if all(value is None for value in given.values()):
+        return True
+    try:
+        return _normal(given) == _normal(bounds)
+    except (EdgeError, TypeError):  # a shared Budget, or what the planner will refuse
+        return False
+
+
+def _normal(bounds: dict[str, Any]) -> tuple[float | None, int | str | None]:
+    share, size = bounds.get("resident"), bounds.get("vram_budget")
+    size = size if size is None or size == "auto" else parse_bytes(size)
+    return None if share is None else parse_share(share), size
+
+
+def _fill_in(profile: TuneProfile, asked: dict[str, Any], llama: dict[str, Any]) -> dict[str, Any]:
+    applied = {name: value for name, value in profile.bounds.items() if value is not None and asked[name] is None}
+    for name in ("speculation", "compute"):
+        if asked[name] == "auto" and profile.chosen[name] != "auto":
+            applied[name] = profile.chosen[name]
+    draft = profile.chosen.get("draft")
+    if draft is not None and str(asked["speculation"]) != "0":  # a caller's own draft has another key
+        applied["draft"] = draft
+    asked.update(applied)
+    if llama.get("n_threads") is None:
+        applied["n_threads"] = llama["n_threads"] = profile.chosen["n_threads"]
+    return applied

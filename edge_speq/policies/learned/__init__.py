@@ -1,0 +1,1 @@
+"""Foresight by a small trained network (experimental)."""

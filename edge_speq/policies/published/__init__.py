@@ -1,0 +1,1 @@
+"""The policies of published systems, for comparison."""

@@ -1,0 +1,215 @@
+"""The published systems' policies. docs/presets.md says for each what is faithful, what differs and why."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_speq.policies.base import Policy
+from edge_speq.policies.context import PolicyContext, Slots
+from edge_speq.policies.prediction import NO_ORDERS, Routing, Sets, make_orders, order_of_each
+from edge_speq.policies.published.draft_lengths import Cascade, Roofline
+
+
+class MoeSpeq(Policy):
+    """MoE-SpeQ (arXiv 2511.14102): the draft's routing, kept in an Expert Lookahead Buffer, says what is evicted last
+    and what is fetched, in three phases of a draft: idle, a likely part at a limited rate, then all that is missing."""
+
+    name = "moe-speq"
+    needs_twin = True
+    SHARE = 0.5  # of the link and of a token's experts, in phase II
+
+    def __init__(self, setting: PolicyContext) -> None:
+        super().__init__(setting)
+        self.sees = "twin" if setting.has_twin else "none"
+        self._sets, self._orders = Sets(setting.experts), order_of_each(setting.experts)
+        self.roofline = Roofline(
+            setting.k_max,
+            draft_ms=setting.draft_ms,
+            transfer_ms=setting.transfer_ms,
+            verify_ms=setting.block_ms * setting.experts.n_blocks,
+        )
+        self.governor = self.roofline
+        self._missing = 0
+
+    def measured(self, draft_ms: float, block_ms: float) -> None:
+        super().measured(draft_ms, block_ms)
+        self.roofline.draft_ms, self.roofline.verify_ms = draft_ms, block_ms * self.setting.experts.n_blocks
+
+    def drafting(self, slots: Slots, draft_routing: Routing) -> None:
+        n, k = draft_routing.shape[1], self.roofline.k()
+        if n * 3 <= k:  # phase I
+            return
+        likely = math.ceil(self.SHARE * draft_routing.shape[2])  # ids come by falling gate weight
+        orders = self._buffer(self._sets.of(draft_routing[:, :, :likely]))
+        budget = int(self.SHARE * self.setting.link_bytes_per_s * self.setting.draft_ms / 1e3)
+        slots.prefetch(orders, budget)
+
+    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+        if draft_routing is None:
+            slots.prefetch(NO_ORDERS)
+            return
+        buffered = self._sets.of(draft_routing[:, :n_drafted])
+        self._missing = int(np.count_nonzero(buffered & (slots.states().reshape(-1) == 0)))
+        slots.prefetch(self._buffer(buffered))
+
+    def _buffer(self, buffered: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+        orders = self._orders[buffered]
+        orders["priority"] = 1.0
+        return orders
+
+    def observe(self, routing: Routing, n_accepted: int) -> None:
+        self.roofline.missed(routing.shape[1] - 1, self._missing)
+
+
+class SpMoe(Policy):
+    """SP-MoE (arXiv 2510.10302): foreseen experts of the layers up to a cutoff are fetched; eviction is LRU's."""
+
+    name = "sp-moe"
+    needs_twin = True
+
+    def __init__(self, setting: PolicyContext) -> None:
+        super().__init__(setting)
+        self.sees = "twin" if setting.has_twin else "none"
+        self._sets, self._orders = Sets(setting.experts), order_of_each(setting.experts)
+
+    def cutoff(self, n_drafted: int) -> int:
+        """L = min(M_free / (k M_expert), T_draft / (k t_io), layers), with k experts a layer: the slots hold them, and
+        the draft's time hides their transfer. At least one layer."""
+        used = self.setting.experts.n_expert_used
+        fits = sum(self.setting.slots) // used
+        hidden = int(n_drafted * self.setting.draft_ms / (used * self.setting.transfer_ms))
+        return max(1, min(fits, hidden, self.setting.experts.n_blocks))
+
+    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+        if draft_routing is None or not n_drafted:
+            slots.prefetch(NO_ORDERS)
+            return
+        wanted = self._sets.of(draft_routing[: self.cutoff(n_drafted), :n_drafted])
+        orders = self._orders[wanted & (slots.states().reshape(-1) == 0)]
+        orders["priority"] = 1e-3  # just enough to evict the least recently used
+        slots.prefetch(orders)
+
+
+class SpecMoeOff(Policy):
+    """SpecMoEOff (arXiv 2508.21706): every layer's experts are all streamed, the next layer's while one computes; the
+    draft length is what costs least for a token. Where slots hold the experts, whole layers are ordered in layer order,
+    and a layer that is reached runs with what has arrived and fetches the rest. Attention: see survey.prepare."""
+
+    name = "specmoeoff"
+    place = "stream"
+
+    def __init__(self, setting: PolicyContext) -> None:
+        super().__init__(setting)
+        experts = setting.experts
+        self._orders = order_of_each(experts)
+        self._orders["priority"] = 1.0  # anything goes for it but what was ordered and is not used yet
+        groups = sorted((block, g) for g, group in enumerate(experts.groups) for block in group.blocks)
+        self._group = np.repeat([g for _, g in groups], experts.n_expert)
+        self.roofline = Roofline(setting.k_max, draft_ms=0.0, transfer_ms=0.0, verify_ms=0.0)
+        self.governor = self.roofline
+        self.measured(setting.draft_ms, setting.block_ms)
+
+    def measured(self, draft_ms: float, block_ms: float) -> None:
+        """A layer takes as long as all its experts travel, where that is longer than it computes."""
+        super().measured(draft_ms, block_ms)
+        experts = self.setting.experts
+        layer_ms = max(block_ms, experts.n_expert * self.setting.transfer_ms)
+        self.roofline.draft_ms, self.roofline.verify_ms = draft_ms, layer_ms * experts.n_blocks
+
+    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+        """Of each group as many absent experts as it has slots: more find no slot that is worth less."""
+        absent = slots.states().reshape(-1) == 0
+        for group, n_slots in enumerate(self.setting.slots):
+            absent[np.flatnonzero(absent & (self._group == group))[n_slots:]] = False
+        slots.prefetch(self._orders[absent])
+
+
+class MoeSpac(Policy):
+    """MoE-SpAc (arXiv 2603.09983, code): a state machine for each expert, fed by how many (token, slot) pairs a verify
+    step gave it, ranks prefetches and evictions on one scale; missing experts are computed on the CPU."""
+
+    name = "moe-spac"
+    sees = "counts"
+    hybrid = True
+    CAP, UP, DOWN, THRESHOLD = 5, 5, 1, 1  # TOP_STAT and the thresholds of ggml-backend.cpp
+    WIDTH = 9  # tokens of the published verify step, which UP is meant for
+
+    def __init__(self, setting: PolicyContext) -> None:
+        super().__init__(setting)
+        experts = setting.experts
+        self._n_expert = experts.n_expert
+        self._first = (np.arange(experts.n_blocks) * experts.n_expert)[:, None, None]
+        self._state = np.zeros((experts.n_blocks, experts.n_expert), dtype=np.int32)
+        self._up = max(1, round(self.UP * (setting.k_max + 1) / self.WIDTH))
+
+    def observe(self, routing: Routing, n_accepted: int) -> None:
+        pairs = np.bincount((self._first + routing).ravel(), minlength=self._state.size).reshape(self._state.shape)
+        up = pairs - self._state >= self._up
+        down = ~up & (self._state - pairs >= self.DOWN)
+        self._state = np.clip(self._state + up - down, 0, self.CAP)
+
+    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+        block, expert = np.nonzero(self._state >= self.THRESHOLD)
+        level = self._state[block, expert]
+        most = np.lexsort((block, -level))
+        # a victim is below the threshold, so nothing that is queued goes for anything else
+        slots.prefetch(make_orders(block[most], expert[most], priority=float(self.THRESHOLD)))
+
+
+class MoePrism(Policy):
+    """MoE-Prism (arXiv 2510.19366): an LRU of sub-experts, of which a token runs fewer than all: lossy."""
+
+    name = "moe-prism"
+    lossy = True
+    split = 4
+    KEPT = 0.75  # share of its experts' parts that a token runs
+
+    def demanded(self, routing: Routing, gates: npt.NDArray[np.float16] | None) -> Routing:
+        """Sub-expert ids. The last-ranked experts of a token lose theirs: traces have no activations to go by."""
+        subs = routing[..., None] * self.split + np.arange(self.split, dtype=np.int32)
+        flat: Routing = subs.astype(np.int32).reshape(*routing.shape[:2], -1)
+        flat[..., math.ceil(self.KEPT * flat.shape[2]) :] = -1
+        return flat
+
+
+class MoeSpec(Policy):
+    """MoE-Spec (arXiv 2602.16052): a verify step runs at most a budget of experts a layer, those of the most routing
+    mass over its tokens: lossy."""
+
+    name = "moe-spec"
+    lossy = True
+    BUDGET = 1.5  # of the experts that one token uses
+
+    @property
+    def expert_budget(self) -> int:
+        experts = self.setting.experts
+        return min(math.ceil(self.BUDGET * experts.n_expert_used), experts.n_expert)
+
+    def demanded(self, routing: Routing, gates: npt.NDArray[np.float16] | None) -> Routing:
+        n_blocks, _, used = routing.shape
+        budget = self.expert_budget
+        mass = np.zeros((n_blocks, self.setting.experts.n_expert))
+        weights = (
+            gates.astype(np.float64) if gates is not None else np.broadcast_to(1 / (1 + np.arange(used)), routing.shape)
+        )
+        np.add.at(mass, (np.arange(n_blocks)[:, None, None], routing), weights)
+        ranked = np.argsort(-mass, axis=1, kind="stable")
+        kept = np.zeros(mass.shape, dtype=bool)
+        np.put_along_axis(kept, ranked[:, :budget], True, axis=1)
+        within = np.take_along_axis(kept, routing.reshape(n_blocks, -1), axis=1).reshape(routing.shape)
+        within[..., 0] |= ~within.any(axis=2)  # a token keeps one expert
+        return np.where(within, routing, -1).astype(np.int32)
+
+
+class CascadePolicy(Policy):
+    """Cascade (arXiv 2506.20675): LRU, and a draft length by test-and-set on measured utility."""
+
+    name = "cascade"
+
+    def __init__(self, setting: PolicyContext) -> None:
+        super().__init__(setting)
+        self.governor = Cascade(setting.k_max)

@@ -1,0 +1,40 @@
+"""Progress of long work: a callback of bytes done and bytes in total, and the growth of a file as progress."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are done and the bytes in total, as often as is convenient."""
+
+
+def silent(done: int, total: int) -> None:
+    """The Progress of whoever does not watch."""
+
+
+PERIOD = 0.2  # seconds
+
+
+@contextlib.contextmanager
+def growth(path: Path, total: int, progress: Progress) -> Iterator[None]:
+    """Calls progress from a thread as long as the block runs."""
+    if progress is silent:
+        yield
+        return
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(PERIOD):
+            with contextlib.suppress(OSError):
+                progress(path.stat().st_size, total)
+
+    thread = threading.Thread(target=look, name="edge-speq-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

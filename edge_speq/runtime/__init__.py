@@ -1,0 +1,1 @@
+"""llama.cpp, thinly: loading, decoding, cancellation, grammars."""

@@ -1,0 +1,169 @@
+"""What target and draft share below llama_cpp.Llama: load parameters, dry loads, decoding, context shifts."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import _internals as internals
+
+from edge_speq import _native, system
+from edge_speq.core import Experts, MemoryUse
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import model as gguf_model
+from edge_speq.runtime.cancellation import CANCELLED
+
+# LLM_FFN_EXPS_REGEX of llama.cpp's common/, but for the biases: on the CPU they would pull every add of theirs there
+EXPERT_TENSORS = rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps\.weight"
+ABORTED = 2  # of llama_decode: a callback ended the graph
+
+log = logging.getLogger("edge_speq")
+
+_Params = Any  # llama_cpp's ctypes structures
+
+
+class _BufferOverride(ctypes.Structure):
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def copy_params(params: _Params) -> _Params:
+    """copy.copy refuses ctypes structures that hold pointers."""
+    return type(params).from_buffer_copy(params)
+
+
+def experts_on_host(params: _Params) -> Any:
+    """Sets model params so that expert weights stay mapped in plain CPU memory, as `--cpu-moe` does.
+
+    Repacking is off: it would move them to another layout. Returns what must outlive the load.
+    """
+    overrides = (_BufferOverride * 2)()  # the empty second entry ends the list
+    overrides[0].pattern = EXPERT_TENSORS
+    overrides[0].buffer_type = _native.cpu_buffer_type()
+    params.tensor_buft_overrides = ctypes.addressof(overrides)
+    params.use_extra_bufts = False
+    return overrides
+
+
+def pin_experts(overrides: Any) -> None:
+    """Makes experts_on_host's overrides allocate page-locked memory, for a load that does not map the file."""
+    overrides[0].buffer_type = _native.host_buffer_type()
+
+
+def fits_in_memory(n_bytes: int) -> bool:
+    """Whether so much can be page-locked with a quarter and 2 GiB to spare; False where nobody says."""
+    memory = system.memory()
+    return memory is not None and memory[1] >= n_bytes + n_bytes // 4 + (2 << 30)
+
+
+def check_model_file(path: str | Path, role: str = "model") -> Path:
+    """The path of a GGUF file that llama.cpp may see. Raises EdgeError when it is missing, GGUFError when it is bad."""
+    gguf_model.check_model(path, role)
+    return Path(path)
+
+
+def trained_context(path: str | Path) -> int:
+    """Tokens of context that a model was trained for, from the file's header."""
+    return gguf_model.hyperparameter(gguf_model.check_model(path), "context_length")
+
+
+def load_model(path: Path, params: _Params, role: str) -> internals.LlamaModel:
+    try:
+        # verbose=True only means: leave the process's file descriptors alone
+        return internals.LlamaModel(path_model=str(path), params=params, verbose=True)
+    except ValueError as error:
+        raise EdgeError(f"llama.cpp cannot load the {role} {path}", "its log has the reason: --verbose") from error
+
+
+def dry_load(path: Path, params: _Params, context_params: _Params | None, role: str) -> tuple[Experts, MemoryUse]:
+    """The experts of a model and, with context_params, what both would hold on the compute device. Reads no
+    weights. `params` must already say where tensors go; it is changed for the dry load and restored.
+    """
+    on_gpu = _native.compute_device().is_gpu
+    load_mode = params.load_mode
+    params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
+    used = MemoryUse()
+    try:
+        with contextlib.closing(load_model(path, params, role)) as model:
+            experts = _native.model_experts(model.model)
+            if context_params is not None:
+                with contextlib.closing(create_context(model, context_params)) as context:
+                    used = _native.memory_used(context.ctx, on_gpu)
+    finally:
+        params.no_alloc, params.load_mode = False, load_mode
+    if not on_gpu and load_mode in (llama_cpp.LLAMA_LOAD_MODE_MMAP, llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK):
+        # on the CPU the weights will be mapped file pages, which a budget does not count
+        used = MemoryUse(0, used.context_bytes, used.compute_bytes)
+    return experts, used
+
+
+def create_context(model: internals.LlamaModel, params: _Params) -> internals.LlamaContext:
+    try:
+        return internals.LlamaContext(model=model, params=params, verbose=True)
+    except ValueError as error:
+        message = f"llama.cpp cannot create a context of {params.n_ctx} tokens"
+        raise EdgeError(message, "ask for a smaller n_ctx") from error
+
+
+def decode(
+    context: internals.LlamaContext,
+    batch: internals.LlamaBatch,
+    tokens: Sequence[int],
+    n_past: int,
+    n_logits: int,
+    *,
+    hook: _native.Hook | None = None,
+    logits_all: bool = False,
+) -> None:
+    """One llama_decode with logits for the last n_logits tokens; with a hook it is also awaited and the hook's step
+    ended. Raises EdgeError, with the KV rolled back, for what went wrong, inside the graph or outside."""
+    batch.set_batch(batch=tokens, n_past=n_past, logits_all=logits_all)
+    for i in range(len(tokens) - n_logits, len(tokens)):
+        batch.batch.logits[i] = True
+    status = ABORTED
+    if hook is not None:
+        if hook.decoding:  # a Ctrl-C skipped its end
+            llama_cpp.llama_synchronize(context.ctx)
+            hook.forsake_step()
+        hook.decoding = True
+    try:
+        status = llama_cpp.llama_decode(context.ctx, batch.batch)
+        if status != 0:
+            context.kv_cache_seq_rm(-1, n_past, -1)
+    finally:  # Ctrl-C is raised where the native call returns; copies may be under way
+        if hook is not None:
+            llama_cpp.llama_synchronize(context.ctx)
+            hook.end_step()
+    if status == ABORTED:  # only a cancellation aborts: what the hook ended has just raised
+        raise EdgeError(CANCELLED)
+    if status != 0:
+        why = "the context is full" if status == 1 else f"llama_decode returned {status}"
+        raise EdgeError(f"decoding {len(tokens)} tokens at position {n_past} failed: {why}")
+
+
+def can_shift(model: internals.LlamaModel, context: internals.LlamaContext) -> bool:
+    """Whether tokens can be taken out of the middle of the context. A recurrent state cannot forget them."""
+    recurrent = llama_cpp.llama_model_is_recurrent(model.model) or llama_cpp.llama_model_is_hybrid(model.model)
+    return not recurrent and bool(llama_cpp.llama_memory_can_shift(context.memory))
+
+
+def shift(context: internals.LlamaContext, n_keep: int, n_discard: int, n_tokens: int) -> None:
+    """Takes n_discard tokens after the first n_keep out of the KV cache, which holds n_tokens, and closes the gap (the
+    context shift of llama.cpp's tools/server). The next decode rotates the keys to their new positions."""
+    end = n_keep + n_discard
+    context.kv_cache_seq_rm(-1, n_tokens, -1)
+    context.kv_cache_seq_rm(-1, n_keep, end)
+    context.kv_cache_seq_shift(0, end, n_tokens, -n_discard)
+
+
+def shared_prefix(a: npt.NDArray[np.intc], b: npt.NDArray[np.intc]) -> int:
+    """Tokens that both texts begin with."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n

@@ -1,0 +1,1 @@
+"""A model for any number of threads: one queue, one model thread."""

@@ -1,0 +1,1 @@
+"""The engine of a session in a process of its own."""

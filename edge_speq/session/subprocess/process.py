@@ -1,0 +1,190 @@
+"""The child as its parent sees it: started, spoken with, buried."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any, BinaryIO, cast
+
+from edge_speq import log as _quiet  # noqa: F401  # a library prints nothing unasked
+from edge_speq.errors import EdgeError
+from edge_speq.session.subprocess import freeze, wire
+
+AGAIN = "the next request starts it again"
+LAST_WORDS = 20  # lines of stderr that are kept for the obituary
+DYING = 0.5  # seconds between the end of a child's stdout and its own
+
+log = logging.getLogger("edge_speq.child")
+
+Answer = tuple[str, Any]  # a message's kind and content
+
+
+class Process:
+    """A child and the threads that listen to it. What it says about a request waits in that request's inbox."""
+
+    def __init__(self) -> None:
+        self._popen = subprocess.Popen(
+            freeze.command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # of Windows
+        )
+        assert self._popen.stdin is not None and self._popen.stdout is not None and self._popen.stderr is not None
+        self._channel = wire.Channel(cast(BinaryIO, self._popen.stdout), cast(BinaryIO, self._popen.stdin))
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()  # guards what follows
+        self._inboxes: dict[int, collections.deque[Answer]] = {}
+        self._death: EdgeError | None = None
+        self._closing = False
+        self._words: collections.deque[str] = collections.deque(maxlen=LAST_WORDS)
+        self._ears = [
+            threading.Thread(target=self._listen_to_stderr, args=(self._popen.stderr,), daemon=True),
+            threading.Thread(target=self._listen, name="edge_speq child", daemon=True),
+        ]
+        for ear in self._ears:
+            ear.start()
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._death is None
+
+    # --- speaking --------------------------------------------------------------------------------------
+
+    def open(self, kind: str, content: Any) -> int:
+        """Sends something that is answered, and returns its number. Raises EdgeError."""
+        number = next(self._numbers)
+        with self._changed:
+            self._inboxes[number] = collections.deque()
+        try:
+            self.send(kind, number, content)
+        except EdgeError:
+            self.forget(number)
+            raise
+        return number
+
+    def send(self, kind: str, number: int, content: Any = None) -> None:
+        """Raises EdgeError for what cannot be sent. A child that is gone shows when it is listened to."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed
+            self._channel.send(kind, number, content)
+
+    def hear(self, number: int, timeout: float | None = None) -> Answer | None:
+        """The next answer, None after so many seconds. Raises EdgeError once the child is dead and all that it has said
+        is heard."""
+        with self._changed:
+            inbox = self._inboxes[number]
+            self._changed.wait_for(lambda: inbox or self._death, timeout)
+            if inbox:
+                return inbox.popleft()
+            if self._death is not None:
+                raise EdgeError(self._death.message, self._death.hint)
+            return None
+
+    def forget(self, number: int) -> None:
+        with self._changed:
+            self._inboxes.pop(number, None)
+
+    def nudge(self, number: int) -> None:
+        """Has whoever hears this request look up."""
+        with self._changed:
+            if number in self._inboxes:
+                self._inboxes[number].append(("nudge", None))
+                self._changed.notify_all()
+
+    # --- listening -------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        try:
+            printed = self._channel.await_greeting()
+            if printed:
+                log.info("%s", printed.decode(errors="replace").rstrip())
+            while True:
+                self._sort(*self._channel.receive())
+        except (EOFError, OSError, ValueError):
+            pass
+        finally:
+            self._bury()
+
+    def _sort(self, kind: str, number: int, content: bytes) -> None:
+        if kind == "log":
+            name, level, text = wire.loads(content)
+            logging.getLogger(name).log(level, "%s", text)
+            return
+        try:
+            answer: Answer = (kind, wire.loads(content))
+        except EdgeError as error:
+            answer = ("refusal" if kind == "answer" else "error", error)
+        with self._changed:
+            if number in self._inboxes:
+                self._inboxes[number].append(answer)
+                self._changed.notify_all()
+
+    def _listen_to_stderr(self, stderr: BinaryIO) -> None:
+        with stderr:
+            for line in stderr:
+                text = line.decode(errors="replace").rstrip()
+                if text:
+                    self._words.append(text)
+                    log.info("%s", text)
+
+    def _bury(self) -> None:
+        """Nothing is to be heard any more: the process is gone, or as good as gone."""
+        try:
+            code = self._popen.wait(DYING)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            code = self._popen.wait()
+        self._ears[0].join(0.2)  # a debugger that the child has started may keep stderr open
+        self._channel.close()
+        with self._changed:
+            self._death = EdgeError("the session is closed") if self._closing else obituary(code, list(self._words))
+            self._changed.notify_all()
+        if not self._closing:
+            log.error("%s", self._death.message)
+
+    # --- ending ----------------------------------------------------------------------------------------
+
+    def close(self, timeout: float) -> None:
+        """Asks it to end, kills it if it has not after so many seconds, and returns when it has."""
+        self._closing = True
+        self.send("close", 0)
+        self._ears[1].join(timeout)
+        self.kill()
+        self._ears[1].join()
+
+    def kill(self) -> None:
+        """At once, by whatever thread."""
+        self._closing = True
+        with self._changed:
+            if self._death is None and self._popen.poll() is None:
+                self._popen.kill()
+
+
+def environment() -> dict[str, str]:
+    """The child's: an abort of ggml's is not to wait for a debugger that prints a backtrace (ggml.c)."""
+    return {"GGML_NO_BACKTRACE": "1"} | dict(os.environ)
+
+
+def obituary(code: int, words: list[str]) -> EdgeError:
+    """What the application is told: how the child ended, and what it said last."""
+    how = f"ended with exit code {code}"
+    if code < 0:
+        name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+        how = f"was ended by {name}"
+    said = next((line for line in words if "GGML_ASSERT" in line or "ggml_abort" in line), words[-1] if words else "")
+    message = f"the engine's process {how}" + (f": {said}" if said else "")
+    if sys.platform != "win32" and code == -signal.SIGKILL:
+        return EdgeError(message, f"the system does that when no memory is left; {AGAIN}")
+    return EdgeError(message, AGAIN)

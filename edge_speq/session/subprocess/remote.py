@@ -1,0 +1,157 @@
+"""A session's engine in a child process, started again after each of its deaths."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from edge_speq.core import Plan, Stats
+from edge_speq.errors import EdgeError
+from edge_speq.session.requests import CANCELLED, Sink
+from edge_speq.session.subprocess import wire
+from edge_speq.session.subprocess.process import Answer, Process
+
+GRACE = 3.0  # seconds that closing a child may take; a session that closes waits longer
+ANSWER = 30.0  # seconds until a child that does not answer is said to hang
+
+log = logging.getLogger("edge_speq")
+
+
+class RemoteEngine:
+    """What Local is, with the model elsewhere: every way in which that process can end is an EdgeError."""
+
+    def __init__(self, model: Path, options: dict[str, Any]) -> None:
+        wire.dumps(options)  # what cannot be sent is said at once
+        self._model, self._options = str(model), options
+        self._process: Process | None = None
+        self._number = -1  # of the request that runs
+        self._is_loaded = self._is_killed = False
+        self._lock = threading.Lock()  # guards the two, and what a restart begins with
+
+    # --- the session's thread --------------------------------------------------------------------------
+
+    def load(self, sink: Sink) -> None:
+        process = self._start()
+        try:
+            self._exchange(process, sink, "load", (self._model, self._options, _level()))
+        except BaseException:
+            process.kill()  # also the load that was cancelled: nothing there is worth waiting for
+            process.close(GRACE)
+            raise
+        self._is_loaded = True
+
+    def _start(self) -> Process:
+        with self._lock:
+            if self._is_killed:
+                raise EdgeError("the session is closed")
+            self._is_loaded = False
+            self._process = Process()
+            return self._process
+
+    def run(self, sink: Sink) -> Any:
+        if self._process is None or not self._process.is_alive:
+            log.warning("the engine's process is started again")
+            self.load(_Quiet(sink))
+        assert self._process is not None
+        return self._exchange(self._process, sink, "call", (sink.call, _level()))
+
+    def _exchange(self, process: Process, sink: Sink, kind: str, content: Any) -> Any:
+        """Sends a request, hands over its items and returns its value. Returns and raises only when the child is done
+        with it or dead."""
+        number = self._number = process.open(kind, content)
+        try:
+            outcome, result = self._listen(process, sink, number)
+        except BaseException:
+            if kind != "load":  # that child is killed
+                self._stop(process, number)
+            raise
+        finally:
+            process.forget(number)
+        if outcome == "error":
+            raise result
+        return result
+
+    def _listen(self, process: Process, sink: Sink, number: int) -> Answer:
+        """How the child ends the request. Raises EdgeError when the reader does, or when the child dies."""
+        while not sink.is_over:
+            kind, content = process.hear(number) or ("nudge", None)
+            if kind in ("end", "error"):
+                return kind, content
+            if kind == "item":
+                sink.put(content)
+                process.send("taken", number, 1)
+        raise EdgeError(CANCELLED)
+
+    def _stop(self, process: Process, number: int) -> None:
+        """Cancels a request and waits until the child has let go of it, or is dead."""
+        process.send("cancel", number)
+        with contextlib.suppress(EdgeError):
+            while (process.hear(number) or ("nudge",))[0] in ("nudge", "item"):
+                pass
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_killed = True
+            process = self._process
+        if process is not None:
+            process.close(GRACE)
+
+    # --- any thread ------------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """Only wakes the session's thread, which then finds the request over: nothing here waits."""
+        if self._process is not None:
+            self._process.nudge(self._number)
+
+    def kill(self) -> None:
+        with self._lock:
+            self._is_killed = True
+            if self._process is not None:
+                self._process.kill()
+
+    def stats(self) -> Stats:
+        stats: Stats = self._ask("stats", {}, ANSWER)
+        return stats
+
+    def resize(self, **bounds: Any) -> Plan:
+        plan: Plan = self._ask("resize", bounds, None)
+        self._options |= {name: value for name, value in bounds.items() if value is not None}  # for a restart
+        return plan
+
+    def _ask(self, name: str, arguments: dict[str, Any], timeout: float | None) -> Any:
+        process = self._process
+        if process is None or not process.is_alive or not self._is_loaded:
+            raise EdgeError("the engine's process has no loaded model", "the next request starts it")
+        number = process.open("ask", (name, arguments))
+        try:
+            answer = process.hear(number, timeout)
+        finally:
+            process.forget(number)
+        if answer is None:
+            raise EdgeError(f"the engine's process has not answered for {timeout:g} seconds")
+        kind, content = answer
+        if kind == "refusal":
+            raise content
+        return content
+
+
+class _Quiet:
+    """A request that waits for a child to be started again: it hears nothing of that."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.call = None
+        self._sink = sink
+
+    @property
+    def is_over(self) -> bool:
+        return self._sink.is_over
+
+    def put(self, item: Any) -> None:
+        """The fraction that is loaded is nobody's."""
+
+
+def _level() -> int:
+    return logging.getLogger("edge_speq").getEffectiveLevel()

@@ -1,0 +1,100 @@
+"""Messages between the two processes: a length, and a pickle of (kind, number, pickled content).
+
+The content is a pickle of its own, so that one that cannot be read still tells which request it belongs to. Both ends
+are the same installation, and the child was started by the parent: pickle is safe here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import struct
+import threading
+from typing import Any, BinaryIO
+
+from edge_speq.errors import EdgeError
+
+MAGIC = b"edge_speq engine 1\n"  # before the child's first message; what comes earlier was printed by somebody
+LENGTH = struct.Struct("<Q")
+
+Message = tuple[str, int, bytes]
+
+
+class Channel:
+    """Sends from any thread, receives on one."""
+
+    def __init__(self, reading: BinaryIO, writing: BinaryIO) -> None:
+        self._reading, self._writing = reading, writing
+        self._lock = threading.Lock()
+
+    def greet(self) -> None:
+        with self._lock:
+            self._writing.write(MAGIC)
+            self._writing.flush()
+
+    def await_greeting(self) -> bytes:
+        """Returns what was printed before it. Raises EOFError."""
+        text = b""
+        while not text.endswith(MAGIC):
+            line = self._reading.readline()
+            if not line:
+                raise EOFError(text.decode(errors="replace"))
+            text += line
+        return text.removesuffix(MAGIC)
+
+    def send(self, kind: str, number: int, content: Any = None) -> None:
+        """Raises EdgeError for what cannot be pickled, and OSError when nobody is there any more."""
+        data = pickle.dumps((kind, number, dumps(content)), pickle.HIGHEST_PROTOCOL)
+        with self._lock:
+            self._writing.write(LENGTH.pack(len(data)) + data)
+            self._writing.flush()
+
+    def receive(self) -> Message:
+        """Raises EOFError when the other end is gone."""
+        (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
+        message: Message = pickle.loads(self._exactly(length))
+        return message
+
+    def _exactly(self, n: int) -> bytes:
+        data = self._reading.read(n)
+        if len(data) < n:
+            raise EOFError
+        return data
+
+    def close(self) -> None:
+        for end in (self._reading, self._writing):
+            with contextlib.suppress(OSError):  # what was not sent is not wanted
+                end.close()
+
+
+def dumps(content: Any) -> bytes:
+    try:
+        return pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # objects raise whatever they like
+        raise EdgeError(
+            f"this cannot be sent to another process: {error}",
+            "with isolation, arguments and results are pickled: give functions of importable modules, and plain data",
+            usage=True,
+        ) from error
+
+
+def loads(content: bytes) -> Any:
+    try:
+        return pickle.loads(content)
+    except Exception as error:
+        raise EdgeError(
+            f"what another process has sent cannot be read: {error}",
+            "with isolation, functions and classes must be in modules that the child can import, not in __main__",
+        ) from error
+
+
+def portable(error: BaseException) -> BaseException:
+    """The error as it survives the way, an EdgeError in its place where it would not."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error) and str(copy) == str(error)
+        return error
+    except Exception:
+        if isinstance(error, EdgeError):
+            return EdgeError(error.message, error.hint, usage=error.usage)
+        return EdgeError(f"{type(error).__name__}: {error}")

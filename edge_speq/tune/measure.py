@@ -1,0 +1,255 @@
+"""What one loaded model costs: steps by width, drafted tokens, misses, the link, the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edge_speq.bench.clairvoyant_bound import link_rate
+from edge_speq.bench.recorder import Recorder
+from edge_speq.core import ExpertCounters, HybridCosts
+from edge_speq.engine.llama import EdgeLlama
+from edge_speq.errors import EdgeError
+
+SEED = 7
+TEMPERATURE = 0.8
+STEPS = 48  # most of each width
+WARM_UP = 2  # steps that are not counted, since graphs are built
+PROMPT_TOKENS = 64
+MOST_TOKENS, FEWEST_TOKENS = 64, 16  # after each prompt
+
+Prompts = Sequence[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """Text that was generated: counts and times of steps after the prompts."""
+
+    tokens: int
+    seconds: float  # of EdgeLlama, sampling included
+    steps: int
+    drafted: int
+    accepted: int
+    hits: int | None
+    misses: int | None
+    bytes_fetched: int
+    stall_ms: float
+    cpu_ms: float
+
+    @property
+    def tok_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.tokens / max(1, self.steps)
+
+    @property
+    def hit_rate(self) -> float | None:
+        demands = (self.hits or 0) + (self.misses or 0)
+        return (self.hits or 0) / demands if demands else None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One way to run the model, loaded as `run` would load it."""
+
+    tok_per_s: float
+    seconds: float  # that it took, loading included
+    tokens_per_step: float
+    hit_rate: float | None  # None without slots
+
+
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """What a draft takes, and what it guesses and foresees where each step drafts k tokens."""
+
+    draft_bytes: int  # on the compute device
+    resident: float | None  # share of the experts' bytes there, beside it; None: the CPU computes them all
+    k: int
+    acceptance: float | None  # of drafted tokens; None where none was
+    tokens_per_step: float
+    precision: float | None  # of foresight, and recall; None where nothing foresees
+    recall: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Width:
+    """Steps of one width, their text given. base_ms: `typical` of what they took less their stalls."""
+
+    base_ms: float
+    stall_ms: float  # a step, and so the next two
+    cpu_ms: float
+    misses: float
+    bytes_fetched: float
+
+
+class Gauge(Recorder):
+    """A Recorder whose draft lengths are what `limit` says: k_max to begin with. must_draft: raises EdgeError, before
+    weights are read, where the bounds leave a draft no token."""
+
+    def __init__(self, model_path: str, *, must_draft: bool = False, **options: Any) -> None:
+        self._must_draft = must_draft
+        super().__init__(model_path, **options)
+
+    def _configure(self, model_params: Any, context_params: Any) -> None:
+        super()._configure(model_params, context_params)
+        if self._must_draft and not self._plan.k_max:
+            raise EdgeError(self._plan.reason, "give more memory, or another draft")
+        self._wanted = dataclasses.replace(self._wanted, speculation=self._plan.k_max)
+
+    def limit(self, k: int) -> None:
+        self._lookahead.limit(k)
+
+    def width(self, text: Sequence[int], n_prompt: int, width: int, n_threads: int, seconds: float) -> Width:
+        """Decodes text after its first n_prompt tokens in steps of `width`, without a draft or prefetches, again and
+        again until there are steps enough or the seconds are over."""
+        started, done = time.monotonic(), list[tuple[float, float, float, float, float]]()
+        starts = range(n_prompt, len(text) - width + 1, width)
+        if not starts:
+            raise EdgeError(f"a text of {len(text) - n_prompt} tokens has no step of {width}", "give longer texts")
+        self.n_threads, before = n_threads, self.n_threads
+        try:
+            while len(done) < STEPS and (not done or time.monotonic() - started < seconds):
+                self.reset()
+                self.eval(text[:n_prompt])
+                for at in starts:
+                    done.append(self._timed(text[at : at + width]))
+                    if len(done) > 2 * WARM_UP and time.monotonic() - started > seconds:
+                        break
+        finally:
+            self.n_threads = before
+        counted = done[WARM_UP:] or done
+        mean = [statistics.mean(row[i] for row in counted) for i in range(1, 5)]
+        base = typical([max(0.0, row[0] - row[1]) for row in counted])
+        return Width(base, *mean)
+
+    def _timed(self, chunk: Sequence[int]) -> tuple[float, float, float, float, float]:
+        """Milliseconds, and what they came with: stall, CPU, misses, bytes."""
+        before, started = self.stats().experts, time.perf_counter()
+        self.eval(chunk)
+        ms, now = 1e3 * (time.perf_counter() - started), self.stats().experts
+        misses = 0 if now.misses is None else now.misses - (before.misses or 0)
+        fetched = now.bytes_fetched - before.bytes_fetched
+        return ms, now.stall_ms - before.stall_ms, now.cpu_ms - before.cpu_ms, misses, fetched
+
+    def order_rate(self) -> float | None:
+        """Bytes per second of orders over an idle link; None without slots."""
+        return link_rate(self) if self._hook is not None else None
+
+    def hybrid_costs(self) -> HybridCosts | None:
+        return self._hook.costs() if self._hook is not None else None
+
+
+def typical(times: Sequence[float]) -> float:
+    """The lower quartile: other work on the machine makes steps longer, nothing makes them shorter."""
+    return float(np.quantile(times, 0.25))
+
+
+def tokens_of(llm: EdgeLlama, texts: Sequence[str], length: int) -> list[list[int]]:
+    return [llm.tokenize(text.encode(), add_bos=True, special=True)[:length] for text in texts]
+
+
+def draft_bytes(llm: EdgeLlama) -> int:
+    """Of the draft on the compute device: what it holds itself, or a twin's experts, which the hook holds."""
+    own = llm._lookahead.memory_used() - (llm._hook.bytes_held() if llm._hook is not None else 0)
+    return own + (llm._wanted.guesses.memory.total if llm._plan.k_max else 0)
+
+
+def trial(model: str, options: dict[str, Any], texts: Sequence[str], n: int, seconds: float) -> Trial:
+    """The model with these options of EdgeLlama writes n tokens after each text, twice, each for at most so many
+    seconds."""
+    started = time.monotonic()
+    with contextlib.closing(EdgeLlama(model, **options)) as llm:
+        prompts = tokens_of(llm, texts, PROMPT_TOKENS)
+        live(llm, prompts[:1], FEWEST_TOKENS, seconds)  # graphs, slots, the governor
+        # other work on the machine only slows down: the faster of two rounds
+        done = max((live(llm, prompts, n, seconds)[0] for _ in range(2)), key=lambda each: each.tok_per_s)
+        return Trial(done.tok_per_s, time.monotonic() - started, done.tokens_per_step, done.hit_rate)
+
+
+def worth(llm: EdgeLlama, done: Live) -> Worth:
+    """Of a model's draft; done: text in which it drafted all it may."""
+    plan, foreseen = llm.stats().plan, llm.stats().foreseen or {}
+    return Worth(
+        draft_bytes=draft_bytes(llm),
+        resident=1.0 if plan.policy == "all" else plan.resident,
+        k=plan.k_max,
+        acceptance=done.accepted / done.drafted if done.drafted else None,
+        tokens_per_step=done.tokens_per_step,
+        precision=foreseen.get("precision"),
+        recall=foreseen.get("recall"),
+    )
+
+
+def live(
+    llm: EdgeLlama, prompts: Prompts, n: int, seconds: float, begin: Callable[[int], None] = lambda _: None
+) -> tuple[Live, list[list[int]]]:
+    """Generates n tokens after each prompt, for at most so many seconds; `begin` is told each prompt's number. Returns
+    also the texts, prompts included."""
+    started, first = time.monotonic(), llm.stats()
+    timing, counts, experts = first.timing, first.speculation, first.experts
+    waits = _Waits()
+    texts: list[list[int]] = []
+    for number, prompt in enumerate(prompts):
+        if texts and time.monotonic() - started > seconds:
+            break
+        begin(number)
+        texts.append([*prompt, *_generated(llm, prompt, n, started + seconds, waits)])
+    last = llm.stats()
+    made, now = last.speculation, last.experts
+    done = Live(
+        tokens=last.timing.n_decoded - timing.n_decoded,
+        seconds=last.timing.decode_seconds - timing.decode_seconds,
+        steps=made.steps - counts.steps,
+        drafted=made.drafted - counts.drafted,
+        accepted=made.accepted - counts.accepted,
+        hits=None if now.hits is None else now.hits - (experts.hits or 0) - waits.hits,
+        misses=None if now.misses is None else now.misses - (experts.misses or 0) - waits.misses,
+        bytes_fetched=now.bytes_fetched - experts.bytes_fetched - waits.bytes_fetched,
+        stall_ms=now.stall_ms - experts.stall_ms - waits.stall_ms,
+        cpu_ms=now.cpu_ms - experts.cpu_ms - waits.cpu_ms,
+    )
+    return done, texts
+
+
+@dataclass(slots=True)
+class _Waits:
+    """Of prompts, whose time is not counted either."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_fetched: int = 0
+    stall_ms: float = 0.0
+    cpu_ms: float = 0.0
+
+    def add(self, before: ExpertCounters, now: ExpertCounters) -> None:
+        self.hits += (now.hits or 0) - (before.hits or 0)
+        self.misses += (now.misses or 0) - (before.misses or 0)
+        self.bytes_fetched += now.bytes_fetched - before.bytes_fetched
+        self.stall_ms += now.stall_ms - before.stall_ms
+        self.cpu_ms += now.cpu_ms - before.cpu_ms
+
+
+def _generated(llm: EdgeLlama, prompt: list[int], n: int, until: float, waits: _Waits) -> list[int]:
+    before = llm.stats().experts
+    llm.set_seed(SEED)
+    stream = llm.generate(prompt, temp=TEMPERATURE)
+    made: list[int] = []
+    try:
+        for token in stream:
+            if not made:
+                waits.add(before, llm.stats().experts)
+            made.append(token)
+            if len(made) >= n or (len(made) > 2 * WARM_UP and time.monotonic() > until):
+                break
+    finally:
+        stream.close()
+    return made
