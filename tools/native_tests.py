@@ -27,26 +27,31 @@ SANITIZERS = {
     "address,undefined": ["-fno-sanitize-recover=all"],
     "thread": [],
 }
-# experts.cpp needs a patched llama.cpp to link, which the installed wheel is
+# Sources without their suffix, under native/src. The patched llama.cpp that they link is the installed wheel's.
+ROUTER_PREDICTOR = "prefetch/router_predictor"
 CORE = (
-    *("slots", "slot_store", "residency", "split_demand", "prefetch", "layer_ahead", "under_way", "swaps"),
-    *("balancer", "gate", "link", "faults", "experts"),
+    *(f"slots/{name}" for name in ("slot_pool", "slot_store", "slot_cache", "hybrid_demand", "in_flight", "prefill_admission")),
+    *("prefetch/worker", "prefetch/next_layer", ROUTER_PREDICTOR, "cpu/balancer"),
+    *("util/link", "util/faults", "util/expert_table"),
 )
-CPU = ("first_costs", "cpu_experts", "expert_matrices", "workers")
+CORE_WITHOUT_PREDICTOR = tuple(name for name in CORE if name != ROUTER_PREDICTOR)  # a test brings a scripted one
+CPU = tuple(f"cpu/{name}" for name in ("cost_calibration", "cpu_experts", "expert_matmul", "thread_pool"))
 HOOK = (
-    *("hook", "hybrid", "unwatched", "own_draft", *CPU),
-    *("prompts", "vocab", "reckoning", "prompt_counts", "reckoning_api", "api"),
+    *CPU,
+    *(f"hook/{name}" for name in ("hook", "graph_builder", "block_executor", "hybrid_executor", "prefill")),
+    *("hook/device_only_graphs", "hook/draft_experts", "util/vocab"),
+    *("policy/policy_kernels", "policy/prefill_counts", "api/api", "api/policy_kernels_api"),
 )
 TESTS = {
-    "test_slots": ("slots",),
-    "test_balancer": ("balancer",),
-    "test_workers": ("workers",),
-    "test_residency": CORE,
-    "test_under_way": tuple(name for name in CORE if name != "gate"),  # has a gate of its own, with a script
-    "test_first_costs": (*CORE, *CPU),
-    "test_allocations": (*(name for name in CORE if name != "gate"), "expert_matrices", "workers"),
+    "test_slot_pool": ("slots/slot_pool",),
+    "test_balancer": ("cpu/balancer",),
+    "test_thread_pool": ("cpu/thread_pool",),
+    "test_slot_cache": CORE,
+    "test_in_flight": CORE_WITHOUT_PREDICTOR,
+    "test_cost_calibration": (*CORE, *CPU),
+    "test_allocations": (*CORE_WITHOUT_PREDICTOR, "cpu/expert_matmul", "cpu/thread_pool"),
     "test_hook": (*CORE, *HOOK),
-    "test_own_draft": (*CORE, *HOOK),
+    "test_draft_experts": (*CORE, *HOOK),
 }
 MODEL = NATIVE.parent / "models" / "tales-moe.gguf"
 
@@ -97,7 +102,7 @@ def main() -> int:
         tree = source.unpack(source.fetch(upstream), out / "sdist")
         apply_patches([NATIVE / "patches" / name for name in upstream.patches], tree)
         compiler = compiler_command(tree)
-        subprocess.run([*compiler, "-fsyntax-only", *map(str, sorted((NATIVE / "src").glob("*.cpp")))], check=True)
+        subprocess.run([*compiler, "-fsyntax-only", *map(str, sorted((NATIVE / "src").rglob("*.cpp")))], check=True)
         for sanitizer in SANITIZERS:
             for test in TESTS:
                 program = compile_test(compiler, test, sanitizer, out)

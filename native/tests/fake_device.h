@@ -45,9 +45,9 @@ public:
     }
     bool await(uint64_t record) { // whether there was anything to wait for
         std::unique_lock<std::mutex> lock(mutex_);
-        const bool waits = reached_ < record;
+        const bool next_use = reached_ < record;
         changed_.wait(lock, [&] { return reached_ >= record; });
-        return waits;
+        return next_use;
     }
 
 private:
@@ -137,7 +137,7 @@ public:
     ggml_backend_buffer_type_t memory() { return &memory_; }
     ggml_backend_buffer_type_t page_locked() { return &page_locked_; }
     ggml_backend_t open_stream() { return ggml_backend_dev_init(&device_, nullptr); }
-    uint64_t waits() const { return waits_; } // of a host thread, for an event that had not been reached
+    uint64_t next_use() const { return waits_; } // of a host thread, for an event that had not been reached
     static Stream & stream(ggml_backend_t backend) { return *static_cast<Stream *>(backend->context); }
 
 private:

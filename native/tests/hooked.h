@@ -92,11 +92,11 @@ inline std::vector<int32_t> slots_of(const llama_model * model, int32_t extra) {
     return std::vector<int32_t>(static_cast<size_t>(experts.n_groups), floor + extra);
 }
 
-inline edge_hook * attach(llama_model * model, const std::vector<int32_t> & slots, bool hybrid = false, bool layer_ahead = false) {
+inline edge_hook * attach(llama_model * model, const std::vector<int32_t> & slots, bool hybrid = false, bool next_layer_prefetch = false) {
     edge_hook_params params{};
-    params.compute   = hybrid ? EDGE_COMPUTE_HYBRID : EDGE_COMPUTE_DEVICE;
+    params.on_miss   = hybrid ? EDGE_ON_MISS_HYBRID : EDGE_ON_MISS_FETCH;
     params.n_threads = 3; // ours
-    params.layer_ahead = layer_ahead;
+    params.next_layer_prefetch = next_layer_prefetch;
     params.max_width = max_width;
     params.n_groups  = static_cast<int32_t>(slots.size());
     params.slots     = slots.data();

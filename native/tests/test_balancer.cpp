@@ -1,6 +1,6 @@
 // The split of missing experts against brute force over all subsets, and the costs that it learns from a machine that is
 // made up here.
-#include "balancer.h"
+#include "cpu/balancer.h"
 #include "check.h"
 
 #include <algorithm>
@@ -119,7 +119,7 @@ void splits_are_exact_for_the_costs_it_knows() {
 void the_devices_time_is_the_cpus() {
     edge::Balancer balancer(12'500'000'000, true);
     const auto ns_of = [](double bytes_per_s) { return 1e9 * static_cast<double>(expert_bytes) / bytes_per_s; };
-    balancer.begin_with({ expert_bytes, 15e3 + ns_of(12.5e9), ns_of(12.5e9), 15e3 + ns_of(12.5e9), 1, 0, 1e9 / 250e9 }); // a laptop's VRAM
+    balancer.calibrate({ expert_bytes, 15e3 + ns_of(12.5e9), ns_of(12.5e9), 15e3 + ns_of(12.5e9), 1, 0, 1e9 / 250e9 }); // a laptop's VRAM
     std::vector<edge::Miss> misses{ { 0, 1, 0.0F }, { 1, 1, 0.0F }, { 2, 1, 0.0F }, { 3, 1, 0.0F }, { 4, 1, 0.0F } };
     edge::Around around;
     CHECK(balancer.split(misses, expert_bytes, around) == 3); // of five that take as long on either side
@@ -131,7 +131,7 @@ void the_devices_time_is_the_cpus() {
 void what_was_measured_is_believed_and_followed() {
     const Machine machine{ 1.0 / 40, 0.5 / 40, 1.0 / 20, 0.3 };
     edge::Balancer balancer(0, true);
-    balancer.begin_with({ expert_bytes, machine.cpu_ns(1, 1), machine.cpu_ns(1, 2) - machine.cpu_ns(1, 1), machine.cpu_shared_ns(1, 1, 1), 1, machine.link_ns(1), 0 });
+    balancer.calibrate({ expert_bytes, machine.cpu_ns(1, 1), machine.cpu_ns(1, 2) - machine.cpu_ns(1, 1), machine.cpu_shared_ns(1, 1, 1), 1, machine.link_ns(1), 0 });
     std::mt19937 random(11);
     for (int i = 0; i < 500; ++i) { // from the first block on
         std::vector<edge::Miss> misses = random_misses(random, 8);
@@ -139,7 +139,7 @@ void what_was_measured_is_believed_and_followed() {
         CHECK(machine.block_ns(misses.size() - fetched, pairs_of(misses, fetched), fetched) <= best_of_all_subsets(machine, misses) * (1 + 1e-9));
     }
     edge::Balancer changed(0, true);
-    changed.begin_with({ expert_bytes, 3 * machine.cpu_ns(1, 1), 0, machine.cpu_ns(1, 1), 2, 2 * machine.link_ns(1), 0 });
+    changed.calibrate({ expert_bytes, 3 * machine.cpu_ns(1, 1), 0, machine.cpu_ns(1, 1), 2, 2 * machine.link_ns(1), 0 });
     CHECK(run(machine, changed, 4000, 1500) < 1.05);
 }
 

@@ -20,9 +20,9 @@ void logits_are_those_without_a_hook(llama_model * model, const std::vector<floa
     std::atomic<bool> done{ false };
     std::thread foresight([&] { // orders what it likes, meanwhile
         for (int32_t i = 0; !done; ++i) {
-            const edge_order orders[] = { { i % 4, i % 8, 99, 1.0F }, { (i + 1) % 4, i % 5, 99, 0.5F } };
+            const edge_prefetch_request requests[] = { { i % 4, i % 8, 99, 1.0F }, { (i + 1) % 4, i % 5, 99, 0.5F } };
             int32_t n = 0;
-            OK(edge_hook_prefetch(hook, orders, 2, UINT64_MAX, 0.0F, &n, nullptr));
+            OK(edge_hook_prefetch(hook, requests, 2, UINT64_MAX, 0.0F, &n, nullptr));
         }
     });
     {
@@ -47,20 +47,20 @@ void missing_experts_are_computed_where_they_lie(llama_model * model, const std:
         edge_counters c{};
         OK(edge_hook_counters(hook, &c));
         CHECK(c.hits == 0 && c.misses > 0 && c.cpu_computed == c.misses && c.fetched == 0);
-        std::vector<edge_order> orders;
+        std::vector<edge_prefetch_request> requests;
         for (int32_t expert = 0; expert < 20; ++expert) {
-            orders.push_back({ expert % 4, expert, 99, 1.0F });
+            requests.push_back({ expert % 4, expert, 99, 1.0F });
         }
         int32_t n = 0;
         float * scores = nullptr;
         OK(edge_hook_scores(hook, &scores));
         for (const float score : { std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity(), 0.0F }) {
-            bool sound = score != 0.0F;
+            bool finite = score != 0.0F;
             scores[5] = score;
-            OK(edge_hook_prefetch(hook, nullptr, 0, 0, 0.0F, &n, &sound));
-            CHECK(sound == (score == 0.0F));
+            OK(edge_hook_prefetch(hook, nullptr, 0, 0, 0.0F, &n, &finite));
+            CHECK(finite == (score == 0.0F));
         }
-        OK(edge_hook_prefetch(hook, orders.data(), static_cast<int32_t>(orders.size()), UINT64_MAX, 0.0F, &n, nullptr));
+        OK(edge_hook_prefetch(hook, requests.data(), static_cast<int32_t>(requests.size()), UINT64_MAX, 0.0F, &n, nullptr));
         llama_memory_clear(llama_get_memory(run.ctx), true);
         run.n_past = 0;
         CHECK(run.feed_text(model) == plain); // while they come in
@@ -92,7 +92,7 @@ void a_block_ahead_is_foreseen(llama_model * model, const std::vector<float> & p
     CHECK(c.prefetched > 0 && c.prefetched_used > 0 && c.fetched <= c.late);
     edge_costs costs{};
     OK(edge_hook_costs(hook, &costs));
-    CHECK(costs.layer_ahead_precision > 0.3 && costs.layer_ahead_precision < 1 && !costs.fetches_some);
+    CHECK(costs.next_layer_precision > 0.3 && costs.next_layer_precision < 1 && !costs.fetches_some);
     OK(edge_hook_detach(hook));
 }
 
