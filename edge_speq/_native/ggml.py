@@ -1,4 +1,4 @@
-"""ggml's own library, for the few functions that llama_cpp does not bind."""
+"""ggml's base library, for the few functions that llama_cpp does not bind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = ("libggml-base.so", "libggml-base.so.*", "libggml-base.dylib", "libggml-
 
 
 def base() -> ctypes.CDLL:
-    """libggml-base as it is installed: with a version in its name or without. Raises EdgeError when it is not there."""
+    """Open the installed libggml-base, with or without a version in its name. Raises EdgeError if there is none."""
     folder = Path(llama_cpp.__file__).parent / "lib"
     for name in NAMES:
         for path in sorted(folder.glob(name)):

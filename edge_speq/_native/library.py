@@ -1,4 +1,4 @@
-"""libedge_speq, found, checked and opened: the only module that touches cffi besides _native, which types its calls."""
+"""Find, check and open libedge_speq."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ import numpy.typing as npt
 
 from edge_speq.core import EdgeError
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 INSTALL_HINT = "install the patched build that comes with edge_speq: pip install ./native ."
 
 
 def package() -> Path:
+    """Return the folder of the installed llama_cpp package."""
     import llama_cpp
 
     return Path(llama_cpp.__file__).parent
 
 
 def _declarations(header: str) -> str:
-    """The header as cffi's parser takes it: integer constants kept, the preprocessor's other lines dropped."""
+    """Return the header as cffi's parser takes it: constants kept, the preprocessor's other lines dropped."""
     lines = [
         line for line in header.splitlines() if not line.startswith("#") or re.match(r"#define EDGE_[A-Z_]+ \d+$", line)
     ]
@@ -40,7 +41,7 @@ def _library_path(folder: Path) -> Path | None:
 
 @functools.cache
 def load() -> tuple[Any, Any]:
-    """(ffi, lib), checked once: ours rather than stock, and built from the header that is parsed here."""
+    """Return (ffi, lib). Raises EdgeError for the stock llama-cpp-python and for a library of another header."""
     from cffi import FFI
 
     folder = package()
@@ -61,21 +62,29 @@ def load() -> tuple[Any, Any]:
 
 
 def check(status: int) -> None:
+    """Raise EdgeError with the library's message unless status is EDGE_OK."""
     _, lib = load()
     if status != lib.EDGE_OK:
         raise EdgeError(text(lib.edge_last_error()))
 
 
 def text(pointer: Any) -> str:
+    """Decode a C string."""
     return str(load()[0].string(pointer).decode(errors="replace"))
 
 
 def view(pointer: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Native memory as an array; it must outlive the array."""
+    """Return native memory as an array. The memory must outlive the array."""
     memory = load()[0].buffer(pointer, int(np.prod(shape)) * dtype.itemsize)
     return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 def llama(pointer: int, kind: str) -> Any:
+    """Return the address of a llama.cpp object as a `struct kind *`."""
     ffi, _ = load()
     return ffi.cast(f"struct {kind} *", pointer)
+
+
+def llama_cpp_commit() -> str:
+    """Return the llama.cpp commit that the library was built with."""
+    return text(load()[1].edge_llama_cpp_commit())

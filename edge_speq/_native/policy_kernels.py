@@ -1,8 +1,8 @@
-"""The passes over all experts that policies make, in native code (native/src/reckoning.cpp), typed.
+"""The native passes over all experts that policies make (native/src/policy), typed.
 
-Arrays are numpy's, by key: block * n_expert + expert. What crosses is prepared once, since between two decodes every
-function costs what it takes to bring it back into the caches. Raises EdgeError where the patched build is missing, and
-for routing that is none of these experts'.
+Arrays are numpy's, one entry per expert at block * n_expert + expert. Pointers are prepared once: between two decodes
+each Python call costs a cache miss. Raises EdgeError if the patched build is missing, and for routing that does not fit
+the experts.
 """
 
 from __future__ import annotations
@@ -13,16 +13,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq._library import check, load
-from edge_speq._native import ORDER, Hook
+from edge_speq._native.hook import PREFETCH_REQUEST, Hook
+from edge_speq._native.library import check, load
 from edge_speq.core import EdgeError, Experts
 
 Routing = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Marks = npt.NDArray[np.bool_]
 
-MOST_KNOWN = 64  # arrays whose places are remembered
-_KINDS = {"f": "float[]", "d": "double[]", "?": "uint8_t[]", "l": "int64_t[]", "q": "int64_t[]", "V": "edge_order[]"}
+MOST_KNOWN = 64  # arrays whose addresses are remembered
+_KINDS = {
+    "f": "float[]",
+    "d": "double[]",
+    "?": "uint8_t[]",
+    "l": "int64_t[]",
+    "q": "int64_t[]",
+    "V": "edge_prefetch_request[]",
+}
 
 
 def _pointer(array: npt.NDArray[Any]) -> Any:
@@ -30,14 +37,14 @@ def _pointer(array: npt.NDArray[Any]) -> Any:
 
 
 def _require(array: npt.NDArray[Any], n: int, kind: type) -> None:
-    """Native code trusts lengths."""
+    """Raise EdgeError unless the array is as native code, which trusts lengths, expects it."""
     if array.size != n or array.dtype != kind:
         raise EdgeError(f"{array.size} values of {array.dtype} where a policy needs {n} of {np.dtype(kind)}")
 
 
-class _Ids:
-    """Routing as native code takes it. The hook and a draft have one array for each width, which they give again with
-    other contents: where it lies is found once, since between two decodes that takes 17 us."""
+class _RoutingPointers:
+    """Routing as native code takes it. The hook and a draft reuse one array per width, so its address is looked up
+    once: between two decodes that takes 17 us."""
 
     def __init__(self) -> None:
         self._ffi, _ = load()
@@ -45,10 +52,10 @@ class _Ids:
         self._copy: Routing | None = None
 
     def of(self, routing: Routing) -> Any:
-        known = self._known.get(id(routing))  # which nothing else has as long as it is kept here
+        known = self._known.get(id(routing))  # unique as long as the array is kept here
         if known is not None:
             return known[0]
-        made = self._ffi.new("edge_ids *")
+        made = self._ffi.new("edge_routing *")
         if not self._point(made, routing):
             self._copy = np.array(routing, dtype=np.int32, order="C")  # outlives the call
             self._point(made, self._copy)
@@ -59,7 +66,7 @@ class _Ids:
         return made
 
     def _point(self, made: Any, routing: Routing) -> bool:
-        """False: its memory is not in an order that native code reads."""
+        """Return False if native code cannot read the array's memory order."""
         (n_blocks, n_tokens, n_used), (stride, *inner) = routing.shape, routing.strides
         if routing.dtype != np.int32 or inner != [4 * n_used, 4] or stride % 4 or stride < 4 * n_tokens * n_used:
             return False
@@ -69,7 +76,7 @@ class _Ids:
 
 
 class _Scores:
-    """Where scores are written to; slots keep theirs at one address."""
+    """A pointer to scores; slots keep theirs at one address."""
 
     def __init__(self, n_keys: int) -> None:
         self._n_keys = n_keys
@@ -84,11 +91,12 @@ class _Scores:
 
 
 class Rates:
-    """How often experts of a predicted set are demanded, and others relative to their frequency; learned step by step.
-    Taken for `most` at most, which is one number for each."""
+    """Fraction of a predicted set that is demanded, and demands of other experts relative to their frequency.
+
+    Both are learned step by step and bounded by `most`, (inside, outside), in scores."""
 
     def __init__(self, inside: float, most: tuple[float, float], smoothing: float) -> None:
-        given = {"inside": inside, "outside": most[1], "most_inside": most[0], "most_outside": most[1]}
+        given = {"inside": inside, "outside": most[1], "max_inside": most[0], "max_outside": most[1]}
         self.struct: Any = load()[0].new("edge_rates *", {**given, "smoothing": smoothing})
 
     @property
@@ -109,23 +117,23 @@ class Rates:
 
     @property
     def chances(self) -> tuple[float, float]:
-        """Of an expert inside, and what the frequency of one outside is multiplied by."""
+        """Demand probability of an expert inside, and the factor on the frequency of one outside."""
         s = self.struct
-        return min(s.inside, s.most_inside), min(s.outside, s.most_outside)
+        return min(s.inside, s.max_inside), min(s.outside, s.max_outside)
 
 
-class Guess:
-    """Experts that a step is expected to demand."""
+class Prediction:
+    """Experts that a step is predicted to demand."""
 
     def __init__(self, n_keys: int, rates: Rates) -> None:
         self.n_keys = n_keys
         self.found: Marks = np.zeros(n_keys, dtype=bool)
         self.rates, self.marks = rates, _pointer(self.found)
-        self.struct: Any = load()[0].new("edge_guess *", {"found": self.marks, "rates": rates.struct})
+        self.struct: Any = load()[0].new("edge_prediction *", {"found": self.marks, "rates": rates.struct})
 
     @property
     def others(self) -> float:
-        """Demands of those outside, if these kept to their frequency."""
+        """Demands expected outside the set at their usual frequency."""
         return float(self.struct.others)
 
     def set(self, found: Marks, others: float) -> None:
@@ -133,58 +141,66 @@ class Guess:
         self.struct.n_found, self.struct.others = int(np.count_nonzero(found)), others
 
 
-class Waits:
-    """What `waits` counts of all experts."""
+class NextUse:
+    """State of the next-use policy, whose score is minus the expected number of steps until the next demand."""
 
-    def __init__(self, experts: Experts, decay: float, least: float, often: Floats) -> None:
+    def __init__(self, experts: Experts, decay: float, min_frequency: float, frequency: Floats) -> None:
         ffi, self._lib = load()
         self._none = ffi.NULL
         self._n_keys = n_keys = experts.total
-        self.often = often
+        self.frequency = frequency
         self.demanded: Marks = np.zeros(n_keys, dtype=bool)  # by the last step
-        self.tally = np.zeros((3, experts.n_blocks), dtype=np.int64)  # foreseen, demanded, both
-        self.orders: npt.NDArray[Any] = np.zeros(n_keys, dtype=ORDER)
-        arrays = {"often": self.often, "demanded": self.demanded, "tally": self.tally, "orders": self.orders}
+        self.tally = np.zeros((3, experts.n_blocks), dtype=np.int64)  # predicted, demanded, both
+        self.requests: npt.NDArray[Any] = np.zeros(n_keys, dtype=PREFETCH_REQUEST)
+        arrays = {
+            "frequency": self.frequency,
+            "demanded": self.demanded,
+            "tally": self.tally,
+            "requests": self.requests,
+        }
         self._pointers = {name: _pointer(array) for name, array in arrays.items()}
-        sizes = {"n_blocks": experts.n_blocks, "n_expert": experts.n_expert, "decay": decay, "least": least}
-        _require(often, n_keys, np.float32)
-        self._struct: Any = ffi.new("edge_waits *", {**sizes, **self._pointers})
-        self._ids, self._scores = _Ids(), _Scores(n_keys)
+        shape = {"n_blocks": experts.n_blocks, "n_expert": experts.n_expert}
+        given = {"decay": decay, "min_frequency": min_frequency}
+        _require(frequency, n_keys, np.float32)
+        self._struct: Any = ffi.new("edge_next_use *", {**shape, **given, **self._pointers})
+        self._ids, self._scores = _RoutingPointers(), _Scores(n_keys)
 
-    def foresee(
-        self, routing: Routing | None, width: int, now: Guess | None, then: Guess | None, scores: Floats
+    def plan(
+        self, routing: Routing | None, width: int, now: Prediction | None, then: Prediction | None, scores: Floats
     ) -> npt.NDArray[Any]:
-        """Writes scores. Orders for what `now` found, by key; the next call overwrites them."""
+        """Write scores. Return requests for the experts in `now`, in key order; the next call overwrites them."""
         given = self._given(routing, width, now, then)
-        check(self._lib.edge_waits_foresee(self._struct, *given, self._scores.of(scores)))
-        return self.orders[: 0 if now is None else now.struct.n_found]
+        check(self._lib.edge_next_use_plan(self._struct, *given, self._scores.of(scores)))
+        return self.requests[: 0 if now is None else now.struct.n_found]
 
     def prefetch(
         self,
         hook: Hook,
         routing: Routing | None,
         width: int,
-        now: Guess | None,
-        then: Guess | None,
-        least: float,
+        now: Prediction | None,
+        then: Prediction | None,
+        min_share: float,
         margin: float,
     ) -> None:
-        """The same with the engine's scores, and its prefetch() of the orders; nothing is fetched where less than
-        `least` of such sets was demanded."""
-        hook.prefetch_waits(self._struct, *self._given(routing, width, now, then), least, margin)
+        """Plan with the engine's scores and submit the requests. Nothing is fetched if less than min_share of such
+        predictions was demanded."""
+        hook.prefetch_next_use(self._struct, *self._given(routing, width, now, then), min_share, margin)
 
     def _given(
-        self, routing: Routing | None, width: int, now: Guess | None, then: Guess | None
+        self, routing: Routing | None, width: int, now: Prediction | None, then: Prediction | None
     ) -> tuple[Any, int, Any, Any]:
-        """As native code takes it."""
+        """Return the arguments as native code takes them."""
         none, n = self._none, self._n_keys
         if (now is not None and now.n_keys != n) or (then is not None and then.n_keys != n):
-            raise EdgeError(f"a guess of other experts than these {n}")
+            raise EdgeError(f"a prediction of other experts than these {n}")
         ids = none if routing is None else self._ids.of(routing)
         return ids, width, none if now is None else now.struct, none if then is None else then.struct
 
-    def observe(self, routing: Routing, now: Guess | None, then: Guess | None, foreseen: Marks | None) -> None:
-        """What a step demanded; the guesses' rates learn from it. foreseen: what is tallied."""
+    def observe(
+        self, routing: Routing, now: Prediction | None, then: Prediction | None, foreseen: Marks | None
+    ) -> None:
+        """Learn frequencies, the rates of the predictions and, from foreseen marks, the tally of a step."""
         none = self._none
         marks = none
         if now is not None and foreseen is now.found:
@@ -192,7 +208,7 @@ class Waits:
         elif foreseen is not None:
             _require(foreseen, self.demanded.size, np.bool_)
             marks = _pointer(foreseen)
-        status = self._lib.edge_waits_observe(
+        status = self._lib.edge_next_use_observe(
             self._struct,
             self._ids.of(routing),
             none if now is None else now.struct,
@@ -202,16 +218,16 @@ class Waits:
         if status:
             check(status)
 
-    def read(self, routing: Routing, width: int) -> None:
-        """How often a prompt's tokens demanded experts, `width` of them a step; -1 where that is not known."""
-        check(self._lib.edge_waits_read(self._struct, self._ids.of(routing), width))
+    def on_prefill(self, routing: Routing, width: int) -> None:
+        """Learn frequencies from prefill routing, `width` tokens per step; ids of -1 are unknown."""
+        check(self._lib.edge_next_use_on_prefill(self._struct, self._ids.of(routing), width))
 
 
 class Pool:
-    """What one rule would keep of some experts. Of equal worth the first goes first."""
+    """A simulated slot pool: what one rule would keep. Among equal scores the first index is evicted."""
 
     def __init__(self, n_experts: int, size: int, struct: Any = None) -> None:
-        """struct: where it lies, if that is part of something larger."""
+        """struct: its native memory, if that is part of a larger array."""
         self._kept: Marks = np.zeros(n_experts, dtype=bool)
         self._pointer = _pointer(self._kept)
         self._struct: Any = load()[0].new("edge_pool *") if struct is None else struct
@@ -220,25 +236,25 @@ class Pool:
 
     @property
     def size(self) -> int:
-        """Experts that it holds at most."""
+        """Capacity in experts."""
         return int(self._struct.size)
 
     @size.setter
     def size(self, size: int) -> None:
         self._struct.size = size
 
-    def demand(self, wanted: Marks, worth: Floats) -> int:
-        """Misses of a step. What is worth least makes room, what was wanted last of all."""
+    def demand(self, wanted: Marks, scores: Floats) -> int:
+        """Demand the wanted experts and return the misses. Evict by lowest score, wanted ones last."""
         ffi, lib = load()
         _require(wanted, self._kept.size, np.bool_)
-        _require(worth, self._kept.size, np.float32)
+        _require(scores, self._kept.size, np.float32)
         missed = ffi.new("int32_t *")
-        check(lib.edge_pool_demand(self._struct, _pointer(wanted), _pointer(worth), missed))
+        check(lib.edge_pool_demand(self._struct, _pointer(wanted), _pointer(scores), missed))
         return int(missed[0])
 
 
-class Duel:
-    """Pools of rules, and what the rules go by: recency, or how often steps demanded an expert, decaying."""
+class SetDueling:
+    """Eviction rules that compete on sampled blocks: recency, and decaying frequencies of demands."""
 
     def __init__(
         self,
@@ -253,10 +269,10 @@ class Duel:
         ffi, self._lib = load()
         n_rules = 1 + len(decays)
         self.n_sampled = len(range(0, experts.n_blocks, stride)) * experts.n_expert
-        self.often = np.zeros((len(decays), experts.total), dtype=np.float32)
+        self.frequency = np.zeros((len(decays), experts.total), dtype=np.float32)
         arrays = {
             "decays": np.array(decays, dtype=np.float32),
-            "often": self.often,
+            "frequency": self.frequency,
             "latest": np.zeros(experts.total, dtype=bool),
             "used": np.zeros(self.n_sampled, dtype=np.float32),
             "missed": np.zeros(n_rules, dtype=np.float64),
@@ -266,24 +282,26 @@ class Duel:
         self.pools = [Pool(self.n_sampled, 0, ffi.addressof(self._native_pools, i)) for i in range(n_rules)]
         shape = {"n_blocks": experts.n_blocks, "n_expert": experts.n_expert, "stride": stride, "n_rules": n_rules}
         given = {"last": last, "smoothing": smoothing, "hysteresis": hysteresis, "pools": self._native_pools}
-        self._struct: Any = ffi.new("edge_duel *", {**shape, **given, **self._pointers})
-        self._ids, self._scores = _Ids(), _Scores(experts.total)
+        self._struct: Any = ffi.new("edge_dueling *", {**shape, **given, **self._pointers})
+        self._ids, self._scores = _RoutingPointers(), _Scores(experts.total)
 
     @property
     def best(self) -> int:
-        """The rule that is followed."""
+        """Index of the rule that is followed."""
         return int(self._struct.best)
 
     def score(self, scores: Floats) -> None:
-        status = self._lib.edge_duel_score(self._struct, self._scores.of(scores))
+        """Write the followed rule's scores."""
+        status = self._lib.edge_dueling_score(self._struct, self._scores.of(scores))
         if status:
             check(status)
 
     def observe(self, routing: Routing) -> None:
-        status = self._lib.edge_duel_observe(self._struct, self._ids.of(routing))
+        """Learn from what a step demanded."""
+        status = self._lib.edge_dueling_observe(self._struct, self._ids.of(routing))
         if status:
             check(status)
 
-    def read(self, routing: Routing) -> None:
-        """How often a prompt's tokens demanded experts; -1 where that is not known."""
-        check(self._lib.edge_duel_read(self._struct, self._ids.of(routing)))
+    def on_prefill(self, routing: Routing) -> None:
+        """Learn frequencies from prefill routing; ids of -1 are unknown."""
+        check(self._lib.edge_dueling_on_prefill(self._struct, self._ids.of(routing)))
