@@ -30,7 +30,10 @@ SANITIZERS = {
 # Sources without their suffix, under native/src. The patched llama.cpp that they link is the installed wheel's.
 ROUTER_PREDICTOR = "prefetch/router_predictor"
 CORE = (
-    *(f"slots/{name}" for name in ("slot_pool", "slot_store", "slot_cache", "hybrid_demand", "in_flight", "prefill_admission")),
+    *(
+        f"slots/{name}"
+        for name in ("slot_pool", "slot_store", "slot_cache", "hybrid_demand", "in_flight", "prefill_admission")
+    ),
     *("prefetch/worker", "prefetch/next_layer", ROUTER_PREDICTOR, "cpu/balancer"),
     *("util/link", "util/faults", "util/expert_table"),
 )
