@@ -66,10 +66,10 @@ EDGE_API const char * edge_last_error(void);
 // --- devices -----------------------------------------------------------------------------------------
 
 typedef struct edge_device {
-    char     name[64];
-    char     description[128];
-    int32_t  is_gpu;            // 1 for discrete and integrated GPUs, 0 for the CPU and accelerators
-    int32_t  is_integrated;     // 1 for a GPU that shares the host's memory
+    char name[64];
+    char description[128];
+    int32_t is_gpu;            // 1 for discrete and integrated GPUs, 0 for the CPU and accelerators
+    int32_t is_integrated;     // 1 for a GPU that shares the host's memory
     uint64_t free_bytes;
     uint64_t total_bytes;
 } edge_device;
@@ -91,16 +91,16 @@ EDGE_API void * edge_host_buffer_type(void);
 // A block is one MoE feed-forward of one layer; blocks are numbered in layer order. A group is the set of blocks
 // whose up, gate and down weights agree in type and shape, so that one slot can hold any expert of the group.
 typedef struct edge_experts {
-    int32_t  n_blocks;          // 0: a dense model
-    int32_t  n_expert;          // experts per block
-    int32_t  n_expert_used;     // experts per token and block
-    int32_t  n_groups;
+    int32_t n_blocks;          // 0: a dense model
+    int32_t n_expert;          // experts per block
+    int32_t n_expert_used;     // experts per token and block
+    int32_t n_groups;
     uint64_t total_bytes;       // of all routed experts
 } edge_experts;
 
 typedef struct edge_group {
-    int32_t  n_blocks;
-    int32_t  n_experts;         // n_blocks * n_expert
+    int32_t n_blocks;
+    int32_t n_experts;         // n_blocks * n_expert
     uint64_t expert_bytes;      // gate, up and down weights of one expert
 } edge_group;
 
@@ -137,16 +137,16 @@ typedef struct edge_hook edge_hook;
 #define EDGE_ON_MISS_AUTO 2
 
 typedef struct edge_hook_params {
-    int32_t         max_width;  // tokens of the widest graph that slots serve and whose routing is recorded
-    int32_t         n_groups;   // length of slots; 0: record routing only, experts stay where they are
-    const int32_t * slots;      // [n_groups] slots of each group, at least edge_slot_floor(); of one token with EDGE_ON_MISS_HYBRID
-    uint64_t        link_bytes_per_s; // throttle transfers to this rate; 0: no throttle
-    bool            deterministic;    // transfers take virtual time, so that counters repeat; needs link_bytes_per_s
-    uint64_t        block_ns;         // virtual time in which one block computes, nanoseconds
-    int32_t         on_miss;          // EDGE_ON_MISS_...
-    int32_t         n_threads;        // CPU threads for missing experts; 0: ggml's default
-    bool            next_layer_prefetch; // prefetch the experts that a block's input predicts for the next block; ignored with EDGE_ON_MISS_FETCH
-    bool            reads_prefill;    // record the routing of prefill for edge_hook_prefill_routing()
+    int32_t max_width; // tokens of the widest graph that slots serve and whose routing is recorded
+    int32_t n_groups; // length of slots; 0: record routing only, experts stay where they are
+    const int32_t * slots; // [n_groups] at least edge_slot_floor() each; that of one token with EDGE_ON_MISS_HYBRID
+    uint64_t link_bytes_per_s; // throttle transfers to this rate; 0: no throttle
+    bool deterministic; // transfers take virtual time, so that counters repeat; needs link_bytes_per_s
+    uint64_t block_ns; // virtual time in which one block computes, nanoseconds
+    int32_t on_miss; // EDGE_ON_MISS_...
+    int32_t n_threads; // CPU threads for missing experts; 0: ggml's default
+    bool next_layer_prefetch; // prefetch what a block's input predicts for the next; ignored with EDGE_ON_MISS_FETCH
+    bool reads_prefill; // record the routing of prefill for edge_hook_prefill_routing()
 } edge_hook_params;
 
 // Tokens at the end of a prefill graph whose routing is recorded.
@@ -154,27 +154,27 @@ typedef struct edge_hook_params {
 
 // Totals since the hook was attached. A demand is one distinct expert that one block of one graph uses.
 typedef struct edge_counters {
-    uint64_t steps;             // graphs served from slots
-    uint64_t hits;              // demands that were in a slot
-    uint64_t misses;            // demands that were not, late ones included
-    uint64_t late;              // misses whose prefetch was still in flight
-    uint64_t cpu_computed;      // misses that the CPU computed
-    uint64_t fetched;           // misses that waited for a copy
-    uint64_t prefetched;        // prefetches begun
-    uint64_t prefetched_used;   // prefetches whose expert was then demanded
-    uint64_t bytes_fetched;     // of all copies into slots
-    uint64_t bytes_wasted;      // of prefetches that no demand has used
-    uint64_t stall_ns;          // blocks waited for nothing but copies; virtual time in deterministic mode
-    uint64_t cpu_ns;            // the CPU computed missing experts
-    uint64_t failed;            // failed transfers: prefetches are dropped, demands end the graph
+    uint64_t steps; // graphs served from slots
+    uint64_t hits; // demands that were in a slot
+    uint64_t misses; // demands that were not, late ones included
+    uint64_t late; // misses whose prefetch was still in flight
+    uint64_t cpu_computed; // misses that the CPU computed
+    uint64_t fetched; // misses that waited for a copy
+    uint64_t prefetched; // prefetches begun
+    uint64_t prefetched_used; // prefetches whose expert was then demanded
+    uint64_t bytes_fetched; // of all copies into slots
+    uint64_t bytes_wasted; // of prefetches that no demand has used
+    uint64_t stall_ns; // blocks waited for nothing but copies; virtual time in deterministic mode
+    uint64_t cpu_ns; // the CPU computed missing experts
+    uint64_t failed; // failed transfers: prefetches are dropped, demands end the graph
 } edge_counters;
 
 // Request to prefetch one expert.
 typedef struct edge_prefetch_request {
     int32_t block;
     int32_t expert;
-    int32_t deadline;           // dropped unless begun when a step reaches this block; n_blocks: never dropped
-    float   priority;           // expected uses in the coming step, on the scale of the scores
+    int32_t deadline; // dropped unless begun when a step reaches this block; n_blocks: never dropped
+    float priority; // expected uses in the coming step, on the scale of the scores
 } edge_prefetch_request;
 
 // Write the fewest slots that a group needs for graphs of max_width tokens: all their experts, and one to load into.
@@ -206,23 +206,25 @@ EDGE_API int edge_hook_detach(edge_hook * hook);
 
 // The draft experts of one block in one role.
 typedef struct edge_draft_tensor {
-    int32_t  block;
-    int32_t  role;              // EDGE_ROLE_...
-    int32_t  type;              // enum ggml_type
-    uint64_t offset;            // bytes from the start of the file
+    int32_t block;
+    int32_t role; // EDGE_ROLE_...
+    int32_t type; // enum ggml_type
+    uint64_t offset; // bytes from the start of the file
 } edge_draft_tensor;
 
 // Copy draft experts from a file to the compute device. `tensors` must name every role of every block exactly once.
 // EDGE_ERR_ARGUMENT if it does not, or if the file is too short; EDGE_ERR_UNSUPPORTED for a type that the device cannot
 // multiply with; EDGE_ERR_MEMORY if the device has no room.
-EDGE_API int edge_hook_load_draft_experts(edge_hook * hook, const char * path, const edge_draft_tensor * tensors, int32_t n_tensors);
+EDGE_API int edge_hook_load_draft_experts(edge_hook * hook, const char * path, const edge_draft_tensor * tensors,
+                                          int32_t n_tensors);
 // Select EDGE_EXPERTS_... for the next graphs. Call between graphs. *ready is false, and the model's own experts stay
 // selected, if there are no slots or a block has fewer resident experts than a token uses. EDGE_ERR_ARGUMENT for
 // EDGE_EXPERTS_DRAFT before edge_hook_load_draft_experts().
 EDGE_API int edge_hook_use_experts(edge_hook * hook, int32_t which, bool * ready);
 
-// Lossy: limit graphs of two tokens and more that slots serve to n_experts distinct experts per block, the ones with the
-// largest sum of router scores over the graph's tokens (MoE-Spec, arXiv 2602.16052). 0: no limit. Call between graphs.
+// Lossy: limit graphs of two tokens and more that slots serve to n_experts distinct experts per block, the ones with
+// the largest sum of router scores over the graph's tokens (MoE-Spec, arXiv 2602.16052). 0: no limit. Call between
+// graphs.
 EDGE_API int edge_hook_use_budget(edge_hook * hook, int32_t n_experts);
 
 // End a step: the slots of the last block may be reused and the routing is complete. Call after every decode, once the
@@ -233,10 +235,10 @@ EDGE_API int edge_hook_end_step(edge_hook * hook);
 // graphs with other experts than the model's own, and once all experts are resident: those graphs never ask the host.
 EDGE_API int edge_hook_cancel(edge_hook * hook);
 
-// Read the routing of the last graph that edge_hook_end_step() ended. *ids points to
-// [n_blocks, max_width, n_expert_used] expert ids, of which the first *n_tokens rows of each block are valid. *n_tokens
-// is 0 if the graph was wider than max_width, if its last block had fewer rows (llama.cpp drops rows without logits
-// there) or, with slots, if a block was not served from them. The memory belongs to the hook; its address never changes.
+// Read the routing of the last graph that edge_hook_end_step() ended. *ids points to [n_blocks, max_width,
+// n_expert_used] expert ids, of which the first *n_tokens rows of each block are valid. *n_tokens is 0 if the graph was
+// wider than max_width, if its last block had fewer rows (llama.cpp drops rows without logits there) or, with slots, if
+// a block was not served from them. The memory belongs to the hook; its address never changes.
 EDGE_API int edge_hook_routing(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens);
 
 // Read the routing of the last tokens of the last prefill graph, one wider than max_width. Call after
@@ -254,14 +256,15 @@ EDGE_API int edge_hook_admit_from_prefill(edge_hook * hook, bool on);
 // The memory belongs to the hook; its address never changes.
 EDGE_API int edge_hook_scores(edge_hook * hook, float ** out);
 
-// Commit the scores and replace all outstanding prefetch requests by these, most urgent first; n_requests 0 cancels them.
-// A requested expert that is resident has its priority added to its score until its block has run. A worker thread
-// loads the others, up to byte_budget bytes, and evicts only experts that score more than `margin` below them.
+// Commit the scores and replace all outstanding prefetch requests by these, most urgent first; n_requests 0 cancels
+// them. A requested expert that is resident has its priority added to its score until its block has run. A worker
+// thread loads the others, up to byte_budget bytes, and evicts only experts that score more than `margin` below them.
 // With next_layer_prefetch, the decoding thread itself sends the requests whose deadline is their own block, when that
 // block is next and as far as the link would be idle, in place of what the block's input predicts; these may evict any
 // unpinned expert. *n_absent is the number of requested experts in no slot. *finite, unless null, says whether all
 // scores were finite; others count as 0.
-EDGE_API int edge_hook_prefetch(edge_hook * hook, const edge_prefetch_request * requests, int32_t n_requests, uint64_t byte_budget, float margin, int32_t * n_absent, bool * finite);
+EDGE_API int edge_hook_prefetch(edge_hook * hook, const edge_prefetch_request * requests, int32_t n_requests,
+                                uint64_t byte_budget, float margin, int32_t * n_absent, bool * finite);
 // Wait until the worker thread has no outstanding request.
 EDGE_API int edge_hook_drain(edge_hook * hook);
 
@@ -275,12 +278,12 @@ EDGE_API int edge_hook_counters(edge_hook * hook, edge_counters * out);
 
 // Costs that hybrid execution has measured; the first four are 0 before the first measurement.
 typedef struct edge_costs {
-    double cpu_bytes_per_s;     // expert weights that the CPU computes with, while the link is idle
+    double cpu_bytes_per_s; // expert weights that the CPU computes with, while the link is idle
     double link_bytes_per_s;
-    double contention;          // CPU time grows by this fraction of the time that CPU and link are both busy
-    double device_bytes_per_s;  // expert weights that the device reads; 0 if not measured
+    double contention; // CPU time grows by this fraction of the time that CPU and link are both busy
+    double device_bytes_per_s; // expert weights that the device reads; 0 if not measured
     double next_layer_precision; // recent fraction of the experts predicted for the next block that it then demanded
-    bool   fetches_some;        // whether misses are fetched at all: copies overlap with the CPU, from page-locked memory
+    bool fetches_some; // whether misses are fetched at all: copies overlap with the CPU, from page-locked memory
 } edge_costs;
 
 EDGE_API int edge_hook_costs(edge_hook * hook, edge_costs * out);
@@ -300,8 +303,8 @@ EDGE_API int edge_hook_states(edge_hook * hook, uint8_t * out);
 #define EDGE_SPAN_NEXT_LAYER 4
 
 typedef struct edge_span {
-    int32_t  kind;     // EDGE_SPAN_...
-    int32_t  block;
+    int32_t kind; // EDGE_SPAN_...
+    int32_t block;
     uint64_t begin_ns; // steady clock
     uint64_t end_ns;
 } edge_span;
@@ -323,19 +326,19 @@ EDGE_API int edge_hook_slot_bytes(edge_hook * hook, uint64_t * out);
 // Arrays are the caller's, one entry per expert at block * n_expert + expert unless a shape is given. Marks are 0 or 1.
 // Expert ids out of range are EDGE_ERR_ARGUMENT.
 typedef struct edge_routing {
-    const int32_t * ids;        // [n_blocks, n_tokens, n_used]
+    const int32_t * ids; // [n_blocks, n_tokens, n_used]
     int32_t n_blocks;
     int32_t n_tokens;
     int32_t n_used;
-    int32_t stride;             // ids from the start of one block to the start of the next
+    int32_t stride; // ids from the start of one block to the start of the next
 } edge_routing;
 
 // A simulated slot pool: the experts that a policy would keep, of n candidates.
 typedef struct edge_pool {
-    uint8_t * kept;             // [n] marks
+    uint8_t * kept; // [n] marks
     int32_t n;
     int32_t n_kept;
-    int32_t size;               // capacity
+    int32_t size; // capacity
 } edge_pool;
 
 // Demand the experts marked in wanted, [n], and write how many the pool missed. Evict by lowest score, [n], demanded
@@ -348,20 +351,20 @@ EDGE_API int edge_pool_demand(edge_pool * pool, const uint8_t * wanted, const fl
 typedef struct edge_dueling {
     int32_t n_blocks;
     int32_t n_expert;
-    int32_t stride;             // blocks
+    int32_t stride; // blocks
     int32_t n_rules;
-    float   last;
-    int32_t n_steps;            // observed so far
-    const float * decays;       // [n_rules - 1] per step
-    float * frequency;          // [n_rules - 1, n_blocks * n_expert]
-    uint8_t * latest;           // marks: demanded by the last step
-    float * used;               // of the sampled blocks: step of the last demand
-    edge_pool * pools;          // [n_rules], of the sampled blocks
-    double * missed;            // [n_rules] recent fraction of a step's demands that the rule's pool missed
-    double  smoothing;          // of missed, per step
-    double  hysteresis;         // fraction by which another rule must miss less to be followed
-    double  weight;             // effective number of steps in missed
-    int32_t best;               // the rule that is followed
+    float last;
+    int32_t n_steps; // observed so far
+    const float * decays; // [n_rules - 1] per step
+    float * frequency; // [n_rules - 1, n_blocks * n_expert]
+    uint8_t * latest; // marks: demanded by the last step
+    float * used; // of the sampled blocks: step of the last demand
+    edge_pool * pools; // [n_rules], of the sampled blocks
+    double * missed; // [n_rules] recent fraction of a step's demands that the rule's pool missed
+    double smoothing; // of missed, per step
+    double hysteresis; // fraction by which another rule must miss less to be followed
+    double weight; // effective number of steps in missed
+    int32_t best; // the rule that is followed
 } edge_dueling;
 
 // Write the followed rule's scores.
@@ -373,44 +376,49 @@ EDGE_API int edge_dueling_on_prefill(edge_dueling * dueling, const edge_routing 
 
 // Accuracy of predicted sets of experts.
 typedef struct edge_rates {
-    double inside;              // fraction of a predicted set that was demanded
-    double outside;             // demands of other experts, relative to their frequency
-    double max_inside;          // upper bounds for use in scores
+    double inside; // fraction of a predicted set that was demanded
+    double outside; // demands of other experts, relative to their frequency
+    double max_inside; // upper bounds for use in scores
     double max_outside;
-    double smoothing;           // per step
+    double smoothing; // per step
 } edge_rates;
 
 // Experts that a step is predicted to demand.
 typedef struct edge_prediction {
-    uint8_t * found;            // marks
-    edge_rates * rates;         // updated by edge_next_use_observe()
-    double others;              // out: demands expected outside the set at their usual frequency
-    int32_t n_found;            // out
-    int32_t n_demanded;         // out: predicted experts that the step demanded
+    uint8_t * found; // marks
+    edge_rates * rates; // updated by edge_next_use_observe()
+    double others; // out: demands expected outside the set at their usual frequency
+    int32_t n_found; // out
+    int32_t n_demanded; // out: predicted experts that the step demanded
 } edge_prediction;
 
 // State of the next-use policy: score an expert by minus the expected number of steps until its next demand.
 typedef struct edge_next_use {
     int32_t n_blocks;
     int32_t n_expert;
-    float   decay;              // of frequency, per step
-    float   min_frequency;
-    float * frequency;          // decaying demands per step
-    uint8_t * demanded;         // out: marks of the last step's demands
-    int64_t * tally;            // [3, n_blocks] predicted, demanded, both; added to
+    float decay; // of frequency, per step
+    float min_frequency;
+    float * frequency; // decaying demands per step
+    uint8_t * demanded; // out: marks of the last step's demands
+    int64_t * tally; // [3, n_blocks] predicted, demanded, both; added to
     edge_prefetch_request * requests; // [n_blocks * n_expert] out: for the experts in `now`, by block and expert
-    int32_t n_demanded;         // out
+    int32_t n_demanded; // out
 } edge_next_use;
 
 // Write scores and prefetch requests for the coming step. `now` is predicted from the first `width` tokens of routing,
 // `then` from as many after them. Without routing both are null and only frequencies count.
-EDGE_API int edge_next_use_plan(edge_next_use * next_use, const edge_routing * routing, int32_t width, edge_prediction * now, edge_prediction * then, float * scores);
-// Plan with the hook's own scores and submit the requests through edge_hook_prefetch(), in one call while the data is in
-// the CPU's caches. Nothing is fetched if the demanded fraction of such predictions, rates->inside, is under min_share.
-EDGE_API int edge_next_use_prefetch(edge_next_use * next_use, edge_hook * hook, const edge_routing * routing, int32_t width, edge_prediction * now, edge_prediction * then, double min_share, float margin, int32_t * n_absent, bool * finite);
+EDGE_API int edge_next_use_plan(edge_next_use * next_use, const edge_routing * routing, int32_t width,
+                                edge_prediction * now, edge_prediction * then, float * scores);
+// Plan with the hook's own scores and submit the requests through edge_hook_prefetch(), in one call while the data is
+// in the CPU's caches. Nothing is fetched if the demanded fraction of such predictions, rates->inside, is under
+// min_share.
+EDGE_API int edge_next_use_prefetch(edge_next_use * next_use, edge_hook * hook, const edge_routing * routing,
+                                    int32_t width, edge_prediction * now, edge_prediction * then, double min_share,
+                                    float margin, int32_t * n_absent, bool * finite);
 // Update frequencies, rates and tally from a step's routing. now, then: its predictions, or null; foreseen: marks to
 // tally, or null.
-EDGE_API int edge_next_use_observe(edge_next_use * next_use, const edge_routing * routing, edge_prediction * now, edge_prediction * then, const uint8_t * foreseen);
+EDGE_API int edge_next_use_observe(edge_next_use * next_use, const edge_routing * routing, edge_prediction * now,
+                                   edge_prediction * then, const uint8_t * foreseen);
 // Update the frequencies from prefill routing, `width` tokens per step; ids of -1 are unknown.
 EDGE_API int edge_next_use_on_prefill(edge_next_use * next_use, const edge_routing * routing, int32_t width);
 

@@ -1,9 +1,9 @@
-// Experts that a slot can be asked for: a small model's, without the model.
+// The experts of a small model, without the model, for tests of slots.
 #pragma once
 
 #include "check.h"
-#include "util/expert_table.h"
 #include "slots/slot_store.h"
+#include "util/expert_table.h"
 
 #include "ggml-alloc.h"
 #include "ggml-cpp.h"
@@ -16,15 +16,16 @@
 namespace labelled {
 
 constexpr int32_t n_blocks = 6;
-constexpr int32_t n_expert  = 16;
-constexpr int32_t columns  = 32;
+constexpr int32_t n_expert = 16;
+constexpr int32_t columns = 32;
 const std::array<edge::Role, 3> roles{ edge::role_up, edge::role_gate, edge::role_down };
 
-// Experts whose every weight is block * 1000 + expert, so that a slot tells what it holds; every third block has longer ones.
+// Every weight of an expert is block * 1000 + expert, so that a slot's content tells its expert; every third block has
+// longer ones.
 struct Model {
-    ggml_context_ptr        ctx;
+    ggml_context_ptr ctx;
     ggml_backend_buffer_ptr buffer;
-    edge::ExpertTable       table;
+    edge::ExpertTable table;
 
     explicit Model(ggml_backend_buffer_type_t buft) {
         ggml_init_params params{};
@@ -34,11 +35,12 @@ struct Model {
         std::vector<edge::BlockWeights> blocks(n_blocks);
         for (size_t block = 0; block < blocks.size(); ++block) {
             for (const edge::Role role : roles) {
-                blocks[block][role] = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, block % 3 == 2 ? 48 : 32, columns, n_expert);
+                blocks[block][role] =
+                    ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, block % 3 == 2 ? 48 : 32, columns, n_expert);
             }
         }
         buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
-        table.n_expert      = n_expert;
+        table.n_expert = n_expert;
         table.n_expert_used = 4;
         for (size_t block = 0; block < blocks.size(); ++block) {
             for (const edge::Role role : roles) {
@@ -52,12 +54,13 @@ struct Model {
     static void fill(const ggml_tensor * weight, int32_t block) {
         for (int32_t expert = 0; expert < n_expert; ++expert) {
             char * data = static_cast<char *>(weight->data) + weight->nb[2] * static_cast<size_t>(expert);
-            std::fill_n(reinterpret_cast<float *>(data), weight->nb[2] / sizeof(float), static_cast<float>(block * 1000 + expert));
+            std::fill_n(reinterpret_cast<float *>(data), weight->nb[2] / sizeof(float),
+                        static_cast<float>(block * 1000 + expert));
         }
     }
 };
 
-// What a kernel of a block takes from a slot.
+// What a kernel of a block reads from a slot.
 struct Read {
     int32_t block;
     int32_t group;

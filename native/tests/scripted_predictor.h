@@ -1,4 +1,4 @@
-// In place of gate.cpp, for test programs that do not link it; each includes this once.
+// Replaces router_predictor.cpp in test programs that do not link it; each includes this once.
 #pragma once
 
 #include "prefetch/router_predictor.h"
@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-// A row is one number, the expert that it can_predict.
+// A row is one number, the expert that it predicts.
 namespace edge {
 
 RouterPredictor::RouterPredictor(const llama_model *, const ExpertTable & table)

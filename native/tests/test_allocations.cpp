@@ -1,10 +1,10 @@
-// What runs in every block of every step allocates nothing once it has run: demands of both kinds, copies sent ahead and awaited,
-// orders, and the CPU's part of the experts. llama.cpp's and ggml's own calls are not looked at.
+// What runs in every block of every step allocates nothing after warm-up: demands of both kinds, next-layer copies and
+// their waits, prefetch requests, and the CPU's part of the experts. llama.cpp's and ggml's own calls are not tested.
 #include "check.h"
 #include "cpu/expert_matmul.h"
-#include "slots/slot_cache.h"
-#include "scripted_predictor.h"
 #include "labelled_model.h"
+#include "scripted_predictor.h"
+#include "slots/slot_cache.h"
 
 #include "ggml-cpu.h"
 
@@ -21,7 +21,7 @@ thread_local size_t n_allocations = 0;
 
 } // namespace
 
-__attribute__((noinline)) void * operator new(size_t bytes) { // inlined, a compiler takes free() for a mistake
+__attribute__((noinline)) void * operator new(size_t bytes) { // inlined, the compiler warns about free()
     ++n_allocations;
     if (void * memory = std::malloc(bytes)) {
         return memory;
@@ -46,8 +46,9 @@ size_t steps(edge::SlotCache & slot_cache, std::mt19937 & random, int n) {
     const size_t before = n_allocations;
     for (int step = 0; step < n; ++step) {
         for (edge_prefetch_request & request : requests) {
-            request = { static_cast<int32_t>(random() % n_blocks), static_cast<int32_t>(random() % n_expert), n_blocks, 1.0F };
-            request.deadline = random() % 2 ? request.block : n_blocks; // the decoding thread's, the worker's
+            request = { static_cast<int32_t>(random() % n_blocks), static_cast<int32_t>(random() % n_expert), n_blocks,
+                        1.0F };
+            request.deadline = random() % 2 ? request.block : n_blocks; // of the decoding thread or of the worker
         }
         slot_cache.prefetch(requests, 8, UINT64_MAX);
         for (int32_t block = 0; block < n_blocks; ++block) {
@@ -80,8 +81,9 @@ void a_block_allocates_nothing() {
     edge::SlotCache slot_cache(model.table, { 20, 20 }, ggml_backend_cpu_buffer_type(), params);
     slot_cache.use_router_predictor(std::make_unique<edge::RouterPredictor>(nullptr, model.table));
     std::mt19937 random(3);
-    CHECK(steps(slot_cache, random, 1000) > 0); // vectors grow to what is needed
-    CHECK(steps(slot_cache, random, 500) < 8);  // of 3,000 blocks: one may still grow, when more comes together than ever before
+    CHECK(steps(slot_cache, random, 1000) > 0); // vectors grow as needed
+    // Of 3,000 blocks: one may still grow, when more comes together than ever before
+    CHECK(steps(slot_cache, random, 500) < 8);
     const edge_counters counters = slot_cache.counters();
     CHECK(counters.hits > 0 && counters.fetched > 0 && counters.cpu_computed > 0 && counters.prefetched > 0);
 }

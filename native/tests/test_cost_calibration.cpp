@@ -1,9 +1,9 @@
-// What is measured before the first block, on a device whose copies take as long as the test likes.
+// Calibration before the first block, on a device whose copies take as long as the test likes.
 #include "check.h"
 #include "cpu/cpu_experts.h"
 #include "fake_device.h"
-#include "slots/slot_cache.h"
 #include "labelled_model.h"
+#include "slots/slot_cache.h"
 
 #include <algorithm>
 #include <cmath>
@@ -15,7 +15,7 @@ namespace {
 
 struct Measured {
     edge::CpuExperts cpu{ nullptr, 2 };
-    edge::SlotCache  slot_cache;
+    edge::SlotCache slot_cache;
 
     Measured(fake::Device & device, const Model & model, const edge::TransferParams & params = {})
         : slot_cache(model.table, { 13, 13 }, device.memory(), params) {
@@ -36,7 +36,8 @@ void the_link_is_measured_and_slots_stay_empty(fake::Device & device, const Mode
     CHECK(counters.fetched == 0 && counters.misses == 0 && counters.bytes_fetched == 0);
     std::vector<uint8_t> states(n_blocks * n_expert);
     measured.slot_cache.states(states.data());
-    CHECK(std::all_of(states.begin(), states.end(), [](uint8_t s) { return s == static_cast<uint8_t>(edge::SlotState::absent); }));
+    CHECK(std::all_of(states.begin(), states.end(),
+                      [](uint8_t s) { return s == static_cast<uint8_t>(edge::SlotState::absent); }));
 }
 
 uint64_t fetched_in_the_first_steps(edge::SlotCache & slot_cache) {
@@ -51,11 +52,11 @@ uint64_t fetched_in_the_first_steps(edge::SlotCache & slot_cache) {
     return slot_cache.counters().fetched;
 }
 
-// Without a measurement some are all the CPU's, some all the link's, to learn what either costs.
+// Without calibration some blocks are all the CPU's and some all the link's, to measure both.
 void no_block_teaches_what_was_measured(fake::Device & device, const Model & model) {
     device.copy_us = 3000; // the CPU is done long before
-    edge::SlotCache guessing(model.table, { 13, 13 }, device.memory(), {});
-    CHECK(fetched_in_the_first_steps(guessing) > 0);
+    edge::SlotCache uncalibrated(model.table, { 13, 13 }, device.memory(), {});
+    CHECK(fetched_in_the_first_steps(uncalibrated) > 0);
     Measured measured(device, model);
     CHECK(fetched_in_the_first_steps(measured.slot_cache) == 0);
     device.copy_us = 0;
@@ -85,5 +86,5 @@ int main() {
     no_block_teaches_what_was_measured(device, model);
     nothing_is_measured_where_nothing_is_fetched(device, staged, model);
     a_link_that_is_emulated_is_known(device, model);
-    std::puts("first costs: ok");
+    std::puts("cost_calibration: ok");
 }

@@ -1,9 +1,10 @@
-// A model that drafts for itself, through the C ABI: what it drafts with, and that the target's logits never know.
+// A model that drafts for itself, through the C ABI: which experts it drafts with, and that the target's logits never
+// change.
 // argv[1]: a MoE GGUF of one slot group or more.
 #include "hooked.h"
 
-#include "gguf.h"
 #include "ggml-cpp.h"
+#include "gguf.h"
 
 #include <cmath>
 #include <string>
@@ -12,7 +13,7 @@ using namespace hooked;
 
 namespace {
 
-// The model's own experts as a twin: what is drafted with them is what the target would say.
+// The model's own experts as draft experts: its drafts are what the target would say.
 std::vector<edge_draft_tensor> own_experts(const char * path) {
     gguf_init_params params{};
     params.no_alloc = true;
@@ -51,7 +52,7 @@ std::vector<float> logits_of(const Run & run, const llama_model * model) {
     return { logits, logits + llama_vocab_n_tokens(llama_model_get_vocab(model)) };
 }
 
-// The text one token at a time; before each, `tokens` further ones are drafted and taken back.
+// The text one token at a time; before each, `tokens` further ones are drafted and rolled back.
 std::vector<float> feed_with_drafts(Run & run, const llama_model * model, int32_t which, int tokens) {
     for (const llama_token & token : text) {
         for (int i = 0; i < tokens; ++i) {
@@ -81,13 +82,14 @@ std::vector<float> feed_with_drafts(Run & run, const llama_model * model, int32_
     return logits_of(run, model);
 }
 
-void drafts_leave_no_trace(llama_model * model, const std::vector<float> & plain, const std::vector<edge_draft_tensor> & twin, const char * path) {
+void drafts_leave_no_trace(llama_model * model, const std::vector<float> & plain,
+                           const std::vector<edge_draft_tensor> & draft_tensors, const char * path) {
     for (const bool hybrid : { false, true }) {
         edge_hook * hook = attach(model, slots_of(model, 12), hybrid);
         OK(edge_hook_poison_free_slots(hook));
         uint64_t before = 0, after = 0;
         OK(edge_hook_bytes(hook, &before));
-        OK(edge_hook_load_draft_experts(hook, path, twin.data(), static_cast<int32_t>(twin.size())));
+        OK(edge_hook_load_draft_experts(hook, path, draft_tensors.data(), static_cast<int32_t>(draft_tensors.size())));
         OK(edge_hook_bytes(hook, &after));
         CHECK(after > before);
         {
@@ -102,10 +104,10 @@ void drafts_leave_no_trace(llama_model * model, const std::vector<float> & plain
 }
 
 // Its routing, too, is the target's.
-void the_same_experts_draft_the_same(llama_model * model, const std::vector<float> & plain, const std::vector<edge_draft_tensor> & twin,
-                                     const char * path) {
+void the_same_experts_draft_the_same(llama_model * model, const std::vector<float> & plain,
+                                     const std::vector<edge_draft_tensor> & draft_tensors, const char * path) {
     edge_hook * hook = attach(model, slots_of(model, 0));
-    OK(edge_hook_load_draft_experts(hook, path, twin.data(), static_cast<int32_t>(twin.size())));
+    OK(edge_hook_load_draft_experts(hook, path, draft_tensors.data(), static_cast<int32_t>(draft_tensors.size())));
     {
         Run run(model, hook);
         bool ready = false;
@@ -114,13 +116,14 @@ void the_same_experts_draft_the_same(llama_model * model, const std::vector<floa
         CHECK(run.feed_text(model) == plain);
         CHECK((counts(hook) == Counts{ 0, 0 }));
         OK(edge_hook_use_experts(hook, EDGE_EXPERTS_RESIDENT, &ready));
-        CHECK(!ready); // nothing is in slots
+        CHECK(!ready); // no expert is resident
     }
     OK(edge_hook_detach(hook));
 }
 
-// Graphs look up slots that nothing leaves any more: hits go on being counted, and other slot counts are served again.
-void settled_slots_are_not_asked_for(Run & run, llama_model * model, const std::vector<float> & plain, const std::vector<int32_t> & all) {
+// Graphs look up slots that nothing leaves any more: hits are still counted, and other slot counts are served again.
+void device_only_graphs_do_not_ask_the_host(Run & run, llama_model * model, const std::vector<float> & plain,
+                                            const std::vector<int32_t> & all) {
     for (const std::vector<int32_t> & slots : { all, slots_of(model, 3), all }) {
         OK(edge_hook_resize(run.hook, slots.data(), static_cast<int32_t>(slots.size())));
         Counts before = counts(run.hook);
@@ -137,13 +140,13 @@ void settled_slots_are_not_asked_for(Run & run, llama_model * model, const std::
         int32_t n = 0;
         OK(edge_hook_routing(run.hook, &ids, &n));
         CHECK(n > 0 && ids[0] >= 0);
-        OK(edge_hook_end_step(run.hook)); // of no graph
+        OK(edge_hook_end_step(run.hook)); // without a graph
         CHECK(counts(run.hook) == before);
     }
 }
 
-// Routers that may choose among everything, since everything is in slots, choose what they would have chosen.
-void everything_in_slots_restricts_nobody(llama_model * model, const std::vector<float> & plain) {
+// Routers restricted to residents choose as usual if every expert is resident.
+void full_residency_restricts_no_router(llama_model * model, const std::vector<float> & plain) {
     edge_experts experts{};
     OK(edge_model_experts(model, &experts));
     std::vector<int32_t> slots;
@@ -172,12 +175,12 @@ void everything_in_slots_restricts_nobody(llama_model * model, const std::vector
         }
         CHECK(logits_of(run, model) == plain);
         OK(edge_hook_use_experts(hook, EDGE_EXPERTS_OWN, &ready));
-        settled_slots_are_not_asked_for(run, model, plain, slots);
+        device_only_graphs_do_not_ask_the_host(run, model, plain, slots);
     }
     OK(edge_hook_detach(hook));
 }
 
-// A budget of all experts changes nothing, one of fewer keeps to itself.
+// A limit of all experts changes nothing; a lower one is respected.
 void verify_steps_keep_to_their_budget(llama_model * model, const std::vector<float> & plain) {
     edge_experts experts{};
     OK(edge_model_experts(model, &experts));
@@ -208,13 +211,14 @@ void verify_steps_keep_to_their_budget(llama_model * model, const std::vector<fl
     OK(edge_hook_detach(hook));
 }
 
-void bad_twins_are_statuses(llama_model * model, const std::vector<edge_draft_tensor> & twin, const char * path) {
+void bad_draft_experts_are_statuses(llama_model * model, const std::vector<edge_draft_tensor> & draft_tensors,
+                                    const char * path) {
     edge_hook * hook = attach(model, slots_of(model, 0));
     const auto load = [&](const std::vector<edge_draft_tensor> & tensors, const char * from) {
         return edge_hook_load_draft_experts(hook, from, tensors.data(), static_cast<int32_t>(tensors.size()));
     };
     const auto changed = [&](auto change) {
-        std::vector<edge_draft_tensor> bad = twin;
+        std::vector<edge_draft_tensor> bad = draft_tensors;
         change(bad.front());
         return bad;
     };
@@ -222,29 +226,31 @@ void bad_twins_are_statuses(llama_model * model, const std::vector<edge_draft_te
     CHECK(edge_hook_use_experts(hook, EDGE_EXPERTS_DRAFT, &ready) == EDGE_ERR_ARGUMENT);
     CHECK(edge_hook_use_experts(hook, 7, &ready) == EDGE_ERR_ARGUMENT);
     CHECK(load({}, path) == EDGE_ERR_ARGUMENT);
-    CHECK(load({ twin.begin(), twin.end() - 1 }, path) == EDGE_ERR_ARGUMENT);
+    CHECK(load({ draft_tensors.begin(), draft_tensors.end() - 1 }, path) == EDGE_ERR_ARGUMENT);
     CHECK(load(changed([](edge_draft_tensor & t) { t.block = 99; }), path) == EDGE_ERR_ARGUMENT);
     CHECK(load(changed([](edge_draft_tensor & t) { t.role = -1; }), path) == EDGE_ERR_ARGUMENT);
     CHECK(load(changed([](edge_draft_tensor & t) { t.role = EDGE_ROLE_GATE_UP; }), path) == EDGE_ERR_ARGUMENT);
-    CHECK(load(changed([](edge_draft_tensor & t) { t.type = 4; }), path) == EDGE_ERR_UNSUPPORTED); // one that ggml removed
+    // A type that ggml removed
+    CHECK(load(changed([](edge_draft_tensor & t) { t.type = 4; }), path) == EDGE_ERR_UNSUPPORTED);
     CHECK(load(changed([](edge_draft_tensor & t) { t.type = 10000; }), path) == EDGE_ERR_UNSUPPORTED);
     CHECK(load(changed([](edge_draft_tensor & t) { t.offset = uint64_t{ 1 } << 62; }), path) == EDGE_ERR_ARGUMENT);
-    CHECK(load(twin, "/nowhere.gguf") == EDGE_ERR_ARGUMENT);
+    CHECK(load(draft_tensors, "/nowhere.gguf") == EDGE_ERR_ARGUMENT);
     OK(edge_test_fail(EDGE_FAULT_ALLOCATION, 1));
-    CHECK(load(twin, path) == EDGE_ERR_MEMORY);
-    CHECK(edge_hook_use_experts(hook, EDGE_EXPERTS_DRAFT, &ready) == EDGE_ERR_ARGUMENT); // none of them counts
-    for (const int32_t type : { GGML_TYPE_I8, GGML_TYPE_I32, GGML_TYPE_F64, GGML_TYPE_Q8_1, GGML_TYPE_Q8_K }) { // nothing multiplies with them
+    CHECK(load(draft_tensors, path) == EDGE_ERR_MEMORY);
+    CHECK(edge_hook_use_experts(hook, EDGE_EXPERTS_DRAFT, &ready) == EDGE_ERR_ARGUMENT); // none was loaded
+    // Types that no kernel multiplies with
+    for (const int32_t type : { GGML_TYPE_I8, GGML_TYPE_I32, GGML_TYPE_F64, GGML_TYPE_Q8_1, GGML_TYPE_Q8_K }) {
         CHECK(load(changed([&](edge_draft_tensor & t) { t.type = type; }), path) == EDGE_ERR_UNSUPPORTED);
     }
-    OK(load(twin, path));
+    OK(load(draft_tensors, path));
     {
         Run run(model, hook);
         OK(edge_hook_use_experts(hook, EDGE_EXPERTS_DRAFT, &ready));
         CHECK(ready && run.decode({ text[0] }) == 0);
         OK(edge_hook_end_step(hook));
-        CHECK(load(twin, path) == EDGE_ERR_ARGUMENT); // while it is in use
+        CHECK(load(draft_tensors, path) == EDGE_ERR_ARGUMENT); // while it is in use
         OK(edge_hook_use_experts(hook, EDGE_EXPERTS_OWN, &ready));
-        OK(load(twin, path)); // in place of the first
+        OK(load(draft_tensors, path)); // replaces the first
         OK(edge_hook_use_experts(hook, EDGE_EXPERTS_DRAFT, &ready));
         CHECK(ready && run.decode({ text[1] }) == 0);
         OK(edge_hook_end_step(hook));
@@ -269,14 +275,14 @@ int main(int argc, char ** argv) {
         Run run(model, nullptr);
         plain = run.feed_text(model);
     }
-    const std::vector<edge_draft_tensor> twin = own_experts(argv[1]);
-    CHECK(!twin.empty());
-    drafts_leave_no_trace(model, plain, twin, argv[1]);
-    the_same_experts_draft_the_same(model, plain, twin, argv[1]);
-    everything_in_slots_restricts_nobody(model, plain);
+    const std::vector<edge_draft_tensor> draft_tensors = own_experts(argv[1]);
+    CHECK(!draft_tensors.empty());
+    drafts_leave_no_trace(model, plain, draft_tensors, argv[1]);
+    the_same_experts_draft_the_same(model, plain, draft_tensors, argv[1]);
+    full_residency_restricts_no_router(model, plain);
     verify_steps_keep_to_their_budget(model, plain);
-    bad_twins_are_statuses(model, twin, argv[1]);
+    bad_draft_experts_are_statuses(model, draft_tensors, argv[1]);
     llama_model_free(model);
     llama_backend_free();
-    std::puts("own_draft: ok");
+    std::puts("draft_experts: ok");
 }

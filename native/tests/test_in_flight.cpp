@@ -1,12 +1,13 @@
-// SlotCache on a device that copies beside its caller: what lies in a slot while a kernel reads it is the expert that was asked
-// for, whatever was sent ahead, cancelled, failed or ordered by another thread meanwhile. Run under TSan as well as ASan and UBSan.
+// SlotCache on a device whose copies overlap with the caller: a slot that a kernel reads holds the demanded expert,
+// whatever was prefetched, cancelled, failed or requested by another thread meanwhile. Run under TSan as well as ASan
+// and UBSan.
 #include "check.h"
-#include "util/error.h"
 #include "fake_device.h"
-#include "util/faults.h"
-#include "slots/slot_cache.h"
-#include "scripted_predictor.h"
 #include "labelled_model.h"
+#include "scripted_predictor.h"
+#include "slots/slot_cache.h"
+#include "util/error.h"
+#include "util/faults.h"
 #include "warm_cache.h"
 
 #include <algorithm>
@@ -27,30 +28,31 @@ constexpr uint64_t no_budget = UINT64_MAX;
 
 struct Conditions {
     unsigned seed;
-    int      steps;
-    bool     page_locked      = true; // else weights lie in memory of the CPU's and are staged
-    bool     faults           = false;
+    int steps;
+    bool page_locked = true; // otherwise weights are in pageable memory and are staged
+    bool faults = false;
     uint64_t link_bytes_per_s = 0;
 };
 
-// What happened, so that a campaign in which nothing did is seen.
+// Counts what happened, so that a campaign without any event is noticed.
 struct Tally {
     std::atomic<uint64_t> reads{ 0 };
     std::atomic<uint64_t> wrong{ 0 };
-    int                   held = 0; // kernels that the device held until their experts had come
-    int                   cancelled = 0;
-    int                   failed = 0;
-    int                   unended = 0; // steps without an end_step
-    int                   resized = 0;
-    edge_counters         counters{};
+    int held = 0; // kernels that the device held until their experts had arrived
+    int cancelled = 0;
+    int failed = 0;
+    int unended = 0; // steps without an end_step()
+    int resized = 0;
+    edge_counters counters{};
 };
 
-// Steps over all blocks as edge_hook takes them, with everything that may come between.
+// Steps over all blocks as edge_hook runs them, with everything that may happen in between.
 class Campaign {
 public:
     Campaign(fake::Device & device, const Model & model, const Conditions & conditions, Tally & tally)
         : device_(device), model_(model), conditions_(conditions), tally_(tally), random_(conditions.seed),
-          slot_cache_(model.table, some_slots(), device.memory(), over_link(conditions.link_bytes_per_s)), on_miss_(device.open_stream()) {
+          slot_cache_(model.table, some_slots(), device.memory(), over_link(conditions.link_bytes_per_s)),
+          compute_(device.open_stream()) {
         slot_cache_.use_router_predictor(std::make_unique<edge::RouterPredictor>(nullptr, model.table));
     }
 
@@ -73,7 +75,7 @@ private:
     bool one_in(unsigned n) { return random_() % n == 0; }
     std::vector<int32_t> some_slots() { return { 13 + below(7), 13 + below(5) }; } // 12 of a block and one to load into
 
-    // Another thread's: orders, and looks.
+    // Another thread sends requests and reads states.
     void change_minds(const std::atomic<bool> & done) {
         std::mt19937 random(conditions_.seed + 7);
         const auto any = [&](unsigned n) { return static_cast<int32_t>(random() % n); };
@@ -83,7 +85,8 @@ private:
             for (int32_t n = any(6); n > 0; --n) {
                 requests.push_back({ any(n_blocks), any(n_expert), any(n_blocks + 1), static_cast<float>(any(3)) });
             }
-            slot_cache_.prefetch(requests.data(), static_cast<int32_t>(requests.size()), any(4) ? no_budget : 0, static_cast<float>(any(2)));
+            slot_cache_.prefetch(requests.data(), static_cast<int32_t>(requests.size()), any(4) ? no_budget : 0,
+                                 static_cast<float>(any(2)));
             slot_cache_.counters();
             slot_cache_.costs();
             slot_cache_.states(states.data());
@@ -91,7 +94,7 @@ private:
         }
     }
 
-    // What each block will want: of few experts in one block, of all in another, and others as time goes.
+    // Demands of each block: of few experts in one block, of all in another, changing over time.
     void choose_routing(int number) {
         for (Experts & ids : routing_) {
             ids.resize(4 * static_cast<size_t>(1 + below(3)));
@@ -112,7 +115,7 @@ private:
             whole = !one_in(20) && run_block(block);
             tally_.cancelled += whole ? 0 : 1;
         }
-        ggml_backend_synchronize(on_miss_.get());
+        ggml_backend_synchronize(compute_.get());
         edge::arm_fault(edge::Fault::copy, 0);
         if (whole || one_in(2)) {
             slot_cache_.end_step();
@@ -125,7 +128,7 @@ private:
         }
     }
 
-    // False when it failed, and the graph ends.
+    // False if it failed, which ends the graph.
     bool run_block(int32_t number) {
         const Experts & ids = routing_[static_cast<size_t>(number)];
         bool whole = true;
@@ -133,10 +136,10 @@ private:
         try {
             prefetch_next_layer();
             some_ = one_in(2);
-            if (some_ ? one_in(2) : !one_in(4)) { // a demand lands what was not awaited
+            if (some_ ? one_in(2) : !one_in(4)) { // a demand completes what was not awaited
                 slot_cache_.await_fetches();
             }
-            ggml_backend_synchronize(on_miss_.get());
+            ggml_backend_synchronize(compute_.get());
             demand(number, ids);
             const edge_counters after = slot_cache_.counters();
             CHECK(after.hits - before.hits + after.misses - before.misses == n_distinct(ids));
@@ -163,7 +166,7 @@ private:
         if (number + 1 < n_blocks && slot_cache_.can_prefetch_next_layer(number + 1)) {
             pending_ = number + 1;
         }
-        if (slot_cache_.fetching() && slot_cache_.hold_for_fetches(on_miss_.get())) {
+        if (slot_cache_.fetching() && slot_cache_.hold_for_fetches(compute_.get())) {
             ++tally_.held;
         } else if (slot_cache_.fetching()) {
             prefetch_next_layer();
@@ -171,24 +174,24 @@ private:
         }
     }
 
-    // Once a block: three of four guesses are of what it will want.
+    // Once per block: three of four predictions are right.
     void prefetch_next_layer() {
         const int32_t number = std::exchange(pending_, -1);
         if (number < 0) {
             return;
         }
         const Experts & wanted = routing_[static_cast<size_t>(number)];
-        std::vector<float> guesses;
+        std::vector<float> predictions;
         for (int32_t n = below(9); n > 0; --n) {
             const auto prediction = static_cast<float>(one_in(4) ? below(n_expert) : wanted[random_() % wanted.size()]);
-            if (std::find(guesses.begin(), guesses.end(), prediction) == guesses.end()) {
-                guesses.push_back(prediction);
+            if (std::find(predictions.begin(), predictions.end(), prediction) == predictions.end()) {
+                predictions.push_back(prediction);
             }
         }
-        slot_cache_.prefetch_next_layer(number, guesses.data(), static_cast<int32_t>(guesses.size()));
+        slot_cache_.prefetch_next_layer(number, predictions.data(), static_cast<int32_t>(predictions.size()));
     }
 
-    // The kernel reads what has a slot; the rest is computed here, meanwhile.
+    // The kernel reads what has a slot; the rest is computed here meanwhile.
     void launch(int32_t number, const Experts & ids) {
         const int32_t group = model_.table.blocks[static_cast<size_t>(number)].group;
         std::vector<Read> reads;
@@ -202,7 +205,7 @@ private:
         }
         CHECK(some_ || left.empty());
         const int us = below(one_in(3) ? 400 : 60);
-        fake::Device::stream(on_miss_.get()).push([this, reads, us, store = &slot_cache_.store()] {
+        fake::Device::stream(compute_.get()).push([this, reads, us, store = &slot_cache_.store()] {
             look(*store, reads, "begins");
             fake::pass(us);
             look(*store, reads, "ends");
@@ -230,13 +233,14 @@ private:
         }
     }
 
-    // Nothing is under way any more, and slots hold what they say.
+    // Nothing is in flight any more, and slots hold what their states say.
     void check_rest() {
         for (int32_t block = 0; block < n_blocks; ++block) {
             for (int32_t expert = 0; expert < n_expert; ++expert) {
                 const int32_t slot = slot_cache_.pin_resident(block, expert);
                 if (slot != edge::SlotPool::none) {
-                    look(slot_cache_.store(), { { block, model_.table.blocks[static_cast<size_t>(block)].group, expert, slot } }, "is over");
+                    look(slot_cache_.store(),
+                         { { block, model_.table.blocks[static_cast<size_t>(block)].group, expert, slot } }, "is over");
                 }
             }
         }
@@ -246,17 +250,17 @@ private:
         CHECK(std::count(states.begin(), states.end(), static_cast<uint8_t>(edge::SlotState::loading)) == 0);
     }
 
-    fake::Device &                device_;
-    const Model &                 model_;
-    const Conditions              conditions_;
-    Tally &                       tally_;
-    std::mt19937                  random_;
-    edge::SlotCache               slot_cache_;
-    ggml_backend_ptr              on_miss_; // gone before the events that it waits for
+    fake::Device & device_;
+    const Model & model_;
+    const Conditions conditions_;
+    Tally & tally_;
+    std::mt19937 random_;
+    edge::SlotCache slot_cache_;
+    ggml_backend_ptr compute_; // destroyed before the events that it waits for
     std::array<Experts, n_blocks> routing_;
-    std::vector<int32_t>          slots_;
-    int32_t                       pending_ = -1; // block that nobody has looked ahead to yet
-    bool                          some_ = false;
+    std::vector<int32_t> slots_;
+    int32_t pending_ = -1; // block that was not prefetched for yet
+    bool some_ = false;
 };
 
 void every_kernel_reads_its_experts(const Conditions & conditions) {
@@ -265,33 +269,36 @@ void every_kernel_reads_its_experts(const Conditions & conditions) {
     Tally tally;
     Campaign(device, model, conditions, tally).run();
     const edge_counters & c = tally.counters;
-    std::printf("seed %u: %" PRIu64 " reads, %" PRIu64 " wrong; %d held, %d cancelled, %d failed, %d unended, %d resized; %" PRIu64
-                " sent ahead or ordered, %" PRIu64 " of use\n", conditions.seed, tally.reads.load(), tally.wrong.load(), tally.held,
-                tally.cancelled, tally.failed, tally.unended, tally.resized, c.prefetched, c.prefetched_used);
+    std::printf("seed %u: %" PRIu64 " reads, %" PRIu64
+                " wrong; %d held, %d cancelled, %d failed, %d unended, %d resized; %" PRIu64
+                " sent ahead or ordered, %" PRIu64 " of use\n",
+                conditions.seed, tally.reads.load(), tally.wrong.load(), tally.held, tally.cancelled, tally.failed,
+                tally.unended, tally.resized, c.prefetched, c.prefetched_used);
     CHECK(tally.wrong == 0);
-    CHECK(tally.reads > 0 && tally.cancelled > 0 && tally.unended > 0 && tally.resized > 0 && (tally.failed > 0) == conditions.faults);
+    CHECK(tally.reads > 0 && tally.cancelled > 0 && tally.unended > 0 && tally.resized > 0 &&
+          (tally.failed > 0) == conditions.faults);
     CHECK((tally.held > 0) == (conditions.link_bytes_per_s == 0));
     CHECK(c.hits > 0 && c.fetched > 0 && c.prefetched_used > 0 && c.cpu_computed > 0);
 }
 
-// What is foreseen and there does not make room for what is foreseen and not there.
-void foreseen_residents_stay(fake::Device & device, const Model & model) {
+// A predicted resident is not evicted for a predicted absent expert.
+void predicted_residents_stay(fake::Device & device, const Model & model) {
     Warm warm(device, model, 10);
     warm.demand(0, { 0, 1, 2, 3 });
-    warm.foresee({ 9, 10, 11, 0, 1, 2 });
+    warm.predict({ 9, 10, 11, 0, 1, 2 });
     CHECK(warm.slot_cache.counters().prefetched == 3);
     CHECK(warm.holds(1, { 0, 1, 2, 9, 10, 11 }) && !warm.holds(1, { 3 }));
     warm.demand(1, { 0, 1, 2, 9 });
     CHECK(warm.slot_cache.counters().prefetched_used == 1);
 }
 
-void wrong_guesses_go_first(fake::Device & device, const Model & model) {
+void wrong_predictions_are_evicted_first(fake::Device & device, const Model & model) {
     Warm warm(device, model, 12);
     warm.demand(0, { 0, 1, 2, 3 });
-    warm.foresee({ 12, 13, 14, 15 });
+    warm.predict({ 12, 13, 14, 15 });
     warm.demand(1, { 0, 1, 2, 3 });
     warm.slot_cache.end_step();
-    warm.foresee({ 4, 5 }); // of a graph that was cancelled
+    warm.predict({ 4, 5 }); // of a graph that was cancelled
     CHECK(warm.slot_cache.counters().prefetched == 4);
     CHECK(warm.holds(1, { 12, 13, 14, 15 }));
     warm.demand(0, { 4, 5, 6, 7 });
@@ -299,31 +306,31 @@ void wrong_guesses_go_first(fake::Device & device, const Model & model) {
 }
 
 // The demand link has 8 marks, of which one is for the demands of the block itself.
-void too_many_guesses_do_not_block(fake::Device & device, const Model & model) {
+void too_many_predictions_do_not_block(fake::Device & device, const Model & model) {
     Warm warm(device, model, 40);
     warm.demand(0, { 0, 1, 2, 3 });
-    device.copy_us = 1000; // late enough: who needs a mark back waits for it
-    const uint64_t next_use = device.next_use();
-    warm.foresee({ 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 });
-    CHECK(device.next_use() == next_use && warm.slot_cache.counters().prefetched == 7);
+    device.copy_us = 1000; // late enough that whoever needs a mark back waits for it
+    const uint64_t next_use = device.host_waits();
+    warm.predict({ 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 });
+    CHECK(device.host_waits() == next_use && warm.slot_cache.counters().prefetched == 7);
     device.copy_us = 0;
     warm.demand(1, { 4, 5, 6, 15 });
 }
 
-// A slot that is on its way with a wrong guess is the demand's as soon as it is there.
-void wrong_guesses_make_room(fake::Device & device, const Model & model) {
-    Warm warm(device, model, 9, 100000000); // 120 us an expert: two are under way when the block begins
+// A slot in flight with a wrong prediction is the demand's as soon as its copy is done.
+void wrong_predictions_make_room(fake::Device & device, const Model & model) {
+    Warm warm(device, model, 9, 100000000); // 120 us per expert: two are in flight when the block begins
     warm.demand(0, { 0, 1, 2, 3 });
-    warm.foresee({ 12, 13, 14, 15 });
+    warm.predict({ 12, 13, 14, 15 });
     CHECK(warm.slot_cache.counters().prefetched > 0);
     warm.demand(1, { 0, 1, 2, 3, 4, 5, 6, 7 });
 }
 
-void failed_guesses_are_forgotten(fake::Device & device, const Model & model) {
+void failed_predictions_are_dropped(fake::Device & device, const Model & model) {
     Warm warm(device, model, 40);
     warm.demand(0, { 0, 1, 2, 3 });
     edge::arm_fault(edge::Fault::copy, 2);
-    warm.foresee({ 9, 10 });
+    warm.predict({ 9, 10 });
     CHECK(warm.slot_cache.counters().failed == 1 && warm.slot_cache.counters().prefetched == 1);
     CHECK(!warm.holds(1, { 9 }) && !warm.holds(1, { 10 }));
     device.copy_us = 1000;
@@ -332,17 +339,18 @@ void failed_guesses_are_forgotten(fake::Device & device, const Model & model) {
     device.copy_us = 0;
 }
 
-// What is ordered for the coming step goes out when its block is next, the best first and as far as the budget goes, and nobody
-// asks the gate.
-void orders_go_out_block_by_block(fake::Device & device, const Model & model) {
+// Requests for the coming step are sent when their block is next, best first and within the byte budget, and the router
+// predictor is not asked.
+void requests_go_out_block_by_block(fake::Device & device, const Model & model) {
     Warm warm(device, model, 40);
     const auto request = [&](const std::vector<edge_prefetch_request> & requests, int32_t experts) {
-        const int32_t n_absent = warm.slot_cache.prefetch(requests.data(), static_cast<int32_t>(requests.size()), experts * model.table.groups[0].expert_bytes);
+        const int32_t n_absent = warm.slot_cache.prefetch(requests.data(), static_cast<int32_t>(requests.size()),
+                                                          experts * model.table.groups[0].expert_bytes);
         CHECK(n_absent == 3);
         warm.slot_cache.drain();
         CHECK(warm.slot_cache.counters().prefetched == 0);
         warm.demand(0, { 0, 1, 2, 3 });
-        warm.foresee({ 14 });
+        warm.predict({ 14 });
     };
     request({ { 1, 0, 1, 3.0F }, { 1, 8, 1, 1.0F }, { 1, 9, 1, 2.0F }, { 1, 10, 1, 3.0F } }, 2);
     warm.slot_cache.prefetch_next_layer(1, nullptr, 0); // nothing is left
@@ -351,12 +359,12 @@ void orders_go_out_block_by_block(fake::Device & device, const Model & model) {
     CHECK(warm.slot_cache.counters().prefetched == 2 && warm.slot_cache.counters().prefetched_used == 2);
 }
 
-void an_expert_ordered_twice_has_one_slot(fake::Device & device, const Model & model) {
+void an_expert_requested_twice_has_one_slot(fake::Device & device, const Model & model) {
     Warm warm(device, model, 13);
     const edge_prefetch_request requests[] = { { 1, 9, 1, 1.0F }, { 1, 9, 1, 2.0F } };
     warm.slot_cache.prefetch(requests, 2, no_budget);
     warm.demand(0, { 0, 1, 2, 3 });
-    warm.foresee({});
+    warm.predict({});
     CHECK(warm.slot_cache.counters().prefetched == 1);
     warm.demand(1, { 9 });
     warm.slot_cache.end_step();
@@ -366,39 +374,38 @@ void an_expert_ordered_twice_has_one_slot(fake::Device & device, const Model & m
     warm.demand(1, { 9 });
 }
 
-// Two in three of the orders come to nothing, none of the gate's guesses does.
-void bad_orders_give_way_to_the_gate(fake::Device & device, const Model & model) {
+// Two in three requests are wrong, none of the router's predictions is.
+void bad_requests_give_way_to_the_router(fake::Device & device, const Model & model) {
     Warm warm(device, model, 13);
-    int by_order = 0;
-    int by_gate = 0;
+    int by_request = 0;
+    int by_router = 0;
     for (int32_t i = 0; i < 64; ++i) {
         const int32_t wanted = 4 + i % 4;
         const edge_prefetch_request requests[] = { { 1, 12, 1, 1.0F }, { 1, 13, 1, 2.0F }, { 1, wanted, 1, 3.0F } };
         warm.slot_cache.prefetch(requests, 3, no_budget);
         warm.demand(0, { 0, 1, 2, 3 });
         const uint64_t before = warm.slot_cache.counters().prefetched;
-        warm.foresee({ static_cast<float>(wanted) });
-        by_gate  += warm.slot_cache.counters().prefetched - before == 1 ? 1 : 0;
-        by_order += warm.slot_cache.counters().prefetched - before == 3 ? 1 : 0;
+        warm.predict({ static_cast<float>(wanted) });
+        by_router += warm.slot_cache.counters().prefetched - before == 1 ? 1 : 0;
+        by_request += warm.slot_cache.counters().prefetched - before == 3 ? 1 : 0;
         fake::pass(300);
         warm.demand(1, { wanted });
         warm.slot_cache.end_step();
-        for (int32_t first = 0; first < n_expert; first += 4) { // the next step finds none of block 1's
+        for (int32_t first = 0; first < n_expert; first += 4) { // the next step finds none of block 1's experts
             warm.demand(0, { first, first + 1, first + 2, first + 3 });
         }
         warm.slot_cache.end_step();
     }
-    CHECK(by_order >= 2 && by_gate > 32 && by_order + by_gate == 64);
+    CHECK(by_request >= 2 && by_router > 32 && by_request + by_router == 64);
 }
 
-// Orders that nothing is to be sent for say nothing of the step, those of other blocks nothing of this one, and those of a step
-// that is over nothing of the next one.
-void without_orders_the_gate_is_asked(fake::Device & device, const Model & model) {
+// Requests without a byte budget do not count, nor do those of other blocks or of a step that is over.
+void without_requests_the_router_predicts(fake::Device & device, const Model & model) {
     Warm warm(device, model, 40);
     struct Case {
-        int32_t  block;
+        int32_t block;
         uint64_t budget;
-        bool     is_over;
+        bool is_over;
     };
     int32_t prediction = 12;
     for (const Case & c : { Case{ 1, 0, false }, Case{ 3, no_budget, false }, Case{ 1, no_budget, true } }) {
@@ -408,14 +415,14 @@ void without_orders_the_gate_is_asked(fake::Device & device, const Model & model
             warm.slot_cache.end_step();
         }
         warm.demand(0, { 0, 1, 2, 3 });
-        warm.foresee({ static_cast<float>(prediction) });
+        warm.predict({ static_cast<float>(prediction) });
         CHECK(warm.holds(1, { prediction }) && !warm.holds(1, { 8 }));
         warm.demand(1, { prediction++ });
         warm.slot_cache.end_step();
     }
 }
 
-// A block that left the fetching of an expert to a prefetch must not run when that fails.
+// A block that left an expert to a prefetch must not run if that fails.
 void failed_prefetches_end_the_graph(fake::Device & device, const Model & model) {
     Warm warm(device, model, 40);
     device.copy_us = 20000;
@@ -437,7 +444,7 @@ void failed_prefetches_end_the_graph(fake::Device & device, const Model & model)
     warm.demand(1, { 9 });
 }
 
-// Fetches that nobody awaited go to slots that are about to go.
+// Fetches that nobody awaited are in flight to slots that are about to be freed.
 void resizing_ends_a_step(fake::Device & device, const Model & model) {
     Warm warm(device, model, 40);
     device.copy_us = 100;
@@ -457,14 +464,16 @@ void resizing_ends_a_step(fake::Device & device, const Model & model) {
 int main() {
     fake::Device device;
     const Model model(device.page_locked());
-    for (const auto test : { foreseen_residents_stay, wrong_guesses_go_first, wrong_guesses_make_room, too_many_guesses_do_not_block,
-                             failed_guesses_are_forgotten, orders_go_out_block_by_block, an_expert_ordered_twice_has_one_slot, bad_orders_give_way_to_the_gate,
-                             without_orders_the_gate_is_asked, failed_prefetches_end_the_graph, resizing_ends_a_step }) {
+    for (const auto test :
+         { predicted_residents_stay, wrong_predictions_are_evicted_first, wrong_predictions_make_room,
+           too_many_predictions_do_not_block, failed_predictions_are_dropped, requests_go_out_block_by_block,
+           an_expert_requested_twice_has_one_slot, bad_requests_give_way_to_the_router,
+           without_requests_the_router_predicts, failed_prefetches_end_the_graph, resizing_ends_a_step }) {
         test(device, model);
     }
     every_kernel_reads_its_experts({ 1, 200 });
     every_kernel_reads_its_experts({ 2, 200, true, true });
     every_kernel_reads_its_experts({ 3, 200, false, true });
     every_kernel_reads_its_experts({ 4, 200, true, true, 500000000 });
-    std::puts("under way: ok");
+    std::puts("in_flight: ok");
 }

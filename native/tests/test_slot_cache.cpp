@@ -1,9 +1,9 @@
-// SlotCache on the CPU backend: what lies in a slot after demand() is the expert that was asked for, whatever
-// the worker thread prefetches meanwhile. Run under TSan as well as ASan and UBSan.
+// SlotCache on the CPU backend: after demand() a slot holds the demanded expert, whatever the worker thread prefetches
+// meanwhile. Run under TSan as well as ASan and UBSan.
 #include "check.h"
+#include "slots/slot_cache.h"
 #include "util/error.h"
 #include "util/faults.h"
-#include "slots/slot_cache.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -23,13 +23,13 @@ namespace {
 
 constexpr int32_t n_blocks = 4;
 constexpr int32_t n_expert = 16;
-constexpr int32_t rows     = 64;
+constexpr int32_t rows = 64;
 
-// Experts whose every weight is block * 1000 + expert, so that a slot tells what it holds.
+// Every weight of an expert is block * 1000 + expert, so that a slot's content tells its expert.
 struct Model {
-    ggml_context_ptr        ctx;
+    ggml_context_ptr ctx;
     ggml_backend_buffer_ptr buffer;
-    edge::ExpertTable       table;
+    edge::ExpertTable table;
 
     Model() {
         ggml_init_params params{};
@@ -43,12 +43,13 @@ struct Model {
             }
         }
         buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_cpu_buffer_type()));
-        table.n_expert      = n_expert;
+        table.n_expert = n_expert;
         table.n_expert_used = 4;
         for (int32_t b = 0; b < n_blocks; ++b) {
             for (const ggml_tensor * weight : blocks[static_cast<size_t>(b)]) {
                 for (int32_t e = 0; weight && e < n_expert; ++e) {
-                    float * data = reinterpret_cast<float *>(static_cast<char *>(weight->data) + weight->nb[2] * static_cast<size_t>(e));
+                    float * data = reinterpret_cast<float *>(static_cast<char *>(weight->data) +
+                                                             weight->nb[2] * static_cast<size_t>(e));
                     std::fill_n(data, rows * rows, static_cast<float>(b * 1000 + e));
                 }
             }
@@ -62,7 +63,8 @@ struct Model {
 void check_slot(const edge::SlotCache & slot_cache, int32_t block, int32_t expert, int32_t slot) {
     for (const edge::Role role : { edge::role_up, edge::role_gate, edge::role_down }) {
         const ggml_tensor * tensor = slot_cache.store().tensor(0, role);
-        const float * data = reinterpret_cast<const float *>(static_cast<const char *>(tensor->data) + tensor->nb[2] * static_cast<size_t>(slot));
+        const float * data = reinterpret_cast<const float *>(static_cast<const char *>(tensor->data) +
+                                                             tensor->nb[2] * static_cast<size_t>(slot));
         const float expected = static_cast<float>(block * 1000 + expert);
         CHECK(data[0] == expected && data[rows * rows / 2] == expected && data[rows * rows - 1] == expected);
     }
@@ -78,8 +80,9 @@ void demand(edge::SlotCache & slot_cache, int32_t block, const std::vector<int32
 
 constexpr uint64_t no_budget = UINT64_MAX;
 
-// Orders of (block, expert) pairs, each due at its block.
-int32_t prefetch(edge::SlotCache & slot_cache, const std::vector<std::pair<int32_t, int32_t>> & pairs, uint64_t budget = no_budget) {
+// Request (block, expert) pairs, each due at its block.
+int32_t prefetch(edge::SlotCache & slot_cache, const std::vector<std::pair<int32_t, int32_t>> & pairs,
+                 uint64_t budget = no_budget) {
     std::vector<edge_prefetch_request> requests;
     for (const auto & [block, expert] : pairs) {
         requests.push_back({ block, expert, block, 1.0F });
@@ -98,7 +101,7 @@ void counters_follow_the_glossary(const Model & model) {
     demand(slot_cache, 0, { 1, 2, 1, 3 }); // three distinct demands
     demand(slot_cache, 1, { 1 });
     demand(slot_cache, 0, { 3, 4 });       // block 0 again: the second step
-    CHECK(prefetch(slot_cache, { { 2, 5 }, { 2, 6 }, { 0, 4 } }) == 2); // (0, 4) is there already
+    CHECK(prefetch(slot_cache, { { 2, 5 }, { 2, 6 }, { 0, 4 } }) == 2); // (0, 4) is resident
     slot_cache.drain();
     demand(slot_cache, 2, { 5 });
     const edge_counters c = slot_cache.counters();
@@ -119,10 +122,10 @@ void a_router_out_of_range_is_an_error(const Model & model) {
         thrown = true;
     }
     CHECK(thrown);
-    demand(slot_cache, 0, { 1, 2 }); // and the next request works
+    demand(slot_cache, 0, { 1, 2 }); // the next step works
 }
 
-// Demands of every block in order, while another thread keeps changing its mind about what to prefetch.
+// Demands of every block in order, while another thread keeps changing its requests.
 void demands_hold_against_prefetches(const Model & model, int32_t n_slots) {
     edge::SlotCache slot_cache(model.table, { n_slots }, ggml_backend_cpu_buffer_type(), {});
     std::atomic<bool> done{ false };
@@ -165,14 +168,14 @@ void demands_hold_against_prefetches(const Model & model, int32_t n_slots) {
     CHECK(c.prefetched_used <= c.prefetched);
 }
 
-void orders_respect_budget_deadline_and_worth(const Model & model) {
+void requests_respect_budget_deadline_and_score(const Model & model) {
     const uint64_t bytes = model.table.groups[0].expert_bytes;
     edge::SlotCache slot_cache(model.table, { 9 }, ggml_backend_cpu_buffer_type(), {});
     prefetch(slot_cache, { { 3, 1 }, { 3, 2 }, { 3, 3 } }, 2 * bytes);
     slot_cache.drain();
     CHECK(state(slot_cache, 3, 2) == edge::SlotState::resident && state(slot_cache, 3, 3) == edge::SlotState::absent);
 
-    for (int32_t e = 0; e < 9; ++e) { // nine experts worth 1 fill the slots
+    for (int32_t e = 0; e < 9; ++e) { // nine experts of score 1 fill the slots
         slot_cache.scores()[e] = 1.0F;
     }
     slot_cache.scores()[0] = std::numeric_limits<float>::quiet_NaN(); // counts as 0
@@ -192,24 +195,25 @@ void orders_respect_budget_deadline_and_worth(const Model & model) {
     CHECK(state(slot_cache, 2, 2) == edge::SlotState::absent);
 }
 
-// On a virtual link that carries one expert in the time of two blocks, everything is known beforehand.
+// On a virtual link that copies one expert in the time of two blocks, everything is known beforehand.
 void virtual_time_repeats(const Model & model) {
     const uint64_t bytes = model.table.groups[0].expert_bytes;
     constexpr uint64_t block_ns = 500;
     edge::TransferParams params;
-    params.deterministic    = true;
-    params.block_ns         = block_ns;
+    params.deterministic = true;
+    params.block_ns = block_ns;
     params.link_bytes_per_s = 1000000000 * bytes / (2 * block_ns);
     edge::SlotCache slot_cache(model.table, { 9 }, ggml_backend_cpu_buffer_type(), params);
     CHECK(prefetch(slot_cache, { { 2, 1 }, { 3, 1 }, { 3, 2 } }) == 3);
     CHECK(state(slot_cache, 2, 1) == edge::SlotState::loading && state(slot_cache, 3, 1) == edge::SlotState::absent);
-    demand(slot_cache, 0, { 5 });                                      // at 1: waits for the one under way, then for its own
+    demand(slot_cache, 0, { 5 }); // at 1: waits for the one in flight, then for its own
     CHECK(slot_cache.counters().stall_ns == 3 * block_ns);             // from 1 to 4 blocks
     CHECK(state(slot_cache, 2, 1) == edge::SlotState::resident);
     demand(slot_cache, 2, { 1 }); // at 5: hit; (3, 1) began at 4
     demand(slot_cache, 3, { 1, 2 }); // at 6: hit, and (3, 2) is late
     const edge_counters c = slot_cache.counters();
-    CHECK(c.hits == 2 && c.misses == 2 && c.late == 1 && c.prefetched == 3 && c.prefetched_used == 3 && c.bytes_wasted == 0);
+    CHECK(c.hits == 2 && c.misses == 2 && c.late == 1 && c.prefetched == 3 && c.prefetched_used == 3 &&
+          c.bytes_wasted == 0);
     slot_cache.end_step();
     prefetch(slot_cache, { { 0, 9 }, { 1, 9 }, { 1, 10 } });
     slot_cache.drain();
@@ -230,7 +234,7 @@ void an_emulated_link_is_as_slow_as_asked(const Model & model) {
     CHECK(static_cast<double>(slot_cache.counters().stall_ns) >= 0.49e9 * seconds);
 }
 
-void resizing_keeps_what_is_worth_most(const Model & model) {
+void resizing_keeps_the_highest_scores(const Model & model) {
     edge::SlotCache slot_cache(model.table, { 12 }, ggml_backend_cpu_buffer_type(), {});
     for (int32_t block = 0; block < 3; ++block) {
         demand(slot_cache, block, { 1, 2, 3, 4 });
@@ -244,7 +248,7 @@ void resizing_keeps_what_is_worth_most(const Model & model) {
     CHECK(state(slot_cache, 0, 1) == edge::SlotState::resident && state(slot_cache, 0, 2) == edge::SlotState::absent);
     CHECK(state(slot_cache, 2, 4) == edge::SlotState::resident && state(slot_cache, 1, 4) == edge::SlotState::resident);
     const uint64_t misses = slot_cache.counters().misses;
-    demand(slot_cache, 2, { 1, 2, 3, 4 }); // and the slots hold what they say
+    demand(slot_cache, 2, { 1, 2, 3, 4 }); // the slots hold what their states say
     demand(slot_cache, 0, { 1 });
     CHECK(slot_cache.counters().misses == misses);
     slot_cache.end_step();
@@ -252,8 +256,8 @@ void resizing_keeps_what_is_worth_most(const Model & model) {
     demand(slot_cache, 0, { 1, 5, 6, 7, 8, 9, 10, 11 });
 }
 
-// Copies beside the caller. What has a slot holds its expert, the rest is demand_hybrid's and the CPU's; every miss is counted once.
-void some_are_fetched(const Model & model, int32_t n_slots) {
+// Copies overlap with the caller. A slot holds its expert, the rest is the CPU's; every miss is counted once.
+void hybrid_demands_are_served(const Model & model, int32_t n_slots) {
     edge::TransferParams params;
     params.splits_always = true;
     edge::SlotCache slot_cache(model.table, { n_slots }, ggml_backend_cpu_buffer_type(), params);
@@ -261,7 +265,8 @@ void some_are_fetched(const Model & model, int32_t n_slots) {
     std::thread foresight([&] {
         std::mt19937 random(1);
         while (!done) {
-            prefetch(slot_cache, { { static_cast<int32_t>(random() % n_blocks), static_cast<int32_t>(random() % n_expert) } });
+            prefetch(slot_cache,
+                     { { static_cast<int32_t>(random() % n_blocks), static_cast<int32_t>(random() % n_expert) } });
             slot_cache.counters();
         }
     });
@@ -276,7 +281,7 @@ void some_are_fetched(const Model & model, int32_t n_slots) {
             }
             const auto demanded = random() % 4 == 0 ? &edge::SlotCache::demand : &edge::SlotCache::demand_hybrid;
             (slot_cache.*demanded)(block, ids.data(), static_cast<int32_t>(ids.size()), slots.data());
-            const bool awaited = random() % 2 == 0; // or the next block finds them there
+            const bool awaited = random() % 2 == 0; // or the next block completes them
             if (awaited) {
                 slot_cache.await_fetches();
             }
@@ -299,12 +304,13 @@ void some_are_fetched(const Model & model, int32_t n_slots) {
     slot_cache.drain();
     const edge_counters c = slot_cache.counters();
     CHECK(c.hits + c.misses == demands && c.cpu_computed == left && c.misses == c.cpu_computed + c.fetched);
-    CHECK(c.fetched > 0 && c.cpu_computed > 0); // a late one is waited for: the link is the faster here
-    const uint64_t moved = c.bytes_fetched / model.table.groups[0].expert_bytes; // late ones may be waited for, or the CPU's
+    CHECK(c.fetched > 0 && c.cpu_computed > 0); // a late one is awaited: the link is the faster side here
+    // Late ones may be awaited, or computed on the CPU
+    const uint64_t moved = c.bytes_fetched / model.table.groups[0].expert_bytes;
     CHECK(moved <= c.fetched + c.prefetched && moved + c.late >= c.fetched + c.prefetched);
 }
 
-// A copy of demand_hybrid fails: nothing is believed that has not arrived.
+// A copy of demand_hybrid() fails: nothing counts as resident that has not arrived.
 void failed_fetches_are_survived(const Model & model) {
     edge::TransferParams params;
     params.splits_always = true;
@@ -328,7 +334,7 @@ void failed_fetches_are_survived(const Model & model) {
     demand(slot_cache, 0, { 1, 2, 3, 4 });
 }
 
-// The nth copy fails: the demand says so, nothing is believed that has not arrived, and the next step works.
+// The nth copy fails: demand() throws, nothing counts as resident that has not arrived, and the next step works.
 void failed_copies_are_survived(const Model & model) {
     edge::SlotCache slot_cache(model.table, { 9 }, ggml_backend_cpu_buffer_type(), {});
     for (int64_t nth = 1; nth <= 12; ++nth) {
@@ -351,7 +357,7 @@ void failed_copies_are_survived(const Model & model) {
     }
     const uint64_t failed = slot_cache.counters().failed;
     CHECK(failed > 0);
-    edge::arm_fault(edge::Fault::copy, 2); // of a prefetch: dropped, and fetched when it is demanded
+    edge::arm_fault(edge::Fault::copy, 2); // of a prefetch: dropped, and fetched when demanded
     prefetch(slot_cache, { { 3, 12 }, { 3, 13 } });
     slot_cache.drain();
     CHECK(slot_cache.counters().failed == failed + 1);
@@ -385,16 +391,17 @@ void failed_allocations_are_survived(const Model & model) {
     demand(slot_cache, 0, { 1, 2, 3 });
 }
 
-void give(edge::SlotCache & slot_cache, const Model & model, int32_t block, const edge::SlotCache::Admission & swap, edge::Role role) {
+void copy_matrix(edge::SlotCache & slot_cache, const Model & model, int32_t block,
+                 const edge::SlotCache::Admission & admission, edge::Role role) {
     const ggml_tensor * weight = model.table.blocks[static_cast<size_t>(block)].weights[role];
     ggml_tensor * slots = slot_cache.store().tensor(0, role);
     const size_t bytes = weight->nb[2];
-    std::memcpy(static_cast<char *>(slots->data) + bytes * static_cast<size_t>(swap.slot),
-                static_cast<const char *>(weight->data) + bytes * static_cast<size_t>(swap.admitted), bytes);
+    std::memcpy(static_cast<char *>(slots->data) + bytes * static_cast<size_t>(admission.slot),
+                static_cast<const char *>(weight->data) + bytes * static_cast<size_t>(admission.admitted), bytes);
 }
 
-// Experts 0 to 3 are in slots, and the prompt wants 3, 6, 9 and, hardly, 5.
-void prompts_leave_what_they_want(const Model & model) {
+// Experts 0 to 3 are resident, and prefill uses 3, 6, 9 and, rarely, 5.
+void prefill_admits_what_it_uses_most(const Model & model) {
     edge::SlotCache slot_cache(model.table, { 12 }, ggml_backend_cpu_buffer_type(), {});
     demand(slot_cache, 1, { 0, 1, 2, 3 });
     slot_cache.end_step();
@@ -404,12 +411,14 @@ void prompts_leave_what_they_want(const Model & model) {
         CHECK(slot_cache.pin_resident(1, 0) != edge::SlotPool::none);
         const auto admissions = slot_cache.begin_admission(1, wanted.data());
         CHECK(admissions.size() == 2 && admissions[0].admitted == 6 && admissions[1].admitted == 9);
-        CHECK(std::none_of(admissions.begin(), admissions.end(), [](const auto & swap) { return swap.evicted == 3; }));
+        CHECK(std::none_of(admissions.begin(), admissions.end(),
+                           [](const auto & admission) { return admission.evicted == 3; }));
         for (const edge::Role role : { edge::role_up, edge::role_gate, edge::role_down }) {
             CHECK(slot_cache.pin_resident(1, admissions[0].evicted) == admissions[0].slot); // until the last matrix
-            CHECK(slot_cache.pin_resident(1, 6) == admissions[0].slot); // each matrix is sent there before it is lent
-            for (const auto & swap : admissions) {
-                give(slot_cache, model, 1, swap, role);
+            // Each matrix is sent there before it is copied from there
+            CHECK(slot_cache.pin_resident(1, 6) == admissions[0].slot);
+            for (const auto & admission : admissions) {
+                copy_matrix(slot_cache, model, 1, admission, role);
             }
             if (!whole) {
                 break;
@@ -417,12 +426,14 @@ void prompts_leave_what_they_want(const Model & model) {
         }
         if (whole) {
             slot_cache.end_admission();
-            CHECK(slot_cache.pin_resident(1, 6) == admissions[0].slot && slot_cache.pin_resident(1, admissions[0].evicted) == edge::SlotPool::none);
+            CHECK(slot_cache.pin_resident(1, 6) == admissions[0].slot &&
+                  slot_cache.pin_resident(1, admissions[0].evicted) == edge::SlotPool::none);
         }
         slot_cache.end_step();
-        for (const auto & swap : admissions) {
-            CHECK(state(slot_cache, 1, swap.evicted) == edge::SlotState::absent);
-            CHECK(state(slot_cache, 1, swap.admitted) == (whole ? edge::SlotState::resident : edge::SlotState::absent));
+        for (const auto & admission : admissions) {
+            CHECK(state(slot_cache, 1, admission.evicted) == edge::SlotState::absent);
+            CHECK(state(slot_cache, 1, admission.admitted) ==
+                  (whole ? edge::SlotState::resident : edge::SlotState::absent));
         }
         CHECK(state(slot_cache, 1, 3) == edge::SlotState::resident);
         if (!whole) {
@@ -435,7 +446,7 @@ void prompts_leave_what_they_want(const Model & model) {
     CHECK(slot_cache.counters().misses == misses);
     slot_cache.end_step();
     wanted.assign(n_expert, 0.0F);
-    CHECK(slot_cache.begin_admission(1, wanted.data()).empty()); // nothing is wanted more than anything else
+    CHECK(slot_cache.begin_admission(1, wanted.data()).empty()); // nothing is used more than anything else
     slot_cache.end_admission();
     slot_cache.end_step();
 }
@@ -444,19 +455,19 @@ void prompts_leave_what_they_want(const Model & model) {
 
 int main() {
     const Model model;
-    orders_respect_budget_deadline_and_worth(model);
+    requests_respect_budget_deadline_and_score(model);
     virtual_time_repeats(model);
     an_emulated_link_is_as_slow_as_asked(model);
-    resizing_keeps_what_is_worth_most(model);
+    resizing_keeps_the_highest_scores(model);
     failed_copies_are_survived(model);
     failed_allocations_are_survived(model);
     failed_fetches_are_survived(model);
-    some_are_fetched(model, 9);
-    some_are_fetched(model, 2 * n_expert);
+    hybrid_demands_are_served(model, 9);
+    hybrid_demands_are_served(model, 2 * n_expert);
     counters_follow_the_glossary(model);
-    prompts_leave_what_they_want(model);
+    prefill_admits_what_it_uses_most(model);
     a_router_out_of_range_is_an_error(model);
     demands_hold_against_prefetches(model, 9); // the floor: 8 of a graph and one to load into
     demands_hold_against_prefetches(model, n_blocks * n_expert);
-    std::puts("residency: ok");
+    std::puts("slot_cache: ok");
 }

@@ -1,4 +1,4 @@
-// SlotPool against what an LRU cache with pins and expectations must do, and against a model of itself.
+// SlotPool against the rules of an LRU cache with pins and expectations, and against a model of itself.
 #include "check.h"
 #include "slots/slot_pool.h"
 
@@ -45,13 +45,13 @@ void pinned_and_loading_slots_stay() {
     CHECK(pool.take(4, SlotPool::any_score) != SlotPool::none);
 }
 
-void the_least_worth_goes_first_whatever_its_age() {
+void the_lowest_score_goes_first_whatever_its_age() {
     SlotPool pool(3, 10);
     for (int32_t key : { 0, 1, 2 }) {
         pool.score(key, static_cast<float>(2 - key));
         pool.use(load(pool, key));
     }
-    pool.expect(pool.find(2), 3.0F); // the newest and of no score, but foreseen
+    pool.expect(pool.find(2), 3.0F); // the newest and of score 0, but expected
     load(pool, 3);
     CHECK(pool.state(1) == SlotState::absent && pool.state(2) == SlotState::resident);
     pool.use(pool.find(2)); // its expectation is met
@@ -61,14 +61,14 @@ void the_least_worth_goes_first_whatever_its_age() {
     CHECK(pool.state(2) == SlotState::absent && pool.state(0) == SlotState::resident);
 }
 
-void a_prefetch_evicts_only_what_is_worth_less() {
+void a_prefetch_evicts_only_lower_scores() {
     SlotPool pool(2, 10);
     pool.score(0, 1.0F);
     pool.score(1, 2.0F);
     pool.score(2, 0.5F);
     pool.use(load(pool, 0));
     pool.use(load(pool, 1));
-    CHECK(pool.prefetch(2, 0.5F) == SlotPool::none); // worth as much as the cheapest
+    CHECK(pool.prefetch(2, 0.5F) == SlotPool::none); // scores as much as the lowest
     const int32_t slot = pool.prefetch(2, 0.75F);
     CHECK(slot != SlotPool::none && pool.state(0) == SlotState::absent);
     CHECK(pool.prefetch(3, 9.0F) != SlotPool::none && pool.state(1) == SlotState::absent); // loading ones stay
@@ -95,12 +95,12 @@ void a_dropped_slot_is_free_again() {
     CHECK(load(pool, 4) == 0 && pool.key_of(0) == 4);
 }
 
-void the_most_worth_are_named_in_order() {
+void the_highest_scores_are_named_in_order() {
     SlotPool pool(4, 10);
     for (int32_t key : { 0, 1, 2 }) {
         pool.use(load(pool, key));
     }
-    pool.take(3, SlotPool::any_score); // loading: not held yet
+    pool.take(3, SlotPool::any_score); // loading: not resident yet
     pool.score(0, 1.0F);
     CHECK((pool.highest_scored(9) == std::vector<int32_t>{ 0, 2, 1 }));
     CHECK((pool.highest_scored(1) == std::vector<int32_t>{ 0 }));
@@ -110,13 +110,13 @@ void the_most_worth_are_named_in_order() {
 void lookups_stay_consistent(unsigned seed) {
     std::mt19937 random(seed);
     const int32_t n_slots = 1 + static_cast<int32_t>(random() % 8);
-    const int32_t n_keys  = n_slots + static_cast<int32_t>(random() % 20);
+    const int32_t n_keys = n_slots + static_cast<int32_t>(random() % 20);
     SlotPool pool(n_slots, n_keys);
     std::map<int32_t, bool> held; // key -> still loading
     std::vector<int32_t> pinned;
     const auto value = [&] { return static_cast<float>(random() % 4); };
     for (int step = 0; step < 2000; ++step) {
-        const int32_t key  = static_cast<int32_t>(random() % static_cast<unsigned>(n_keys));
+        const int32_t key = static_cast<int32_t>(random() % static_cast<unsigned>(n_keys));
         const int32_t slot = pool.find(key);
         CHECK((slot != SlotPool::none) == (held.count(key) == 1));
         switch (random() % 8) {
@@ -178,13 +178,13 @@ void lookups_stay_consistent(unsigned seed) {
 int main() {
     the_least_recently_used_goes_first();
     pinned_and_loading_slots_stay();
-    the_least_worth_goes_first_whatever_its_age();
-    a_prefetch_evicts_only_what_is_worth_less();
+    the_lowest_score_goes_first_whatever_its_age();
+    a_prefetch_evicts_only_lower_scores();
     a_prefetch_is_unused_until_used();
     a_dropped_slot_is_free_again();
-    the_most_worth_are_named_in_order();
+    the_highest_scores_are_named_in_order();
     for (unsigned seed = 0; seed < 50; ++seed) {
         lookups_stay_consistent(seed);
     }
-    std::puts("slots: ok");
+    std::puts("slot_pool: ok");
 }

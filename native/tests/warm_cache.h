@@ -1,11 +1,11 @@
-// A SlotCache in the middle of a text, for tests of a single thing that may happen to it.
+// A SlotCache in the middle of a text, for tests of single events.
 #pragma once
 
 #include "check.h"
 #include "fake_device.h"
+#include "labelled_model.h"
 #include "prefetch/router_predictor.h"
 #include "slots/slot_cache.h"
-#include "labelled_model.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -23,8 +23,8 @@ inline edge::TransferParams over_link(uint64_t bytes_per_s) {
     return params;
 }
 
-// Its link brings an expert in 20 us unless told otherwise, its blocks are 300 us apart by its own measurement, and it holds
-// experts 0 to 3 of the first two: much can be sent ahead.
+// Its link copies an expert in 20 us unless told otherwise, its measured blocks are 300 us apart, and it holds experts
+// 0 to 3 of the first two blocks: much can be prefetched.
 struct Warm {
     edge::SlotCache slot_cache;
 
@@ -48,12 +48,12 @@ struct Warm {
         }
     }
 
-    // Of block 1.
-    void foresee(const std::vector<float> & guesses) {
-        slot_cache.prefetch_next_layer(1, guesses.data(), static_cast<int32_t>(guesses.size()));
+    // For block 1.
+    void predict(const std::vector<float> & predictions) {
+        slot_cache.prefetch_next_layer(1, predictions.data(), static_cast<int32_t>(predictions.size()));
     }
 
-    // An order of another thread's; on return its copies are under way.
+    // A request of another thread; on return its copies are in flight.
     void begin_prefetch(int32_t block, int32_t expert) {
         const edge_prefetch_request request{ block, expert, n_blocks, 1.0F };
         slot_cache.prefetch(&request, 1, UINT64_MAX);
@@ -62,12 +62,13 @@ struct Warm {
         }
     }
 
-    // In slots, or on the way there.
+    // resident or in flight
     bool holds(int32_t block, const Experts & experts) const {
         std::vector<uint8_t> states(n_blocks * n_expert);
         slot_cache.states(states.data());
         return std::all_of(experts.begin(), experts.end(), [&](int32_t expert) {
-            return states[static_cast<size_t>(block * n_expert + expert)] != static_cast<uint8_t>(edge::SlotState::absent);
+            return states[static_cast<size_t>(block * n_expert + expert)] !=
+                   static_cast<uint8_t>(edge::SlotState::absent);
         });
     }
 };

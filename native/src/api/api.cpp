@@ -1,8 +1,8 @@
-// The C ABI: arguments checked, exceptions turned into a status and a text.
+// The C ABI: checks arguments and turns exceptions into a status and a message.
 #include "edge_speq.h"
 
-#include "util/faults.h"
 #include "api/guarded.h"
+#include "util/faults.h"
 #include "util/vocab.h"
 
 #include "ggml-backend.h"
@@ -30,7 +30,8 @@ bool is_gpu(ggml_backend_dev_t device) {
 
 void require_slots(const edge::ExpertTable & table, const int32_t * slots, int32_t n_groups, int32_t width) {
     require(n_groups == 0 || slots != nullptr, "slots is null");
-    require(n_groups == 0 || n_groups == static_cast<int32_t>(table.groups.size()), "slots must name a count for each group of the model");
+    require(n_groups == 0 || n_groups == static_cast<int32_t>(table.groups.size()),
+            "slots must name a count for each group of the model");
     for (int32_t g = 0; g < n_groups; ++g) {
         const int32_t floor = edge::slot_floor(table, static_cast<size_t>(g), width);
         if (slots[g] < floor) {
@@ -54,8 +55,9 @@ int edge_backend_load(const char * path) {
     return guarded([&] {
         require(path != nullptr, "path is null");
         if (ggml_backend_load(path) == nullptr) {
-            throw edge::Error(EDGE_ERR_BACKEND, std::string(path) + " is not a ggml backend module that loads here " +
-                                                    "(a missing driver or runtime library, or built from another ggml)");
+            throw edge::Error(EDGE_ERR_BACKEND,
+                              std::string(path) + " is not a ggml backend module that loads here " +
+                                  "(a missing driver or runtime library, or built from another ggml)");
         }
     });
 }
@@ -77,10 +79,10 @@ int edge_device_get(int32_t index, edge_device * out) {
         ggml_backend_dev_memory(device, &free_bytes, &total_bytes);
         copy_text(out->name, ggml_backend_dev_name(device));
         copy_text(out->description, ggml_backend_dev_description(device));
-        out->is_gpu        = is_gpu(device) ? 1 : 0;
+        out->is_gpu = is_gpu(device) ? 1 : 0;
         out->is_integrated = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_IGPU ? 1 : 0;
-        out->free_bytes    = free_bytes;
-        out->total_bytes   = total_bytes;
+        out->free_bytes = free_bytes;
+        out->total_bytes = total_bytes;
     });
 }
 
@@ -101,11 +103,11 @@ int edge_model_experts(const llama_model * model, edge_experts * out) {
     return guarded([&] {
         require(model != nullptr && out != nullptr, "model or out is null");
         const edge::ExpertTable table(model);
-        out->n_blocks      = static_cast<int32_t>(table.blocks.size());
-        out->n_expert      = table.n_expert;
+        out->n_blocks = static_cast<int32_t>(table.blocks.size());
+        out->n_expert = table.n_expert;
         out->n_expert_used = table.n_expert_used;
-        out->n_groups      = static_cast<int32_t>(table.groups.size());
-        out->total_bytes   = table.total_bytes();
+        out->n_groups = static_cast<int32_t>(table.groups.size());
+        out->total_bytes = table.total_bytes();
     });
 }
 
@@ -124,8 +126,8 @@ int edge_model_group(const llama_model * model, int32_t group, edge_group * out)
         const edge::ExpertTable table(model);
         require(group >= 0 && static_cast<size_t>(group) < table.groups.size(), "no group has this index");
         const edge::ExpertGroup & found = table.groups[static_cast<size_t>(group)];
-        out->n_blocks     = static_cast<int32_t>(found.blocks.size());
-        out->n_experts    = out->n_blocks * table.n_expert;
+        out->n_blocks = static_cast<int32_t>(found.blocks.size());
+        out->n_experts = out->n_blocks * table.n_expert;
         out->expert_bytes = found.expert_bytes;
     });
 }
@@ -148,7 +150,7 @@ int edge_memory_used(const llama_context * ctx, bool on_gpu, edge_memory * out) 
                 continue;
             }
             const bool mapped = std::string(ggml_backend_buft_name(buft)).find("_Mapped") != std::string::npos;
-            out->model_bytes   += mapped ? 0 : data.model;
+            out->model_bytes += mapped ? 0 : data.model;
             out->context_bytes += data.context;
             out->compute_bytes += data.compute;
         }
@@ -168,11 +170,14 @@ int edge_hook_attach(llama_model * model, const edge_hook_params * params, edge_
         require(model != nullptr && params != nullptr && out != nullptr, "model, params or out is null");
         require(params->max_width > 0, "max_width must be positive");
         require(params->n_threads >= 0 && params->n_threads <= 4096, "n_threads must be 0 to 4096");
-        require(params->on_miss >= EDGE_ON_MISS_FETCH && params->on_miss <= EDGE_ON_MISS_AUTO, "compute is none of EDGE_COMPUTE_...");
+        require(params->on_miss >= EDGE_ON_MISS_FETCH && params->on_miss <= EDGE_ON_MISS_AUTO,
+                "compute is none of EDGE_COMPUTE_...");
         edge::ExpertTable table(model);
-        // what the CPU computes needs no slot, only other ids than the token's own
-        require_slots(table, params->slots, params->n_groups, params->on_miss == EDGE_ON_MISS_HYBRID ? 1 : params->max_width);
-        require(!params->deterministic || params->link_bytes_per_s > 0, "deterministic mode needs the speed of its virtual link");
+        // the CPU's experts need no slot, only ids that differ from the token's others
+        require_slots(table, params->slots, params->n_groups,
+                      params->on_miss == EDGE_ON_MISS_HYBRID ? 1 : params->max_width);
+        require(!params->deterministic || params->link_bytes_per_s > 0,
+                "deterministic mode needs the speed of its virtual link");
         *out = new edge_hook(model, std::move(table), *params);
     });
 }
@@ -181,7 +186,8 @@ int edge_hook_detach(edge_hook * hook) {
     return guarded([&] { delete hook; });
 }
 
-int edge_hook_load_draft_experts(edge_hook * hook, const char * path, const edge_draft_tensor * tensors, int32_t n_tensors) {
+int edge_hook_load_draft_experts(edge_hook * hook, const char * path, const edge_draft_tensor * tensors,
+                                 int32_t n_tensors) {
     return guarded([&] {
         slot_cache_of(hook);
         require(path != nullptr && tensors != nullptr && n_tensors > 0, "path or tensors is null");
@@ -228,7 +234,7 @@ int edge_hook_cancel(edge_hook * hook) {
 int edge_hook_routing(edge_hook * hook, const int32_t ** ids, int32_t * n_tokens) {
     return guarded([&] {
         require(hook != nullptr && ids != nullptr && n_tokens != nullptr, "hook or out is null");
-        *ids      = hook->routing_ids();
+        *ids = hook->routing_ids();
         *n_tokens = hook->routing_tokens();
     });
 }
@@ -237,7 +243,7 @@ int edge_hook_prefill_routing(edge_hook * hook, const int32_t ** ids, int32_t * 
     return guarded([&] {
         require(hook != nullptr && ids != nullptr && n_tokens != nullptr, "hook or out is null");
         *n_tokens = hook->read_prefill();
-        *ids      = hook->prefill_ids();
+        *ids = hook->prefill_ids();
     });
 }
 
@@ -248,11 +254,12 @@ int edge_hook_scores(edge_hook * hook, float ** out) {
     });
 }
 
-int edge_hook_prefetch(edge_hook * hook, const edge_prefetch_request * requests, int32_t n_requests, uint64_t byte_budget, float margin,
-                       int32_t * n_absent, bool * finite) {
+int edge_hook_prefetch(edge_hook * hook, const edge_prefetch_request * requests, int32_t n_requests,
+                       uint64_t byte_budget, float margin, int32_t * n_absent, bool * finite) {
     return guarded([&] {
         edge::SlotCache & slot_cache = slot_cache_of(hook);
-        require(n_requests >= 0 && (requests != nullptr || n_requests == 0) && n_absent != nullptr, "orders or out is null");
+        require(n_requests >= 0 && (requests != nullptr || n_requests == 0) && n_absent != nullptr,
+                "requests or out is null");
         const auto n_blocks = static_cast<int32_t>(hook->table().blocks.size());
         for (int32_t i = 0; i < n_requests; ++i) {
             require(requests[i].block >= 0 && requests[i].block < n_blocks, "no block has this index");

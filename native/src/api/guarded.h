@@ -1,10 +1,9 @@
-// What every function of the C ABI is made of: arguments checked, exceptions turned into a status and a text.
+// Building blocks of every C ABI function: argument checks, and exceptions turned into a status and a message.
 #pragma once
 
 #include "edge_speq.h"
-
-#include "util/error.h"
 #include "hook/hook.h"
+#include "util/error.h"
 
 #include <exception>
 #include <new>

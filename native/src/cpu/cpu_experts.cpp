@@ -2,6 +2,7 @@
 
 #include "edge_speq.h"
 #include "util/error.h"
+
 #include "llama-ext.h"
 #include "llama-moe-hook.h"
 
@@ -19,11 +20,11 @@ constexpr size_t max_nodes = 64;
 constexpr size_t alignment = 64;
 
 [[noreturn]] void unsupported(const ggml_tensor * node) {
-    throw Error(EDGE_ERR_UNSUPPORTED, std::string("hybrid execution cannot clone ") + ggml_op_desc(node) + " (" + node->name +
-                                          "): use compute=device");
+    throw Error(EDGE_ERR_UNSUPPORTED, std::string("hybrid execution cannot clone ") + ggml_op_desc(node) + " (" +
+                                          node->name + "): use on_miss=fetch");
 }
 
-// The scheduler feeds a backend copies of other backends' tensors: "CUDA0#blk.0.ffn_up_exps.bias#0".
+// The scheduler gives a backend copies of other backends' tensors: "CUDA0#blk.0.ffn_up_exps.bias#0".
 std::string original_name(const ggml_tensor * leaf) {
     std::string name = leaf->name;
     const size_t first = name.find('#');
@@ -33,7 +34,8 @@ std::string original_name(const ggml_tensor * leaf) {
 
 void use_one_thread(ggml_backend_t backend) {
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
-    auto * set = reinterpret_cast<ggml_backend_set_n_threads_t>(ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
+    auto * set = reinterpret_cast<ggml_backend_set_n_threads_t>(
+        ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
     if (set) {
         set(backend, 1);
     }
@@ -54,15 +56,16 @@ CpuExperts::CpuExperts(const llama_model * model, int32_t n_threads)
 
 // Clones the nodes between a chain's ends for other tokens.
 struct CpuExperts::Clone {
-    CpuExperts &        owner;
+    CpuExperts & owner;
     const ExpertBlock & block;
-    const SlotStore &   store;
+    const SlotStore & store;
     const ExpertChain & chain;
-    ggml_context *      ctx;
-    ggml_tensor *       input; // [n_embd, 1, n_pairs]
-    ggml_tensor *       ids;   // [1, n_pairs]
-    bool                reached_down = false;
-    std::vector<std::pair<const ggml_tensor *, ggml_tensor *>> & made = owner.made_; // gate and up may be halves of one
+    ggml_context * ctx;
+    ggml_tensor * input; // [n_embd, 1, n_pairs]
+    ggml_tensor * ids;   // [1, n_pairs]
+    bool reached_down = false;
+    // Gate and up may be views of one tensor
+    std::vector<std::pair<const ggml_tensor *, ggml_tensor *>> & made = owner.made_;
 
     ggml_tensor * of(const ggml_tensor * node, int depth = 0) {
         if (node == chain.input) {
@@ -90,9 +93,10 @@ struct CpuExperts::Clone {
             }
             case GGML_OP_ADD_ID:
                 return ggml_add_id(ctx, of(node->src[0], depth + 1), leaf(node->src[1]), ids);
-            case GGML_OP_VIEW: { // a half of the fused gate_up
+            case GGML_OP_VIEW: { // half of the fused gate_up
                 ggml_tensor * of_what = of(node->src[0], depth + 1);
-                return ggml_view_3d(ctx, of_what, node->ne[0], 1, input->ne[2], of_what->nb[1], of_what->nb[2], node->view_offs);
+                return ggml_view_3d(ctx, of_what, node->ne[0], 1, input->ne[2], of_what->nb[1], of_what->nb[2],
+                                    node->view_offs);
             }
             case GGML_OP_GLU:
             case GGML_OP_UNARY:
@@ -116,7 +120,7 @@ struct CpuExperts::Clone {
         return copy;
     }
 
-    // Host weights in place of the slots that the graph reads.
+    // Replace the slots that the graph reads by the host weights.
     ggml_tensor * weight(const ggml_tensor * slots) {
         for (const Role role : { role_up, role_gate, role_down, role_gate_up }) {
             if (slots == store.tensor(block.group, role)) {
@@ -154,7 +158,8 @@ ggml_tensor * CpuExperts::on_host(const ggml_tensor * tensor) {
     return leaf.tensor;
 }
 
-ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, const ExpertBlock & block, const SlotStore & store) {
+ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, const ExpertBlock & block,
+                             const SlotStore & store) {
     const int n = ggml_graph_n_nodes(graph);
     int i = 0;
     while (i < n && ggml_graph_node(graph, i) != route) {
@@ -164,28 +169,28 @@ ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, con
     ExpertChain chain;
     for (; i < n && !chain.output; ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
-        if (!chain.input && node->op == GGML_OP_MUL_MAT_ID) { // up or gate_up: reads the block's input
+        if (!chain.input && node->op == GGML_OP_MUL_MAT_ID) { // up or gate_up reads the block's input
             chain.input = node->src[1];
         }
         if (node->op == GGML_OP_MUL && std::strncmp(node->name, "ffn_moe_weighted", 16) == 0) {
             chain.output = node->src[0];
         }
     }
-    // rows that the graph computes only later cannot be read where the ids are
+    // Rows that the graph computes later cannot be read together with the ids.
     const ggml_tensor * source = chain.input;
     while (source && source->view_src) {
         source = source->view_src;
     }
     for (int later = first; source && later < n; ++later) {
         if (ggml_graph_node(graph, later) == source) {
-            throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use compute=device");
+            throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use on_miss=fetch");
         }
     }
-    if (!chain.input || !chain.output || chain.input->type != GGML_TYPE_F32 || chain.input->ne[1] != 1 || !ggml_is_contiguous(chain.input) ||
-        !ggml_is_contiguous(chain.output)) {
-        throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use compute=device");
+    if (!chain.input || !chain.output || chain.input->type != GGML_TYPE_F32 || chain.input->ne[1] != 1 ||
+        !ggml_is_contiguous(chain.input) || !ggml_is_contiguous(chain.output)) {
+        throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use on_miss=fetch");
     }
-    std::vector<uint8_t> memory(nodes_.size()); // a trial, so that what cannot be cloned is known before it is needed
+    std::vector<uint8_t> memory(nodes_.size()); // a trial, so that an unknown operation fails here and not in a step
     const ggml_context_ptr ctx(ggml_init({ memory.size(), memory.data(), true }));
     ggml_tensor * input = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, chain.input->ne[0], 1, 1);
     ggml_tensor * ids = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 1);
@@ -193,13 +198,13 @@ ExpertChain CpuExperts::find(ggml_cgraph * graph, const ggml_tensor * route, con
     Clone clone{ *this, block, store, chain, ctx.get(), input, ids };
     clone.of(chain.output);
     if (!clone.reached_down) {
-        throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use compute=device");
+        throw Error(EDGE_ERR_UNSUPPORTED, "hybrid execution does not know this feed-forward: use on_miss=fetch");
     }
     return chain;
 }
 
-void CpuExperts::compute(const ExpertChain & chain, const ExpertBlock & block, const SlotStore & store, const float * input,
-                         const std::vector<Pair> & pairs, float * out) {
+void CpuExperts::compute(const ExpertChain & chain, const ExpertBlock & block, const SlotStore & store,
+                         const float * input, const std::vector<Pair> & pairs, float * out) {
     const int64_t n_pairs = static_cast<int64_t>(pairs.size());
     ggml_reset(ctx_.get());
     ggml_tensor * rows = ggml_new_tensor_3d(ctx_.get(), GGML_TYPE_F32, chain.input->ne[0], 1, n_pairs);
@@ -213,7 +218,8 @@ void CpuExperts::compute(const ExpertChain & chain, const ExpertBlock & block, c
 
     const auto n_embd = static_cast<size_t>(chain.input->ne[0]);
     for (size_t i = 0; i < pairs.size(); ++i) {
-        std::memcpy(static_cast<float *>(rows->data) + i * n_embd, input + static_cast<size_t>(pairs[i].token) * n_embd, n_embd * sizeof(float));
+        std::memcpy(static_cast<float *>(rows->data) + i * n_embd, input + static_cast<size_t>(pairs[i].token) * n_embd,
+                    n_embd * sizeof(float));
         static_cast<int32_t *>(ids->data)[i] = pairs[i].expert;
     }
     matmul_.begin(static_cast<const int32_t *>(ids->data), pairs.size());
@@ -221,7 +227,8 @@ void CpuExperts::compute(const ExpertChain & chain, const ExpertBlock & block, c
 }
 
 bool CpuExperts::knows(const ExpertBlock & block) const {
-    return std::all_of(block.weights.begin(), block.weights.end(), [](const ggml_tensor * w) { return !w || ExpertMatmul::knows(w); });
+    return std::all_of(block.weights.begin(), block.weights.end(),
+                       [](const ggml_tensor * w) { return !w || ExpertMatmul::knows(w); });
 }
 
 void CpuExperts::compute_some(const ExpertBlock & block, int32_t expert, int32_t n_tokens) {
@@ -236,7 +243,7 @@ void CpuExperts::compute_some(const ExpertBlock & block, int32_t expert, int32_t
         ggml_build_forward_expand(graph, ggml_mul_mat_id(ctx_.get(), weights(role_gate), rows, ids));
     }
     ggml_tensor * inner = ggml_mul_mat_id(ctx_.get(), first, rows, ids);
-    inner = ggml_view_3d(ctx_.get(), inner, down->ne[0], 1, n_tokens, inner->nb[1], inner->nb[2], 0); // of gate_up a half
+    inner = ggml_view_3d(ctx_.get(), inner, down->ne[0], 1, n_tokens, inner->nb[1], inner->nb[2], 0); // half of gate_up
     ggml_tensor * output = ggml_mul_mat_id(ctx_.get(), down, inner, ids);
     ggml_build_forward_expand(graph, output);
     std::vector<float> out(static_cast<size_t>(ggml_nelements(output)));
@@ -247,7 +254,7 @@ void CpuExperts::compute_some(const ExpertBlock & block, int32_t expert, int32_t
     compute_nodes(graph, ggml_new_graph_custom(ctx_.get(), max_nodes, false));
 }
 
-// In turn all products whose rows are there, and what lies between them and the next.
+// Alternate between all products whose rows are there and the nodes up to the next products.
 void CpuExperts::compute_nodes(ggml_cgraph * graph, ggml_cgraph * between) {
     const int n = ggml_graph_n_nodes(graph);
     std::array<bool, max_nodes> done{};
@@ -257,9 +264,12 @@ void CpuExperts::compute_nodes(ggml_cgraph * graph, ggml_cgraph * between) {
                 return done[static_cast<size_t>(i)];
             }
         }
-        return true; // weights, and what was given
+        return true; // weights and inputs
     };
-    const auto is_ready = [&](const ggml_tensor * node) { return std::all_of(node->src, node->src + GGML_MAX_SRC, [&](const ggml_tensor * s) { return !s || is_there(s); }); };
+    const auto is_ready = [&](const ggml_tensor * node) {
+        return std::all_of(node->src, node->src + GGML_MAX_SRC,
+                           [&](const ggml_tensor * s) { return !s || is_there(s); });
+    };
     for (int left = n; left > 0;) {
         std::array<bool, max_nodes> ready{};
         for (int i = 0; i < n; ++i) {
@@ -281,13 +291,14 @@ void CpuExperts::compute_nodes(ggml_cgraph * graph, ggml_cgraph * between) {
                 --left;
             }
         }
-        if (ggml_graph_n_nodes(between) > 0 && ggml_backend_graph_compute(backend_.get(), between) != GGML_STATUS_SUCCESS) {
+        if (ggml_graph_n_nodes(between) > 0 &&
+            ggml_backend_graph_compute(backend_.get(), between) != GGML_STATUS_SUCCESS) {
             throw Error(EDGE_ERR_BACKEND, "computing missing experts on the CPU failed");
         }
     }
 }
 
-// Gives every tensor of the graph its memory: the output's is out, the others' ours.
+// Assign memory to every tensor of the graph: `out` to the output, our own to the others.
 void CpuExperts::place(ggml_cgraph * graph, ggml_tensor * rows, ggml_tensor * ids, ggml_tensor * output, float * out) {
     const auto padded = [](const ggml_tensor * t) { return t->view_src ? 0 : GGML_PAD(ggml_nbytes(t), alignment); };
     const int n = ggml_graph_n_nodes(graph);

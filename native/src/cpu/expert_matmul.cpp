@@ -10,7 +10,7 @@ namespace edge {
 namespace {
 
 constexpr size_t alignment = 64; // bytes
-constexpr size_t rows_at_once = 32; // of a matrix, so some 50 KB: a chunk
+constexpr size_t rows_at_once = 32; // of a matrix, some 50 KB: one chunk
 
 const ggml_type_traits_cpu & traits(ggml_type type) { return *ggml_get_type_traits_cpu(type); }
 
@@ -21,7 +21,8 @@ size_t n_blocks(const ggml_tensor * node) {
 } // namespace
 
 bool ExpertMatmul::knows(const ggml_tensor * weights) {
-    return traits(weights->type).vec_dot && traits(traits(weights->type).vec_dot_type).from_float && weights->nb[0] == ggml_type_size(weights->type);
+    return traits(weights->type).vec_dot && traits(traits(weights->type).vec_dot_type).from_float &&
+           weights->nb[0] == ggml_type_size(weights->type);
 }
 
 void ExpertMatmul::begin(const int32_t * experts, size_t n_pairs) {
@@ -30,7 +31,8 @@ void ExpertMatmul::begin(const int32_t * experts, size_t n_pairs) {
     groups_.clear();
     order_.resize(n_pairs);
     std::iota(order_.begin(), order_.end(), 0);
-    std::sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return experts[a] != experts[b] ? experts[a] < experts[b] : a < b; });
+    std::sort(order_.begin(), order_.end(),
+              [&](int32_t a, int32_t b) { return experts[a] != experts[b] ? experts[a] < experts[b] : a < b; });
     for (size_t i = 0; i < n_pairs; ++i) {
         if (groups_.empty() || groups_.back().expert != experts[order_[i]]) {
             groups_.push_back({ experts[order_[i]], i, i });
@@ -43,7 +45,8 @@ size_t ExpertMatmul::conversion_for(const ggml_tensor * source, ggml_type type) 
     const auto same = [&](const Conversion & c) { return c.source == source && c.type == type; };
     const auto known = std::find_if(conversions_.begin(), conversions_.end(), same);
     if (known == conversions_.end()) {
-        const size_t end = conversions_.empty() ? 0 : conversions_.back().offset + conversions_.back().row_size * order_.size();
+        const size_t end =
+            conversions_.empty() ? 0 : conversions_.back().offset + conversions_.back().row_size * order_.size();
         conversions_.push_back({ source, type, ggml_row_size(type, source->ne[0]), GGML_PAD(end, alignment) });
         return conversions_.size() - 1;
     }
@@ -51,11 +54,13 @@ size_t ExpertMatmul::conversion_for(const ggml_tensor * source, ggml_type type) 
 }
 
 void ExpertMatmul::convert(const Conversion & conversion, size_t pair) {
-    const auto * row = reinterpret_cast<const float *>(static_cast<const char *>(conversion.source->data) + pair * conversion.source->nb[2]);
-    traits(conversion.type).from_float(row, converted_.data() + conversion.offset + pair * conversion.row_size, conversion.source->ne[0]);
+    const auto * row = reinterpret_cast<const float *>(static_cast<const char *>(conversion.source->data) +
+                                                       pair * conversion.source->nb[2]);
+    traits(conversion.type)
+        .from_float(row, converted_.data() + conversion.offset + pair * conversion.row_size, conversion.source->ne[0]);
 }
 
-// Some rows of an expert's matrix, each once for all its pairs.
+// Multiply some rows of an expert's matrix, each once for all its pairs.
 void ExpertMatmul::multiply(const ggml_tensor * node, size_t conversion, const Group & group, size_t first_row) const {
     const ggml_tensor * weights = node->src[0];
     const Conversion & rows = conversions_[conversion];
@@ -67,7 +72,8 @@ void ExpertMatmul::multiply(const ggml_tensor * node, size_t conversion, const G
         for (size_t i = group.first; i < group.end; ++i) {
             const auto pair = static_cast<size_t>(order_[i]);
             auto * out = reinterpret_cast<float *>(static_cast<char *>(node->data) + pair * node->nb[2]) + row;
-            dot(n_in, out, 0, matrix + row * weights->nb[1], 0, converted_.data() + rows.offset + pair * rows.row_size, 0, 1);
+            dot(n_in, out, 0, matrix + row * weights->nb[1], 0, converted_.data() + rows.offset + pair * rows.row_size,
+                0, 1);
         }
     }
 }
@@ -84,7 +90,9 @@ void ExpertMatmul::run() {
         const size_t needed = conversions_.back().offset + conversions_.back().row_size * order_.size();
         converted_.resize(std::max(converted_.size(), needed));
     }
-    const auto convert_row = [&](size_t chunk) { convert(conversions_[known + chunk / order_.size()], chunk % order_.size()); };
+    const auto convert_row = [&](size_t chunk) {
+        convert(conversions_[known + chunk / order_.size()], chunk % order_.size());
+    };
     thread_pool_.run((conversions_.size() - known) * order_.size(), convert_row);
     const auto multiply_some = [&](size_t chunk) {
         size_t which = 0;

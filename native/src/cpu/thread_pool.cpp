@@ -10,11 +10,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::chrono::microseconds after_a_job(30); // until the next one of the same block
-constexpr std::chrono::microseconds after_a_call(300); // that announced one
+constexpr std::chrono::microseconds after_a_job(30); // spin until the next job of the same block
+constexpr std::chrono::microseconds after_a_call(300); // spin after wake() announced one
 constexpr int bits = 20;
 constexpr uint64_t mask = (uint64_t{ 1 } << bits) - 1;
-constexpr size_t most_at_once = size_t{ 1 } << (bits - 1); // chunks: each thread counts one further when there are none left
+constexpr size_t most_at_once = size_t{ 1 } << (bits - 1); // chunks: each thread counts one further when none is left
 
 uint64_t number(uint64_t word) { return word >> (2 * bits); }
 uint64_t n_chunks_of(uint64_t word) { return (word >> bits) & mask; }
@@ -36,7 +36,7 @@ ThreadPool::ThreadPool(size_t n_threads) {
         for (size_t i = 1; i < n_threads; ++i) {
             threads_.emplace_back([this] { work(); });
         }
-    } catch (const std::system_error &) { // a limit of the process or of the system: those that there are will do
+    } catch (const std::system_error &) { // a limit of the process or the system: fewer threads do
     }
 }
 
@@ -52,9 +52,11 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::wake() {
-    ++calls_; // those that look out go on doing so
+    ++calls_; // spinning threads go on
     if (asleep_ > 0) {
-        { const std::lock_guard<std::mutex> lock(mutex_); } // who looked before that waits by now
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+        } // a thread that checked before this waits by now
         called_.notify_all();
     }
 }
@@ -67,7 +69,7 @@ void ThreadPool::run(size_t n_chunks, Chunk chunk, void * job) {
         return;
     }
     chunk_ = chunk;
-    job_   = job;
+    job_ = job;
     for (first_ = 0; first_ < n_chunks; first_ += most_at_once) {
         share(std::min(n_chunks - first_, most_at_once));
     }
@@ -83,7 +85,7 @@ void ThreadPool::share(size_t n_chunks) {
     }
 }
 
-// Chunks until there are none; the number of the job that has none left.
+// Take chunks until none is left. Return the number of the finished job.
 uint64_t ThreadPool::take_part() {
     while (true) {
         const uint64_t word = next_.fetch_add(1);
@@ -95,7 +97,7 @@ uint64_t ThreadPool::take_part() {
     }
 }
 
-// Until there is another job than that; false when there will be none.
+// Spin and sleep until there is another job than `seen`. False if there will be none.
 bool ThreadPool::look_out(uint64_t seen, uint64_t & heard) {
     auto until = Clock::now() + after_a_job;
     for (int turn = 1; number(next_) == seen && !stop_; ++turn) {
@@ -113,13 +115,13 @@ bool ThreadPool::look_out(uint64_t seen, uint64_t & heard) {
 
 void ThreadPool::sleep(uint64_t seen, uint64_t heard) {
     std::unique_lock<std::mutex> lock(mutex_);
-    ++asleep_; // before it looks: who publishes a job or calls after that sees it asleep
+    ++asleep_; // before it checks: whoever publishes a job or calls after that sees it asleep
     called_.wait(lock, [&] { return number(next_) != seen || stop_ || calls_ != heard; });
     --asleep_;
 }
 
 void ThreadPool::work() {
-    uint64_t heard = 0; // calls
+    uint64_t heard = 0; // value of calls_
     for (uint64_t seen = 0; look_out(seen, heard);) {
         seen = take_part();
     }

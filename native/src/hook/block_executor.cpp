@@ -1,9 +1,10 @@
 // The part of edge_hook that serves one block after another while a graph runs.
 #include "hook/hook.h"
 
-#include "ggml-backend.h"
 #include "util/error.h"
 #include "util/faults.h"
+
+#include "ggml-backend.h"
 
 #include <cstdio>
 #include <cstring>
@@ -18,8 +19,8 @@ bool is_route(const ggml_tensor * node) {
 
 } // namespace
 
-// Called before any node that follows has been sent to the backend; what is queued here runs before them. Returning
-// false ends the graph with status "aborted" (patch 0005); end_step() then throws what went wrong.
+// Called before the following nodes are sent to the backend; copies queued here run before them. Returning false ends
+// the graph with status "aborted" (patch 0005); end_step() then throws the error.
 bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexcept {
     const bool is_output = split_block_ >= 0 && node == chains_[static_cast<size_t>(split_block_)].output;
     if (ask) {
@@ -46,17 +47,17 @@ bool edge_hook::eval(ggml_backend_t backend, ggml_tensor * node, bool ask) noexc
         return true;
     } catch (const edge::Error & e) {
         status_ = e.status;
-        error_  = e.what();
+        error_ = e.what();
     } catch (const std::exception & e) {
         status_ = EDGE_ERR_INTERNAL;
-        error_  = e.what();
+        error_ = e.what();
     }
     cancel_split();
     return false;
 }
 
 void edge_hook::serve(ggml_backend_t backend, ggml_tensor * route, int32_t number) {
-    prefetch_next_layer(); // while the device computes the block before
+    prefetch_next_layer(); // while the device computes the previous block
     await_copies(number - 1);
     ggml_backend_tensor_get_async(backend, route, routing_of(number), 0, ggml_nbytes(route));
     if (can_predict_next(route, number)) {
@@ -67,14 +68,15 @@ void edge_hook::serve(ggml_backend_t backend, ggml_tensor * route, int32_t numbe
         const edge::Timeline::Span span(timeline_, EDGE_SPAN_DECIDE, number);
         slot_cache_->demand(number, routing_of(number), static_cast<int32_t>(ggml_nelements(route)), slots_of(number));
     }
-    if (slot_cache_->fetching() && !slot_cache_->hold_for_fetches(backend)) { // a slow link that is emulated: we hold the device
+    // An emulated slow link: the host holds the device
+    if (slot_cache_->fetching() && !slot_cache_->hold_for_fetches(backend)) {
         prefetch_next_layer();
         await_copies(number);
     }
     ggml_backend_tensor_set_async(backend, route, slots_of(number), 0, ggml_nbytes(route));
 }
 
-// The one wait of a block: everything before its routing has run, too.
+// The only wait of a block: everything up to its routing has run.
 void edge_hook::await_device(ggml_backend_t backend, int32_t number) {
     const edge::Timeline::Span span(timeline_, EDGE_SPAN_DEVICE, number);
     ggml_backend_synchronize(backend);

@@ -1,7 +1,9 @@
-// The half of edge_hook whose graphs ask nothing of the host: drafting ones, and all once everything is in slots.
+// The part of edge_hook whose graphs never ask the host: those of self-drafting, and all graphs once every expert is
+// resident.
 #include "hook/hook.h"
 
 #include "util/error.h"
+
 #include "ggml-backend.h"
 
 #include <algorithm>
@@ -10,22 +12,23 @@
 
 void edge_hook::use_budget(int32_t n_experts) {
     if (n_experts != 0 && (n_experts < table_.n_expert_used || n_experts > table_.n_expert)) {
-        throw edge::Error(EDGE_ERR_ARGUMENT, "a verify step cannot do with " + std::to_string(n_experts) + " experts: " +
-                                                 std::to_string(table_.n_expert_used) + " to " + std::to_string(table_.n_expert) + " can");
+        throw edge::Error(EDGE_ERR_ARGUMENT, "a verify step cannot be limited to " + std::to_string(n_experts) +
+                                                 " experts: give " + std::to_string(table_.n_expert_used) + " to " +
+                                                 std::to_string(table_.n_expert) + ", or 0 for no limit");
     }
     if (std::exchange(budget_, n_experts) != n_experts) {
         set_on_model();
     }
 }
 
-// The two graphs of a drafting model alternate: neither may be taken for the other.
+// Own and draft graphs alternate; a new epoch keeps llama.cpp from reusing one for the other.
 bool edge_hook::use_experts(int32_t which) {
     if (which == EDGE_EXPERTS_DRAFT && !draft_experts_.is_loaded()) {
-        throw edge::Error(EDGE_ERR_ARGUMENT, "no twin is loaded");
+        throw edge::Error(EDGE_ERR_ARGUMENT, "no draft experts are loaded");
     }
     bool ready = which == EDGE_EXPERTS_OWN || (slot_cache_ && slot_cache_->has_slots());
     if (ready && which == EDGE_EXPERTS_RESIDENT && !draft_experts_.restrict_to_residents(*slot_cache_)) {
-        slot_cache_->end_step(); // what it had begun to hold
+        slot_cache_->end_step(); // release the pins taken so far
         ready = false;
     }
     which = ready ? which : EDGE_EXPERTS_OWN;
@@ -40,18 +43,18 @@ bool edge_hook::use_experts(int32_t which) {
 
 void edge_hook::load_draft_experts(const char * path, const edge_draft_tensor * tensors, int32_t n) {
     if (experts_ == EDGE_EXPERTS_DRAFT) {
-        throw edge::Error(EDGE_ERR_ARGUMENT, "a twin is in use: go back to the model's own experts first");
+        throw edge::Error(EDGE_ERR_ARGUMENT, "the draft experts are in use: select the model's own experts first");
     }
     draft_experts_.load(path, tensors, n);
-    set_on_model(); // no graph goes on with an earlier one
+    set_on_model(); // no graph built with an earlier file is reused
 }
 
-// Where everything is in slots, and so will never leave them, graphs look up the slots themselves from now on: no block waits
-// for the host.
+// Once every expert is resident, and so stays resident, graphs look up slots by themselves: no block waits for the
+// host.
 void edge_hook::switch_to_device_only() {
     if (slot_cache_->all_resident()) {
         draft_experts_.write_slot_table(*slot_cache_);
-        slot_cache_->end_step(); // for what was lent
+        slot_cache_->end_step(); // release the pins of the slot table
         device_only_ = true;
         clear_routing();
         set_on_model();
@@ -71,8 +74,7 @@ void edge_hook::end_device_only_step() {
     slot_cache_->end_step();
 }
 
-// A graph that nobody watches may end early, or be one that slots do not serve: then some of its ids are still those of
-// clear_routing().
+// A device-only graph may end early, or not be served from slots: then some ids are still those of clear_routing().
 bool edge_hook::all_known(int32_t n_tokens) const {
     const auto n = static_cast<size_t>(n_tokens) * static_cast<size_t>(table_.n_expert_used);
     for (size_t block = 0; block < table_.blocks.size(); ++block) {
@@ -92,7 +94,7 @@ void edge_hook::clear_routing() {
     }
 }
 
-// No block of a draft step came by here: its routing is still in the leaf, or, where routers were restrict_router, beside it.
+// No block of a draft step called the host: its routing is in the leaf or, with restricted routers, beside it.
 void edge_hook::end_draft_step() {
     slot_cache_->end_step();
     if (experts_ == EDGE_EXPERTS_RESIDENT) {

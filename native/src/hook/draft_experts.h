@@ -14,27 +14,32 @@ namespace edge {
 
 class SlotCache;
 
-// What lets a model draft for itself, in its own context and KV cache, at a fraction of its bytes: low-bit copies of its
-// experts, all on the compute device (MoE-SpeQ's sharing of everything else), or routers that choose among the experts
-// in slots only. Neither needs a word with the host while the graph runs.
+// Lets a model draft for itself, in its own context and KV cache, at a fraction of its bytes: with low-bit copies of
+// its experts on the compute device (as MoE-SpeQ does), or with routers restricted to resident experts. Neither asks
+// the host while a graph runs.
 class DraftExperts {
 public:
     DraftExperts(const ExpertTable & table, ggml_backend_buffer_type_t buft, int32_t max_width, bool has_slots);
 
-    // Reads the experts from a file, each tensor at its offset. Throws when one is missing, is none of ours or does not fit.
+    // Read the experts from a file, each tensor at its offset. Throws if one is missing, unknown or does not fit.
     void load(const char * path, const edge_draft_tensor * tensors, int32_t n);
     bool is_loaded() const { return tensor_buffer_ != nullptr; }
-    ggml_tensor * tensor(int32_t block, Role role) const { return tensors_[static_cast<size_t>(block)][static_cast<size_t>(role)]; }
+    ggml_tensor * tensor(int32_t block, Role role) const {
+        return tensors_[static_cast<size_t>(block)][static_cast<size_t>(role)];
+    }
 
-    // Tells where each expert's slot is, for graphs that find it themselves. Slots must stay where they are meanwhile.
+    // Write each expert's slot to the device, for graphs that look slots up. Slots must not change meanwhile.
     void write_slot_table(SlotCache & slot_cache);
-    // Has the routers choose among what is in slots now, which stays there until the step ends. false: a block has too few.
+    // Restrict the routers to the experts resident now, which are pinned until the step ends. False if a block has too
+    // few.
     bool restrict_to_residents(SlotCache & slot_cache);
-    // probs with what is not in a slot out of reach; what the router would have chosen is kept for routing().
+    // Return probs with absent experts out of reach; the router's unrestricted choice is kept for routing().
     ggml_tensor * restrict_router(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, int32_t block) const;
-    void keep_unrestricted(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * ids, int32_t block) const; // ids are free of restrictions
+    // Ids are unrestricted
+    void keep_unrestricted(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * ids, int32_t block) const;
     void clear_unrestricted() const { forget(unrestricted_); }
-    void forget(ggml_tensor * ids) const; // [n_expert_used, max_width, n_blocks] of -1: a graph that ends early leaves them
+    // [n_expert_used, max_width, n_blocks], set to -1, which a graph that ends early leaves in place
+    void forget(ggml_tensor * ids) const;
     ggml_tensor * slots_of(ggml_context * ctx, ggml_tensor * ids, int32_t block) const; // ids: contiguous
 
     void read_unrestricted(int32_t * ids) const; // [n_blocks, max_width, n_expert_used] of the last graph
@@ -43,23 +48,23 @@ public:
 private:
     void find_residents(SlotCache & slot_cache);
 
-    const ExpertTable &        table_;
+    const ExpertTable & table_;
     ggml_backend_buffer_type_t buft_;
-    ggml_context_ptr           tensor_ctx_;
-    ggml_backend_buffer_ptr    tensor_buffer_;
-    std::vector<std::array<ggml_tensor *, n_roles>> tensors_; // of each block
-    ggml_context_ptr           ctx_; // of those below
-    ggml_backend_buffer_ptr    buffer_;
-    ggml_tensor *              mask_   = nullptr; // [n_expert, n_blocks] F32: 0, or far below any score
-    ggml_tensor *              slots_  = nullptr; // [1, n_expert, n_blocks] I32
-    ggml_tensor *              unrestricted_ = nullptr; // [n_expert_used, max_width, n_blocks] I32
-    std::vector<int32_t>       unknown_; // ids of -1
-    std::vector<float>         host_mask_;
-    std::vector<int32_t>       host_slots_;
+    ggml_context_ptr tensor_ctx_;
+    ggml_backend_buffer_ptr tensor_buffer_;
+    std::vector<std::array<ggml_tensor *, n_roles>> tensors_; // per block
+    ggml_context_ptr ctx_; // of the tensors below
+    ggml_backend_buffer_ptr buffer_;
+    ggml_tensor * mask_ = nullptr; // [n_expert, n_blocks] F32: 0, or far below any score
+    ggml_tensor * slots_ = nullptr; // [1, n_expert, n_blocks] I32
+    ggml_tensor * unrestricted_ = nullptr; // [n_expert_used, max_width, n_blocks] I32
+    std::vector<int32_t> unknown_; // ids of -1
+    std::vector<float> host_mask_;
+    std::vector<int32_t> host_slots_;
 };
 
-// probs [n_expert, n_tokens] of a verify step with all but the `budget` experts of most mass over its tokens out of
-// reach (MoE-Spec, arXiv 2602.16052).
+// Return probs [n_expert, n_tokens] of a verify step with all experts out of reach but the `budget` ones with the
+// largest sum over its tokens (MoE-Spec, arXiv 2602.16052).
 ggml_tensor * within_budget(ggml_context * ctx, ggml_tensor * probs, int32_t budget);
 
 } // namespace edge

@@ -9,20 +9,21 @@
 
 namespace edge {
 
-// What the decoding thread did when, for a picture of a step. Nothing is kept, and nothing allocated, until begin().
+// Spans of the decoding thread, for a picture of a step. Keeps and allocates nothing before begin().
 class Timeline {
 public:
-    void begin(size_t capacity) { // drops what was kept; 0: keeps nothing any more
+    void begin(size_t capacity) { // drops earlier spans; 0 stops recording
         spans_.clear();
         spans_.reserve(capacity);
         capacity_ = capacity;
     }
     const std::vector<edge_span> & spans() const { return spans_; }
 
-    // What goes on until it is destroyed.
+    // Ends when it is destroyed.
     class Span {
     public:
-        Span(Timeline & timeline, int32_t kind, int32_t block) : timeline_(timeline), span_{ kind, block, timeline.on() ? now() : 0, 0 } {}
+        Span(Timeline & timeline, int32_t kind, int32_t block)
+            : timeline_(timeline), span_{ kind, block, timeline.on() ? now() : 0, 0 } {}
         ~Span() {
             if (timeline_.on()) {
                 span_.end_ns = now();
@@ -34,7 +35,7 @@ public:
 
     private:
         Timeline & timeline_;
-        edge_span  span_;
+        edge_span span_;
     };
 
 private:
@@ -45,7 +46,7 @@ private:
     }
 
     std::vector<edge_span> spans_;
-    size_t                 capacity_ = 0;
+    size_t capacity_ = 0;
 };
 
 } // namespace edge

@@ -1,5 +1,5 @@
-// What policies reckon over all experts. Each array is passed over once, block by block, in loops that a compiler
-// vectorises: between two decodes all of it comes from far.
+// Passes over all experts that policies make. Each array is read once, block by block, in loops that a compiler
+// vectorises: between two decodes all of it comes from memory.
 #include "policy/policy_kernels.h"
 
 #include <algorithm>
@@ -11,11 +11,11 @@ namespace edge {
 
 namespace {
 
-// Marks the experts of a block that tokens [from, to) chose.
+// Mark the experts of a block that tokens [from, to) chose.
 void mark(uint8_t * marks, int32_t n_expert, const edge_routing & routing, int32_t block, int32_t from, int32_t to) {
     std::memset(marks, 0, count(n_expert));
     const int32_t * row = routing.ids + count(block) * count(routing.stride);
-    const int32_t * end = row + count(to) * count(routing.n_used); // marks may be anything to a compiler, n_used too
+    const int32_t * end = row + count(to) * count(routing.n_used); // marks may alias n_used
     for (const int32_t * id = row + count(from) * count(routing.n_used); id < end; ++id) {
         marks[*id] = 1;
     }
@@ -27,7 +27,7 @@ uint64_t word_at(const uint8_t * marks) {
     return word;
 }
 
-// Of both. Eight marks at a time, each in a byte of its own for as long as such a byte cannot overflow.
+// Count common marks. Eight at a time, each in a byte of its own for as long as such a byte cannot overflow.
 int32_t overlap(const uint8_t * a, const uint8_t * b, int32_t n) {
     constexpr uint64_t even = 0x00FF00FF00FF00FFU;
     int32_t out = 0;
@@ -47,7 +47,7 @@ int32_t overlap(const uint8_t * a, const uint8_t * b, int32_t n) {
 
 int32_t sum(const uint8_t * marks, int32_t n) { return overlap(marks, marks, n); }
 
-// In eight lines of adding: a compiler may not change the order of additions by itself.
+// In eight lanes, since a compiler may not reorder the additions itself.
 float sum(const float * values, int32_t n) {
     constexpr int32_t lanes = 8;
     float sums[lanes] = {};
@@ -75,7 +75,7 @@ void subtract_from(float * to, float from, const float * values, int32_t n) {
     }
 }
 
-// Their places; room for one more than there are.
+// Write the indices of the marked entries; `to` needs room for one more.
 template <typename Marked> int32_t places(int32_t * to, int32_t n, Marked && marked) {
     int32_t found = 0;
     for (int32_t i = 0; i < n; ++i) {
@@ -85,7 +85,7 @@ template <typename Marked> int32_t places(int32_t * to, int32_t n, Marked && mar
     return found;
 }
 
-// Integers that are in the order of floats, and where these are equal in that of places.
+// Integers in the order of the floats, and among equal floats in the order of the indices.
 uint64_t rank(float score, int32_t place) {
     uint32_t bits = 0;
     std::memcpy(&bits, &score, sizeof bits);
@@ -93,9 +93,9 @@ uint64_t rank(float score, int32_t place) {
     return uint64_t{ bits } << 32U | static_cast<uint32_t>(place);
 }
 
-// Drops at most n of these places from a pool, those of least worth; how many. n is small beside their number.
+// Drop at most n of these candidates, those of lowest score, and return their number. n is small.
 int32_t drop(edge_pool & pool, const int32_t * candidates, int32_t n_candidates, const float * score, int32_t n) {
-    std::vector<uint64_t> least; // a heap, the dearest at the front
+    std::vector<uint64_t> least; // a heap, the highest at the front
     least.reserve(count(n));
     int32_t i = 0;
     for (; i < std::min(n, n_candidates); ++i) {
@@ -116,7 +116,7 @@ int32_t drop(edge_pool & pool, const int32_t * candidates, int32_t n_candidates,
     return static_cast<int32_t>(least.size());
 }
 
-// Teaches the rates what came true of a guess.
+// Update the rates from what a prediction's set demanded.
 void learn(const edge_prediction & prediction, int32_t n_demanded) {
     edge_rates & rates = *prediction.rates;
     const double gain = 1.0 - rates.smoothing;
@@ -128,20 +128,25 @@ void learn(const edge_prediction & prediction, int32_t n_demanded) {
     }
 }
 
-double chance_inside(const edge_prediction & prediction) { return std::min(prediction.rates->inside, prediction.rates->max_inside); }
-double share_outside(const edge_prediction & prediction) { return std::min(prediction.rates->outside, prediction.rates->max_outside); }
+double chance_inside(const edge_prediction & prediction) {
+    return std::min(prediction.rates->inside, prediction.rates->max_inside);
+}
+double share_outside(const edge_prediction & prediction) {
+    return std::min(prediction.rates->outside, prediction.rates->max_outside);
+}
 
-// What a rule says of the sample.
+// Scores of a rule on the sampled blocks.
 void score_by_rule(const edge_dueling & dueling, int32_t rule, float * score) {
     for (int32_t block = 0; block < dueling.n_blocks; block += dueling.stride, score += dueling.n_expert) {
         const size_t first = count(block) * count(dueling.n_expert);
-        const float * frequency = dueling.frequency + count(rule - 1) * count(dueling.n_blocks) * count(dueling.n_expert) + first;
+        const float * frequency =
+            dueling.frequency + count(rule - 1) * count(dueling.n_blocks) * count(dueling.n_expert) + first;
         scale_and_add(score, frequency, dueling.latest + first, dueling.n_expert, 1.0F, 1.0F, dueling.last);
     }
 }
 
-// By what was known before the step. Where that demands more than the slots hold, LRU gives up just what comes next:
-// pools that look at whole steps do not see it.
+// Judge the rules by what was known before the step. If the step demands more than the slots hold, LRU evicts exactly
+// what comes next, which pools that look at whole steps cannot show: it counts as all missed.
 void judge(edge_dueling & dueling, const std::vector<uint8_t> & wanted) {
     std::vector<float> score(wanted.size());
     const int32_t n_wanted = sum(wanted.data(), static_cast<int32_t>(wanted.size()));
@@ -151,7 +156,8 @@ void judge(edge_dueling & dueling, const std::vector<uint8_t> & wanted) {
         if (rule > 0) {
             score_by_rule(dueling, rule, score.data());
         }
-        const int32_t missed = demand_of_pool(dueling.pools[rule], wanted.data(), rule > 0 ? score.data() : dueling.used);
+        const int32_t missed =
+            demand_of_pool(dueling.pools[rule], wanted.data(), rule > 0 ? score.data() : dueling.used);
         const bool all = rule == 0 && n_wanted > dueling.pools[rule].size;
         const double share = all ? 1.0 : static_cast<double>(missed) / std::max(1, n_wanted);
         dueling.missed[rule] += (share - dueling.missed[rule]) / dueling.weight;
@@ -162,34 +168,35 @@ void judge(edge_dueling & dueling, const std::vector<uint8_t> & wanted) {
     }
 }
 
-// Of a block's experts.
+// Work space for one block's experts.
 struct Rows {
     explicit Rows(int32_t n) : memory(3 * count(n)), after(memory.data()), wait(after + n), others(wait + n) {}
     std::vector<float> memory;
-    float * after;  // the frequency as the coming step is expected to leave it
+    float * after;  // frequency as expected after the coming step
     float * wait;
-    float * others; // of those that are not marked
+    float * others; // of the experts that are not marked
 };
 
-// What is waited when the coming step's set is known. One loop, whose arrays do not overlap: half the time of one loop for
-// each line of it.
-void wait_after(float * __restrict after, float * __restrict wait, float * __restrict others, const float * __restrict frequency,
-                const uint8_t * __restrict found, int32_t n, float outside, float inside, float added) {
+// Waits after the coming step, given its predicted set. One loop over arrays that do not overlap takes half the time of
+// one loop per line.
+void wait_after(float * __restrict after, float * __restrict wait, float * __restrict others,
+                const float * __restrict frequency, const uint8_t * __restrict found, int32_t n, float outside,
+                float inside, float added) {
     for (int32_t i = 0; i < n; ++i) {
         const auto is_inside = static_cast<float>(found[i]);
         others[i] = frequency[i] * (1.0F - is_inside);
-        after[i]  = frequency[i] * (outside + is_inside * (inside - outside)) + is_inside * added;
-        wait[i]   = 1.0F / after[i];
+        after[i] = frequency[i] * (outside + is_inside * (inside - outside)) + is_inside * added;
+        wait[i] = 1.0F / after[i];
     }
 }
 
 // outside: 1 / after + spared; inside: 1 + (1 - chance) / after
-void wait_beyond(float * __restrict wait, float * __restrict others, const float * __restrict after, const uint8_t * __restrict later,
-                 int32_t n, float spared, float inside) {
+void wait_beyond(float * __restrict wait, float * __restrict others, const float * __restrict after,
+                 const uint8_t * __restrict later, int32_t n, float spared, float inside) {
     for (int32_t i = 0; i < n; ++i) {
         const auto is_inside = static_cast<float>(later[i]);
         others[i] = after[i] * (1.0F - is_inside);
-        wait[i]   = (wait[i] + spared * (1.0F - is_inside)) * (1.0F + is_inside * (inside - 1.0F)) + is_inside;
+        wait[i] = (wait[i] + spared * (1.0F - is_inside)) * (1.0F + is_inside * (inside - 1.0F)) + is_inside;
     }
 }
 
@@ -199,10 +206,11 @@ namespace {
 
 bool all_below(const edge_routing & routing, int32_t n_blocks, uint32_t most_added, uint32_t end) {
     const int64_t n = int64_t{ routing.n_tokens } * routing.n_used;
-    if (routing.ids == nullptr || routing.n_blocks != n_blocks || routing.n_tokens < 0 || routing.n_used < 0 || routing.stride < n) {
+    if (routing.ids == nullptr || routing.n_blocks != n_blocks || routing.n_tokens < 0 || routing.n_used < 0 ||
+        routing.stride < n) {
         return false;
     }
-    uint32_t most = 0; // negative ones are large
+    uint32_t most = 0; // negative ids are large
     for (int32_t block = 0; block < n_blocks; ++block) {
         const int32_t * ids = routing.ids + count(block) * count(routing.stride);
         for (int64_t i = 0; i < n; ++i) {
@@ -214,7 +222,8 @@ bool all_below(const edge_routing & routing, int32_t n_blocks, uint32_t most_add
 
 } // namespace
 
-void scale_and_add(float * to, const float * from, const uint8_t * marks, int32_t n, float outside, float inside, float added) {
+void scale_and_add(float * to, const float * from, const uint8_t * marks, int32_t n, float outside, float inside,
+                   float added) {
     for (int32_t i = 0; i < n; ++i) {
         const auto is_inside = static_cast<float>(marks[i]);
         to[i] = from[i] * (outside + is_inside * (inside - outside)) + is_inside * added;
@@ -257,7 +266,7 @@ int32_t demand_of_pool(edge_pool & pool, const uint8_t * wanted, const float * s
 
 void score_by_best_rule(const edge_dueling & dueling, float * scores) {
     const size_t n_keys = count(dueling.n_blocks) * count(dueling.n_expert);
-    if (dueling.best == 0) { // among equals the last used stay
+    if (dueling.best == 0) { // all equal: recency decides
         std::fill(scores, scores + n_keys, 0.0F);
         return;
     }
@@ -276,7 +285,8 @@ void observe_dueling(edge_dueling & dueling, const edge_routing & routing) {
     judge(dueling, wanted);
     ++dueling.n_steps;
     for (int32_t i = 0; i < n_sampled; ++i) {
-        const float now = static_cast<float>(dueling.n_steps) + static_cast<float>(i * dueling.stride) / static_cast<float>(dueling.n_blocks);
+        const float now = static_cast<float>(dueling.n_steps) +
+                          static_cast<float>(i * dueling.stride) / static_cast<float>(dueling.n_blocks);
         float * used = dueling.used + count(i) * count(n_expert);
         const uint8_t * marks = wanted.data() + count(i) * count(n_expert);
         scale_and_add(used, used, marks, n_expert, 1.0F, 0.0F, now);
@@ -291,13 +301,14 @@ void observe_dueling(edge_dueling & dueling, const edge_routing & routing) {
     }
 }
 
-void plan_next_use(edge_next_use & next_use, const edge_routing * routing, int32_t width, edge_prediction * now, edge_prediction * then, float * scores) {
+void plan_next_use(edge_next_use & next_use, const edge_routing * routing, int32_t width, edge_prediction * now,
+                   edge_prediction * then, float * scores) {
     const int32_t n = next_use.n_expert;
     Rows rows(n);
-    std::vector<int32_t> ordered(count(n) + 1);
+    std::vector<int32_t> found_experts(count(n) + 1);
     for (edge_prediction * prediction : { now, then }) {
         if (prediction) {
-            prediction->others  = 0.0;
+            prediction->others = 0.0;
             prediction->n_found = 0;
         }
     }
@@ -315,19 +326,21 @@ void plan_next_use(edge_next_use & next_use, const edge_routing * routing, int32
         const float gained = 1.0F - next_use.decay;
         uint8_t * found = now->found + first;
         mark(found, n, *routing, block, 0, std::min(width, routing->n_tokens));
-        wait_after(rows.after, rows.wait, rows.others, frequency, found, n, next_use.decay + gained * static_cast<float>(share_outside(*now)), next_use.decay, gained * inside);
+        wait_after(rows.after, rows.wait, rows.others, frequency, found, n,
+                   next_use.decay + gained * static_cast<float>(share_outside(*now)), next_use.decay, gained * inside);
         now->others += static_cast<double>(sum(rows.others, n));
         if (then) {
             uint8_t * later = then->found + first;
             mark(later, n, *routing, block, width, std::min(2 * width, routing->n_tokens));
             then->n_found += sum(later, n);
-            wait_beyond(rows.wait, rows.others, rows.after, later, n, static_cast<float>(1.0 - share_outside(*then)), static_cast<float>(1.0 - chance_inside(*then)));
+            wait_beyond(rows.wait, rows.others, rows.after, later, n, static_cast<float>(1.0 - share_outside(*then)),
+                        static_cast<float>(1.0 - chance_inside(*then)));
             then->others += static_cast<double>(sum(rows.others, n));
         }
         subtract_from(scores + first, -turn, rows.wait, n);
-        const int32_t n_found = places(ordered.data(), n, [found](int32_t i) { return found[i]; });
+        const int32_t n_found = places(found_experts.data(), n, [found](int32_t i) { return found[i]; });
         for (int32_t i = 0; i < n_found; ++i) {
-            const int32_t expert = ordered[count(i)];
+            const int32_t expert = found_experts[count(i)];
             request[i] = { block, expert, block, inside * rows.wait[expert] };
         }
         request += n_found;
@@ -335,7 +348,8 @@ void plan_next_use(edge_next_use & next_use, const edge_routing * routing, int32
     }
 }
 
-void observe_next_use(edge_next_use & next_use, const edge_routing & routing, edge_prediction * now, edge_prediction * then, const uint8_t * foreseen) {
+void observe_next_use(edge_next_use & next_use, const edge_routing & routing, edge_prediction * now,
+                      edge_prediction * then, const uint8_t * foreseen) {
     const int32_t n = next_use.n_expert;
     const float gained = 1.0F - next_use.decay;
     next_use.n_demanded = 0;

@@ -1,4 +1,4 @@
-// What policies learn from a prompt: how often its last tokens demanded experts.
+// What policies learn from prefill: how often its last tokens demanded each expert.
 #include "policy/policy_kernels.h"
 
 #include <algorithm>
@@ -10,8 +10,9 @@ namespace edge {
 
 namespace {
 
-// Marks the experts of a block that tokens [from, to) chose, as far as that is known. Whether any is.
-bool mark_known(uint8_t * marks, int32_t n_expert, const edge_routing & routing, int32_t block, int32_t from, int32_t to) {
+// Mark the experts of a block that tokens [from, to) chose, as far as known. Return whether any is known.
+bool mark_known(uint8_t * marks, int32_t n_expert, const edge_routing & routing, int32_t block, int32_t from,
+                int32_t to) {
     std::memset(marks, 0, count(n_expert));
     const int32_t * row = routing.ids + count(block) * count(routing.stride);
     bool any = false;
@@ -36,7 +37,8 @@ void dueling_on_prefill(edge_dueling & dueling, const edge_routing & routing) {
             }
             for (int32_t rule = 1; rule < dueling.n_rules; ++rule) {
                 const float decay = dueling.decays[rule - 1];
-                float * frequency = dueling.frequency + count(rule - 1) * n_keys + count(block) * count(dueling.n_expert);
+                float * frequency =
+                    dueling.frequency + count(rule - 1) * n_keys + count(block) * count(dueling.n_expert);
                 scale_and_add(frequency, frequency, latest, dueling.n_expert, decay, decay, 1.0F - decay);
             }
         }
@@ -50,7 +52,8 @@ void next_use_on_prefill(edge_next_use & next_use, const edge_routing & routing,
         float * frequency = next_use.frequency + count(block) * count(n);
         for (int32_t end = routing.n_tokens % width; end <= routing.n_tokens; end += width) { // whole steps last
             if (mark_known(demanded.data(), n, routing, block, std::max(0, end - width), end)) {
-                scale_and_add(frequency, frequency, demanded.data(), n, next_use.decay, next_use.decay, 1.0F - next_use.decay);
+                scale_and_add(frequency, frequency, demanded.data(), n, next_use.decay, next_use.decay,
+                              1.0F - next_use.decay);
             }
         }
         for (int32_t i = 0; i < n; ++i) {

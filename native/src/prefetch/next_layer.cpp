@@ -1,4 +1,4 @@
-// The part of SlotCache that looks one block ahead, on the decoding thread, while that waits for something else anyway.
+// The part of SlotCache that prefetches for the next block, on the decoding thread, while that would wait anyway.
 #include "slots/slot_cache.h"
 
 #include <algorithm>
@@ -8,16 +8,14 @@ namespace edge {
 
 namespace {
 
-constexpr float follow   = 0.02F; // of one block's precision
-constexpr float too_poor = 0.35F; // precision below which bytes are not spent on it
-constexpr uint32_t seldom = 16; // times: what is not worth it is looked at again
-constexpr double demands = 0.8;   // chance that the coming block demands copies, which wrong ones delay
+constexpr float follow = 0.02F; // smoothing of a block's precision
+constexpr float too_poor = 0.35F; // precision under which no bytes are spent
+constexpr uint32_t seldom = 16; // what is not worth its cost is retried every so many times
+constexpr double demands = 0.8;   // probability that the next block demands copies, which wrong prefetches delay
 
-// What part of a copy has to fall into the link's idle time, at least. One that comes true saves what has travelled by the time
-// that the block asks for it; one that does not delays what it asks for by the rest.
-double least_idle(double precision) {
-    return 1 - precision / (precision + (1 - precision) * demands);
-}
+// Smallest fraction of a copy that must fall into the link's idle time. A right prefetch saves what has been copied
+// when the block demands it; a wrong one delays the block's demands by the rest.
+double least_idle(double precision) { return 1 - precision / (precision + (1 - precision) * demands); }
 
 } // namespace
 
@@ -34,15 +32,16 @@ void SlotCache::forget_next_layer_requests() {
 }
 
 bool SlotCache::can_prefetch_next_layer(int32_t block) const {
-    return router_predictor_ && !clock_ && router_predictor_->can_predict(block) && (!demand_link_.asynchronous() || store_->page_locked(block_at(block)));
+    return router_predictor_ && !clock_ && router_predictor_->can_predict(block) &&
+           (!demand_link_.asynchronous() || store_->page_locked(block_at(block)));
 }
 
-// Of those that foretell that block at present.
+// Of the current source of predictions for that block.
 SlotCache::Precision & SlotCache::next_layer_precision(int32_t number) {
     return (predicted_by_request_ ? request_precision_ : router_absent_precision_)[static_cast<size_t>(number)];
 }
 
-// How many experts of that block may be sent: as many as the link is idle for until the block knows its own.
+// Experts of that block that may be sent: as many as the link is idle for until the block knows its experts.
 size_t SlotCache::next_layer_room(int32_t number) {
     const double precision = next_layer_precision(number).value;
     if (precision < too_poor) {
@@ -55,13 +54,14 @@ size_t SlotCache::next_layer_room(int32_t number) {
     return std::min(static_cast<size_t>(room), marks > 0 ? marks - 1 : 0);
 }
 
-// Whether this block's experts were ordered, by who knows them better than the gate; predicted_ are then those of this block that
-// are in no slot, the best first.
+// Whether prefetch requests predict this block better than its router. If so, predicted_ becomes the requested absent
+// experts of this block, best first.
 bool SlotCache::predict_from_requests(int32_t number) {
     const Lock lock(mutex_);
-    Precision & ordered = request_precision_[static_cast<size_t>(number)];
-    const bool is_worse = ordered.value < router_absent_precision_[static_cast<size_t>(number)].value;
-    predicted_by_request_  = requested_blocks_[static_cast<size_t>(number)] && (!is_worse || ++ordered.skipped % seldom == 0);
+    Precision & requested = request_precision_[static_cast<size_t>(number)];
+    const bool is_worse = requested.value < router_absent_precision_[static_cast<size_t>(number)].value;
+    predicted_by_request_ =
+        requested_blocks_[static_cast<size_t>(number)] && (!is_worse || ++requested.skipped % seldom == 0);
     if (!predicted_by_request_) {
         return false;
     }
@@ -71,12 +71,14 @@ bool SlotCache::predict_from_requests(int32_t number) {
         return a.priority != b.priority ? a.priority > b.priority : a.expert < b.expert;
     });
     predicted_.clear();
-    std::transform(first, next_layer_requests_.end(), std::back_inserter(predicted_), [](const Request & request) { return request.expert; });
+    std::transform(first, next_layer_requests_.end(), std::back_inserter(predicted_),
+                   [](const Request & request) { return request.expert; });
     next_layer_requests_.erase(first, next_layer_requests_.end());
     return true;
 }
 
-// Fills in predicted_ if that is worth what the gate takes: less than this thread would wait, and seldom where guesses come to nothing.
+// Fill in predicted_ from the router predictor if that takes less time than this thread would wait. Retry rarely if its
+// predictions are poor.
 bool SlotCache::predict_from_router(int32_t number, const float * rows, int32_t n_tokens) {
     Precision & precision = router_absent_precision_[static_cast<size_t>(number)];
     if (precision.value < too_poor && ++precision.skipped % seldom != 0) {
@@ -110,7 +112,7 @@ void SlotCache::prefetch_next_layer(int32_t number, const float * rows, int32_t 
     send_next_layer(block, first);
 }
 
-// Those in slots stay there until the block begins, and the others are noted.
+// Residents stay until the block begins; absent ones are noted.
 void SlotCache::pin_predicted(const ExpertBlock & block) {
     predicted_absent_.clear();
     for (const int32_t expert : predicted_) {
@@ -131,7 +133,7 @@ void SlotCache::take_predicted(int32_t number, size_t room) {
         if (room == 0 || (predicted_by_request_ && bytes > byte_budget_)) {
             return;
         }
-        if (pool(block).find(block.first_key + expert) != SlotPool::none) { // foreseen twice
+        if (pool(block).find(block.first_key + expert) != SlotPool::none) { // predicted twice
             continue;
         }
         const int32_t slot = pool(block).take_for_next_layer(block.first_key + expert, expectation);
@@ -145,7 +147,8 @@ void SlotCache::take_predicted(int32_t number, size_t room) {
     }
 }
 
-// Those of ahead_ from the first on. One that fails is dropped and counted, those after it never were: the demand fetches them.
+// Send next_layer_copies_ from `first` on. A failed one is dropped and counted; later ones are uncounted, and demands
+// fetch them.
 void SlotCache::send_next_layer(const ExpertBlock & block, size_t first) {
     size_t sent = first;
     try {
@@ -155,7 +158,7 @@ void SlotCache::send_next_layer(const ExpertBlock & block, size_t first) {
             store_->send(demand_link_, block, expert, one.slot, 1);
             note_sent(1, expert_bytes(block.group));
             one.ticket = demand_link_.last();
-            one.due    = link_free_;
+            one.due = link_free_;
         }
     } catch (const std::exception &) {
         demand_link_.wait();
@@ -171,14 +174,17 @@ void SlotCache::send_next_layer(const ExpertBlock & block, size_t first) {
     }
 }
 
-// The block has begun: wanted_ are its experts.
+// The block has begun: demanded_ holds its experts.
 void SlotCache::score_prediction(int32_t number) {
     if (predicted_block_ != number || predicted_.empty()) {
         return;
     }
-    const auto came_true = [this](int32_t expert) { return std::find(demanded_.begin(), demanded_.end(), expert) != demanded_.end(); };
+    const auto came_true = [this](int32_t expert) {
+        return std::find(demanded_.begin(), demanded_.end(), expert) != demanded_.end();
+    };
     const auto part_of = [&](const std::vector<int32_t> & experts) {
-        return static_cast<float>(std::count_if(experts.begin(), experts.end(), came_true)) / static_cast<float>(experts.size());
+        return static_cast<float>(std::count_if(experts.begin(), experts.end(), came_true)) /
+               static_cast<float>(experts.size());
     };
     if (!predicted_by_request_) {
         router_precision_ += follow * (part_of(predicted_) - router_precision_);

@@ -15,7 +15,7 @@ namespace edge {
 
 namespace {
 
-// The values of a tensor wherever it lies; none unless it has that many.
+// Read a tensor of n values from wherever it is. Empty if there is none of that size.
 std::vector<float> values(const llama_model * model, int layer, const char * name, size_t n) {
     const std::string full = "blk." + std::to_string(layer) + "." + name;
     const ggml_tensor * tensor = llama_model_find_tensor(model, full.c_str());
@@ -66,7 +66,7 @@ RouterPredictor::RouterPredictor(const llama_model * model, const ExpertTable & 
 
 void RouterPredictor::read(const llama_model * model, Router & router, int layer, int layer_before) const {
     const auto n_expert = static_cast<size_t>(n_expert_);
-    router.bias   = values(model, layer, "ffn_gate_inp.bias", n_expert);
+    router.bias = values(model, layer, "ffn_gate_inp.bias", n_expert);
     router.choice = values(model, layer, "exp_probs_b.bias", n_expert);
     std::vector<float> weights = values(model, layer, "ffn_gate_inp.weight", n_expert * n_embd_);
     const std::vector<float> norm = norm_before_experts(model, layer, n_embd_);
@@ -80,7 +80,7 @@ void RouterPredictor::read(const llama_model * model, Router & router, int layer
     pack(weights.data(), weights.empty() ? 0 : n_expert, router.weights);
 }
 
-// As ggml's product of such rows wants both sides.
+// Convert rows to the type of both sides of ggml's dot product.
 void RouterPredictor::pack(const float * rows, size_t n_rows, std::vector<uint8_t> & out) const {
     out.resize(n_rows * row_size_);
     const ggml_from_float_t from_float = ggml_get_type_traits_cpu(type_)->from_float;
@@ -90,10 +90,11 @@ void RouterPredictor::pack(const float * rows, size_t n_rows, std::vector<uint8_
 }
 
 bool RouterPredictor::can_predict(int32_t block) const {
-    return block > 0 && static_cast<size_t>(block) < routers_.size() && !routers_[static_cast<size_t>(block)].weights.empty();
+    return block > 0 && static_cast<size_t>(block) < routers_.size() &&
+           !routers_[static_cast<size_t>(block)].weights.empty();
 }
 
-// An expert's weights are read once for all rows: they come from memory, the rows do not.
+// Each expert's weights are read once for all rows: the weights come from memory, the rows from the cache.
 void RouterPredictor::score(const Router & router, const float * rows, int32_t n_tokens) {
     scores_.resize(static_cast<size_t>(n_tokens) * static_cast<size_t>(n_expert_));
     pack(rows, static_cast<size_t>(n_tokens), rows_);
@@ -102,7 +103,8 @@ void RouterPredictor::score(const Router & router, const float * rows, int32_t n
         const auto e = static_cast<size_t>(expert);
         for (size_t token = 0; token < static_cast<size_t>(n_tokens); ++token) {
             float score = 0;
-            dot(static_cast<int>(n_embd_), &score, 0, router.weights.data() + e * row_size_, 0, rows_.data() + token * row_size_, 0, 1);
+            dot(static_cast<int>(n_embd_), &score, 0, router.weights.data() + e * row_size_, 0,
+                rows_.data() + token * row_size_, 0, 1);
             score += router.bias.empty() ? 0.0F : router.bias[e];
             if (!router.choice.empty()) {
                 score = 1.0F / (1.0F + std::exp(-score)) + router.choice[e];

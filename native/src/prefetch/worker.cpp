@@ -1,4 +1,4 @@
-// The half of SlotCache that looks ahead: orders, the worker that carries them out, and its virtual twin.
+// The part of SlotCache that prefetches: requests, the worker thread that serves them, and its virtual counterpart.
 #include "slots/slot_cache.h"
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 namespace edge {
 
-// Whether it is for the decoding thread to send, when its block is next.
+// Whether the decoding thread itself sends it, when its block is next.
 bool SlotCache::is_for_next_layer(const edge_prefetch_request & request) const {
     return request.deadline == request.block && defers() && can_prefetch_next_layer(request.block);
 }
@@ -22,9 +22,9 @@ bool SlotCache::commit_scores() {
     return finite;
 }
 
-// Between two decodes, when all that it touches has left the caches: one thing after the other, and the worker is not
-// woken for nothing.
-int32_t SlotCache::prefetch(const edge_prefetch_request * requests, int32_t n, uint64_t byte_budget, float margin, bool * finite) {
+// Runs between two decodes with cold caches: touch each thing once, and do not wake the worker for nothing.
+int32_t SlotCache::prefetch(const edge_prefetch_request * requests, int32_t n, uint64_t byte_budget, float margin,
+                            bool * finite) {
     Lock lock(mutex_);
     requests_.clear();
     forget_next_layer_requests();
@@ -40,8 +40,8 @@ int32_t SlotCache::prefetch(const edge_prefetch_request * requests, int32_t n, u
     }
     const uint64_t now = clock_ ? clock_->now() : 0;
     int32_t n_absent = 0;
-    constexpr int32_t most = 64; // that are sorted at once, into those in slots and the others: which is as good as random,
-    std::array<int32_t, most> slot_of; // and a branch that is guessed wrong costs more than all else here
+    constexpr int32_t most = 64; // requests sorted at once into resident and absent ones: the outcome
+    std::array<int32_t, most> slot_of; // is random, and a mispredicted branch costs more than the rest
     std::array<int32_t, most> held;
     std::array<int32_t, most> absent;
     std::array<bool, most> for_next_layer;
@@ -57,29 +57,31 @@ int32_t SlotCache::prefetch(const edge_prefetch_request * requests, int32_t n, u
                 requested_blocks_[static_cast<size_t>(requests[i].block)] = true;
             }
             const int32_t slot = pool(block).find(block.first_key + requests[i].expert);
-            slot_of[n_held] = slot; // of the next one that is held
+            slot_of[n_held] = slot; // of the next held one
             held[n_held] = absent[n_missing] = i;
-            n_held    += static_cast<size_t>(slot != SlotPool::none);
+            n_held += static_cast<size_t>(slot != SlotPool::none);
             n_missing += static_cast<size_t>(slot == SlotPool::none);
         }
         for (size_t k = 0; k < n_held; ++k) {
             const edge_prefetch_request & wanted = requests[held[k]];
             pool(block_at(wanted.block)).expect(slot_of[k], finite_or_zero(wanted.priority));
         }
-        for (size_t k = 0; k < n_missing && byte_budget > 0; ++k) { // else none would ever begin
+        for (size_t k = 0; k < n_missing && byte_budget > 0; ++k) { // without a budget none would ever begin
             const edge_prefetch_request & wanted = requests[absent[k]];
-            std::vector<Request> & outstanding = for_next_layer[static_cast<size_t>(absent[k] - from)] ? next_layer_requests_ : requests_;
-            outstanding.push_back({ wanted.block, wanted.expert, wanted.deadline, finite_or_zero(wanted.priority) - margin, now });
+            std::vector<Request> & outstanding =
+                for_next_layer[static_cast<size_t>(absent[k] - from)] ? next_layer_requests_ : requests_;
+            outstanding.push_back(
+                { wanted.block, wanted.expert, wanted.deadline, finite_or_zero(wanted.priority) - margin, now });
         }
         n_absent += static_cast<int32_t>(n_missing);
     }
-    std::reverse(requests_.begin(), requests_.end()); // the most urgent last
+    std::reverse(requests_.begin(), requests_.end()); // most urgent last
     byte_budget_ = byte_budget;
     if (clock_) {
         run_virtual_requests();
     }
     const bool has_orders = !requests_.empty();
-    lock.unlock(); // a worker that wakes finds it free
+    lock.unlock(); // so that the woken worker finds it free
     if (has_orders) {
         requested_.notify_one();
     }
@@ -87,7 +89,7 @@ int32_t SlotCache::prefetch(const edge_prefetch_request * requests, int32_t n, u
     return n_absent;
 }
 
-// Takes a slot for an order; nothing when it came in meanwhile, costs more than it is worth or than is left to spend.
+// Take a slot for a request. Nothing if the expert came in meanwhile, scores too low or exceeds the byte budget.
 std::optional<SlotCache::InFlight> SlotCache::begin_prefetch(const Request & request) {
     const ExpertBlock & block = block_at(request.block);
     const uint64_t bytes = expert_bytes(block.group);
@@ -129,7 +131,7 @@ void SlotCache::finish(const InFlight & flight, bool arrived) {
     loaded_.notify_all();
 }
 
-// Sends an order's copies; false when a copy failed, and then none is under way.
+// Send a request's copies. False if a copy failed, and then none is in flight.
 bool SlotCache::send(const Request & request, InFlight & flight) {
     try {
         store_->send(prefetch_link_, block_at(request.block), request.expert, flight.slot, prefetch_marks);
@@ -141,8 +143,9 @@ bool SlotCache::send(const Request & request, InFlight & flight) {
     }
 }
 
-// One expert's copies follow the last without a gap: all its matrices but one start when those of the expert before
-// have arrived, and the last when its last has, so hardly more than one expert's bytes are ever under way.
+// One expert's copies follow the previous ones without a gap: all its matrices but the last start when the previous
+// expert's have arrived, and the last when the previous last one has. So little more than one expert's bytes is ever in
+// flight.
 void SlotCache::work() {
     Lock lock(mutex_);
     std::optional<InFlight> before;
@@ -185,8 +188,8 @@ void SlotCache::work() {
     }
 }
 
-// Begins the orders whose turn on the virtual link has come by now. The bytes are copied at once; the slot is loading
-// until its virtual arrival.
+// Begin the requests whose turn on the virtual link has come. Their bytes are copied at once; the slot is loading until
+// its virtual arrival.
 void SlotCache::run_virtual_requests() {
     while (true) {
         if (virtual_flight_ && virtual_flight_->arrives_at <= clock_->now()) {
@@ -212,7 +215,7 @@ void SlotCache::run_virtual_requests() {
     }
 }
 
-// Lets virtual time pass until the prefetch under way has arrived; false when there is none.
+// Advance virtual time until the prefetch in flight has arrived. False if there is none.
 bool SlotCache::complete_virtual_flight() {
     if (!virtual_flight_) {
         return false;

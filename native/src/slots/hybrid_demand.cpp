@@ -1,12 +1,12 @@
-// The half of SlotCache that serves hybrid execution: what is missing is fetched or left to the CPU, by cost.
+// The part of SlotCache that serves hybrid execution: missing experts are fetched or left to the CPU, by cost.
 #include "slots/slot_cache.h"
 
 #include <algorithm>
 
 namespace edge {
 
-// Fills in misses_ and says how many more there are that the CPU computes: those that are on their way already, unless
-// waiting for the rest of it takes less.
+// Fill in misses_ and return how many further experts the CPU computes: those already in flight, unless waiting for the
+// rest of the copy takes less.
 int32_t SlotCache::find_absent(const ExpertBlock & block, const int32_t * ids, int32_t n) {
     SlotPool & slots = pool(block);
     int32_t late = 0;
@@ -47,7 +47,7 @@ int32_t SlotCache::find_absent(const ExpertBlock & block, const int32_t * ids, i
     return late;
 }
 
-// The CPU computes it, and its prefetch was right all the same.
+// The CPU computes it, but its prefetch was still right.
 void SlotCache::use_late(const ExpertBlock & block, int32_t slot) {
     if (pool(block).prefetched_unused(slot)) {
         ++counters_.prefetched_used;
@@ -56,7 +56,7 @@ void SlotCache::use_late(const ExpertBlock & block, int32_t slot) {
     pool(block).use(slot);
 }
 
-// Gives those that are to be fetched a slot each: loading_ are the first of misses_.
+// Assign slots to the experts to fetch: loading_ becomes the first of misses_.
 void SlotCache::take_for_fetches(const ExpertBlock & block) {
     const uint64_t bytes = expert_bytes(block.group);
     Around around;
@@ -67,7 +67,7 @@ void SlotCache::take_for_fetches(const ExpertBlock & block) {
     loading_.clear();
     for (size_t i = 0; i < n; ++i) {
         const int32_t slot = pool(block).take(block.first_key + misses_[i].expert, SlotPool::any_score);
-        if (slot == SlotPool::none) { // all are pinned or loading: the rest is the CPU's
+        if (slot == SlotPool::none) { // all are pinned or loading: the CPU computes the rest
             return;
         }
         slot_of_[static_cast<size_t>(misses_[i].expert)] = slot;
@@ -115,14 +115,14 @@ void SlotCache::computed(int32_t block, size_t n_experts, size_t n_pairs, double
     cpu_left_ns_ = 0;
     ready_ = fetches_.idle_since = Clock::now();
     const Lock lock(mutex_);
-    counters_.cpu_ns += clock_ ? 0 : static_cast<uint64_t>(ns); // the virtual clock has blocks, not experts
+    counters_.cpu_ns += clock_ ? 0 : static_cast<uint64_t>(ns); // the virtual clock counts blocks, not experts
     note_costs();
 }
 
 void SlotCache::note_costs() {
-    costs_.cpu_bytes_per_s    = balancer_.cpu_bytes_per_s();
-    costs_.link_bytes_per_s   = balancer_.link_bytes_per_s();
-    costs_.contention         = balancer_.contention();
+    costs_.cpu_bytes_per_s = balancer_.cpu_bytes_per_s();
+    costs_.link_bytes_per_s = balancer_.link_bytes_per_s();
+    costs_.contention = balancer_.contention();
     costs_.device_bytes_per_s = balancer_.device_bytes_per_s();
 }
 

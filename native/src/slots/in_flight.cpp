@@ -1,4 +1,5 @@
-// What travels on the decoding thread's link: copies that the running block waits for, and those sent ahead for the next one.
+// Copies in flight on the decoding thread's link: demands that the running block waits for, and prefetches for the next
+// one.
 #include "slots/slot_cache.h"
 
 #include "util/error.h"
@@ -9,14 +10,13 @@ namespace edge {
 
 namespace {
 
-constexpr std::chrono::microseconds noticeable(25); // of waiting: what has long arrived takes up to 10 to find out
+// Shortest wait that counts as a stall: finding that a copy arrived long ago takes up to 10 us
+constexpr std::chrono::microseconds noticeable(25);
 
 } // namespace
 
-// In virtual time a demand takes its time at once, and without a GPU a copy is done when it has been sent.
-bool SlotCache::defers() const {
-    return !clock_ && (demand_link_.asynchronous() || splits_always_);
-}
+// In virtual time a demand passes its time at once; without a GPU a copy is done when it has been sent.
+bool SlotCache::defers() const { return !clock_ && (demand_link_.asynchronous() || splits_always_); }
 
 std::vector<SlotCache::NextLayerCopy>::const_iterator SlotCache::find_next_layer(int32_t group, int32_t slot) const {
     const auto same = [&](const NextLayerCopy & one) { return one.group == group && one.slot == slot; };
@@ -25,7 +25,8 @@ std::vector<SlotCache::NextLayerCopy>::const_iterator SlotCache::find_next_layer
 
 bool SlotCache::is_on_demand_link(int32_t group, int32_t slot) const {
     return find_next_layer(group, slot) != next_layer_copies_.end() ||
-           (fetches_.group == group && std::find(fetches_.slots.begin(), fetches_.slots.end(), slot) != fetches_.slots.end());
+           (fetches_.group == group &&
+            std::find(fetches_.slots.begin(), fetches_.slots.end(), slot) != fetches_.slots.end());
 }
 
 void SlotCache::note_sent(size_t n_experts, uint64_t bytes) {
@@ -37,7 +38,7 @@ void SlotCache::note_sent(size_t n_experts, uint64_t bytes) {
     link_free_ = std::max(Clock::now(), link_free_) + std::chrono::nanoseconds(static_cast<int64_t>(ns));
 }
 
-// The block knows its experts: what lies between two blocks is what the link can be idle for.
+// The block knows its experts: the link is idle at most between two blocks.
 void SlotCache::note_block_began(int32_t number) {
     constexpr double weight = 0.1, most_ns = 5e6;
     if (number > 0 && ready_ != Clock::time_point{}) {
@@ -46,7 +47,7 @@ void SlotCache::note_block_began(int32_t number) {
     ready_ = {};
 }
 
-// What was sent ahead and has arrived by now, by estimate. What comes later stays under way.
+// Complete the next-layer copies that have arrived by estimate. Later ones stay in flight.
 void SlotCache::complete_next_layer() {
     const auto now = Clock::now();
     const auto settled = [&](const NextLayerCopy & one) {
@@ -65,7 +66,7 @@ void SlotCache::complete_next_layer() {
     next_layer_copies_.erase(left, next_layer_copies_.end());
 }
 
-// All of it; false when there is none.
+// Wait for all next-layer copies. False if there is none.
 bool SlotCache::await_next_layer() {
     if (next_layer_copies_.empty()) {
         return false;
@@ -78,7 +79,7 @@ bool SlotCache::await_next_layer() {
     return true;
 }
 
-// The running block waits for it; false for what the worker brings.
+// Make the running block wait for a next-layer copy. False if the expert is the worker's.
 bool SlotCache::claim_next_layer(int32_t group, int32_t slot) {
     const auto one = find_next_layer(group, slot);
     if (one == next_layer_copies_.end()) {
@@ -93,16 +94,17 @@ bool SlotCache::claim_next_layer(int32_t group, int32_t slot) {
     return true;
 }
 
-// Nanoseconds until it has arrived, by estimate.
+// Estimated nanoseconds until it arrives.
 double SlotCache::remaining_ns(int32_t group, int32_t slot) const {
     const auto one = find_next_layer(group, slot);
-    return one == next_layer_copies_.end() ? balancer_.link_ns(1, expert_bytes(group)) / 2 : nanoseconds(one->due - Clock::now());
+    return one == next_layer_copies_.end() ? balancer_.link_ns(1, expert_bytes(group)) / 2
+                                           : nanoseconds(one->due - Clock::now());
 }
 
 // The block's demands are about to be sent.
 void SlotCache::begin_fetches() {
     fetches_.queued = n_in_flight_ > 0 || link_free_ > Clock::now();
-    fetches_.sent   = Clock::now();
+    fetches_.sent = Clock::now();
 }
 
 void SlotCache::fetches_sent(const std::vector<int32_t> & slots, uint64_t bytes) {
@@ -118,7 +120,7 @@ bool SlotCache::has_arrived(int32_t slot, int32_t key) const {
     return slots.key_of(slot) != key || !slots.loading(slot);
 }
 
-// What prefetches are bringing for the block. One that failed is nobody's to fetch any more: the graph ends.
+// Wait for the prefetches that the block needs. If one failed the graph ends, since nobody fetches it any more.
 void SlotCache::await_late() {
     if (fetches_.late.empty()) {
         return;
@@ -126,7 +128,8 @@ void SlotCache::await_late() {
     Lock lock(mutex_);
     const auto began = Clock::now();
     loaded_.wait(lock, [this] {
-        return std::all_of(fetches_.late.begin(), fetches_.late.end(), [this](const auto & late) { return has_arrived(late.first, late.second); });
+        return std::all_of(fetches_.late.begin(), fetches_.late.end(),
+                           [this](const auto & late) { return has_arrived(late.first, late.second); });
     });
     counters_.stall_ns += static_cast<uint64_t>(nanoseconds(Clock::now() - began));
     const SlotPool & slots = pools_[static_cast<size_t>(fetches_.group)];
@@ -138,7 +141,7 @@ void SlotCache::await_late() {
     }
 }
 
-// A stall is the time in which nothing but the copies was waited for, by this thread or by the device.
+// A stall is time in which this thread or the device waited for nothing but copies.
 void SlotCache::await_fetches() {
     await_late();
     if (fetches_.slots.empty()) {
@@ -149,7 +152,8 @@ void SlotCache::await_fetches() {
     const auto ended = Clock::now();
     const bool waited = ended - began > noticeable;
     if (fetches_.n_sent > 0) {
-        balancer_.fetched(fetches_.n_sent, expert_bytes(fetches_.group), nanoseconds(ended - fetches_.sent), waited && !fetches_.queued);
+        balancer_.fetched(fetches_.n_sent, expert_bytes(fetches_.group), nanoseconds(ended - fetches_.sent),
+                          waited && !fetches_.queued);
     }
     ready_ = ended;
     link_free_ = next_layer_copies_.empty() ? std::min(link_free_, ended) : link_free_;
@@ -163,7 +167,7 @@ void SlotCache::await_fetches() {
 }
 
 void SlotCache::complete_fetches() {
-    fetches_.late.clear(); // theirs is the worker's to land
+    fetches_.late.clear(); // the worker completes these
     if (fetches_.slots.empty()) {
         return;
     }
@@ -175,7 +179,7 @@ void SlotCache::complete_fetches() {
     loaded_.notify_all();
 }
 
-// Their slots can be had by others once the block's pins are gone.
+// Their slots can be evicted once the block's pins are gone.
 void SlotCache::mark_arrived() {
     for (const int32_t slot : fetches_.slots) {
         pools_[static_cast<size_t>(fetches_.group)].loaded(slot);

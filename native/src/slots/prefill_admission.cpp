@@ -1,4 +1,4 @@
-// What a prompt leaves in slots: experts that travel to the device for it anyway, and that the text after it will want.
+// Admission from prefill: its graphs copy experts to the device anyway, and the text after it demands many of them.
 #include "slots/slot_cache.h"
 
 #include <algorithm>
@@ -7,7 +7,7 @@ namespace edge {
 
 namespace {
 
-// As many misses are spared as with every swap that has something for it, with a third fewer copies (docs/performance.md).
+// This threshold saves as many misses as admitting at every gain, with a third fewer copies.
 bool clearly_more(float wanted, float held) { return wanted > 1.5F * held + 1.0F; }
 
 } // namespace
@@ -16,9 +16,11 @@ int32_t SlotCache::pin_resident(int32_t number, int32_t expert) {
     const ExpertBlock & block = block_at(number);
     const Lock lock(mutex_);
     if (number == admission_block_) {
-        const auto swap = std::find_if(admissions_.begin(), admissions_.end(), [expert](const Admission & s) { return s.evicted == expert || s.admitted == expert; });
-        if (swap != admissions_.end()) {
-            return swap->slot; // pinned
+        const auto admission = std::find_if(admissions_.begin(), admissions_.end(), [expert](const Admission & s) {
+            return s.evicted == expert || s.admitted == expert;
+        });
+        if (admission != admissions_.end()) {
+            return admission->slot; // pinned
         }
     }
     const int32_t slot = has_slots() ? pool(block).find(block.first_key + expert) : SlotPool::none;
@@ -31,7 +33,8 @@ int32_t SlotCache::pin_resident(int32_t number, int32_t expert) {
     return slot;
 }
 
-// Within the block, so that no other block lends less to the rest of the prompt. Experts that something is bringing stay.
+// Admissions stay within the block, so that no other block loses experts that the rest of the prefill needs. Experts
+// that are loading stay.
 const std::vector<SlotCache::Admission> & SlotCache::begin_admission(int32_t number, const float * wanted) {
     const ExpertBlock & block = block_at(number);
     const Lock lock(mutex_);
@@ -51,14 +54,15 @@ const std::vector<SlotCache::Admission> & SlotCache::begin_admission(int32_t num
     }
     std::stable_sort(held.begin(), held.end(), [wanted](int32_t a, int32_t b) { return wanted[a] < wanted[b]; });
     std::stable_sort(absent.begin(), absent.end(), [wanted](int32_t a, int32_t b) { return wanted[a] > wanted[b]; });
-    for (size_t i = 0; i < std::min(held.size(), absent.size()) && clearly_more(wanted[absent[i]], wanted[held[i]]); ++i) {
+    for (size_t i = 0; i < std::min(held.size(), absent.size()) && clearly_more(wanted[absent[i]], wanted[held[i]]);
+         ++i) {
         const int32_t slot = slots.find(block.first_key + held[i]);
         slots.reassign(slot, block.first_key + absent[i]);
         admissions_.push_back({ slot, held[i], absent[i] });
     }
     admission_block_ = number;
     for (int32_t expert = 0; expert < table_.n_expert; ++expert) {
-        const int32_t key  = block.first_key + expert;
+        const int32_t key = block.first_key + expert;
         const int32_t slot = slots.find(key);
         if (slot != SlotPool::none && wanted[expert] > 0) {
             prefill_uses_.push_back({ wanted[expert], block.group, slot, key });
@@ -69,27 +73,28 @@ const std::vector<SlotCache::Admission> & SlotCache::begin_admission(int32_t num
 
 void SlotCache::end_admission() {
     const Lock lock(mutex_);
-    for (const Admission & swap : admissions_) {
-        pool(block_at(admission_block_)).loaded(swap.slot);
+    for (const Admission & admission : admissions_) {
+        pool(block_at(admission_block_)).loaded(admission.slot);
     }
     admissions_.clear();
     admission_block_ = -1;
     loaded_.notify_all();
 }
 
-// Slots that got only some of an expert's matrices hold nothing.
+// A slot that got only some of an expert's matrices holds nothing.
 void SlotCache::drop_admissions() {
-    for (const Admission & swap : admissions_) {
-        pool(block_at(admission_block_)).drop(swap.slot);
+    for (const Admission & admission : admissions_) {
+        pool(block_at(admission_block_)).drop(admission.slot);
     }
     admissions_.clear();
     admission_block_ = -1;
 }
 
-// What the prompt wanted counts as used, the most wanted last.
+// Experts used by prefill count as used, the most used ones last.
 void SlotCache::complete_prefill() {
     drop_admissions();
-    std::stable_sort(prefill_uses_.begin(), prefill_uses_.end(), [](const PrefillUse & a, const PrefillUse & b) { return a.weight < b.weight; });
+    std::stable_sort(prefill_uses_.begin(), prefill_uses_.end(),
+                     [](const PrefillUse & a, const PrefillUse & b) { return a.weight < b.weight; });
     for (const PrefillUse & w : prefill_uses_) {
         SlotPool & slots = pools_[static_cast<size_t>(w.group)];
         if (slots.find(w.key) == w.slot) {

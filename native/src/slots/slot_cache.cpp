@@ -21,7 +21,8 @@ SlotCache::SlotCache(const ExpertTable & table, const std::vector<int32_t> & slo
     : table_(table), buft_(buft), throttle_(params.deterministic ? 0 : params.link_bytes_per_s),
       demand_link_(ggml_backend_buft_get_device(buft), throttle_, demand_in_flight),
       prefetch_link_(ggml_backend_buft_get_device(buft), throttle_, prefetch_marks),
-      balancer_(params.link_bytes_per_s, params.splits_always || (demand_link_.asynchronous() && !params.deterministic)),
+      balancer_(params.link_bytes_per_s,
+                params.splits_always || (demand_link_.asynchronous() && !params.deterministic)),
       splits_always_(params.splits_always),
       shared_scores_(table.blocks.size() * static_cast<size_t>(table.n_expert), 0.0F),
       slot_of_(static_cast<size_t>(table.n_expert), SlotPool::none) {
@@ -47,7 +48,7 @@ SlotCache::~SlotCache() {
     if (worker_.joinable()) {
         worker_.join();
     }
-    demand_link_.wait(); // before the slots go
+    demand_link_.wait(); // before the slots are freed
 }
 
 void SlotCache::make_slots(const std::vector<int32_t> & slots) {
@@ -55,11 +56,11 @@ void SlotCache::make_slots(const std::vector<int32_t> & slots) {
     for (size_t g = 0; g < table_.groups.size(); ++g) {
         pools_.emplace_back(slots[g], static_cast<int32_t>(table_.groups[g].blocks.size()) * table_.n_expert);
     }
-    store_.reset(); // first: both at once may not fit
+    store_.reset(); // first, since both may not fit at once
     store_ = std::make_unique<SlotStore>(table_, slots, buft_);
 }
 
-// Everything before this block has run: its slots may be reused, and orders due by now come too late.
+// Every earlier block has run: its slots may be reused, and requests that were due by now are dropped.
 void SlotCache::begin_block(int32_t block) {
     for (SlotPool & pool : pools_) {
         pool.unpin_all();
@@ -72,9 +73,10 @@ void SlotCache::begin_block(int32_t block) {
         clock_->compute_block();
         run_virtual_requests();
     }
-    requests_.erase(std::remove_if(requests_.begin(), requests_.end(), [block](const Request & o) { return o.deadline <= block; }),
-                  requests_.end());
-    loaded_.notify_all(); // a drain waits for orders that may all be gone now
+    requests_.erase(
+        std::remove_if(requests_.begin(), requests_.end(), [block](const Request & o) { return o.deadline <= block; }),
+        requests_.end());
+    loaded_.notify_all(); // drain() waits for requests that may all be gone now
 }
 
 void SlotCache::hit(const ExpertBlock & block, int32_t slot) {
@@ -101,7 +103,7 @@ void SlotCache::require_expert(int32_t expert) const {
     }
 }
 
-// Residents first: pinned, they cannot become victims of this block's own misses.
+// Residents first: once pinned, they cannot be evicted by this block's own misses.
 void SlotCache::find_missing(const ExpertBlock & block, const int32_t * ids, int32_t n) {
     demanded_.clear();
     missing_.clear();
@@ -126,7 +128,7 @@ void SlotCache::find_missing(const ExpertBlock & block, const int32_t * ids, int
 int32_t SlotCache::take_for_demand(Lock & lock, const ExpertBlock & block, int32_t key) {
     SlotPool & slots = pool(block);
     int32_t slot = slots.take(key, SlotPool::any_score);
-    while (slot == SlotPool::none) { // only a load in flight can stand in the way: the floor counts it
+    while (slot == SlotPool::none) { // only a copy in flight can stand in the way: the floor counts it
         if (!complete_virtual_flight() && !await_next_layer()) {
             demand_waits_ = true;
             loaded_.wait(lock);
@@ -148,14 +150,14 @@ void SlotCache::count_fetch(const ExpertBlock & block, int32_t slot) {
     pool(block).pin(slot);
 }
 
-// Sends every missing expert of the block; where copies do not run beside us, they have arrived on return.
+// Send every missing expert of the block. If copies do not overlap with the caller, they have arrived on return.
 void SlotCache::load_missing(Lock & lock, const ExpertBlock & block) {
     SlotPool & slots = pool(block);
     loading_.clear();
     for (const int32_t expert : missing_) {
         int32_t & slot = slot_of_[static_cast<size_t>(expert)];
         slot = slots.find(block.first_key + expert);
-        if (slot != SlotPool::none) { // the worker began to load it while take_for_demand waited
+        if (slot != SlotPool::none) { // the worker began to load it while take_for_demand() waited
             hit(block, slot);
             continue;
         }
@@ -173,7 +175,7 @@ void SlotCache::load_missing(Lock & lock, const ExpertBlock & block) {
     send_loading(block);
     lock.lock();
     if (defers()) {
-        if (!store_->page_locked(block)) { // this thread copied them into what can be sent
+        if (!store_->page_locked(block)) { // this thread copied them into staging memory
             counters_.stall_ns += static_cast<uint64_t>(nanoseconds(Clock::now() - fetches_.sent));
         }
         fetches_sent(taken_, expert_bytes(block.group));
@@ -185,7 +187,7 @@ void SlotCache::load_missing(Lock & lock, const ExpertBlock & block) {
     loaded_.notify_all();
 }
 
-// To the slots that they have been given, without a lock. None of them stays if one fails.
+// Copy to the assigned slots, without a lock. If one copy fails, all of them are dropped.
 void SlotCache::send_loading(const ExpertBlock & block) {
     taken_.clear();
     for (const int32_t expert : loading_) {
@@ -210,7 +212,7 @@ void SlotCache::send_loading(const ExpertBlock & block) {
     }
 }
 
-// Waits for the wanted experts that prefetches bring, and leaves in missing_ those whose prefetch failed.
+// Wait for demanded experts that prefetches bring. Those whose prefetch failed become missing_.
 void SlotCache::complete_late(Lock & lock, const ExpertBlock & block) {
     const auto arrived = [&] {
         return std::none_of(demanded_.begin(), demanded_.end(), [&](int32_t expert) {
@@ -229,7 +231,7 @@ void SlotCache::complete_late(Lock & lock, const ExpertBlock & block) {
     missing_.clear();
     for (const int32_t expert : demanded_) {
         if (pool(block).find(block.first_key + expert) == SlotPool::none) {
-            missing_.push_back(expert); // was counted as a late miss, and will be again as a plain one
+            missing_.push_back(expert); // counted as a late miss, and counted again as a plain one
             --counters_.misses;
             --counters_.late;
             --counters_.fetched;
@@ -276,20 +278,23 @@ bool SlotCache::gpu_offload_is_faster(int32_t number, int32_t n_pairs) const {
     const ExpertBlock & block = block_at(number);
     const Lock lock(mutex_);
     if (!has_slots() || !demand_link_.asynchronous() || !store_->page_locked(block)) {
-        return false; // a thread that copies is no faster than threads that compute
+        return false; // a copying thread is no faster than computing threads
     }
     const double experts = table_.n_expert, used = table_.n_expert_used;
-    const double wanted = experts * (1 - std::pow(1 - used / experts, n_pairs / used)); // were all equally likely
+    // Distinct experts if all were equally likely
+    const double wanted = experts * (1 - std::pow(1 - used / experts, n_pairs / used));
     const auto n = std::min(static_cast<size_t>(std::lround(wanted)), static_cast<size_t>(n_pairs));
     const SlotPool & slots = pools_[static_cast<size_t>(block.group)];
-    const double absent = 1 - static_cast<double>(slots.n_slots() - slots.n_free()) / static_cast<double>(slots.n_keys());
+    const double absent =
+        1 - static_cast<double>(slots.n_slots() - slots.n_free()) / static_cast<double>(slots.n_keys());
     const uint64_t bytes = expert_bytes(block.group);
     return absent * balancer_.link_ns(n, bytes) < balancer_.cpu_ns(n, static_cast<size_t>(n_pairs), bytes);
 }
 
 bool SlotCache::all_resident() const {
     const Lock lock(mutex_);
-    return !clock_ && store_ && n_in_flight_ == 0 && std::all_of(pools_.begin(), pools_.end(), [](const SlotPool & pool) { return pool.full(); });
+    return !clock_ && store_ && n_in_flight_ == 0 &&
+           std::all_of(pools_.begin(), pools_.end(), [](const SlotPool & pool) { return pool.full(); });
 }
 
 void SlotCache::used(int32_t number, const int32_t * ids, int32_t n) {
@@ -317,7 +322,7 @@ void SlotCache::end_step() {
 }
 
 void SlotCache::resize(const std::vector<int32_t> & slots) {
-    end_step(); // it may have been left out: copies travel to slots that are about to go
+    end_step(); // may have been left out: copies in flight to slots that are about to be freed
     Lock lock(mutex_);
     requests_.clear();
     forget_next_layer_requests();
@@ -334,12 +339,13 @@ void SlotCache::resize(const std::vector<int32_t> & slots) {
     }
 }
 
-// The keys are the most worth first, so the last of them is loaded first: among equals it goes first, too. A failed
+// Keys come in order of falling score. The last is loaded first, so that it is evicted first among equals. A failed
 // copy leaves the rest to demand.
 void SlotCache::refill(int32_t group, const std::vector<int32_t> & keys) {
     SlotPool & slots = pools_[static_cast<size_t>(group)];
     for (auto key = keys.rbegin(); key != keys.rend(); ++key) {
-        const int32_t number = table_.groups[static_cast<size_t>(group)].blocks[static_cast<size_t>(*key / table_.n_expert)];
+        const int32_t number =
+            table_.groups[static_cast<size_t>(group)].blocks[static_cast<size_t>(*key / table_.n_expert)];
         const int32_t slot = slots.take(*key, SlotPool::any_score);
         try {
             store_->send(demand_link_, block_at(number), *key % table_.n_expert, slot, 0);
@@ -382,7 +388,8 @@ void SlotCache::poison_free_slots() {
     for (size_t g = 0; store_ && g < pools_.size(); ++g) {
         for (int32_t slot = 0; slot < pools_[g].n_slots(); ++slot) {
             if (pools_[g].key_of(slot) == SlotPool::none) {
-                store_->fill(static_cast<int32_t>(g), slot, 0xFF); // NaN as f32, f16, bf16 and as a block's scale
+                // NaN as f32, f16, bf16 and as a quantization block's scale
+                store_->fill(static_cast<int32_t>(g), slot, 0xFF);
             }
         }
     }

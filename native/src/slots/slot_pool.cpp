@@ -7,7 +7,8 @@
 namespace edge {
 
 SlotPool::SlotPool(int32_t n_slots, int32_t n_keys)
-    : slots_(index(n_slots)), slot_of_(index(n_keys), none), scores_(index(n_keys), 0.0F), expected_(index(n_slots), 0.0F) {
+    : slots_(index(n_slots)), slot_of_(index(n_keys), none), scores_(index(n_keys), 0.0F),
+      expected_(index(n_slots), 0.0F) {
     free_.reserve(slots_.size());
     pinned_.reserve(slots_.size());
     for (int32_t slot = n_slots - 1; slot >= 0; --slot) {
@@ -26,9 +27,9 @@ SlotState SlotPool::state(int32_t key) const {
     return at(slot).pinned ? SlotState::pinned : SlotState::resident;
 }
 
-// The bits of a float say whether it is a number, and comparing them takes many at once.
+// Test the exponent bits, since comparing integers vectorises.
 bool SlotPool::score(int32_t first, const float * values, int32_t n) {
-    constexpr uint32_t exponent = 0x7F800000U; // all ones in what is infinite or no number
+    constexpr uint32_t exponent = 0x7F800000U; // all ones in infinities and NaNs
     float * scores = scores_.data() + index(first);
     uint32_t odd = 0;
     for (int32_t i = 0; i < n; ++i) {
@@ -74,10 +75,10 @@ int32_t SlotPool::take(int32_t key, float max_score) {
     }
     Slot & slot = at(i);
     slot = Slot{};
-    slot.key             = key;
-    slot.loading         = true;
-    slot.last_use        = ++clock_;
-    expected_[index(i)]  = 0.0F;
+    slot.key = key;
+    slot.loading = true;
+    slot.last_use = ++clock_;
+    expected_[index(i)] = 0.0F;
     slot_of_[index(key)] = i;
     return i;
 }
@@ -108,10 +109,10 @@ void SlotPool::drop(int32_t slot) {
 void SlotPool::reassign(int32_t slot, int32_t key) {
     slot_of_[index(at(slot).key)] = none;
     at(slot) = Slot{};
-    at(slot).key     = key;
+    at(slot).key = key;
     at(slot).loading = true;
     expected_[index(slot)] = 0.0F;
-    slot_of_[index(key)]   = slot;
+    slot_of_[index(key)] = slot;
     touch(slot);
     pin(slot);
 }
@@ -129,9 +130,9 @@ void SlotPool::unpin_all() {
 }
 
 void SlotPool::use(int32_t slot) {
-    at(slot).last_use        = ++clock_;
+    at(slot).last_use = ++clock_;
     at(slot).unused_prefetch = false;
-    expected_[index(slot)]   = 0.0F;
+    expected_[index(slot)] = 0.0F;
 }
 
 std::vector<int32_t> SlotPool::highest_scored(int32_t n) const {

@@ -3,8 +3,9 @@
 #include "edge_speq.h"
 #include "util/error.h"
 #include "util/faults.h"
-#include "ggml-alloc.h"
 #include "util/stopwatch.h"
+
+#include "ggml-alloc.h"
 
 #include <algorithm>
 #include <string>
@@ -23,7 +24,8 @@ SlotStore::SlotStore(const ExpertTable & table, const std::vector<int32_t> & slo
         std::array<ggml_tensor *, n_roles> group{};
         for (size_t role = 0; role < like.size(); ++role) {
             if (like[role]) {
-                group[role] = ggml_new_tensor_3d(ctx_.get(), like[role]->type, like[role]->ne[0], like[role]->ne[1], slots[g]);
+                group[role] =
+                    ggml_new_tensor_3d(ctx_.get(), like[role]->type, like[role]->ne[0], like[role]->ne[1], slots[g]);
                 ggml_format_name(group[role], "edge_slots-%zu-%zu", g, role);
             }
         }
@@ -32,16 +34,15 @@ SlotStore::SlotStore(const ExpertTable & table, const std::vector<int32_t> & slo
     fault_point(Fault::allocation);
     buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_.get(), buft));
     if (!buffer_) {
-        throw Error(EDGE_ERR_MEMORY, std::string("cannot allocate the expert slots on ") + ggml_backend_buft_name(buft) +
+        throw Error(EDGE_ERR_MEMORY, std::string("cannot allocate the expert slots on ") +
+                                         ggml_backend_buft_name(buft) +
                                          "; ask for fewer (a smaller resident share or VRAM budget)");
     }
     ggml_backend_buffer_clear(buffer_.get(), 0);
     ggml_backend_buffer_set_usage(buffer_.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
 }
 
-uint64_t SlotStore::bytes() const {
-    return ggml_backend_buffer_get_size(buffer_.get());
-}
+uint64_t SlotStore::bytes() const { return ggml_backend_buffer_get_size(buffer_.get()); }
 
 void SlotStore::send(Link & link, const ExpertBlock & block, int32_t expert, int32_t slot, int marks) const {
     const auto & group = tensors_[static_cast<size_t>(block.group)];
@@ -50,8 +51,9 @@ void SlotStore::send(Link & link, const ExpertBlock & block, int32_t expert, int
         if (group[role]) {
             const ggml_tensor * weight = block.weights[role];
             const size_t bytes = weight->nb[2];
-            link.send(group[role], bytes * static_cast<size_t>(slot), static_cast<const char *>(weight->data) + bytes * static_cast<size_t>(expert),
-                      bytes, Link::page_locked(device_, weight), left <= marks);
+            link.send(group[role], bytes * static_cast<size_t>(slot),
+                      static_cast<const char *>(weight->data) + bytes * static_cast<size_t>(expert), bytes,
+                      Link::page_locked(device_, weight), left <= marks);
             --left;
         }
     }
@@ -66,7 +68,7 @@ void SlotStore::fill(int32_t group, int32_t slot, uint8_t byte) const {
     }
 }
 
-// Some slots copied onto others: half of the bytes that move are read, and kernels, which only read, take as long a byte.
+// Copy some slots onto others: half of the moved bytes are reads, and kernels, which only read, take as long per byte.
 double SlotStore::read_ns_per_byte() const {
     constexpr int64_t most_bytes = 256 << 20;
     ggml_tensor * slots = tensors_.front()[role_down];
@@ -77,7 +79,8 @@ double SlotStore::read_ns_per_byte() const {
     }
     const ggml_context_ptr ctx(ggml_init({ 2 * ggml_tensor_overhead(), nullptr, true }));
     const auto view = [&](int64_t first) {
-        ggml_tensor * some = ggml_view_3d(ctx.get(), slots, slots->ne[0], slots->ne[1], n, slots->nb[1], slots->nb[2], static_cast<size_t>(first * per_slot));
+        ggml_tensor * some = ggml_view_3d(ctx.get(), slots, slots->ne[0], slots->ne[1], n, slots->nb[1], slots->nb[2],
+                                          static_cast<size_t>(first * per_slot));
         ggml_backend_view_init(some);
         return some;
     };

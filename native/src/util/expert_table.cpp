@@ -2,6 +2,7 @@
 
 #include "edge_speq.h"
 #include "util/error.h"
+
 #include "ggml-backend.h"
 #include "llama-ext.h"
 #include "llama-model.h"
@@ -15,7 +16,7 @@ namespace edge {
 
 namespace {
 
-// 0, which makes the caller take the stock path, where layers differ. kv_overrides have their say in it.
+// 0 if layers differ, which makes the caller take the stock path. Respects kv_overrides.
 int32_t expert_used_count(const llama_model * model) {
     const uint32_t most = model->hparams.n_expert_used_max();
     for (uint32_t il = 0; il < model->hparams.n_layer(); ++il) {
@@ -31,8 +32,8 @@ bool same_layout(const BlockWeights & a, const BlockWeights & b) {
         if ((a[role] == nullptr) != (b[role] == nullptr)) {
             return false;
         }
-        if (a[role] != nullptr && (a[role]->type != b[role]->type || a[role]->ne[0] != b[role]->ne[0] ||
-                                   a[role]->ne[1] != b[role]->ne[1])) {
+        if (a[role] != nullptr &&
+            (a[role]->type != b[role]->type || a[role]->ne[0] != b[role]->ne[0] || a[role]->ne[1] != b[role]->ne[1])) {
             return false;
         }
     }
@@ -42,7 +43,7 @@ bool same_layout(const BlockWeights & a, const BlockWeights & b) {
 } // namespace
 
 ExpertTable::ExpertTable(const llama_model * model) {
-    n_expert      = llama_model_n_expert(model);
+    n_expert = llama_model_n_expert(model);
     n_expert_used = expert_used_count(model);
     if (n_expert <= 0 || n_expert_used <= 0 || n_expert_used > n_expert) {
         return;
@@ -64,7 +65,7 @@ ExpertTable::ExpertTable(const llama_model * model) {
 void ExpertTable::add(const BlockWeights & weights) {
     for (const ggml_tensor * weight : weights) {
         if (weight && (weight->ne[2] != n_expert || weight->ne[3] != 1)) {
-            return; // a shape that is not one matrix per expert: the stock path serves this layer
+            return; // not one matrix per expert: the stock path serves this layer
         }
     }
     const int32_t number = static_cast<int32_t>(blocks.size());
@@ -80,8 +81,8 @@ void ExpertTable::add(const BlockWeights & weights) {
         }
     }
     ExpertBlock block;
-    block.weights   = weights;
-    block.group     = static_cast<int32_t>(group);
+    block.weights = weights;
+    block.group = static_cast<int32_t>(group);
     block.first_key = static_cast<int32_t>(groups[group].blocks.size()) * n_expert;
     groups[group].blocks.push_back(number);
     blocks.push_back(block);
@@ -112,7 +113,7 @@ void ExpertTable::require_host_weights() const {
                 continue;
             }
             const std::string where = weight->buffer ? ggml_backend_buffer_name(weight->buffer) : "nowhere";
-            // CPU_REPACK and AMX buffers are host memory too, but hold another layout
+            // CPU_REPACK and AMX buffers are host memory, too, but with another layout
             const bool plain = weight->buffer && ggml_backend_buffer_is_host(weight->buffer) && weight->data &&
                                (where == "CPU" || where == "CPU_Mapped" || where.find("_Host") != std::string::npos);
             if (!plain || !ggml_is_contiguous(weight)) {

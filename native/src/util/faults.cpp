@@ -11,22 +11,23 @@ namespace edge {
 
 namespace {
 
-std::array<std::atomic<int64_t>, n_faults> left{}; // events until the failing one, 0 when unarmed
+std::array<std::atomic<int64_t>, n_faults> left{}; // events until the failing one, 0 if unarmed
 
 const char * name_of(Fault kind) {
     switch (kind) {
-        case Fault::allocation: return "an allocation";
-        case Fault::copy:       return "a copy into a slot";
-        case Fault::routing:    return "reading the routing";
+        case Fault::allocation:
+            return "an allocation";
+        case Fault::copy:
+            return "a copy into a slot";
+        case Fault::routing:
+            return "reading the routing";
     }
     return "an unknown event";
 }
 
 } // namespace
 
-void arm_fault(Fault kind, int64_t nth) {
-    left[static_cast<size_t>(kind)] = nth;
-}
+void arm_fault(Fault kind, int64_t nth) { left[static_cast<size_t>(kind)] = nth; }
 
 void fault_point(Fault kind) {
     std::atomic<int64_t> & counter = left[static_cast<size_t>(kind)];
@@ -34,7 +35,8 @@ void fault_point(Fault kind) {
         return;
     }
     if (counter.fetch_sub(1) == 1) {
-        throw Error(kind == Fault::allocation ? EDGE_ERR_MEMORY : EDGE_ERR_BACKEND, std::string(name_of(kind)) + " failed (injected)");
+        throw Error(kind == Fault::allocation ? EDGE_ERR_MEMORY : EDGE_ERR_BACKEND,
+                    std::string(name_of(kind)) + " failed (injected)");
     }
 }
 

@@ -27,14 +27,15 @@ bool copies_asynchronously(ggml_backend_dev_t device) {
 } // namespace
 
 Throttle::Time Throttle::reserve(size_t bytes) {
-    const std::chrono::nanoseconds span(static_cast<int64_t>(1e9 * static_cast<double>(bytes) / static_cast<double>(bytes_per_s_)));
+    const std::chrono::nanoseconds span(
+        static_cast<int64_t>(1e9 * static_cast<double>(bytes) / static_cast<double>(bytes_per_s_)));
     const std::lock_guard<std::mutex> lock(mutex_);
     free_ = std::max(free_, std::chrono::steady_clock::now()) + span;
     return free_;
 }
 
 void Throttle::wait_until(Time time) {
-    constexpr std::chrono::microseconds oversleep(80); // what a sleep may cost too much; the rest is spun
+    constexpr std::chrono::microseconds oversleep(80); // longest oversleep to expect; the rest is spun
     const auto left = time - std::chrono::steady_clock::now();
     if (left > oversleep) {
         std::this_thread::sleep_for(left - oversleep);
@@ -49,7 +50,8 @@ bool Link::page_locked(ggml_backend_dev_t device, const ggml_tensor * tensor) {
     return device && buffer && ggml_backend_buffer_get_type(buffer) == ggml_backend_dev_host_buffer_type(device);
 }
 
-Link::Link(ggml_backend_dev_t device, Throttle & throttle, size_t in_flight) : device_(device), throttle_(throttle), cells_(in_flight) {
+Link::Link(ggml_backend_dev_t device, Throttle & throttle, size_t in_flight)
+    : device_(device), throttle_(throttle), cells_(in_flight) {
     if (!copies_asynchronously(device)) {
         return;
     }
@@ -140,7 +142,7 @@ void Link::send(ggml_tensor * to, size_t offset, const void * from, size_t bytes
     }
 }
 
-// Marked always: the cell's memory is free again when its copy has arrived.
+// Always marked: the cell's memory is free again when its copy has arrived.
 void Link::send_staged(ggml_tensor * to, size_t offset, const void * from, size_t bytes) {
     Cell & cell = next_cell();
     void * const staged = staging(cell);

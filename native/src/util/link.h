@@ -11,7 +11,7 @@
 
 namespace edge {
 
-// A link slower than the real one: bytes arrive one after another at this rate, whichever thread sends them.
+// Emulates a slower link: bytes arrive one after another at this rate, whichever thread sends them.
 class Throttle {
 public:
     using Time = std::chrono::steady_clock::time_point;
@@ -24,51 +24,54 @@ public:
 
 private:
     const uint64_t bytes_per_s_;
-    std::mutex     mutex_;
-    Time           free_{};
+    std::mutex mutex_;
+    Time free_{};
 };
 
-// One thread's way from host memory into the compute device. On a device with asynchronous copies it has a backend
-// instance of its own (its own stream): page-locked bytes are sent as they lie, others through a ring of page-locked
-// cells. Elsewhere a copy is done when send() returns.
+// One thread's path from host memory to the compute device. On a device with asynchronous copies it has its own backend
+// instance, and so its own stream: page-locked bytes are sent in place, others through a ring of page-locked cells.
+// Otherwise a copy is done when send() returns.
 class Link {
 public:
     using Ticket = uint64_t; // numbers marks from 1 on
 
-    // At most in_flight marks are under way; a further one waits for the oldest.
+    // in_flight: marks at most; a further one waits for the oldest.
     Link(ggml_backend_dev_t device, Throttle & throttle, size_t in_flight);
     ~Link();
     Link(const Link &) = delete;
     Link & operator=(const Link &) = delete;
 
-    // A marked send can be awaited by its ticket, with everything before it. Marks cost an event each, 1 to 2 us.
+    // A marked send, and everything before it, can be awaited by its ticket. A mark costs an event, 1 to 2 us.
     void send(ggml_tensor * to, size_t offset, const void * from, size_t bytes, bool page_locked, bool mark);
     Ticket last() const { return sent_; }
     void wait(Ticket ticket); // everything up to it has arrived
-    void wait();              // everything has, marked or not
+    void wait();              // everything has arrived, marked or not
 
-    size_t free_marks() const { return cells_.size() - static_cast<size_t>(sent_ - arrived_); } // before one has to be waited for
-    Throttle::Time due() const { return due_; } // of the last send, over a link that is emulated
+    // Before one has to be awaited
+    size_t free_marks() const { return cells_.size() - static_cast<size_t>(sent_ - arrived_); }
+    Throttle::Time due() const { return due_; } // of the last send over an emulated link
     bool is_emulated() const { return throttle_.on(); }
-    bool asynchronous() const { return backend_ != nullptr; } // page-locked bytes travel while the caller goes on
-    // What the backend is given from now on runs after everything sent so far has arrived. False: wait() for it instead,
-    // since copies are synchronous or the slower link that is emulated is nothing that a device could wait for.
+    bool asynchronous() const { return backend_ != nullptr; } // page-locked bytes are copied while the caller goes on
+    // Make the backend's later work run after everything sent so far has arrived. False: wait() instead, because copies
+    // are synchronous or the link is emulated, for which a device cannot wait.
     bool holds(ggml_backend_t backend);
 
-    // Copies within an asynchronous device beside what a backend runs: those from now on begin when all is done that it was
-    // given so far; what it is given from now on begins when they are.
+    // Copies within an asynchronous device beside a backend's work: after() starts later copies when the backend's work
+    // so far is done; before() starts the backend's later work when the copies so far are done.
     void after(ggml_backend_t backend);
     void before(ggml_backend_t backend);
-    void copy(const ggml_tensor * from, ggml_tensor * to) { ggml_backend_tensor_copy_async(backend_.get(), backend_.get(), from, to); }
+    void copy(const ggml_tensor * from, ggml_tensor * to) {
+        ggml_backend_tensor_copy_async(backend_.get(), backend_.get(), from, to);
+    }
 
     // Whether the tensor's bytes are page-locked for this device.
     static bool page_locked(ggml_backend_dev_t device, const ggml_tensor * tensor);
 
 private:
     struct Cell {
-        ggml_backend_event_ptr  event;
-        ggml_backend_buffer_ptr memory; // page-locked, made at first use
-        Throttle::Time          due{};
+        ggml_backend_event_ptr event;
+        ggml_backend_buffer_ptr memory; // page-locked, allocated at first use
+        Throttle::Time due{};
     };
 
     Cell & cell_of(Ticket ticket) { return cells_[static_cast<size_t>(ticket % cells_.size())]; }
@@ -79,14 +82,14 @@ private:
     void * staging(Cell & cell);
 
     ggml_backend_dev_t device_;
-    ggml_backend_ptr   backend_; // null: copies are synchronous
-    ggml_backend_event_ptr before_event_; // for before()
-    ggml_backend_event_ptr after_event_; // for after()
-    Throttle &         throttle_;
-    std::vector<Cell>  cells_;
-    Ticket             sent_ = 0;
-    Ticket             arrived_ = 0;
-    Throttle::Time     due_{}; // of the last send
+    ggml_backend_ptr backend_; // null: copies are synchronous
+    ggml_backend_event_ptr before_event_; // of before()
+    ggml_backend_event_ptr after_event_; // of after()
+    Throttle & throttle_;
+    std::vector<Cell> cells_;
+    Ticket sent_ = 0;
+    Ticket arrived_ = 0;
+    Throttle::Time due_{}; // of the last send
 };
 
 } // namespace edge

@@ -6,7 +6,7 @@
 
 namespace edge {
 
-// Nanoseconds that act takes after prepare, the least of some times: what else runs on the machine only adds to that.
+// Return the smallest duration of act after prepare, in nanoseconds: other load on the machine only adds to it.
 template <typename Act, typename Prepare> double least_ns(const Act & act, const Prepare & prepare) {
     constexpr int times = 4; // the first wakes threads and touches pages
     double least = HUGE_VAL;
@@ -14,7 +14,8 @@ template <typename Act, typename Prepare> double least_ns(const Act & act, const
         prepare();
         const auto began = std::chrono::steady_clock::now();
         act();
-        least = std::min(least, std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - began).count());
+        least =
+            std::min(least, std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - began).count());
     }
     return least;
 }

@@ -15,16 +15,18 @@ public:
     void compute_block() { now_ += block_ns_; }
     void wait_until(uint64_t time) { now_ = std::max(now_, time); }
 
-    uint64_t begin(uint64_t requested_at) const { return std::max(link_free_, requested_at); } // when a transfer could begin
-    uint64_t transfer(uint64_t requested_at, uint64_t bytes) { // begins it; when it will have arrived
-        link_free_ = begin(requested_at) + static_cast<uint64_t>(1e9 * static_cast<double>(bytes) / static_cast<double>(bytes_per_s_));
+    // Earliest begin of a transfer
+    uint64_t begin(uint64_t requested_at) const { return std::max(link_free_, requested_at); }
+    uint64_t transfer(uint64_t requested_at, uint64_t bytes) { // begins it and returns its arrival
+        link_free_ = begin(requested_at) +
+                     static_cast<uint64_t>(1e9 * static_cast<double>(bytes) / static_cast<double>(bytes_per_s_));
         return link_free_;
     }
 
 private:
     uint64_t bytes_per_s_;
     uint64_t block_ns_;
-    uint64_t now_       = 0;
+    uint64_t now_ = 0;
     uint64_t link_free_ = 0;
 };
 

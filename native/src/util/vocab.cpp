@@ -16,7 +16,7 @@ int32_t first_vocab_difference(const llama_model * model_a, const llama_model * 
     const llama_vocab * b = llama_model_get_vocab(model_b);
     const int32_t n_a = llama_vocab_n_tokens(a);
     const int32_t n_b = llama_vocab_n_tokens(b);
-    const int32_t n   = std::min(n_a, n_b);
+    const int32_t n = std::min(n_a, n_b);
     for (int32_t token = 0; token < n; ++token) {
         if (std::strcmp(llama_vocab_get_text(a, token), llama_vocab_get_text(b, token)) != 0) {
             return token;
