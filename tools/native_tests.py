@@ -1,4 +1,4 @@
-"""Builds native/tests against the installed wheel's libraries and runs them: ASan with UBSan, then TSan.
+"""Build native/tests against the installed wheel's libraries and run them: ASan with UBSan, then TSan.
 
     python tools/native_tests.py
 
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent.parent / "native"
@@ -78,9 +79,29 @@ def compiler_command(tree: Path) -> list[str]:
     ]
 
 
-def compile_test(compiler: list[str], test: str, sanitizer: str, out: Path) -> Path:
+def sanitizer_flags(sanitizer: str) -> list[str]:
+    return [f"-fsanitize={sanitizer}", *SANITIZERS[sanitizer]]
+
+
+def compile_objects(compiler: list[str], sanitizer: str, out: Path) -> dict[str, Path]:
+    """Compile all sources and tests once. Return the object of each, by name."""
+    src = NATIVE / "src"
+    sources = {path.relative_to(src).with_suffix("").as_posix(): path for path in src.rglob("*.cpp")}
+    sources |= {test: NATIVE / "tests" / f"{test}.cpp" for test in TESTS}
+    objects = {name: out / f"{name.replace('/', '-')}.o" for name in sources}
+
+    def compile_one(name: str) -> None:
+        files = ["-c", str(sources[name]), "-o", str(objects[name])]
+        subprocess.run([*compiler, *sanitizer_flags(sanitizer), *files], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources))
+    return objects
+
+
+def link_test(compiler: list[str], test: str, sanitizer: str, objects: dict[str, Path]) -> Path:
     libraries = installed_libraries()
-    program = out / f"{test}-{sanitizer.partition(',')[0]}"
+    program = objects[test].with_suffix("")
     link = [
         f"-L{libraries}",
         "-lllama",
@@ -90,9 +111,8 @@ def compile_test(compiler: list[str], test: str, sanitizer: str, out: Path) -> P
         f"-Wl,-rpath,{libraries}",
         "-pthread",
     ]
-    sources = [str(NATIVE / "src" / f"{name}.cpp") for name in TESTS[test]] + [str(NATIVE / "tests" / f"{test}.cpp")]
-    sanitize = [f"-fsanitize={sanitizer}", *SANITIZERS[sanitizer]]
-    subprocess.run([*compiler, *sanitize, *sources, "-o", str(program), *link], check=True)
+    files = [str(objects[name]) for name in (*TESTS[test], test)]
+    subprocess.run([*compiler, *sanitizer_flags(sanitizer), *files, "-o", str(program), *link], check=True)
     return program
 
 
@@ -105,10 +125,12 @@ def main() -> int:
         tree = source.unpack(source.fetch(upstream), out / "sdist")
         apply_patches([NATIVE / "patches" / name for name in upstream.patches], tree)
         compiler = compiler_command(tree)
-        subprocess.run([*compiler, "-fsyntax-only", *map(str, sorted((NATIVE / "src").rglob("*.cpp")))], check=True)
         for sanitizer in SANITIZERS:
+            folder = out / sanitizer.partition(",")[0]
+            folder.mkdir()
+            objects = compile_objects(compiler, sanitizer, folder)
             for test in TESTS:
-                program = compile_test(compiler, test, sanitizer, out)
+                program = link_test(compiler, test, sanitizer, objects)
                 print(f"{test} under {sanitizer}: ", end="", flush=True)
                 try:
                     run = subprocess.run([str(program), str(MODEL)], check=False, timeout=TIMEOUT)

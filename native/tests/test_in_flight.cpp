@@ -271,7 +271,7 @@ void every_kernel_reads_its_experts(const Conditions & conditions) {
     const edge_counters & c = tally.counters;
     std::printf("seed %u: %" PRIu64 " reads, %" PRIu64
                 " wrong; %d held, %d cancelled, %d failed, %d unended, %d resized; %" PRIu64
-                " sent ahead or ordered, %" PRIu64 " of use\n",
+                " prefetched or requested, %" PRIu64 " used\n",
                 conditions.seed, tally.reads.load(), tally.wrong.load(), tally.held, tally.cancelled, tally.failed,
                 tally.unended, tally.resized, c.prefetched, c.prefetched_used);
     CHECK(tally.wrong == 0);
