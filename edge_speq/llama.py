@@ -192,7 +192,7 @@ class EdgeLlama(Bounded):
             place, ahead = compute.removesuffix("-ahead"), compute in ("auto", "hybrid-ahead")
             transfers = _native.Transfers(self._link, self._deterministic, block_ns, place, threads, ahead)
             self._hook = _native.Hook(
-                self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers, reads_prompts=True
+                self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers, reads_prefill=True
             )
             # closed after the context that uses it and before the model that it hangs on
             self._stack.callback(self._hook.detach)
@@ -248,7 +248,7 @@ class EdgeLlama(Bounded):
         policy = presets.live(self._wanted.policy, setting, is_fixed=fixed, has_clock=clock, is_limited=limited)
         if self._hook is not None:
             self._hook.use_budget(policy.expert_budget)
-            self._hook.keep_prompts(policy.reads_prompts)
+            self._hook.admit_from_prefill(policy.reads_prompts)
         return policy
 
     def _load_draft(self, k_max: int) -> Draft | None:

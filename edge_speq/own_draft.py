@@ -30,9 +30,9 @@ class OwnDraft:
         self.experts: Experts | None = hook.experts
         self._target, self._hook, self._max_width = target, hook, max_width
         self._shown = Shown()
-        self._uses = "resident" if twin is None else "twin"
+        self._uses = "resident" if twin is None else "draft"
         if twin is not None:
-            hook.load_twin(str(twin.path), twin.tensors)
+            hook.load_draft_experts(str(twin.path), twin.tensors)
 
     def begin(self) -> None: ...
 

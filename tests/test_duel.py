@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edge_speq import presets
-from edge_speq._reckoning import Pool
+from edge_speq._native.policy_kernels import Pool
 from edge_speq.core import ExpertGroup, Experts
 from edge_speq.presets import Setting
 from edge_speq.presets.duel import DECAYS, Duel

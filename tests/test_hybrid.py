@@ -15,7 +15,8 @@ import test_exactness as exactness
 import test_speculation as speculation
 from llama_cpp import _internals as internals
 
-from edge_speq import EdgeError, _native, engine, foresight, ggml
+from edge_speq import EdgeError, _native, engine, foresight
+from edge_speq._native import ggml
 
 ARCHITECTURES = (
     *("qwen3moe", "mixtral", "olmoe", "qwen2moe", "phimoe", "deepseek2", "gpt-oss", "granitemoe", "grovemoe"),
@@ -28,7 +29,7 @@ AUTO = _native.Transfers(compute="auto", n_threads=2)
 def fill(hook: _native.Hook, share: float) -> None:
     """Experts at random into a share of the slots."""
     absent = np.random.default_rng(1).permutation(np.argwhere(hook.states() == 0))[: int(share * hook.n_slots)]
-    hook.prefetch(np.array([(block, expert, 99, 1.0) for block, expert in absent], dtype=_native.ORDER))
+    hook.prefetch(np.array([(block, expert, 99, 1.0) for block, expert in absent], dtype=_native.PREFETCH_REQUEST))
     hook.drain()
 
 
@@ -86,7 +87,7 @@ def test_slots_shrink_while_the_cpu_computes(bundled: tuple[Path, Path]) -> None
 def test_what_cannot_be_cloned_is_named(tiny: Any) -> None:
     path = tiny.moe("qwen3moe", scales=True)
     hybrid = speculation.llm(path, resident="1/2", compute="hybrid", n_ctx=64)
-    with hybrid as model, pytest.raises(EdgeError, match="compute=device"):
+    with hybrid as model, pytest.raises(EdgeError, match="on_miss=fetch"):
         model.create_completion("ab", max_tokens=4)
     with speculation.llm(path, resident="1/2", n_ctx=64) as model:
         assert model.create_completion("ab", max_tokens=4)["usage"]["completion_tokens"]

@@ -14,7 +14,7 @@ import test_speculation as speculation
 
 from edge_speq import _native
 
-AHEAD = dataclasses.replace(hybrid.HYBRID, layer_ahead=True)
+AHEAD = dataclasses.replace(hybrid.HYBRID, next_layer_prefetch=True)
 
 
 def decoded(path: Path, share: float, transfers: _native.Transfers, widths: list[int]) -> tuple[Any, Any, Any]:
@@ -24,7 +24,7 @@ def decoded(path: Path, share: float, transfers: _native.Transfers, widths: list
         slots = [max(1 + experts.n_expert_used, int(share * g.n_experts)) for g in experts.groups]
         hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, slots, transfers)
         hook.poison_free_slots()
-        hook.prefetch(np.zeros(0, dtype=_native.ORDER))
+        hook.prefetch(np.zeros(0, dtype=_native.PREFETCH_REQUEST))
         got = exactness.logits(model, hook, widths)
         hook.drain()
         counters, costs = hook.counters(), hook.costs()
@@ -53,7 +53,7 @@ def test_the_bundled_model_is_foreseen_and_hits_more(bundled: tuple[Path, Path])
 
 
 def test_without_hybrid_execution_nothing_is_foreseen(bundled: tuple[Path, Path]) -> None:
-    counters, costs, _ = decoded(bundled[0], 0.5, _native.Transfers(layer_ahead=True), [1] * 10)
+    counters, costs, _ = decoded(bundled[0], 0.5, _native.Transfers(next_layer_prefetch=True), [1] * 10)
     assert not counters.prefetched
     assert costs.layer_ahead_precision == 0
 

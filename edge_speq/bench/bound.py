@@ -96,7 +96,9 @@ def _order_rate(model: Watched) -> float | None:
     hook = model._hook
     assert hook is not None
     absent = np.argwhere(hook.states() == 0)[: min(N_ORDERS, max(1, hook.n_slots // 2))]
-    orders = np.array([(block, expert, hook.experts.n_blocks, 1e6) for block, expert in absent], dtype=_native.ORDER)
+    orders = np.array(
+        [(block, expert, hook.experts.n_blocks, 1e6) for block, expert in absent], dtype=_native.PREFETCH_REQUEST
+    )
     before, started = hook.counters().bytes_fetched, time.perf_counter()
     hook.prefetch(orders)
     hook.drain()

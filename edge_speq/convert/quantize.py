@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_speq import gguf_file, gguf_model
-from edge_speq.convert import Progress, atomic, layout, native_log, silent, types, watch
+from edge_speq._native.log import captured
+from edge_speq.convert import Progress, atomic, layout, silent, types, watch
 from edge_speq.convert.imatrix import Importance
 from edge_speq.core import EdgeError
 from edge_speq.gguf_file import DEFAULT_ALIGNMENT, GGUFFile
@@ -190,7 +191,7 @@ def _call(source: Path, out: Path | None, file: GGUFFile, recipe: Recipe, target
     params.ftype, params.pure, params.allow_requantize = recipe.ftype, recipe.pure, True
     params.dry_run, params.max_buf_size = out is None, SLAB_BYTES
     keep_alive = [_set_types(params, recipe), _set_keys(params, file, recipe), _set_importance(params, recipe)]
-    with native_log.captured() as log:
+    with captured() as log:
         status = llama_cpp.llama_model_quantize(_path(source), _path(out or source), ctypes.byref(params))
     del keep_alive
     if status:

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from edge_speq import _reckoning, foresight
+from edge_speq import foresight
+from edge_speq._native import policy_kernels
 from edge_speq.presets.policy import NO_ORDERS, Policy, Routing, Setting, Slots
 
 DECAYS = (0.95, 0.99)  # per step
@@ -36,8 +37,8 @@ class Duel(Policy):
         experts = setting.experts
         stride = max(1, -(-experts.total // SAMPLE))
         given = {"last": LAST, "smoothing": SMOOTHING, "hysteresis": HYSTERESIS}
-        self._native = _reckoning.Duel(experts, stride, DECAYS, **given)
-        self._often, self._pools = self._native.often, self._native.pools
+        self._native = policy_kernels.SetDueling(experts, stride, DECAYS, **given)
+        self._often, self._pools = self._native.frequency, self._native.pools
         self._resize_pools()
         self._counts = foresight.Counts(experts)
         self._admits = False  # nobody fetches on demand
@@ -73,7 +74,7 @@ class Duel(Policy):
         return foresight.admissions(self._counts.worth(), slots.states())
 
     def read(self, routing: Routing) -> None:
-        self._native.read(routing)
+        self._native.on_prefill(routing)
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         self._native.observe(routing)

@@ -175,7 +175,7 @@ class CpuMoe(Policy):
 
 def make_orders(block: npt.NDArray[Any], expert: npt.NDArray[Any], priority: Any) -> npt.NDArray[Any]:
     """Orders with their own block as deadline."""
-    out = np.empty(len(block), dtype=_native.ORDER)
+    out = np.empty(len(block), dtype=_native.PREFETCH_REQUEST)
     out["block"] = out["deadline"] = block
     out["expert"], out["priority"] = expert, priority
     return out
@@ -187,7 +187,7 @@ def order_of_each(experts: Experts) -> npt.NDArray[Any]:
     return make_orders(block, expert, priority=0.0)
 
 
-NO_ORDERS: npt.NDArray[Any] = np.zeros(0, dtype=_native.ORDER)
+NO_ORDERS: npt.NDArray[Any] = np.zeros(0, dtype=_native.PREFETCH_REQUEST)
 
 
 class Sets:

@@ -55,7 +55,7 @@ class Recorder(EdgeLlama):
         super()._model_loaded()
         if self._hook is None and self._experts.n_blocks:
             width = self._plan.max_width
-            self._watching = _native.Hook(self._model.model, self._experts, width, reads_prompts=True)
+            self._watching = _native.Hook(self._model.model, self._experts, width, reads_prefill=True)
             self._stack.callback(self._watching.detach)
 
     def _load_draft(self, k_max: int) -> Draft | None:
@@ -106,7 +106,7 @@ class Recorder(EdgeLlama):
             hook.end_step()
         if hook is None or hook.routing().shape[1] != len(chunk):
             self._n_wide += 1
-            read = hook.prompt() if hook is not None else None
+            read = hook.prefill_routing() if hook is not None else None
             self._read = read.copy() if read is not None and read.shape[1] else None
             return
         stalled = hook.counters().stall_ms
