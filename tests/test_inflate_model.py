@@ -116,7 +116,7 @@ def test_the_next_block_is_foreseen_in_part(tmp_path: Path, tool: Tool) -> None:
     ) as model:
         texts(model, ["The end " + last for last in "vpm"], 64)
         assert model._hook is not None
-        assert 0.66 < model._hook.costs().layer_ahead_precision < 0.84  # with nothing written it is 1
+        assert 0.66 < model._hook.costs().next_layer_precision < 0.84  # with nothing written it is 1
 
 
 def test_random_blocks_have_no_direction_and_rows_that_are_not_asked_for_are_zero(tool: Tool) -> None:

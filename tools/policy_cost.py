@@ -100,7 +100,7 @@ def live(options: argparse.Namespace, name: str, k: int) -> dict[str, Any]:
     with contextlib.closing(EdgeLlama(str(options.model), **draft, **given)) as llm:
         lookahead = llm._speculator
         before, after = _timed(lookahead, "foresee"), _timed(lookahead, "observe")
-        native = [_timed(lookahead._hook, called) for called in ("prefetch_waits", "prefetch", "states")]
+        native = [_timed(lookahead._hook, called) for called in ("prefetch_next_use", "prefetch", "states")]
         llm.create_completion(PROMPT, max_tokens=options.tokens, temperature=0)
         assert lookahead._policy is not None and not lookahead.failures
         experts = lookahead._policy.setting.experts
