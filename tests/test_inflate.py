@@ -15,7 +15,7 @@ import pytest
 from edge_speq import EdgeLlama, _native, gguf_model
 from edge_speq.core import EdgeError
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "models" / "recipes"))
 import inflate
 import inflate_check
 from inflate import InflateError, Times

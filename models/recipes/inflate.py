@@ -1,6 +1,6 @@
 """Makes a model of realistic size from a small trained MoE GGUF without changing what it computes.
 
-    python tools/inflate.py models/tales-moe.gguf OUT.gguf --width-times 8 --ff-times 8 --layers-times 8 --verify
+    python models/recipes/inflate.py models/tales-moe.gguf OUT.gguf --width-times 8 --ff-times 8 --layers-times 8 --verify
 
 It works on the quantized blocks; only scales of blocks are changed, and only to zero. Text, routing and a draft's
 acceptance stay those of the source, bytes and work become those of a large model.

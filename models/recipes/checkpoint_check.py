@@ -1,6 +1,6 @@
 """A GGUF file against the Hugging Face checkpoint that it was made of, read by transformers in F32 on the CPU.
 
-    python tools/checkpoint_check.py CHECKPOINT model-f16.gguf model-q8_0.gguf      # needs the extra edge-speq[convert]
+    python models/recipes/checkpoint_check.py CHECKPOINT model-f16.gguf model-q8_0.gguf      # needs the extra edge-speq[convert]
 
 Tokens of a text must be equal; logits are compared by NMSE and by the share of positions with the same top token.
 """

@@ -1,6 +1,6 @@
 """Compares an inflated model with its source: routing, logits, greedy text, and how local routing is in both.
 
-    python tools/inflate_check.py models/tales-moe.gguf OUT.gguf
+    python models/recipes/inflate_check.py models/tales-moe.gguf OUT.gguf
 
 Both read the same prompts of edge-speq bench, then the source's greedy text, a token at a time. Their greedy texts are
 the same exactly when each token of it is the inflated model's first choice too. Where it is not, `near_ties` counts and

@@ -1,8 +1,8 @@
-"""Training text for tools/train_moe.py, in the four classes of the prompts, from packages that anyone can fetch.
+"""Training text for models/recipes/train_moe.py, in the four classes of the prompts, from packages that anyone can fetch.
 
     mkdir debs && cd debs && apt-get download r-cran-janeaustenr sword-text-web wordnet-base dict-jargon dict-devil \\
         python3.11-doc rust-doc && for deb in *.deb; do dpkg -x $deb ../root; done && cd ..
-    python tools/moe_corpus.py --packages root --held-out tests/data/prompts/*.jsonl -o corpus
+    python models/recipes/moe_corpus.py --packages root --held-out tests/data/prompts/*.jsonl -o corpus
 
 writes corpus/{prose,code,chat,textbook}.txt, documents separated by <|endoftext|>. Code is the running Python's
 standard library and the packages CODE, as far as installed; dialogues are made of the other classes and of WordNet.

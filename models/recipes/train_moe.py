@@ -1,12 +1,12 @@
 """A second small MoE with other routing than the bundled model: Mixtral's graph, trained from scratch with torch alone.
 
-    python tools/train_moe.py prepare corpus/*.txt --tokenizer CHECKPOINT/tokenizer.json -o corpus.npy.xz
-    python tools/train_moe.py train corpus.npy.xz -o moe2 --seconds 75          # a GPU; needs torch and numpy, no more
+    python models/recipes/train_moe.py prepare corpus/*.txt --tokenizer CHECKPOINT/tokenizer.json -o corpus.npy.xz
+    python models/recipes/train_moe.py train corpus.npy.xz -o moe2 --seconds 75          # a GPU; needs torch and numpy, no more
     cp CHECKPOINT/{tokenizer,tokenizer_config,special_tokens_map,generation_config}.json moe2/
     edge-speq convert hf moe2 -o moe2-f16.gguf --outtype f16
-    python tools/train_moe.py check moe2 moe2-f16.gguf
+    python models/recipes/train_moe.py check moe2 moe2-f16.gguf
 
-Text files hold documents separated by <|endoftext|> (tools/moe_corpus.py makes some). The bundled model chooses 4 of 32
+Text files hold documents separated by <|endoftext|> (models/recipes/moe_corpus.py makes some). The bundled model chooses 4 of 32
 experts, this one 2 of 20. The time is what is given, not the number of steps, so the learning rate follows the clock.
 Weights are written as F16, in files small enough to be handed over one by one.
 """
@@ -212,7 +212,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def check(folder: Path, files: list[str], text: str | None, n_tokens: int) -> list[dict[str, Any]]:
-    """Logits of the model here, F32, against llama.cpp's, as tools/checkpoint_check.py does it with transformers."""
+    """Logits of the model here, F32, against llama.cpp's, as models/recipes/checkpoint_check.py does it with transformers."""
     import tokenizers
     from checkpoint_check import compare
 

@@ -1,8 +1,8 @@
 """Writes a random-weight Q4_0 MoE GGUF with the shape of a real one, for timings where no trained file fits.
 
-    python tools/inflate_model.py OUT.gguf --layers 12                  # Qwen3-30B-A3B: d 2048, 8 of 128 experts of 768
-    python tools/inflate_model.py OUT.gguf --layers 8 --shape mixtral   # Mixtral-8x7B: d 4096, 2 of 8 experts of 14336
-    python tools/inflate_model.py OUT.gguf --prompts OUT.jsonl          # prompts that its text goes on from, for bench
+    python models/recipes/inflate_model.py OUT.gguf --layers 12                  # Qwen3-30B-A3B: d 2048, 8 of 128 experts of 768
+    python models/recipes/inflate_model.py OUT.gguf --layers 8 --shape mixtral   # Mixtral-8x7B: d 4096, 2 of 8 experts of 14336
+    python models/recipes/inflate_model.py OUT.gguf --prompts OUT.jsonl          # prompts that its text goes on from, for bench
 
 Bytes, shapes and kernels are those of the real model, but for a vocabulary of 8192: bytes, and made-up words. Weights
 are pieces of one random stretch, and most rows of ffn_down and attn_output have scales of zero.
