@@ -64,7 +64,7 @@ def _listed() -> dict[str, Any]:
 
 def pages() -> dict[str, str]:
     """Titles of the results pages by name."""
-    return dict(_listed()["pages"])
+    return {page: table["title"] for page, table in _listed().items() if page != "commands"}
 
 
 def command_lines(file: str) -> list[str]:
@@ -75,8 +75,8 @@ def command_lines(file: str) -> list[str]:
 
 def entries() -> dict[str, Entry]:
     """All entries by name, in the order of entries.toml."""
-    listed = {name: fields for name, fields in _listed().items() if name not in ("pages", "commands")}
-    return {name: Entry(name, **fields | {"files": tuple(fields["files"])}) for name, fields in listed.items()}
+    found = [(page, name, fields) for page in pages() for name, fields in _listed()[page].items() if name != "title"]
+    return {name: Entry(name, page, **fields | {"files": tuple(fields["files"])}) for page, name, fields in found}
 
 
 @dataclass(frozen=True, slots=True)

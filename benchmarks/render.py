@@ -92,7 +92,7 @@ def wanted(root: Path = ROOT) -> dict[Path, str]:
             made[name] = known[name].table()
         return made[name]
 
-    found = pages()
+    found = dict(pages())
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         relative, text = path.relative_to(root), path.read_text(encoding="utf-8")
         if relative not in found and MARKER.search(text):
@@ -112,7 +112,7 @@ def problems(root: Path = ROOT) -> list[str]:
         now = (root / path).read_text(encoding="utf-8") if (root / path).exists() else ""
         if now != text:
             found.append(f"{path}: {_first_difference(now, text)}")
-    found += [f"{path}: no entry is on this page" for path in stale(root)]
+    found += [f"{path.relative_to(root)}: no entry is on this page" for path in stale(root)]
     return found + [f"{path}: not drawn from what is stored" for path in charts.outdated(root)]
 
 

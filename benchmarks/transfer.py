@@ -4,14 +4,12 @@ prefetch     orders of 64 experts, from a mapped file and from page-locked memor
 demand       bytes over the time that a step stalled for them
 torch        copies of as many bytes by torch, if it is installed with CUDA: the device's own bandwidth
 widths       milliseconds of a step of one token, of four, and of both in turn, which rebuilds the graph each time
-own experts  milliseconds of a step with the model's own experts, with routers restricted to slots, and in turn
 
 Everything is interleaved in rounds.
 """
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
 import time
@@ -19,17 +17,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
-from llama_cpp import _internals as internals
 
 from benchmarks import store
 from benchmarks.placements import PREFIX, Placement
 from benchmarks.tables import NONE, Spread, markdown
-from edge_speq import _native, engine
+from edge_speq import _native
 
 N_ORDERS, STEPS = 64, 30
-MODES, PAST, REPETITIONS = ("own", "resident"), 40, 12
 
 
 def prefetch_rate(hook: _native.Hook, random: np.random.Generator) -> float:
@@ -130,40 +125,6 @@ def measure(model: Path, threads: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def own_experts(path: Path) -> dict[str, Any]:
-    """Milliseconds of a step in each mode, after its like and after the other, on one CPU thread."""
-    params, contexts = llama_cpp.llama_model_default_params(), llama_cpp.llama_context_default_params()
-    contexts.n_ctx, contexts.n_threads, contexts.n_threads_batch = 256, 1, 1
-    keep_alive = engine.experts_on_host(params)
-    with contextlib.closing(engine.load_model(path, params, "model")) as model:
-        experts = _native.model_experts(model.model)
-        hook = _native.Hook(model.model, experts, 1, [group.n_experts * 3 // 4 for group in experts.groups])
-        with (
-            contextlib.closing(internals.LlamaContext(model=model, params=contexts)) as context,
-            contextlib.closing(internals.LlamaBatch(n_tokens=64, embd=0, n_seq_max=1)) as batch,
-        ):
-
-            def step(mode: str) -> float:
-                started = time.perf_counter()
-                if not hook.use_experts(mode):
-                    raise SystemExit(f"{path}: too few experts of a block are in slots")
-                context.kv_cache_seq_rm(-1, PAST, -1)
-                engine.decode(context, batch, [17], PAST, 1, hook=hook)
-                return 1e3 * (time.perf_counter() - started)
-
-            engine.decode(context, batch, list(range(5, 5 + PAST)), 0, 1, hook=hook)
-            for token in range(8):
-                engine.decode(context, batch, [token], PAST, 1, hook=hook)
-                context.kv_cache_seq_rm(-1, PAST, -1)
-            alike = {mode: [step(mode) for _ in range(REPETITIONS)] for mode in MODES}
-            turns = [{mode: step(mode) for mode in MODES} for _ in range(REPETITIONS)]
-        hook.detach()
-    del keep_alive
-    in_turn = {mode: [turn[mode] for turn in turns] for mode in MODES}
-    ms = {m: {"alike": Spread.of(alike[m]).to_dict(), "in_turn": Spread.of(in_turn[m]).to_dict()} for m in MODES}
-    return {"model": path.name, "n_blocks": experts.n_blocks, "ms": ms}
-
-
 def rate_table(*files: dict[str, Any]) -> str:
     names = list(files[0]["gb_per_s"])
     rows = []
@@ -183,22 +144,10 @@ def width_table(*files: dict[str, Any]) -> str:
     return markdown(("model", "placement", "1 token, ms", "4 tokens, ms", "1 and 4 in turn, mean of both, ms"), rows)
 
 
-def own_table(*files: dict[str, Any]) -> str:
-    rows = [
-        [f"{found['model']}, {found['n_blocks']} layers", mode]
-        + [Spread.stored(found["ms"][mode][when]).text(2) for when in ("alike", "in_turn")]
-        for found in files
-        for mode in MODES
-    ]
-    return markdown(("model", "experts", "after a step of the same kind, ms", "after one of the other kind, ms"), rows)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     _native.load_backends()
-    found = (
-        own_experts(options.model) if options.own_experts else measure(options.model, options.threads, options.rounds)
-    )
+    found = measure(options.model, options.threads, options.rounds)
     options.out.write_text(store.whole(found), encoding="utf-8")
     return 0
 
@@ -208,7 +157,6 @@ def parser() -> Any:
     made.add_argument("model", type=Path)
     made.add_argument("--threads", type=int, default=8)
     made.add_argument("--rounds", type=int, default=7)
-    made.add_argument("--own-experts", action="store_true", help="only the steps of a model that drafts for itself")
     return made
 
 

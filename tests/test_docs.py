@@ -23,7 +23,7 @@ def test_links_and_programs_exist(page: Path) -> None:
 
 
 def test_the_folders_of_the_architecture_exist() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = next((ROOT / "docs").rglob("architecture.md")).read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     names = [name.strip(" `") for row in rows for name in row.split(",") if "/" in name]
     assert len(names) > 12
