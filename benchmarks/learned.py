@@ -17,22 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks import store
 from benchmarks.policies import gap_cell, stored
-from benchmarks.tables import NONE, Row, fraction, markdown
+from benchmarks.tables import Row, fraction, markdown
 from benchmarks.twins import ALONE, CASES, CLASSES, HELD_OUT, LINK, make_twin, record, write_like
 from edge_speq import _native, demo
 from edge_speq.bench import prompts
 from edge_speq.bench.prompts import Prompt
 from edge_speq.foresight import weights
-from edge_speq.foresight.learned import Learned
 from edge_speq.foresight.weights import Weights
-from edge_speq.presets.policy import Sets
 from edge_speq.simulate import report
-from edge_speq.simulate.windows import _overlap, _places, _texts
-from edge_speq.trace import Trace
 from edge_speq.tune.learn import learn
 
 DRAFTS = {
@@ -42,8 +37,6 @@ DRAFTS = {
 POLICIES = ("lru", "lfru", "waits", "learned", "auto")
 N_TEXTS, TEST_TOKENS, TRAIN_TOKENS = 4, 64, 96
 TRAIN_SEEDS, TRAIN_K = (2, 3), (1, 4)
-WINDOW, GOAL_PRECISION = 4, 0.7
-THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.07, *(0.05 * i for i in range(2, 20)))
 
 
 def make_draft(target: Path, kind: str, folder: Path) -> Path | None:
@@ -90,50 +83,6 @@ def learned_from(kind: str, folder: Path, target: Path, draft: Path | None) -> W
     return weights.read(path)
 
 
-def window(recorded: Trace, learned: Weights) -> dict[str, float]:
-    """Experts of the next four tokens as the text went on, wrong drafts included: what the draft's sets foresee, and
-    these united with the network's, from the chance on that leaves the precision wanted."""
-    sets, steps = Sets(recorded.experts), recorded.steps
-    place = {id(step): (text, at) for step, text, at in _all_places(recorded, _texts(steps))}
-    network, found = Learned(learned), []
-    is_twin = bool(recorded.meta["is_twin"])
-    for step in steps:
-        text, at = place.get(id(step), ([], 0))
-        if len(text) >= at + WINDOW and step.width >= WINDOW:
-            shown = None if step.foreseen is None else step.foreseen[:, :WINDOW]
-            chance = network.coming(step.tokens[:WINDOW].tolist(), shown)
-            twin = sets.of(shown) if is_twin and shown is not None else np.zeros(len(chance), dtype=bool)
-            found.append((chance, twin, sets.of(np.stack(text[at : at + WINDOW], axis=1))))
-        network._tokens = [] if step.is_prompt else step.tokens.tolist()
-        if step.whole:
-            network.observe(step.routing, step.n_drafted - step.n_accepted)
-    chances, twins, came = (np.stack(column) for column in zip(*found, strict=True))
-    quality = {f"{t:.2f}": _quality((chances >= t) | twins, came) for t in THRESHOLDS}
-    enough = [both for both in quality.values() if both[0] >= GOAL_PRECISION]
-    best = max(enough, key=lambda both: both[1], default=(float("nan"), float("nan")))
-    half = quality["0.50"]
-    made = {"precision_half": half[0], "recall_half": half[1], "precision_goal": best[0], "recall_goal": best[1]}
-    if is_twin:
-        made |= dict(zip(("precision_twin", "recall_twin"), _quality(twins, came), strict=True))
-    return made
-
-
-def _all_places(recorded: Trace, texts: Any) -> list[Any]:
-    if any(step.foreseen is not None for step in recorded.steps):
-        return _places(recorded.steps, texts)
-    at, found = dict.fromkeys(texts, 0), []
-    for step in recorded.steps:
-        if not step.is_prompt:
-            found.append((step, texts[step.passage], at[step.passage]))
-            at[step.passage] += step.n_accepted + 1
-    return found
-
-
-def _quality(predicted: npt.NDArray[np.bool_], came: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    both, n_predicted, n_came = _overlap(predicted, came).tolist()
-    return both / max(1.0, n_predicted), both / n_came
-
-
 def measure(kind: str, folder: Path) -> list[Row]:
     target = demo.path(demo.MODEL)
     draft, rows = make_draft(target, kind, folder), list[Row]()
@@ -143,8 +92,6 @@ def measure(kind: str, folder: Path) -> list[Row]:
         recorded = record(target, draft, k, folder / f"{kind}-{k}-test.npz", chosen, TEST_TOKENS)
         wanted = report.Wanted(POLICIES, [fraction(share)], LINK, foresight=learned)
         made = [row | {"share": share, "draft": kind} for row in report.simulate([recorded], wanted)]
-        if k >= WINDOW:
-            made[-1]["window"] = window(recorded, learned)
         rows += made
     plain: list[Row] = json.loads(report.as_json(rows))
     return plain
@@ -169,17 +116,6 @@ def _of_draft(rows: Sequence[Row], kind: str) -> str:
         body.append([name, *cells, figures])
     headings = [f"{share}, K = {k}" for share, k in cases]
     return markdown((DRAFTS[kind], *headings, "precision, recall, tokens ahead"), body)
-
-
-def window_table(rows: list[Row]) -> str:
-    body = []
-    for row in (row for row in rows if "window" in row):
-        found, cells = row["window"], list[str]()
-        for name in ("twin", "goal"):
-            both = found.get(f"precision_{name}", NONE), found.get(f"recall_{name}", NONE)
-            cells.append(NONE if NONE in both else "none" if None in both else f"{both[0]:.2f}, {both[1]:.2f}")
-        body.append([DRAFTS[row["draft"]], *cells])
-    return markdown(("draft", "the draft's sets: precision, recall", "with the network, at a precision of 0.7"), body)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
