@@ -130,14 +130,14 @@ def _status(pid: int) -> dict[str, int]:
 
 def write_model(path: Path, n_layer: int, n_vocab: int) -> None:
     """Logits of a window are n_vocab columns wide."""
-    sys.path.insert(0, str(RECIPE.parent))  # it imports its neighbour
     recipe = loaded(RECIPE)
     recipe.N_VOCAB = n_vocab
     recipe.write(path, n_layer, recipe.SHAPES["mixtral"])
 
 
 def loaded(path: Path) -> Any:
-    """A file as a module."""
+    """A file as a module, which may import its neighbours."""
+    sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)

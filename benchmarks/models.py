@@ -13,7 +13,6 @@ MODELS: dict[str, str] = {
     "tales24-narrow.gguf": f"{INFLATE} tales24-narrow.gguf --layers-times 4",
     "tales48-narrow.gguf": f"{INFLATE} tales48-narrow.gguf --layers-times 8",
     "twin24.gguf": f"{TWIN} tales24-narrow.gguf -o twin24.gguf --type q4_k --no-measure",
-    "twin48-narrow.gguf": f"{TWIN} tales48-narrow.gguf -o twin48-narrow.gguf --type q2_k --no-measure",
     "twin-q4k.gguf": f"{TWIN} models/tales-moe.gguf -o twin-q4k.gguf --type q4_k --no-measure",
     "qwen3.gguf": f"{SHAPE} qwen3.gguf --shape qwen3 --layers 12 --prompts qwen3.jsonl",
     "mixtral.gguf": f"{SHAPE} mixtral.gguf --shape mixtral --layers 4 --prompts mixtral.jsonl",

@@ -38,3 +38,10 @@ def test_the_stored_verdicts_are_those_of_the_stored_peaks() -> None:
         fields = {name: verb[name] for name in ("command", "read_bytes", "written_bytes", "largest_tensor")}
         found = convert_memory.Measured(**fields, peak=convert_memory.Peak(**verb["peak"]))
         assert found.verdict == verb["verdict"]
+
+
+def test_the_model_and_the_checkpoint_can_be_made() -> None:
+    pytest.importorskip("gguf", reason="the recipe needs gguf")
+    assert "mixtral" in convert_memory.loaded(convert_memory.RECIPE).SHAPES
+    tiny = convert_memory.loaded(convert_memory.CHECKPOINTS)
+    assert all(hasattr(tiny, name) for name in (*convert_memory.MERGED, "write_checkpoint"))

@@ -107,9 +107,10 @@ def test_replays(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf", reason="twins are written with gguf")
     for module, name, value in (
         (policies, "N_TEXTS", 1),
-        (policies, "N_TOKENS", 12),
+        (policies, "N_TOKENS", 8),
         (governor, "N_TEXTS", 1),
-        (governor, "N_TOKENS", 12),
+        (governor, "N_TOKENS", 8),
+        (governor, "PLACES", governor.PLACES[:1]),
         (governor, "cells", lambda: [governor.Cell("Q2_K", "1/4", governor.LINKS[1], 0.1, 1, 0.05)]),
         (ablation, "LINKS", ablation.LINKS[:1]),
     ):
@@ -118,4 +119,4 @@ def test_replays(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(policies.keep_table(made(policies, out, "keep")).splitlines()) == 2 + 6
     assert len(governor.table(made(governor, out)).splitlines()) == 2 + 5
     rows = made(ablation, out)
-    assert len(rows) == 2 * 4 * len(ablation.ARMS)
+    assert len(rows) == 4 * len(ablation.ARMS)
