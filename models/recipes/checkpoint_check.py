@@ -1,8 +1,9 @@
-"""A GGUF file against the Hugging Face checkpoint that it was made of, read by transformers in F32 on the CPU.
+"""Compare GGUF files with the Hugging Face checkpoint they were made of, read by transformers in F32 on the CPU.
 
-    python models/recipes/checkpoint_check.py CHECKPOINT model-f16.gguf model-q8_0.gguf      # needs the extra edge-speq[convert]
+    pip install '.[convert]'
+    python models/recipes/checkpoint_check.py CHECKPOINT model-f16.gguf model-q8_0.gguf
 
-Tokens of a text must be equal; logits are compared by NMSE and by the share of positions with the same top token.
+Tokens of a text must be equal. Logits are compared by NMSE and by the share of positions with the same top token.
 """
 
 from __future__ import annotations

@@ -1,29 +1,29 @@
-"""Makes a model of realistic size from a small trained MoE GGUF without changing what it computes.
+"""Make a model of realistic size from a small trained MoE GGUF without changing what it computes.
 
-    python models/recipes/inflate.py models/tales-moe.gguf OUT.gguf --width-times 8 --ff-times 8 --layers-times 8 --verify
+    python models/recipes/inflate.py models/tales-moe.gguf OUT.gguf --width-times 8 --ff-times 8 --layers-times 8
 
 It works on the quantized blocks; only scales of blocks are changed, and only to zero. Text, routing and a draft's
-acceptance stay those of the source, bytes and work become those of a large model.
+acceptance stay those of the source; bytes and work become those of a large model.
 
---ff-times R: each hidden unit of a routed expert is there R times. What the copies add must be the output of one, so
-    the output projection weighs them 1, 0, ..., 0: the scales of the copies' blocks are zero.
---width-times W: each channel of the residual stream is there W times, with the same values. Norm weights are zero for
-    the copies, so each matrix behind a norm takes the first of each. The number and width of heads stay.
---layers-times L: behind each block come L - 1 silent ones. They compute attention and experts like any block, but both
-    output projections have scales of zero. A silent block is a copy of one of the source's blocks, each in turn,
+--ff-times R: every hidden unit of a routed expert exists R times. The copies must add the output of one, so the output
+    projection weighs them 1, 0, ..., 0: the scales of the copies' blocks are zero.
+--width-times W: every channel of the residual stream exists W times, with equal values. Norm weights of the copies are
+    zero, so each matrix behind a norm reads the first of each. Number and width of heads stay.
+--layers-times L: each block is followed by L - 1 silent ones. They compute attention and experts like any block, but
+    both output projections have scales of zero. A silent block is a copy of one of the source's blocks, each in turn,
     with its own order of experts (--seed). Its router is trained and reads the text's real residual stream, though not
-    where it was trained to, and the L - 1 blocks behind one block read the same stream. Measured (bundled model,
-    `inflate_check.py --prompts 4`): of its experts a token shares 28 % with the token before in the source, 25 % in
-    silent blocks; LRU slots for 1/4 of the experts hit 43 %, at L = 8 40 %; from a block's experts counts foretell
-    44 % of the next block's, at L = 8 49 % (with silent copies of the very block before them: 80 %).
+    at the depth it was trained for, and the L - 1 blocks behind one block read the same stream. Measured on the bundled
+    model (`inflate_check.py --prompts 4`): a token shares 28 % of its experts with the token before in the source, 25 %
+    in silent blocks. LRU slots for a quarter of the experts hit 43 %, with L = 8 40 %. Counts predict 44 % of the next
+    block's experts from a block's own, with L = 8 49 % (80 % if silent blocks copied the block right before them).
 
-Why not weights of 1/R and 1/W, which make the same sum: of the bundled model's down blocks R = 2 would round half and
-R = 8 nine in ten, as their f16 scales are subnormal. Even with nothing rounded (all else that enters the residual
-stream times R instead) the sums' rounding flips activations in their 8 bits: at R = 8, of 4,242 routings of a token 10
-came out otherwise, and 2 of 256 greedy tokens. Weights of 1 and 0 leave the logits equal to the bit on the CPU. GPU
+Weights of 1/R and 1/W would add up to the same, but they round: R = 2 would round half of the bundled model's down
+blocks and R = 8 nine in ten, since their f16 scales are subnormal. Even without any rounding of weights (everything
+else that enters the residual stream times R) rounding of the sums changes 8-bit activations: with R = 8, 10 of 4,242
+routings of a token and 2 of 256 greedy tokens differed. Weights of 1 and 0 keep the logits bit-exact on the CPU. GPU
 kernels may add in an order that depends on the shape.
 
-Needs numpy and gguf; --verify needs edge_speq. One tensor is held in memory at a time.
+Needs numpy and gguf; --verify needs edge_speq. One tensor is in memory at a time.
 """
 
 from __future__ import annotations

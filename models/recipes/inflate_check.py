@@ -1,10 +1,10 @@
-"""Compares an inflated model with its source: routing, logits, greedy text, and how local routing is in both.
+"""Compare an inflated model with its source: routing, logits, greedy text, and the locality of routing.
 
     python models/recipes/inflate_check.py models/tales-moe.gguf OUT.gguf
 
-Both read the same prompts of edge-speq bench, then the source's greedy text, a token at a time. Their greedy texts are
-the same exactly when each token of it is the inflated model's first choice too. Where it is not, `near_ties` counts and
-`gap` says by how much (in the source's logits, at most) the source preferred its own choice.
+Both models read the prompts of `edge-speq bench`, then the source's greedy text, one token at a time. Their greedy
+texts are equal exactly if each of its tokens is the inflated model's first choice. Other tokens are counted as
+`near_ties`; `gap` is the largest difference, in the source's logits, between its own choice and the other one.
 """
 
 from __future__ import annotations

@@ -1,37 +1,38 @@
-"""Writes a random-weight Q4_0 MoE GGUF with the shape of a real one, for timings where no trained file fits.
+"""Write a random-weight Q4_0 MoE GGUF with the shape of a real model, for timings where no trained file fits.
 
-    python models/recipes/inflate_model.py OUT.gguf --layers 12                  # Qwen3-30B-A3B: d 2048, 8 of 128 experts of 768
-    python models/recipes/inflate_model.py OUT.gguf --layers 8 --shape mixtral   # Mixtral-8x7B: d 4096, 2 of 8 experts of 14336
-    python models/recipes/inflate_model.py OUT.gguf --prompts OUT.jsonl          # prompts that its text goes on from, for bench
+    python models/recipes/inflate_model.py OUT.gguf --layers 12                  # Qwen3-30B-A3B
+    python models/recipes/inflate_model.py OUT.gguf --layers 8 --shape mixtral   # Mixtral-8x7B
+    python models/recipes/inflate_model.py OUT.gguf --prompts OUT.jsonl          # and prompts that its text continues
 
-Bytes, shapes and kernels are those of the real model, but for a vocabulary of 8192: bytes, and made-up words. Weights
-are pieces of one random stretch, and most rows of ffn_down and attn_output have scales of zero.
+Qwen3-30B-A3B has width 2048 and 8 of 128 experts of 768; Mixtral-8x7B has width 4096 and 2 of 8 experts of 14336.
+Bytes, shapes and kernels are those of the real model, except for a vocabulary of 8192: bytes, and made-up words. Weights are
+pieces of one random stretch, and most rows of ffn_down and attn_output have scales of zero.
 
-Routing is as local as that of models/tales-moe.gguf (locality.py says how it is made). Hits of LRU slots for 1/8, 1/4
-and 1/2 of the experts, experts that a token shares with the one before, and precision of a block's experts foreseen
-by its router from the rows of the block before (compute="hybrid-ahead"); 16 greedy texts of at most 32 tokens, those
-of the shapes after short prompts with different last bytes:
+Routing is as local as that of models/tales-moe.gguf; locality.py says how. The table has hits of LRU slots for 1/8, 1/4
+and 1/2 of the experts, the share of experts that a token has in common with the one before, and the precision of a
+block's experts predicted by its router from the rows of the block before. It covers 16 greedy texts of at most 32
+tokens, for the shapes after short prompts with different last bytes:
 
-                      1/8   1/4   1/2   shared (by chance)  foreseen
+                      1/8   1/4   1/2   shared (by chance)  predicted
     tales-moe         0.22  0.44  0.70  0.30 (0.13)         0.73 to 0.80, block 1 0.28
     qwen3, 12 layers  0.22  0.40  0.69  0.13 (0.06)         0.76
     mixtral, 3 layers -     0.42  0.74  0.49 (0.25)         0.77
 
-Hits and shared experts cannot both be tales-moe's: 1/8 are one token's experts there, two of qwen3's, half of
-mixtral's. Shares of variance were fitted to the hits.
+Hits and shared experts cannot both match tales-moe: 1/8 of the experts are one token's there, two tokens' of qwen3,
+half a token's of mixtral. Shares of variance were fitted to the hits.
 
-What it is no model of:
-- Text follows from the last token alone, whatever experts compute. A draft of the same weights is accepted nearly
-  always, one of n-grams never, and equal texts say that nothing is grossly wrong, no more.
-- All blocks are alike; of tales-moe's a token shares 20 to 43 % with the one before.
-- All routers read the same half of the residual stream, which no block changes, so a router two blocks early foresees
-  as much as one block early.
-- No token comes twice in a text, so what experts a token had before foretells nothing but when a text is read again.
-- Bytes lie far from each other on the cycle: in a prompt of ordinary text each is another topic, and none is that of
-  the text which follows. Prompts of `--prompts` are stretches of the cycle, so that the text goes on from where they
-  end, as people's do. Of 16 such texts LRU slots for 1/4 and 1/2 hit 0.42 and 0.70 (qwen3, 3 layers), 0.47 and 0.73
-  (mixtral, 2), and `auto`, which learns from prompts, misses 0.90 and 0.93 of what LRU does, 1.00 and 0.96; of 16
-  texts of tales-moe 0.45, 0.71, 0.92 and 0.90 (32 tokens each, replayed).
+What it does not model:
+- Text follows from the last token alone, whatever experts compute. A draft with the same weights is accepted nearly
+  always, one of n-grams never. Equal texts show only that nothing is grossly wrong.
+- All blocks are alike; in tales-moe a token shares 20 to 43 % with the one before, depending on the block.
+- All routers read the same half of the residual stream, which no block changes, so a prediction two blocks ahead is as
+  good as one block ahead.
+- No token occurs twice in a text, so a token's past experts predict nothing until a text is read again.
+- Bytes lie far from each other on the cycle: in a prompt of ordinary text every byte is a new topic, and none continues
+  in the text that follows. Prompts of `--prompts` are stretches of the cycle, so the text continues them, as people's
+  does. In 16 such texts LRU slots for 1/4 and 1/2 hit 0.42 and 0.70 (qwen3, 3 layers) and 0.47 and 0.73 (mixtral, 2
+  layers). `auto`, which learns from prompts, has 0.90 and 0.93 of LRU's misses for qwen3, 1.00 and 0.96 for mixtral. In
+  16 texts of tales-moe hits are 0.45 and 0.71, misses 0.92 and 0.90 of LRU's (32 tokens each, replayed).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""What makes the routing of random weights as local as a trained model's, and its greedy text a long walk.
+"""Routing of random weights that is as local as a trained model's, and greedy text that is a long walk.
 
 Greedy text goes around one cycle through all tokens but the last, the end of text: a row of the output matrix is the
-embedding of the token before it. Along the cycle embeddings are a stationary random process, a sum of independent
-parts: one that all tokens share, which makes some experts popular, a topic that changes over some 100 tokens, one that
-neighbours share, and the token's own. Routers are random projections, so two tokens' logits correlate as their
-embeddings do, and shares of variance (`Mixture`) set how soon experts are wanted again.
+embedding of the token before it. Along the cycle, embeddings are a stationary random process, a sum of independent
+parts: one that all tokens share, which makes some experts popular; a topic that changes over some 100 tokens; one that
+neighbours share; and the token's own. Routers are random projections, so logits of two tokens correlate as their
+embeddings do, and shares of variance (`Mixture`) determine how soon experts are used again.
 
-The residual stream has two halves. Embeddings fill the first, which no block writes, so that locality and text do not
-fade with depth. Of the second each block writes channels of its own, and the next block's router reads these besides
-the first half: what is known one block earlier lacks that share, `Mixture.written`, of the logits' variance.
+The residual stream has two halves. Embeddings fill the first, which no block writes, so locality and text do not fade
+with depth. In the second, each block writes channels of its own, and the next block's router reads these besides the
+first half. A prediction one block early therefore lacks that share of the logits' variance, `Mixture.written`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Regenerate models/tales-moe.gguf and models/tales-draft.gguf from their Hugging Face checkpoints.
 
     pip install ./native '.[convert]'
-    python models/recipes/make_models.py --target HF_DIR --draft HF_DIR --calibration TEXT [TEXT ...] [--measure TEXT ...] \
-        --out models
+    python models/recipes/make_models.py --target HF_DIR --draft HF_DIR --calibration TEXT [TEXT ...] \
+        [--measure TEXT ...] --out models
 
 Convert to F16 with llama.cpp's own converter, collect an importance matrix on the second half of the calibration texts,
 quantize by TARGET and DRAFT below. --measure prints the loss on the first half of each text, unseen by calibration.

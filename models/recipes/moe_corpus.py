@@ -1,14 +1,15 @@
-"""Training text for models/recipes/train_moe.py, in the four classes of the prompts, from packages that anyone can fetch.
+"""Make training text for train_moe.py from public packages, in the four classes of the prompts.
 
     mkdir debs && cd debs && apt-get download r-cran-janeaustenr sword-text-web wordnet-base dict-jargon dict-devil \\
         python3.11-doc rust-doc && for deb in *.deb; do dpkg -x $deb ../root; done && cd ..
     python models/recipes/moe_corpus.py --packages root --held-out tests/data/prompts/*.jsonl -o corpus
 
-writes corpus/{prose,code,chat,textbook}.txt, documents separated by <|endoftext|>. Code is the running Python's
-standard library and the packages CODE, as far as installed; dialogues are made of the other classes and of WordNet.
+Writes corpus/{prose,code,chat,textbook}.txt, documents separated by <|endoftext|>. Code comes from
+the running Python's standard library and those packages of CODE that are installed. Dialogues are made of the other
+classes and of WordNet.
 Licences: novels of Jane Austen, World English Bible, Jargon File and Devil's Dictionary, public domain; WordNet's own,
 permissive; Python and its documentation, PSF; Rust's books, MIT or Apache-2.0; packages BSD, MIT or Apache-2.0.
-A document that shares a long line with held-out text is left out.
+Documents that share a long line with held-out text are left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A Mixtral in torch for models/recipes/train_moe.py: its weights, the graph of llama.cpp's src/models/llama.cpp, its files."""
+"""A Mixtral in torch for train_moe.py: weights, files, and the graph of llama.cpp's src/models/llama.cpp."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
-"""A second small MoE with other routing than the bundled model: Mixtral's graph, trained from scratch with torch alone.
+"""Train a second small MoE whose routing differs from the bundled model's: Mixtral's graph, with torch alone.
 
     python models/recipes/train_moe.py prepare corpus/*.txt --tokenizer CHECKPOINT/tokenizer.json -o corpus.npy.xz
-    python models/recipes/train_moe.py train corpus.npy.xz -o moe2 --seconds 75          # a GPU; needs torch and numpy, no more
+    python models/recipes/train_moe.py train corpus.npy.xz -o moe2 --seconds 75      # on a GPU; needs torch and numpy
     cp CHECKPOINT/{tokenizer,tokenizer_config,special_tokens_map,generation_config}.json moe2/
     edge-speq convert hf moe2 -o moe2-f16.gguf --outtype f16
     python models/recipes/train_moe.py check moe2 moe2-f16.gguf
+    edge-speq convert quantize moe2-f16.gguf moe2.gguf --type q5_k_m
 
-Text files hold documents separated by <|endoftext|> (models/recipes/moe_corpus.py makes some). The bundled model chooses 4 of 32
-experts, this one 2 of 20. The time is what is given, not the number of steps, so the learning rate follows the clock.
-Weights are written as F16, in files small enough to be handed over one by one.
+Text files hold documents separated by <|endoftext|>; moe_corpus.py makes some. The bundled model chooses 4 of 32
+experts, this one 2 of 20. Training ends after a given time, so the learning rate follows the clock. Weights are written
+as F16 in small files.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Ids = npt.NDArray[np.uint16]
 
 
 def prepare(files: list[Path], tokenizer: Path, out: Path, n_tokens: int, seed: int) -> None:
-    """Equal numbers of tokens of every file as far as they last, documents shuffled."""
+    """Take the same number of tokens from every file, as far as they last, with documents shuffled."""
     import tokenizers
 
     encoder = tokenizers.Tokenizer.from_file(str(tokenizer))
@@ -88,7 +89,7 @@ def read_ids(path: Path) -> Ids:
 
 
 class Trainer:
-    """Steps until the time or the steps are over."""
+    """Train until the time or the steps are over."""
 
     def __init__(self, shape: Shape, ids: Ids, options: argparse.Namespace) -> None:
         import torch
@@ -212,7 +213,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def check(folder: Path, files: list[str], text: str | None, n_tokens: int) -> list[dict[str, Any]]:
-    """Logits of the model here, F32, against llama.cpp's, as models/recipes/checkpoint_check.py does it with transformers."""
+    """Compare F32 logits of the model here with llama.cpp's, as checkpoint_check.py does with transformers."""
     import tokenizers
     from checkpoint_check import compare
 
