@@ -178,12 +178,12 @@ def shown(s: Sample) -> str:
 def table(*reports: dict[str, Any]) -> str:
     """Samples of each run: the first, the middle one and the last after the warm-up."""
     body = []
-    for name, report in zip(("with a draft", "with a draft, samplers closed")[: len(reports)], reports, strict=True):
+    for run, report in enumerate(reports, start=1):
         samples = [s for s in report["samples"] if s["generations"] >= WARMUP] or report["samples"]
         for s in (samples[0], samples[len(samples) // 2], samples[-1]):
             free = number(s["device_free_bytes"], 1, MIB)
             counts = [f"{s['anonymous_bytes'] / MIB:.1f}", free, str(s["descriptors"]), str(s["threads"])]
-            body.append([name, f"{s['generations']:,}", *counts])
+            body.append([str(run), f"{s['generations']:,}", *counts])
     return markdown(("run", "generations", "anonymous, MiB", "free on the device, MiB", "descriptors", "threads"), body)
 
 

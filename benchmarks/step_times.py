@@ -73,7 +73,7 @@ def step_table(*files: dict[str, Any]) -> str:
         for row in [*kept, best]:
             rate = f" (hit rate {row['hit_rate']:.2f})" if row["hit_rate"] is not None else ""
             lines.append([found["model"], f"{row['placement']}{rate}", *(_ms(row, n) for n in row["ms"])])
-    return markdown(("model", "placement", *(f"{n} tokens, ms" for n in WIDTHS)), lines)
+    return markdown(("model", "placement", *(f"{n}-token step, ms" for n in WIDTHS)), lines)
 
 
 def _ms(row: Row, width: str, digits: int = 2) -> str:

@@ -1,4 +1,4 @@
-"""models/recipes/inflate_model.py: what it writes loads, reads text, serves experts from slots, and is as local as it says."""
+"""models/recipes/inflate_model.py: its models load, read text, serve experts from slots, and route as locally as it says."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
     python models/recipes/inflate_model.py OUT.gguf --prompts OUT.jsonl          # and prompts that its text continues
 
 Qwen3-30B-A3B has width 2048 and 8 of 128 experts of 768; Mixtral-8x7B has width 4096 and 2 of 8 experts of 14336.
-Bytes, shapes and kernels are those of the real model, except for a vocabulary of 8192: bytes, and made-up words. Weights are
-pieces of one random stretch, and most rows of ffn_down and attn_output have scales of zero.
+Bytes, shapes and kernels are those of the real model, except for a vocabulary of 8192: bytes, and made-up words.
+Weights are pieces of one random stretch, and most rows of ffn_down and attn_output have scales of zero.
 
 Routing is as local as that of models/tales-moe.gguf; locality.py says how. The table has hits of LRU slots for 1/8, 1/4
 and 1/2 of the experts, the share of experts that a token has in common with the one before, and the precision of a
