@@ -105,13 +105,15 @@ def _median(row: Row) -> float:
 
 
 def speed(*files: list[Row]) -> Any:
-    """Tokens per second by share, a panel for each machine and test: medians with minimum and maximum, and the bound
-    of each policy's steps."""
+    """Tokens per second by share, a panel for each machine and test: medians with minimum and maximum. `all`, which is
+    over budget, is left out."""
     drawn = [group for group in groups(files) if group.rows[0]["n_gen"]]
     figure, axes = pyplot().subplots(1, len(drawn), figsize=(5.5 * len(drawn), 4.2), squeeze=False)
     for axis, group in zip(axes[0], drawn, strict=True):
-        for policy, points in best_rows(group).items():
+        found = {policy: points for policy, points in best_rows(group).items() if policy != "all"}
+        for policy, points in found.items():
             _draw_policy(axis, policy, points)
+        axis.set_xticks([parse_share(match.share) for match in group.matches], [m.share for m in group.matches])
         first = group.rows[0]
         where = first["gpu_info"] or first["cpu_info"]
         emulated = f"\nEMULATED {first['emulation']}" if first["emulation"] else ""
@@ -127,13 +129,7 @@ def _draw_policy(axis: Any, policy: str, points: Sequence[tuple[float, Row]]) ->
     spreads = [Spread.of(row["samples_ts"]) for _, row in points]
     medians = [s.median for s in spreads]
     errors = [[s.median - s.least for s in spreads], [s.greatest - s.median for s in spreads]]
-    style = {"color": COLOURS.get(policy)}
-    axis.errorbar(shares, medians, yerr=errors, marker="o", capsize=3, label=policy, **style)
-    bounds = [(share, row["bound_ts"]) for share, row in points if row["bound_ts"]]
-    if bounds:
-        axis.plot(
-            *zip(*bounds, strict=True), linestyle="--", marker="_", alpha=0.6, label=f"bound of {policy}", **style
-        )
+    axis.errorbar(shares, medians, yerr=errors, marker="o", capsize=3, label=policy, color=COLOURS.get(policy))
 
 
 # --- hits by layer -------------------------------------------------------------------------------------------

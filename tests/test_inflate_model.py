@@ -1,4 +1,4 @@
-"""models/recipes/inflate_model.py: its models load, read text, serve experts from slots, and route as locally as it says."""
+"""Models of inflate_model.py load, read text, serve experts from slots, and route as locally as it says."""
 
 from __future__ import annotations
 
