@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks import runner, store
-from benchmarks.registry import Entry
+from benchmarks.__main__ import main
+from benchmarks.registry import Entry, entries
 from benchmarks.runner import Failed, Runner
 
 
@@ -91,3 +92,10 @@ def test_cells_are_measured_once(tmp_path: Path) -> None:
         store.measured(out, [cell("a"), cell("b", fails=True)], store.whole)
     store.measured(out, [cell("a"), cell("b")], store.whole)
     assert seen == ["a", "b", "b"] and json.loads(out.read_text()) == ["A", "B"]
+
+
+def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(entries())
+    assert main(["run", "readme_speed", "nobody"]) == 2
+    assert "no entry 'nobody'" in capsys.readouterr().err
