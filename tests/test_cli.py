@@ -11,10 +11,11 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+import edge_speq as package
 from edge_speq.core import ExpertCounters
 from edge_speq.gguf import bundled
 
-SCHEMA = json.loads((Path(bundled.__file__).parent / "schema" / "run.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(package.__file__).parent / "schema" / "run.schema.json").read_text(encoding="utf-8"))
 
 
 def edge_speq(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

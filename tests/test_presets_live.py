@@ -15,13 +15,13 @@ from conftest import TinyModels
 from test_speculation import llm, prompts, texts
 from traces import EXPERTS, setting
 
+import edge_speq as package
 from edge_speq import EdgeError, EdgeLlama
 from edge_speq.cli import bench
 from edge_speq.cli.main import main
 from edge_speq.convert.sub_experts import split
 from edge_speq.convert.sub_experts.options import SplitOptions
 from edge_speq.core import SLOT_POLICIES
-from edge_speq.gguf import bundled as demo
 from edge_speq.gguf.model import check_model
 from edge_speq.gguf.rewrite import Rewrite, Source
 from edge_speq.planning import survey
@@ -30,7 +30,7 @@ from edge_speq.policies.published.draft_lengths import Roofline
 from edge_speq.policies.published.systems import SpecMoeOff
 from edge_speq.simulate.slots import Residency
 
-SCHEMAS = Path(demo.__file__).parent / "schema"
+SCHEMAS = Path(package.__file__).parent / "schema"
 KEY = "qwen3moe.expert_used_count"
 
 
