@@ -18,7 +18,7 @@ from benchmarks.tables import Row, Spread
 from edge_speq.errors import EdgeError
 from edge_speq.units import parse_share
 
-COLOURS = {"auto": "tab:blue", "device": "tab:cyan", "hybrid": "tab:purple", "lfru": "tab:green", "lru": "tab:orange",
+COLOURS = {"auto": "tab:blue", "auto, on miss fetch": "tab:cyan", "auto, on miss hybrid": "tab:purple", "lfru": "tab:green", "lru": "tab:orange",
            "cpu-moe": "tab:red", "all": "tab:gray"}  # fmt: skip
 LANES = {"kernels": "tab:blue", "copies to slots": "tab:orange", "CPU experts": "tab:red",
          "waits for the device": "tab:gray", "waits for copies": "tab:brown", "decides": "tab:purple",

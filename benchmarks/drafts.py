@@ -101,7 +101,7 @@ def at_budget(target: Path, draft: str | None, budget: int) -> Row | None:
     try:
         with opened(target, draft, vram_budget=budget) as model:
             write(model, 0.8)
-            stats, quality = model.stats(), model._speculator.quality
+            stats, quality = model.stats(), model.foresight_quality()
     except EdgeError:
         return None
     experts, speculation = stats.experts, stats.speculation

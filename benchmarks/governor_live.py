@@ -81,7 +81,7 @@ def table(rows: list[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     a = parser().parse_args(argv)
-    options = {"model_path": a.model, "draft": a.draft, "resident": a.resident, "n_ctx": 1024, "link": a.link}
+    options = {"model_path": a.model, "draft": a.draft, "resident": a.resident, "n_ctx": 1024, "throttle_link": a.link}
     options |= {"n_threads": a.threads} if a.threads else {}
     every = prompts.bundled(a.texts).chosen
     domains = list(dict.fromkeys(prompt.domain for prompt in every))

@@ -108,7 +108,7 @@ def parser() -> Any:
     made.add_argument("model", type=Path)
     made.add_argument("--threads", type=store.numbers, default=[8, 16])
     made.add_argument("--rounds", type=int, default=5)
-    made.add_argument("--step-log", type=int, default=40)
+    made.add_argument("--steps", type=int, default=40)
     made.add_argument("--only", type=store.names, default=[], help="placements, the first is the reference")
     return made
 
