@@ -1,4 +1,4 @@
-"""What each part of `auto` is worth, replayed.
+"""The value of each part of `auto`, replayed.
 
 `auto` with a twin at Q4_K_M over a recording of four classes, 8 texts of 64 tokens each, one part at a time switched
 off: foresight (`lfru`, which knows nothing of the draft's routing), utility eviction (`lru` with foresight's fetches),

@@ -18,8 +18,8 @@ from benchmarks.tables import Row, Spread
 from edge_speq.errors import EdgeError
 from edge_speq.units import parse_share
 
-COLOURS = {"auto": "tab:blue", "auto, on miss fetch": "tab:cyan", "auto, on miss hybrid": "tab:purple", "lfru": "tab:green", "lru": "tab:orange",
-           "cpu-moe": "tab:red", "all": "tab:gray"}  # fmt: skip
+COLOURS = {"auto": "tab:blue", "auto, on miss fetch": "tab:cyan", "auto, on miss hybrid": "tab:purple",
+           "lfru": "tab:green", "lru": "tab:orange", "cpu-moe": "tab:red", "all": "tab:gray"}  # fmt: skip
 LANES = {"kernels": "tab:blue", "copies to slots": "tab:orange", "CPU experts": "tab:red",
          "waits for the device": "tab:gray", "waits for copies": "tab:brown", "decides": "tab:purple",
          "looks ahead": "tab:green"}  # fmt: skip
@@ -175,7 +175,7 @@ def boundaries(run: dict[str, Any], blocks: tuple[int, int] | None = None) -> di
 
 
 def lanes(run: dict[str, Any], begin: float, end: float) -> dict[str, list[Bar]]:
-    """What lies between begin and end, cut there, counted from begin."""
+    """Return the bars between begin and end, cut there, counted from begin."""
     spans: dict[str, list[Bar]] = {name: [] for name in LANES}
     spans["kernels"] = run["kernels"]
     spans["copies to slots"] = [(began, ended) for began, ended, _ in run["copies"]]
@@ -188,7 +188,7 @@ def lanes(run: dict[str, Any], begin: float, end: float) -> dict[str, list[Bar]]
 
 
 def timeline(record: dict[str, Any]) -> Any:
-    """What the device, the link and the decoding thread did in some blocks of a step; a panel for each policy.
+    """Draw the device, the link and the decoding thread in some blocks of a step; a panel for each policy.
 
     A block begins where the thread begins to wait for its routing, so its prefetches are drawn in the blocks before.
     """

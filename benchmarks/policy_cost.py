@@ -1,4 +1,4 @@
-"""What policies cost: microseconds before and after a step.
+"""Costs of policies: microseconds before and after a step.
 
 A policy sees random routing with favourites, of which a token keeps half of the one before. The draft is right for
 nineteen experts of twenty. The slots only note scores and states. In the engine the same code takes longer, because a

@@ -58,7 +58,7 @@ def recorded(options: argparse.Namespace, policy: str, share: str, k: int) -> tu
 
 
 class Fit:
-    """What a run under lru says of the machine."""
+    """Costs of the machine, fitted to a run under lru."""
 
     def __init__(self, steps: Steps, made: PolicyContext) -> None:
         self.costs = StepCosts.fit(steps)

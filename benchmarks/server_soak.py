@@ -1,6 +1,6 @@
 """Does `edge-speq serve` withstand its clients? Thousands of requests, good and bad, from many clients at once.
 
-Starts the server as a process of its own, with a queue too short for all clients. Answers are compared with those of an
+Starts the server in its own process, with a queue too short for all clients. Answers are compared with those of an
 EdgeLlama in this process. Other requests are malformed, slow, half closed, given up. Between rounds, while the server
 is idle, it notes the server's anonymous memory, descriptors and threads. Exit code 1: an answer that differs, a status
 that was not expected, more memory than --limit MiB per 1,000 requests after the first rounds, any more descriptors or

@@ -32,7 +32,7 @@ from edge_speq.gguf import bundled as demo
 MIB = 1 << 20
 WARMUP = 1000  # generations
 PROMPTS = ("The old house", "Once upon a time there was", "def main(", "1 + 1 =", "A fox and a hare", "Dear")
-REOPEN, CANCEL, STATE, RESET = 20, 13, 50, 97  # every so many generations
+REOPEN, CANCEL, STATE, RESET = 20, 13, 50, 97  # generations between two of each
 
 
 @dataclass(frozen=True, slots=True)

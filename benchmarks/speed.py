@@ -68,7 +68,7 @@ class Group:
 
 
 def groups(files: Sequence[Sequence[Row]]) -> list[Group]:
-    """The rows of each file, those that share a table together, smaller shares first."""
+    """Group the rows of all files by table, smaller shares first."""
     found: dict[tuple[Any, ...], list[tuple[int, Row]]] = {}
     for run, rows in enumerate(files):
         for row in rows_of(rows):
@@ -90,7 +90,7 @@ def _share(rows: Sequence[Row]) -> str:
 
 
 def _fraction(rows: Sequence[Row]) -> float:
-    """Of the policies with slots; 1 if there is none."""
+    """Return the smallest share of the policies with slots; 1 without such a policy."""
     return min((row["resident_fraction"] or 0.0 for row in rows if row["placement"] == "slots"), default=1.0)
 
 
@@ -215,7 +215,7 @@ def _pooled(rows: Sequence[Row], share: str, policy: str, *, cut: bool) -> list[
 
 
 def is_cut(row: Row) -> bool:
-    """Whether a row is of the file whose experts are cut in four."""
+    """Return true if a row is of the file whose experts are cut in four."""
     return row["model_filename"] in ("parts4.gguf", "mixtral-cut.gguf")
 
 

@@ -81,7 +81,7 @@ def _ms(row: Row, width: str, digits: int = 2) -> str:
 
 
 def hook_table(*files: dict[str, Any]) -> str:
-    """What the hook adds to a step of one token, by layer."""
+    """Show the time that the hook adds to a step of one token, by layer."""
     lines = []
     for found, layers in zip(files, (48, 6), strict=True):
         rows = {row["placement"]: row for row in found["rows"]}

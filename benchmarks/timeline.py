@@ -1,4 +1,4 @@
-"""What a decode step does when, on a CUDA machine: kernels, copies, the decoding thread, the CPU's experts.
+"""Timeline of a decode step on a CUDA machine: kernels, copies, the decoding thread, the CPU's experts.
 
 Kernels and copies are CUPTI's, through torch's profiler; what the decoding thread does is the hook's own record
 (EdgeLlama.spans). Both use the system's clock. The profiler adds its own time to every kernel, so spans are longer than

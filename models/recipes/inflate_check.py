@@ -57,7 +57,7 @@ class Watched(ModelHandle):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a model made of one text."""
+    """Tokens, routing and logits of one text."""
 
     tokens: list[int]
     n_prompt: int
@@ -162,8 +162,10 @@ def lru_hit_rate(experts: Experts, routings: list[Routing], share: float = 0.25)
 
 
 def foretold(experts: Experts, routings: list[Routing]) -> float:
-    """The share of a token's experts in a block that counts foretell from its experts in the block before: counted in
-    the first half of the texts, asked in the second."""
+    """Return the share of a token's experts in a block that counts predict from its experts in the block before.
+
+    The first half of the texts is counted, the second half is predicted.
+    """
     n, half = experts.n_expert, len(routings) // 2
     right = []
     for block in range(experts.n_blocks - 1):
