@@ -55,8 +55,8 @@ class Cycle:
         return found
 
     def outputs(self) -> Floats:
-        """[n_vocab, n_embd]: each token's row is the embedding of the one before it. The output of blocks is added, but is too
-        small to change the text. The end of text never comes."""
+        """[n_vocab, n_embd]: each token's row is the embedding of the one before it. Blocks add their output, which is
+        too small to change the text. The end of text never comes."""
         found = np.zeros((len(self.tokens) + 1, self._n_embd), dtype=np.float32)
         following = np.roll(self.tokens, -1)
         found[following, : self._n_kept] = self._along
