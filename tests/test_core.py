@@ -46,9 +46,7 @@ def test_parse_rate(text: str) -> None:
     assert parse_rate(text) == 12_500_000_000
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("12.5", "give a unit"), ("0GB/s", "speed of a link"), ("fast", "speed")]
-)
+@pytest.mark.parametrize(("text", "message"), [("12.5", "give a unit"), ("0GB/s", "speed of"), ("fast", "speed")])
 def test_what_is_no_rate(text: str, message: str) -> None:
     with pytest.raises(EdgeError, match=message):
         parse_rate(text)

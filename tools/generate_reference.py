@@ -61,9 +61,32 @@ def _stock_type(name: str) -> str:
     return text if re.fullmatch(r"(int|float|str|bool)( \| None)?", text) else "Any"
 
 
+def options_page() -> str:
+    """Return docs/reference/options.md: every option of LoadRequest, from its table."""
+    from edge_speq.planning.load_request import DEFAULTS, OPTIONS
+
+    rows = ["| keyword of EdgeLlama | command line | default | unit | meaning |", "|---|---|---|---|---|"]
+    for name, option in OPTIONS.items():
+        flags = ", ".join(f"`{flag}`" for flag in option.flags) or "none"
+        help_text = option.help.replace("|", "\\|")
+        rows.append(f"| `{name}` | {flags} | `{DEFAULTS[name]}` | {option.unit or '-'} | {help_text} |")
+    return (
+        "# Options of a load\n\n"
+        f"<!-- {NOTE} from edge_speq/planning/load_request.py -->\n\n"
+        "`EdgeLlama` and `Session` take these keywords and every keyword of `llama_cpp.Llama`. An unknown keyword is an\n"
+        "`EdgeError` that names the nearest known one. Sizes and rates need a unit: `8GiB`, `500MB`, `32G` (GiB),\n"
+        "`12.5GB/s`; in Python an `int` is a number of bytes. [The commands](cli.md) list the options that each one takes.\n\n"
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
 def generated() -> dict[Path, str]:
     """Return the text of each generated file, by its path."""
-    return {ROOT / "edge_speq" / "planning" / "load_options.py": load_options()}
+    return {
+        ROOT / "edge_speq" / "planning" / "load_options.py": load_options(),
+        ROOT / "docs" / "reference" / "options.md": options_page(),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
