@@ -9,12 +9,12 @@ from typing import Any
 
 import llama_cpp
 
-from edge_speq.core import Plan, Stats
+from edge_speq.core import Plan, Stats, Timing
 from edge_speq.engine.exclusive import BUSY
 from edge_speq.engine.llama import EdgeLlama
 from edge_speq.errors import EdgeError
 from edge_speq.runtime.cancellation import CANCELLED
-from edge_speq.session.requests import Sink
+from edge_speq.session.requests import ModelFacts, RequestUsage, Sink
 
 
 class LoadingLlama(EdgeLlama):
@@ -53,6 +53,18 @@ class LoadingLlama(EdgeLlama):
         if self._is_over():
             raise EdgeError(CANCELLED)
 
+    @property
+    def link_bytes_per_s(self) -> float | None:
+        return self._link or None
+
+    def residency(self) -> list[str] | None:
+        hook = self._hook
+        with self._cancellation.lock:  # nothing native is freed meanwhile
+            if hook is None or self._cancellation.also is None:  # closed
+                return None
+            states = hook.states()
+        return ["".join(map(str, row)) for row in states]
+
 
 def _share_of(model: Path, draft: Any) -> float:
     """The share of a model file in what is read from both; a file that is missing is reported elsewhere."""
@@ -69,15 +81,15 @@ def _watch(model_params: Any, progress: Callable[[float], bool]) -> Any:
 
 
 class InProcess:
-    """Loads, runs calls and closes on one thread; cancel, stats and resize may come from any."""
+    """Loads, runs calls and closes on one thread; cancel, stats, residency and resize may come from any."""
 
     def __init__(self, model: str, options: dict[str, Any]) -> None:
         self._model, self._options = model, options
         self._llm: LoadingLlama | None = None
         self._sink: Sink | None = None
 
-    def load(self, sink: Sink) -> Plan:
-        """Puts the fraction that is loaded, at most once a percent."""
+    def load(self, sink: Sink) -> ModelFacts:
+        """Load the model, and put the fraction that is loaded, at most once a percent."""
         percent = -1
 
         def report(fraction: float) -> None:
@@ -93,26 +105,32 @@ class InProcess:
             if sink.is_over:
                 raise EdgeError(CANCELLED) from None
             raise
-        return self._llm.stats().plan
+        return ModelFacts(self._llm.n_ctx(), self._llm.link_bytes_per_s)
 
     def _is_over(self) -> bool:
         return self._sink is not None and self._sink.is_over
 
     def run(self, sink: Sink) -> Any:
+        """Run the call of the sink, put its items or return its result, and note what it used."""
         self._sink = sink
-        while True:
-            try:
-                return self._attempt(sink)
-            except _Paused:
-                continue  # somebody resizes: it has waited a second, and nothing was done yet
+        llm = self._loaded()
+        before = llm.stats().timing
+        try:
+            while True:
+                try:
+                    return self._attempt(llm, sink)
+                except _Paused:
+                    continue  # somebody resizes: it has waited a second, and nothing was done yet
+        finally:
+            sink.usage = _usage(before, llm.stats().timing)
 
-    def _attempt(self, sink: Sink) -> Any:
+    def _attempt(self, llm: LoadingLlama, sink: Sink) -> Any:
         call = sink.call
         if call is None or sink.is_over:
             raise EdgeError(CANCELLED)
         n_items = 0
         try:
-            result = call(self._loaded())
+            result = call(llm)
             if not call.streams:
                 return result
             with contextlib.closing(result) if hasattr(result, "close") else contextlib.nullcontext():
@@ -137,6 +155,9 @@ class InProcess:
     def stats(self) -> Stats:
         return self._loaded().stats()
 
+    def residency(self) -> list[str] | None:
+        return self._loaded().residency()
+
     def resize(self, **bounds: Any) -> Plan:
         while True:
             try:
@@ -150,7 +171,13 @@ class InProcess:
             self._llm.close()
 
     def kill(self) -> None:
-        """Nothing but a process can be killed."""
+        """Do nothing: only a process can be killed."""
+
+
+def _usage(before: Timing, after: Timing) -> RequestUsage:
+    """Return what happened between two snapshots."""
+    n_generated = after.n_generated - before.n_generated
+    return RequestUsage(after.n_prompt - before.n_prompt, n_generated, after.ttft_seconds if n_generated else 0.0)
 
 
 class _Paused(Exception):
