@@ -227,18 +227,21 @@ def test_a_client_that_goes_away_frees_the_model(slow: Running) -> None:
 
 
 def test_a_client_that_goes_away_ends_its_prompt(server: Running) -> None:
-    llm, long = server.worker.llm, {"prompt": list(range(300, 1200)), "max_tokens": 1}
-    assert llm is not None
+    long = {"prompt": list(range(300, 1200)), "max_tokens": 1}
     started = time.monotonic()
     server.good("/v1/completions", long)
     whole = time.monotonic() - started
-    assert llm.n_tokens == 900
+    assert server.session.call(n_tokens) == 900
     server.good("/v1/completions", {"prompt": "Something else", "max_tokens": 1})
     with server.raw(server.post("/v1/completions", long)):
         server.seconds_until((1, 0))
         time.sleep(whole / 10)
     server.seconds_until((0, 0))
-    assert llm.n_tokens < 900
+    assert server.session.call(n_tokens) < 900
+
+
+def n_tokens(llm: EdgeLlama) -> int:
+    return llm.n_tokens
 
 
 def test_half_closed_is_gone(slow: Running) -> None:
@@ -251,7 +254,7 @@ def test_half_closed_is_gone(slow: Running) -> None:
 
 def test_the_queue_is_bounded(slow: Running) -> None:
     """One is served, three wait, the next is told when to come again. Who waits and goes leaves the queue."""
-    before = slow.worker.counts.refused
+    before = slow.session.counts().refused
     with contextlib.ExitStack() as stack:
         for load in ((1, 0), (1, 1), (1, 2), (1, 3)):
             stack.enter_context(slow.raw(slow.post("/v1/completions", ENDLESS)))
@@ -261,7 +264,7 @@ def test_the_queue_is_bounded(slow: Running) -> None:
         assert 1 <= int(headers["retry-after"]) <= 60
         assert slow.good("/health") == {"status": "ok"}
     assert slow.seconds_until((0, 0)) < 5.0
-    assert slow.worker.counts.refused == before + 1
+    assert slow.session.counts().refused == before + 1
     slow.good("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})
 
 
@@ -312,8 +315,7 @@ def test_metrics_are_the_librarys_counters(server: Running) -> None:
     text = server.good("/metrics")
     values = dict(re.findall(r"^(\S+) (\S+)$", text, re.MULTILINE))
     assert len(values) == text.count("# TYPE") == text.count("# HELP")
-    assert server.worker.llm is not None
-    stats = server.worker.llm.stats()
+    stats = server.session.stats()
     for name, value in {
         "llamacpp:prompt_tokens_total": stats.timing.n_prompt,
         "llamacpp:tokens_predicted_total": stats.timing.n_generated,
