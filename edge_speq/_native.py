@@ -157,7 +157,7 @@ class Transfers:
     link_bytes_per_s: int = 0
     deterministic: bool = False
     block_ns: int = 0
-    compute: str = "device"  # or "hybrid", or "auto", whichever has been faster of late; the CPU's part by n_threads
+    compute: str = "fetch"  # or "hybrid", or "auto", whichever has been faster of late; the CPU's part by n_threads
     n_threads: int = 0
     layer_ahead: bool = False  # prefetch what a block's input says of the next; with hybrid execution only
 
@@ -170,7 +170,7 @@ SPAN: npt.DTypeLike = np.dtype(  # edge_span
 )
 SPANS = ("device", "decide", "cpu", "copies", "ahead")  # EDGE_SPAN_...: what kinds are, by number
 _USES = {"own": 0, "twin": 1, "resident": 2}  # EDGE_EXPERTS_...
-_COMPUTES = {"device": 0, "hybrid": 1, "auto": 2}  # EDGE_COMPUTE_...
+_COMPUTES = {"fetch": 0, "hybrid": 1, "auto": 2}  # EDGE_COMPUTE_...
 
 
 class Hook:

@@ -19,7 +19,7 @@ SLOT_POLICIES = (*OWN_POLICIES, *PUBLISHED_POLICIES)  # those with slots, unless
 POLICIES = (*SLOT_POLICIES, "cpu-moe", "all")
 
 
-COMPUTES = ("auto", "device", "hybrid", "hybrid-ahead")
+ON_MISS = ("auto", "fetch", "hybrid")
 
 
 @dataclass(frozen=True, slots=True)

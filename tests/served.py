@@ -25,7 +25,7 @@ from edge_speq.session.session import Session
 
 TIMEOUT = 60.0
 OpenSession = Callable[[ServerSettings], Session]
-OPTIONS: dict[str, Any] = {"resident": "1/2", "n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "speculation": 2}
+OPTIONS: dict[str, Any] = {"resident": "1/2", "n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "draft_tokens": 2}
 
 
 class Running:

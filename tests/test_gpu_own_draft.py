@@ -73,7 +73,7 @@ def test_drafts_leave_no_trace_in_the_logits(bundled: tuple[Path, Path], experts
 @pytest.mark.parametrize("name", ["twin", "self"])
 def test_a_model_drafts_for_itself(bundled: tuple[Path, Path], experts_only: Path, name: str) -> None:
     draft = experts_only if name == "twin" else "self"
-    with speculation.llm(bundled[0], draft=draft, speculation=2, vram_budget="1GiB", resident="1/2") as model:
+    with speculation.llm(bundled[0], draft=draft, draft_tokens=2, vram_budget="1GiB", resident="1/2") as model:
         speculation.texts(model, speculation.prompts()[:12])
         stats = model.stats()
         assert model.memory_used() == stats.used_bytes
@@ -84,7 +84,7 @@ def test_a_model_drafts_for_itself(bundled: tuple[Path, Path], experts_only: Pat
 
 
 def test_a_budget_of_experts_bounds_verify_steps(bundled: tuple[Path, Path]) -> None:
-    with speculation.llm(bundled[0], draft=bundled[1], policy="moe-spec", speculation=4) as model:
+    with speculation.llm(bundled[0], draft=bundled[1], policy="moe-spec", draft_tokens=4) as model:
         speculation.texts(model, speculation.prompts()[:4])
         routing = model._hook.routing()
         assert routing.shape[1] > 1

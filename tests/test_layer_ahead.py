@@ -60,8 +60,10 @@ def test_without_hybrid_execution_nothing_is_foreseen(bundled: tuple[Path, Path]
 
 def test_text_of_the_library_stays_the_same(bundled: tuple[Path, Path]) -> None:
     prompts = speculation.prompts()[:3]
-    with speculation.llm(bundled[0], resident="1/4", speculation=0) as plain:
+    with speculation.llm(bundled[0], resident="1/4", draft_tokens=0) as plain:
         expected = speculation.texts(plain, prompts)
-    with speculation.llm(bundled[0], draft=bundled[1], resident="1/4", compute="hybrid-ahead", speculation=2) as model:
+    with speculation.llm(
+        bundled[0], draft=bundled[1], resident="1/4", on_miss="hybrid", next_layer_prefetch=True, draft_tokens=2
+    ) as model:
         assert speculation.texts(model, prompts) == expected
         assert model.stats().experts.prefetched

@@ -143,7 +143,7 @@ class Wrapped:
 
 def run(model: EdgeLlama, *, wraps: bool) -> tuple[list[Any], Any]:
     """What was in slots before each step and what experts were worth; the counters at the end."""
-    lookahead, hook, made = model._lookahead, model._hook, []
+    lookahead, hook, made = model._speculator, model._hook, []
     policy = lookahead._policy
     assert policy is not None and hook is not None
     foresee, calls = policy.foresee, [_count(hook, name) for name in ("prefetch_waits", "prefetch")]
@@ -174,7 +174,7 @@ def test_in_one_call_or_in_two_the_same_is_foreseen(bundled: tuple[Path, Path], 
     seen = []
     for wraps in (False, True):
         options: dict[str, Any] = {"policy": "waits", "resident": "1/4", "deterministic": True}
-        with llm(bundled[0], draft=twin, speculation=2, **options) as model:
+        with llm(bundled[0], draft=twin, draft_tokens=2, **options) as model:
             seen.append(run(model, wraps=wraps))
     (one, counters), (two, others) = seen
     for mine, theirs in zip(one, two, strict=True):
@@ -184,7 +184,7 @@ def test_in_one_call_or_in_two_the_same_is_foreseen(bundled: tuple[Path, Path], 
 
 def test_one_call_refuses_what_two_refuse(bundled: tuple[Path, Path], twin: Path) -> None:
     rates = _reckoning.Rates(0.9, (0.97, 0.9), 0.95)
-    with llm(bundled[0], draft=twin, speculation=2, policy="waits", resident="1/4") as model:
+    with llm(bundled[0], draft=twin, draft_tokens=2, policy="waits", resident="1/4") as model:
         hook, experts = model._hook, model._experts
         often = np.full(experts.total, 0.2, dtype=np.float32)
         native, guess = _reckoning.Waits(experts, 0.8, 0.02, often), _reckoning.Guess(experts.total, rates)

@@ -22,7 +22,7 @@ GREEDY: dict[str, Any] = {"max_tokens": 40, "temperature": 0.0}
 
 @pytest.fixture
 def pair(bundled: tuple[Path, Path]) -> Iterator[EdgeLlama]:
-    with speculation.llm(bundled[0], draft=bundled[1], resident="1/2", speculation="auto") as model:
+    with speculation.llm(bundled[0], draft=bundled[1], resident="1/2", draft_tokens="auto") as model:
         yield model
 
 

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,28 +128,29 @@ def test_what_is_no_http(server: Running) -> None:
 # --- begin and end ---------------------------------------------------------------------------------------
 
 
-def load_with(monkeypatch: pytest.MonkeyPatch, progress: Callable[[Callable[..., Any], float], Any]) -> None:
+def load_with(monkeypatch: pytest.MonkeyPatch, between: Callable[[Callable[..., Any], float], Any]) -> None:
     """Have sessions load with this function between llama.cpp and their own callback."""
-    load = in_process.LoadingLlama
 
-    def slowed(model: str, *, report: Callable[[float], None], **options: Any) -> Any:
-        return load(model, report=lambda fraction: progress(report, fraction), **options)
+    def slowed(model: str, *, progress: Callable[[float], Any], **options: Any) -> EdgeLlama:
+        return EdgeLlama(model, progress=partial(between, progress), **options)
 
-    monkeypatch.setattr(in_process, "LoadingLlama", slowed)
+    monkeypatch.setattr(in_process, "EdgeLlama", slowed)
 
 
 def test_health_while_loading(bundled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on = threading.Event()
+    reported, go_on = threading.Event(), threading.Event()
 
     def late(report: Callable[[float], Any], fraction: float) -> Any:
         if not go_on.is_set():
             report(0.25)
+            reported.set()
             assert go_on.wait(30)
         return report(fraction)
 
     load_with(monkeypatch, late)
     server = Running(opened(bundled[0]))
     try:
+        assert reported.wait(30)
         for path, body in (("/health", None), ("/metrics", None), ("/v1/completions", {"prompt": "a"})):
             status, headers, answer = server.ask(path, body)
             assert (status, headers["retry-after"], answer["error"]["code"]) == (503, "2", "loading")

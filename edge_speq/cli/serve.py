@@ -90,7 +90,6 @@ def _open(options: argparse.Namespace, settings: ServerSettings) -> Session:
     from edge_speq.server.service import open_session
 
     given = arguments.edge_options(options) | arguments.llama_options(options)
-    given |= {"link": options.link, "deterministic": options.deterministic, "profile": arguments.profile(options)}
     if options.chat_format is not None:
         given["chat_format"] = _known_format(options.chat_format)
     return open_session(options.model, settings, **given)

@@ -7,16 +7,24 @@ import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_speq.core import Plan, Stats
 from edge_speq.errors import EdgeError
+from edge_speq.planning.load_request import LoadRequest, split_options
 from edge_speq.session.handles import LoadStream, Reply, Stream, TextStream
 from edge_speq.session.request_queue import RequestQueue, SessionEngine
 from edge_speq.session.requests import CAPACITY, PATIENCE, ModelCall, ModelFacts, RequestCounts, SessionRequest
 from edge_speq.units import require_choice
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from edge_speq.engine.step_records import OnStep
+    from edge_speq.planning.load_options import LoadOptions
+
 ISOLATIONS = ("none", "process")
+EXPLICIT = ("isolation", "wait", "capacity", "patience", "max_waiting", "on_step", "n_gpu_layers", "verbose")
 
 
 class Session:
@@ -24,7 +32,10 @@ class Session:
 
     Every method may be called from any thread. Those that wait (create_completion, create_chat_completion, call,
     resize, stats, residency, close) are for threads. With asyncio use stream, iterate, submit and `await`, and
-    asyncio.to_thread for the rest. Args, besides those of EdgeLlama:
+    asyncio.to_thread for the rest.
+
+    Args:
+        model: a GGUF file.
         isolation: "none", or "process": the engine runs in a child process. If that dies (a native abort, a signal,
             no memory left), the request that runs gets an EdgeError, and the next one starts another process. Arguments
             and results are then pickled, and a Budget cannot be shared.
@@ -32,6 +43,8 @@ class Session:
         capacity: items that the reader of a stream may be behind before the engine pauses; None: never pause.
         patience: seconds that the engine pauses for a reader, before the stream ends with an EdgeError.
         max_waiting: requests that may wait while one is served; one more raises QueueFull. None: any number.
+        on_step, n_gpu_layers, verbose, options: as those of EdgeLlama. Unknown or impossible ones raise EdgeError here,
+            also with wait=False.
 
     Raises EdgeError. A session that is dropped, or alive when the interpreter ends, is closed.
     """
@@ -45,12 +58,18 @@ class Session:
         capacity: int | None = CAPACITY,
         patience: float = PATIENCE,
         max_waiting: int | None = None,
-        **options: Any,
+        on_step: OnStep | None = None,
+        n_gpu_layers: int = -1,
+        verbose: bool = False,
+        **options: Unpack[LoadOptions],
     ) -> None:
         require_choice("isolation", isolation, ISOLATIONS)
+        ours, _ = split_options(options, EXPLICIT)
+        LoadRequest(str(model), **ours)
+        hooks = {"on_step": on_step, "n_gpu_layers": n_gpu_layers, "verbose": verbose}
         self._capacity, self._patience = capacity, patience
         loading = SessionRequest(None)
-        self._queue = RequestQueue(_engine(isolation, Path(model), options), loading, max_waiting)
+        self._queue = RequestQueue(_engine(isolation, Path(model), {**options, **hooks}), loading, max_waiting)
         self.loading = LoadStream(loading)
         weakref.finalize(self, self._queue.end).atexit = False
         self._queue.start()

@@ -1,10 +1,10 @@
-"""A chat window on top of edge_speq.Session: what docs/embedding.md says, as a program.
+"""A chat window on top of edge_speq.Session; docs/embedding.md explains it.
 
-    python tools/desktop_chat.py                                   # the bundled pair
-    python tools/desktop_chat.py model.gguf --draft draft.gguf --resident 1/4 --isolation process
+    python examples/desktop_chat.py                                   # the bundled models
+    python examples/desktop_chat.py model.gguf --draft draft.gguf --resident 1/4 --isolation process
 
-Nothing that takes time runs on the window's thread: replies come from a thread each, and figures, other budgets and
-closing are taken care of by another one. Needs PySide6: pip install 'edge-speq[desktop]'
+Nothing slow runs on the window's thread. Each reply has its own thread, and one more thread reads the counters, changes
+the budget and closes the session. Needs PySide6: pip install '.[desktop]' in a checkout of edge_speq.
 """
 
 from __future__ import annotations
@@ -17,38 +17,23 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from edge_speq import EdgeError, Plan, Session, Stats
-from edge_speq.gguf import bundled as demo
+from edge_speq import EdgeError, Session, Stats
+from edge_speq.gguf.bundled import DRAFT, MODEL, path
 from edge_speq.session.subprocess.freeze import freeze_support
 
 try:
+    from PySide6 import QtWidgets
     from PySide6.QtCore import QObject, Qt, QTimer, Signal
     from PySide6.QtGui import QCloseEvent, QTextCursor
-    from PySide6.QtWidgets import (
-        QApplication,
-        QComboBox,
-        QFormLayout,
-        QGroupBox,
-        QHBoxLayout,
-        QLabel,
-        QLineEdit,
-        QMainWindow,
-        QPlainTextEdit,
-        QProgressBar,
-        QPushButton,
-        QVBoxLayout,
-        QWidget,
-    )
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing}\nhint: pip install 'edge-speq[desktop]'")
+    sys.exit(f"error: {missing}\nhint: pip install '.[desktop]' in a checkout of edge_speq")
 
 SHARES = ("1/8", "1/4", "1/2", "3/4", "1")
-POLL_MS = 400  # between two looks at the figures
-MIB = 1 << 20
+POLL_MS = 400  # between two readings of the counters
 
 
 class Messenger(QObject):  # type: ignore[misc]  # PySide6 is not installed where types are checked
-    """What threads tell the window: emitting is safe anywhere, slots run on the window's thread."""
+    """Signals from any thread; the window receives them on its own thread."""
 
     progressed = Signal(float)
     loaded = Signal()
@@ -61,7 +46,7 @@ class Messenger(QObject):  # type: ignore[misc]  # PySide6 is not installed wher
 
 
 class Talk:
-    """The conversation and the threads that carry it; no widget is touched here."""
+    """The conversation and its threads. It touches no widget."""
 
     def __init__(self, session: Session, messenger: Messenger, max_tokens: int) -> None:
         self._session, self._messenger, self._max_tokens = session, messenger, max_tokens
@@ -69,10 +54,8 @@ class Talk:
         self._stream: Any = None
         self._threads: list[threading.Thread] = []
         self._aside = ThreadPoolExecutor(1, "aside")
-        self._look: Future[None] | None = None
+        self._reading: Future[None] | None = None
         self._is_closing = False
-
-    def start(self) -> None:
         self._run(self._load)
 
     def _run(self, target: Any, *args: Any) -> None:
@@ -84,10 +67,9 @@ class Talk:
         try:
             for fraction in self._session.loading:
                 self._messenger.progressed.emit(fraction)
-        except EdgeError as error:
-            self._messenger.failed.emit(f"not loaded: {said(error)}")
-        else:
             self._messenger.loaded.emit()
+        except EdgeError as error:
+            self._messenger.failed.emit(f"not loaded: {described(error)}")
 
     def cancel_load(self) -> None:
         self._session.loading.cancel()
@@ -104,8 +86,8 @@ class Talk:
         pieces: list[str] = []
         try:
             outcome = self._collect(stream, pieces)
-        except Exception as error:  # whatever it ends with, the window hears of it
-            outcome = said(error)
+        except Exception as error:  # a callback or a template may raise anything, and the window must show it
+            outcome = described(error)
         self._messages.append({"role": "assistant", "content": "".join(pieces)})
         self._messenger.ended.emit(outcome)
 
@@ -120,7 +102,7 @@ class Talk:
             except ValueError as error:
                 if "exceed context window" not in str(error) or len(self._messages) < 3:
                     raise
-                del self._messages[:2]  # the oldest turn is forgotten
+                del self._messages[:2]  # forget the oldest question and reply
                 stream = self._stream = self._open()
             except EdgeError as error:
                 if error.message == "cancelled":
@@ -132,11 +114,11 @@ class Talk:
             self._stream.cancel()
 
     def measure(self) -> None:
-        if not self._is_closing and (self._look is None or self._look.done()):
-            self._look = self._aside.submit(self._measure)
+        if not self._is_closing and (self._reading is None or self._reading.done()):
+            self._reading = self._aside.submit(self._measure)
 
     def _measure(self) -> None:
-        with contextlib.suppress(EdgeError):  # there is no loaded model at the moment
+        with contextlib.suppress(EdgeError):  # no model is loaded at the moment
             self._messenger.measured.emit(self._session.stats())
 
     def resize(self, share: str) -> None:
@@ -144,11 +126,9 @@ class Talk:
 
     def _resize(self, share: str) -> None:
         try:
-            plan: Plan = self._session.resize(resident=share)
+            self._messenger.resized.emit(self._session.resize(resident=share).reason)
         except EdgeError as error:
-            self._messenger.resized.emit(said(error))
-        else:
-            self._messenger.resized.emit(plan.reason)
+            self._messenger.resized.emit(described(error))
 
     def close(self) -> None:
         self._is_closing = True
@@ -162,38 +142,38 @@ class Talk:
         self._messenger.closed.emit()
 
 
-def said(error: Exception) -> str:
+def described(error: Exception) -> str:
     return f"{error.message}. {error.hint}" if isinstance(error, EdgeError) and error.hint else str(error)
 
 
-class Figures(QGroupBox):  # type: ignore[misc]
-    """What happened to the experts, and how fast the text comes."""
+class Figures(QtWidgets.QGroupBox):  # type: ignore[misc]
+    """Expert counters, acceptance of draft tokens, speed and memory."""
 
     def __init__(self) -> None:
         super().__init__("Experts")
-        form = QFormLayout(self)
-        self.labels = {name: QLabel("–") for name in ("hits", "misses", "hit rate", "acceptance", "speed", "memory")}
+        form = QtWidgets.QFormLayout(self)
+        names = ("hits", "misses", "hit rate", "acceptance", "speed", "memory")
+        self.labels = {name: QtWidgets.QLabel("–") for name in names}
         for name, label in self.labels.items():
             label.setObjectName(name)
             form.addRow(name, label)
 
     def show_stats(self, stats: Stats) -> None:
         experts, speculation = stats.experts, stats.speculation
-        rate = experts.hit_rate
         texts = {
             "hits": "not observed" if experts.hits is None else f"{experts.hits:,}",
             "misses": "not observed" if experts.misses is None else f"{experts.misses:,}",
-            "hit rate": "–" if rate is None else f"{100 * rate:.1f} %",
+            "hit rate": "–" if experts.hit_rate is None else f"{100 * experts.hit_rate:.1f} %",
             "acceptance": f"{100 * speculation.acceptance:.1f} %" if speculation.drafted else "–",
             "speed": f"{stats.timing.tok_per_s:.1f} tok/s" if stats.timing.n_decoded else "–",
-            "memory": f"{stats.used_bytes / MIB:.1f} MiB",
+            "memory": f"{stats.used_bytes / 2**20:.1f} MiB",
         }
         for name, text in texts.items():
             self.labels[name].setText(text)
 
 
-class Window(QMainWindow):  # type: ignore[misc]
-    """A conversation on the left, budget and figures on the right."""
+class Window(QtWidgets.QMainWindow):  # type: ignore[misc]
+    """The conversation on the left, budget and figures on the right."""
 
     def __init__(self, session: Session, title: str, share: str | None, max_tokens: int) -> None:
         super().__init__()
@@ -203,44 +183,42 @@ class Window(QMainWindow):  # type: ignore[misc]
         self._is_closing = self._is_closed = False
         self._build(share)
         self.messenger = Messenger()
+        self._connect_messenger()
         self.talk = Talk(session, self.messenger, max_tokens)
-        self._connect()
-        self.talk.start()
+        self._connect_widgets()
         self._timer = QTimer(self)
         self._timer.timeout.connect(self.talk.measure)
         self._timer.start(POLL_MS)
 
     def _build(self, share: str | None) -> None:
-        self.transcript = QPlainTextEdit(readOnly=True)
-        self.entry = QLineEdit(placeholderText="A message", enabled=False)
-        self.send, self.stop = QPushButton("Send", enabled=False), QPushButton("Stop", enabled=False)
-        self.progress, self.cancel = QProgressBar(), QPushButton("Cancel")
-        self.shares, self.apply = QComboBox(), QPushButton("Apply", enabled=False)
+        self.transcript = QtWidgets.QPlainTextEdit(readOnly=True)
+        self.entry = QtWidgets.QLineEdit(placeholderText="A message", enabled=False)
+        self.send, self.stop, self.apply = (
+            QtWidgets.QPushButton(text, enabled=False) for text in ("Send", "Stop", "Apply")
+        )
+        self.progress, self.cancel = QtWidgets.QProgressBar(), QtWidgets.QPushButton("Cancel")
+        self.shares = QtWidgets.QComboBox()
         self.shares.addItems(SHARES)
         self.shares.setCurrentText(share if share in SHARES else "1")
-        self.figures, self.note = Figures(), QLabel("loading")
-        self.note.setWordWrap(True)
-
-        left = QVBoxLayout()
+        self.figures, self.note = Figures(), QtWidgets.QLabel("loading", wordWrap=True)
+        budget = QtWidgets.QGroupBox("Share of the experts in slots")
+        budget.setLayout(row(self.shares, self.apply))
+        left, right, whole = QtWidgets.QVBoxLayout(), QtWidgets.QVBoxLayout(), QtWidgets.QHBoxLayout()
         left.addLayout(row(self.progress, self.cancel))
         left.addWidget(self.transcript)
         left.addLayout(row(self.entry, self.send, self.stop))
         left.addWidget(self.note)
-        budget = QGroupBox("Share of the experts in slots")
-        budget.setLayout(row(self.shares, self.apply))
-        right = QVBoxLayout()
         right.addWidget(budget)
         right.addWidget(self.figures)
         right.addStretch()
-        whole = QHBoxLayout()
         whole.addLayout(left, 3)
         whole.addLayout(right, 1)
-        central = QWidget()
+        central = QtWidgets.QWidget()
         central.setLayout(whole)
         self.setCentralWidget(central)
 
-    def _connect(self) -> None:
-        self.messenger.progressed.connect(self._on_progress)
+    def _connect_messenger(self) -> None:
+        self.messenger.progressed.connect(self._on_progress)  # a lambda would run on the sender's thread
         self.messenger.loaded.connect(self._on_loaded)
         self.messenger.failed.connect(self._on_failed)
         self.messenger.piece.connect(self._append)
@@ -248,6 +226,8 @@ class Window(QMainWindow):  # type: ignore[misc]
         self.messenger.measured.connect(self.figures.show_stats)
         self.messenger.resized.connect(self._on_resized)
         self.messenger.closed.connect(self._on_closed)
+
+    def _connect_widgets(self) -> None:
         self.entry.returnPressed.connect(self._ask)
         self.send.clicked.connect(self._ask)
         self.stop.clicked.connect(self.talk.stop)
@@ -280,9 +260,8 @@ class Window(QMainWindow):  # type: ignore[misc]
         if not text or not self.send.isEnabled():
             return
         self.entry.clear()
-        self.entry.setEnabled(False)
-        self.send.setEnabled(False)
-        self.stop.setEnabled(True)
+        for widget, on in ((self.entry, False), (self.send, False), (self.stop, True)):
+            widget.setEnabled(on)
         self.outcome = ""
         self.note.setText("writing")
         self._append(("\n\n" if self.transcript.toPlainText() else "") + f"> {text}\n\n")
@@ -308,12 +287,9 @@ class Window(QMainWindow):  # type: ignore[misc]
         self.talk.measure()
 
     def closeEvent(self, event: QCloseEvent) -> None:
-        """The window stays until the engine has stopped, which a step that runs may put off."""
-        if self._is_closed:
-            event.accept()
-            return
-        event.ignore()
-        if not self._is_closing:
+        """Keep the window until the engine has stopped, which takes as long as the running step."""
+        event.setAccepted(self._is_closed)
+        if not self._is_closed and not self._is_closing:
             self._is_closing = True
             self._timer.stop()
             self.centralWidget().setEnabled(False)
@@ -325,8 +301,8 @@ class Window(QMainWindow):  # type: ignore[misc]
         self.close()
 
 
-def row(*widgets: QWidget) -> QHBoxLayout:
-    layout = QHBoxLayout()
+def row(*widgets: QtWidgets.QWidget) -> QtWidgets.QHBoxLayout:
+    layout = QtWidgets.QHBoxLayout()
     for widget in widgets:
         layout.addWidget(widget)
     return layout
@@ -335,28 +311,28 @@ def row(*widgets: QWidget) -> QHBoxLayout:
 def window(options: argparse.Namespace) -> Window:
     model, draft, share = options.model, options.draft, options.resident
     if model is None:
-        model, draft = demo.path(demo.MODEL), draft or demo.path(demo.DRAFT)
-        share = share or "1/2"
-    engine = {"draft": draft, "resident": share, "n_ctx": options.ctx_size}
-    session = Session(model, isolation=options.isolation, wait=False, **engine)
+        model, draft, share = path(MODEL), draft or path(DRAFT), share or "1/2"
+    session = Session(
+        model, isolation=options.isolation, wait=False, draft=draft, resident=share, n_ctx=options.ctx_size
+    )
     return Window(session, str(model).replace("\\", "/").rsplit("/", 1)[-1], share, options.n_predict)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file; the bundled MoE when left out")
+    p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file (default: the bundled MoE)")
     p.add_argument("--draft", metavar="D", help="a draft GGUF with the model's vocabulary")
     p.add_argument("--resident", metavar="SHARE", help="share of the expert bytes that slots may hold: 1/4")
-    p.add_argument("--isolation", choices=("none", "process"), default="none", help="where the engine runs")
+    p.add_argument("--isolation", choices=("none", "process"), default="none", help="process that runs the engine")
     p.add_argument("-c", "--ctx-size", metavar="N", type=int, default=2048)
     p.add_argument("-n", "--n-predict", metavar="N", type=int, default=512, help="most tokens of a reply")
-    p.add_argument("--say", metavar="TEXT", help="send this, print the reply and leave: shows that it works")
-    p.add_argument("--screenshot", metavar="FILE", help="with --say: the window as it was then, as a PNG")
+    p.add_argument("--say", metavar="TEXT", help="send this, print the reply and exit: a check of the installation")
+    p.add_argument("--screenshot", metavar="FILE", help="with --say: save the window after the reply as a PNG")
     return p.parse_args(arguments)
 
 
 def say_and_leave(shown: Window, text: str, screenshot: str | None) -> None:
-    """The window as a program without a user."""
+    """Drive the window without a user."""
 
     def ask() -> None:
         shown.entry.setText(text)
@@ -372,14 +348,14 @@ def say_and_leave(shown: Window, text: str, screenshot: str | None) -> None:
 
     shown.messenger.loaded.connect(ask)
     for end in (shown.messenger.ended, shown.messenger.failed):
-        end.connect(lambda _: QTimer.singleShot(POLL_MS, leave))  # the figures come a little later
+        end.connect(lambda _: QTimer.singleShot(POLL_MS, leave))  # the last figures arrive after the reply
 
 
 def main() -> int:
     freeze_support()
     options = parse()
     logging.basicConfig(level=logging.WARNING)
-    application = QApplication(sys.argv[:1])
+    application = QtWidgets.QApplication(sys.argv[:1])
     try:
         shown = window(options)
     except EdgeError as error:
