@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from edge_speq.core import Plan, Stats
 from edge_speq.errors import EdgeError
 from edge_speq.session import model_thread
-from edge_speq.session.requests import QueueFull, RequestCounts, SessionClosed, SessionRequest, Sink
+from edge_speq.session.requests import QueueFull, RequestCounts, SessionClosed, SessionRequest, Sink, again
 
 GRACE = 5.0  # seconds that closing waits for a process before it kills it
 FIRST_GUESS = 1.0  # seconds that a request takes, before one was served
@@ -192,8 +192,3 @@ class RequestQueue:
         if self._thread.is_alive():
             self.engine.kill()
             self._thread.join()
-
-
-def again(error: EdgeError) -> EdgeError:
-    """Return a copy of the error, since every raise adds its own traceback."""
-    return type(error)(error.message, error.hint, usage=error.usage)

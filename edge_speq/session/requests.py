@@ -37,9 +37,14 @@ class EngineDied(EdgeError):
     """The process of an isolated session has ended by itself."""
 
 
+def again(error: EdgeError) -> EdgeError:
+    """Return a copy of the error, since every raise adds its own traceback."""
+    return type(error)(error.message, error.hint, usage=error.usage)
+
+
 @dataclass(frozen=True, slots=True)
 class RequestUsage:
-    """Count the tokens that the model has read and generated for one request, end-of-text tokens included."""
+    """Tokens that the model has read and generated for one request, end-of-text tokens included."""
 
     n_prompt: int
     n_generated: int

@@ -15,8 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from edge_speq import log as _quiet  # noqa: F401  # a library prints nothing unasked
 from edge_speq.errors import EdgeError
-from edge_speq.session.request_queue import again
-from edge_speq.session.requests import EngineDied, SessionClosed
+from edge_speq.session.requests import EngineDied, SessionClosed, again
 from edge_speq.session.subprocess import freeze, wire
 
 AGAIN = "the next request starts it again"
