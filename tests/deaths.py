@@ -34,6 +34,11 @@ def leave(_: EdgeLlama) -> None:
     os._exit(3)
 
 
+def leave_instead(llm: EdgeLlama, _arguments: dict[str, Any]) -> None:
+    """In place of a function of server/work.py."""
+    leave(llm)
+
+
 def talk(_: EdgeLlama) -> int:
     print("a word on stdout")
     os.write(1, b"a word past Python\n")
