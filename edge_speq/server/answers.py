@@ -23,10 +23,10 @@ END = "[DONE]"
 
 
 class Answer(Response):  # type: ignore[misc]  # starlette is not seen by mypy
-    """Wait for the model and send what it says. A client that goes away cancels its request.
+    """Wait for the model and send its answer. A client that goes away cancels its request.
 
-    The status follows the first part, which comes with the first token: a request that cannot be served gets a status
-    of its own also when it asked for a stream. EventSourceResponse would send 200 before that, so it begins then.
+    The status follows the first part, which comes with the first token, so that a refused request for a stream gets
+    its error's status. EventSourceResponse sends 200 when it begins, so it begins then.
     """
 
     def __init__(self, parts: Stream[Part], *, stream: bool, usage: bool) -> None:
@@ -84,7 +84,7 @@ class Answer(Response):  # type: ignore[misc]  # starlette is not seen by mypy
         yield ServerSentEvent(END, sep="\n")
 
     def _problem(self, error: Exception) -> ApiError:
-        """Return what the client is told. Before the first token the request was at fault, afterwards the model."""
+        """Return the error for the client: the request's fault before the first token, the model's afterwards."""
         if isinstance(error, SessionClosed):
             return stopping()
         usage = self._parts.usage

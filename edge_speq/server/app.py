@@ -1,4 +1,4 @@
-"""The routes."""
+"""The routes of the HTTP application."""
 
 from __future__ import annotations
 

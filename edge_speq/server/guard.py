@@ -44,9 +44,10 @@ class Guard:
         await self._app(scope, _Body(receive, self._settings), send)
 
     async def _check_host(self, scope: Any, host: bytes) -> None:
-        """Refuse a stranger's DNS name that points to this machine, since without a key any page could use it.
+        """Refuse names other than this machine's unless there is a key. Otherwise a web page could reach the server
+        through a DNS name that points here.
 
-        starlette's middleware decides. The answer is ours, as it would send a 400 that is no JSON.
+        starlette's middleware decides. The answer is ours: its own is a 400 in plain text, OpenAI's clients read JSON.
         """
         if self._settings.api_key is not None or not host:
             return

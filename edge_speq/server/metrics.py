@@ -49,7 +49,7 @@ def _experts(stats: Stats) -> Iterator[Row]:
     yield "edge_speq_expert_slots", "gauge", "Experts that the compute device can hold at once.", e.slots
     yield "edge_speq_expert_hits_total", "counter", "Demands whose expert was in a slot.", e.hits
     yield "edge_speq_expert_misses_total", "counter", "All other demands.", e.misses
-    yield "edge_speq_expert_late_total", "counter", "Misses whose transfer was under way.", e.late
+    yield "edge_speq_expert_late_total", "counter", "Misses whose transfer was in flight.", e.late
     yield "edge_speq_expert_cpu_computed_total", "counter", "Misses that the CPU computed.", e.cpu_computed
     yield "edge_speq_expert_fetched_total", "counter", "Misses that a transfer served.", e.fetched
     yield "edge_speq_expert_prefetched_total", "counter", "Transfers begun by foresight.", e.prefetched

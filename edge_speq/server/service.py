@@ -1,4 +1,4 @@
-"""A session as the routes use it: its states and errors become statuses of HTTP."""
+"""The session behind the routes. Its states and errors become HTTP statuses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ModelService:
         self._is_loaded = True
 
     def require_ready(self) -> None:
-        """Raises ApiError while the model is loaded and when the server stops."""
+        """Refuse requests while the model is loading and when the server stops. Raises ApiError."""
         if self._is_stopping:
             raise stopping(closes=True)
         if not self._is_loaded:
@@ -54,7 +54,7 @@ class ModelService:
             raise ApiError(503, f"loading the model: {percent:.0f} %", code="loading", retry_after=LOADING_RETRY)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Stream[Any]:
-        """Have a function of work.py run in its turn. Raises ApiError when the queue is full or there is no model."""
+        """Queue a call of a function in work.py. Raises ApiError when the queue is full or there is no model."""
         self.require_ready()
         try:
             return self.session.iterate(function, *args)
@@ -65,11 +65,11 @@ class ModelService:
             raise stopping() from None
 
     async def stats(self) -> Stats:
-        """Raises ApiError when there is no model now."""
+        """Return Session.stats(). Raises ApiError when there is no model now."""
         return await self._ask(self.session.stats)
 
     async def residency(self) -> list[str] | None:
-        """Raises ApiError when there is no model now."""
+        """Return Session.residency(). Raises ApiError when there is no model now."""
         return await self._ask(self.session.residency)
 
     async def _ask(self, question: Callable[[], T]) -> T:
@@ -80,12 +80,12 @@ class ModelService:
             raise ApiError(503, str(error), retry_after=LOADING_RETRY) from error
 
     def stop(self, grace: float) -> None:
-        """Refuse what waits and what comes, end a load, and give the request that runs `grace` seconds."""
+        """Refuse waiting and new requests, end a load, and end the running request after `grace` seconds."""
         self._is_stopping = True
         self.session.drain(grace)
 
     def close(self) -> None:
-        """Free the model. Blocks, for when the event loop is over."""
+        """Free the model. This blocks: call it after the event loop has ended."""
         self.session.close()
         self._aside.shutdown()
 

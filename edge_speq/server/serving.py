@@ -19,7 +19,7 @@ KEEP_ALIVE = 15  # seconds that a connection may be idle between two requests
 
 
 class _Server(uvicorn.Server):  # type: ignore[misc]  # uvicorn is not seen by mypy
-    """uvicorn's server, with a coroutine that runs beside it and a function to call when it begins to stop."""
+    """uvicorn's server, with a coroutine to run meanwhile and a function to call when it begins to stop."""
 
     def __init__(self, config: uvicorn.Config, beside: Callable[[], Coroutine[Any, Any, None]], ends: Any) -> None:
         super().__init__(config)
@@ -30,7 +30,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc]  # uvicorn is not seen by m
         self._task = asyncio.create_task(self._beside())  # the loop alone would not keep it alive
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._ends()  # those that wait must not wait for their turn
+        self._ends()  # waiting requests end now
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
@@ -42,9 +42,9 @@ class _Server(uvicorn.Server):  # type: ignore[misc]  # uvicorn is not seen by m
 class Server:
     """Serves a session, which may still be loading, and closes it at the end.
 
-    `run` blocks. `stop` ends it, from any thread and from a signal handler: nothing new is accepted then, what waits is
-    refused, and the request that is served may go on for the settings' grace. `ready` is called on the thread of `run`
-    when the model is loaded.
+    `run` blocks. `stop` ends it, from any thread and from a signal handler: new and waiting requests are refused, and
+    the running request has the settings' grace to end. `ready` is called on the thread of `run` when the model is
+    loaded.
     """
 
     def __init__(self, session: Session, settings: ServerSettings, ready: Callable[[], Any] = lambda: None) -> None:

@@ -1,4 +1,4 @@
-"""What the page shows: the residency map and the counters behind it, one snapshot."""
+"""A snapshot for the page: the residency map and the counters behind it."""
 
 from __future__ import annotations
 

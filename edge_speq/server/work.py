@@ -1,4 +1,4 @@
-"""What a request has the model do: a call of llama_cpp.Llama's own method, with nothing added but the model's name.
+"""The calls that requests become: llama_cpp.Llama's own methods, with nothing added but the model's name.
 
 The functions run where the model is, perhaps in another process: arguments and items are plain data.
 """
@@ -70,8 +70,8 @@ def _parts(answer: Any) -> Generator[dict[str, Any], None, None]:
 
 
 def _require_tokens(llm: EdgeLlama, arguments: dict[str, Any]) -> None:
-    """Refuse tokens outside the vocabulary. A biased one would raise an IndexError in a callback of the sampler, one of
-    the prompt would end the process."""
+    """Refuse tokens outside the vocabulary: in a prompt they end the process, in logit_bias they raise an IndexError
+    inside a callback of the sampler. Raises EdgeError."""
     n_vocab = llm.n_vocab()
     if any(token >= n_vocab for token in arguments.get("logit_bias", ())):
         raise EdgeError(f"logit_bias names a token that is not below {n_vocab}")

@@ -1,4 +1,4 @@
-"""What a caller of a session gets for a request: a reply to wait for, or a stream to read."""
+"""Handles of a request for its caller: a reply to wait for, or a stream to read."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class _Handle:
 
 
 class Reply(_Handle, Generic[T]):
-    """The result of a request that is under way: `reply.result()` or `await reply`."""
+    """The result of a request: `reply.result()` or `await reply`."""
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result and return it.
 
-        Raises the error of the request, or TimeoutError after `timeout` seconds; the request then goes on.
+        Raises the error of the request, or TimeoutError after `timeout` seconds; the request then continues.
         """
         self._request.next(timeout)
         value: T = self._request.value

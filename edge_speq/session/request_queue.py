@@ -147,7 +147,7 @@ class RequestQueue:
             request.end(value)
 
     def _leave(self, request: SessionRequest, began: float, *, failed: bool) -> None:
-        """Make room before the reader hears of the end: a reader that asks again at once finds the queue free."""
+        """Make room before the reader sees the end, so that its next request finds the queue free."""
         with self._changed:
             self._current = None
             if request.is_load:
@@ -162,7 +162,7 @@ class RequestQueue:
     # --- the end ---------------------------------------------------------------------------------------
 
     def _refuse(self, refusal: EdgeError, grace: float = 0.0) -> None:
-        """Take no request any more, end those that wait, and the one that runs after `grace` seconds."""
+        """Refuse new requests, end waiting ones now and the running one after `grace` seconds."""
         with self._changed:
             self._refusal = self._refusal or refusal
             waiting, current = list(self._waiting), self._current
@@ -187,7 +187,7 @@ class RequestQueue:
     def close(self) -> None:
         self.end()
         if os.getpid() != self._pid or self._thread is threading.current_thread():
-            return  # closed by a callback of its own, the thread ends afterwards
+            return  # a callback of the session closes it: the thread ends afterwards
         self._thread.join(GRACE)
         if self._thread.is_alive():
             self.engine.kill()

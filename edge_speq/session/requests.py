@@ -64,7 +64,7 @@ class RequestCounts:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a loaded model says of itself and does not change."""
+    """Properties of a loaded model that do not change."""
 
     n_ctx: int  # tokens
     link_bytes_per_s: float | None  # of a throttled link; None: not throttled

@@ -30,9 +30,8 @@ EXPLICIT = ("isolation", "wait", "capacity", "patience", "max_waiting", "on_step
 class Session:
     """A loaded model that serves one request after the other, in the order in which they came.
 
-    Every method may be called from any thread. Those that wait (create_completion, create_chat_completion, call,
-    resize, stats, residency, close) are for threads. With asyncio use stream, iterate, submit and `await`, and
-    asyncio.to_thread for the rest.
+    Every method may be called from any thread. Some block: create_completion, create_chat_completion, call, resize,
+    stats, residency and close. With asyncio use stream, iterate, submit and `await`, and asyncio.to_thread for these.
 
     Args:
         model: a GGUF file.
@@ -111,7 +110,7 @@ class Session:
         return TextStream(self._submit(ModelCall(name, (prompt,), arguments | {"stream": True}, streams=True)))
 
     def submit(self, function: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Reply[Any]:
-        """Run a call of the model in its turn, and return a Reply: `.result()` or `await` it.
+        """Queue a call of the model and return a Reply: `.result()` or `await` it.
 
         The call is a method of EdgeLlama by its name ("create_completion", "tokenize", "embed", ...), or a function
         whose first argument is the model.
@@ -121,7 +120,7 @@ class Session:
         return Reply(self._submit(ModelCall(function, args, kwargs)))
 
     def iterate(self, function: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Stream[Any]:
-        """Run a call as `submit` does that returns an iterator, and return a Stream of its items."""
+        """Queue a call that returns an iterator, as `submit` does, and return a Stream of its items."""
         return Stream(self._submit(ModelCall(function, args, kwargs, streams=True)))
 
     def _submit(self, call: ModelCall) -> SessionRequest:
@@ -151,7 +150,7 @@ class Session:
 
     @property
     def facts(self) -> ModelFacts:
-        """Return what the model says of itself. Raises EdgeError while it is loading."""
+        """Return the properties of the model. Raises EdgeError while it is loading."""
         if (facts := self.loading.facts) is None:
             raise EdgeError("the model is still loading", "read `loading`, or open the session with wait=True")
         return facts
@@ -177,9 +176,10 @@ class Session:
         return self._queue.engine.resize(resident=resident, vram_budget=vram_budget)
 
     def drain(self, grace: float) -> None:
-        """Begin to close: end what waits and a load at once, and what runs after `grace` seconds. Return at once.
+        """Begin to close: end waiting requests and a load at once, the running request after `grace` seconds.
 
-        New requests, and those that this ends, get a SessionClosed error. `close` then waits for the engine.
+        Do not wait for that. Requests that are ended or come later get a SessionClosed error. Call `close` to wait for
+        the engine.
         """
         self._queue.end(grace)
 

@@ -123,7 +123,7 @@ class Child:
             while True:
                 self._handle(*self._channel.receive())
         except (EOFError, OSError):
-            os._exit(0)  # the parent is gone, or has closed the pipe: nothing here is worth a delay
+            os._exit(0)  # the parent has exited or closed the pipe: nothing here is worth a delay
 
     def _handle(self, kind: str, number: int, content: bytes) -> None:
         try:
@@ -191,7 +191,7 @@ def _live() -> NoReturn:
 
 
 def private_channel() -> Channel:
-    """Return stdin and stdout under other numbers. What code here prints goes to stderr, which the parent logs."""
+    """Return stdin and stdout under other numbers. Printed text goes to stderr, which the parent logs."""
     channel = Channel(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"))
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -201,7 +201,7 @@ def private_channel() -> Channel:
 
 
 def protect_parent() -> None:
-    """Keep what goes wrong here from being felt in the application."""
+    """Keep failures of this process from disturbing the application."""
     if sys.platform != "win32":
         import resource
 

@@ -1,6 +1,6 @@
 """Messages between the two processes: a length, and a pickle of (kind, number, pickled content).
 
-The content is a pickle of its own, so that unreadable content still names the request it belongs to. Both ends
+The content is pickled separately, so that unreadable content still names the request it belongs to. Both ends
 are the same installation, and the parent started the child: pickle is safe here.
 """
 
@@ -43,14 +43,14 @@ class Channel:
         return text.removesuffix(MAGIC)
 
     def send(self, kind: str, number: int, content: Any = None) -> None:
-        """Send a message. Raises EdgeError for what cannot be pickled, and OSError when the other end is gone."""
+        """Send a message. Raises EdgeError if the content cannot be pickled, OSError if the other end has exited."""
         data = pickle.dumps((kind, number, dumps(content)), pickle.HIGHEST_PROTOCOL)
         with self._lock:
             self._writing.write(LENGTH.pack(len(data)) + data)
             self._writing.flush()
 
     def receive(self) -> Message:
-        """Return the next message. Raises EOFError when the other end is gone."""
+        """Return the next message. Raises EOFError when the other end has exited."""
         (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
         message: Message = pickle.loads(self._exactly(length))
         return message
