@@ -33,7 +33,7 @@ def test_parse_bytes(text: str | int, expected: int | None) -> None:
 
 @pytest.mark.parametrize(("value", "hint"), [("8192", "8192MiB or 8GiB"), (8192, "8192MiB or 8GiB"), ("6", "6GiB")])
 def test_a_size_without_a_unit_is_refused_with_the_right_spelling(value: str | int, hint: str) -> None:
-    with pytest.raises(EdgeError, match="vram_budget=.* has no unit") as error:
+    with pytest.raises(EdgeError, match=r"vram_budget=.* has no unit") as error:
         parse_bytes(value, "vram_budget")
     assert hint in error.value.hint and error.value.usage
 

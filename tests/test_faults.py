@@ -89,7 +89,7 @@ def one_absent_expert(model: EdgeLlama) -> Any:
     import numpy as np
 
     block, expert = np.argwhere(model._hook.states() == 0)[0]
-    return np.array([(block, expert, 99, 1.0)], dtype=_native.ORDER)
+    return np.array([(block, expert, 99, 1.0)], dtype=_native.PREFETCH_REQUEST)
 
 
 def test_a_callback_that_raises_ends_its_request_only(bundled: tuple[Path, Path]) -> None:

@@ -53,7 +53,7 @@ def logits_between_drafts(model: internals.LlamaModel, hook: _native.Hook, uses:
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("uses", ["twin", "resident"])
+@pytest.mark.parametrize("uses", ["draft", "resident"])
 def test_drafts_leave_no_trace_in_the_logits(bundled: tuple[Path, Path], experts_only: Path, uses: str) -> None:
     twin = draft_experts.read(gguf_file.read(experts_only), gguf_model.check_model(bundled[0]))
     seen = []
@@ -63,7 +63,7 @@ def test_drafts_leave_no_trace_in_the_logits(bundled: tuple[Path, Path], experts
         for draft in ("", uses):
             hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, half)
             hook.poison_free_slots()
-            hook.load_twin(str(twin.path), twin.tensors)
+            hook.load_draft_experts(str(twin.path), twin.tensors)
             seen.append(logits_between_drafts(model, hook, draft, 40))
             hook.detach()
     assert np.isfinite(seen[0]).all()

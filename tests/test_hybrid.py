@@ -15,7 +15,8 @@ import test_exactness as exactness
 import test_speculation as speculation
 from llama_cpp import _internals as internals
 
-from edge_speq import EdgeError, _native, ggml
+from edge_speq import EdgeError, _native
+from edge_speq._native import ggml
 from edge_speq.policies import prediction
 from edge_speq.runtime import loading
 
@@ -30,7 +31,7 @@ AUTO = _native.Transfers(on_miss="auto", n_threads=2)
 def fill(hook: _native.Hook, share: float) -> None:
     """Experts at random into a share of the slots."""
     absent = np.random.default_rng(1).permutation(np.argwhere(hook.states() == 0))[: int(share * hook.n_slots)]
-    hook.prefetch(np.array([(block, expert, 99, 1.0) for block, expert in absent], dtype=_native.ORDER))
+    hook.prefetch(np.array([(block, expert, 99, 1.0) for block, expert in absent], dtype=_native.PREFETCH_REQUEST))
     hook.drain()
 
 

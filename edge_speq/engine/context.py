@@ -148,7 +148,7 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
             hook.end_step()
         routing, prefill = hook.routing(), None
         if routing.shape[1] != len(chunk):
-            prefill = hook.prompt()
+            prefill = hook.prefill_routing()
         seen = routing if prefill is None else None
         prefill = prefill if prefill is not None and prefill.shape[1] else None
         return Decode(chunk, past, seconds, seen, hook is self._hook, prefill, hook.counters().stall_ms)

@@ -151,7 +151,7 @@ class EdgeLlama(Resizable):
         if self._plan.policy != "slots":
             if self._observer is not None and self._observer.needs_routing and self._experts.n_blocks:
                 self._watching = _native.Hook(
-                    self._model.model, self._experts, self._plan.max_width, reads_prompts=True
+                    self._model.model, self._experts, self._plan.max_width, reads_prefill=True
                 )
                 self._stack.callback(self._watching.detach)
             return
@@ -166,7 +166,7 @@ class EdgeLlama(Resizable):
             self._request.next_layer_prefetch and self._on_miss != "fetch",
         )
         self._hook = _native.Hook(
-            self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers, reads_prompts=True
+            self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers, reads_prefill=True
         )
         # closed after the context that uses it and before the model that it hangs on
         self._stack.callback(self._hook.detach)
@@ -227,7 +227,7 @@ class EdgeLlama(Resizable):
         policy = presets.live(self._request.policy, setting, is_fixed=fixed, has_clock=clock, is_limited=limited)
         if self._hook is not None:
             self._hook.use_budget(policy.expert_budget)
-            self._hook.keep_prompts(policy.reads_prompts)
+            self._hook.admit_from_prefill(policy.reads_prompts)
         return policy
 
     def _load_draft(self, k_max: int) -> Draft | None:

@@ -143,7 +143,7 @@ def _overhead(experts: Experts, k: int) -> int:
     """Bytes of the routing leaves of target and draft, [n_blocks, k + 2, n_expert_used] int32, of a prompt's, of what
     graphs need that look up slots themselves, another such leaf and two of [n_blocks, n_expert], and of padding."""
     row = 4 * experts.n_blocks * experts.n_expert_used
-    return row * (3 * (k + 2) + _native.PROMPT_TOKENS) + 2 * 4 * experts.n_blocks * experts.n_expert + PADDING
+    return row * (3 * (k + 2) + _native.PREFILL_TOKENS) + 2 * 4 * experts.n_blocks * experts.n_expert + PADDING
 
 
 def _require_budget(what: str, needed: int, budget_bytes: int | None, less: str) -> None:

@@ -7,7 +7,7 @@ to the slots, whose misses are counted, and the slots follow the rule that misse
 
 A rule is recency (LRU), or how often steps demanded an expert, decaying, and a little more for the last step. LRU's
 misses times 0.82 to 1.00 on 16 texts of 64 tokens of three models, 0.84 to 1.06 on 20 tokens of four texts in turn;
-with one short memory (`lfru`) 0.87 to 1.06 and 0.97 to 1.15 (docs/presets.md, tools/keep_table.py).
+with one short memory (`lfru`) 0.87 to 1.06 and 0.97 to 1.15 (docs/results/policies.md, `keep`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from edge_speq import _reckoning
+from edge_speq._native import policy_kernels
 from edge_speq.policies import prediction
 from edge_speq.policies.base import Policy
 from edge_speq.policies.context import PolicyContext, Slots
@@ -40,8 +40,8 @@ class SetDueling(Policy):
         experts = setting.experts
         stride = max(1, -(-experts.total // SAMPLE))
         given = {"last": LAST, "smoothing": SMOOTHING, "hysteresis": HYSTERESIS}
-        self._native = _reckoning.Duel(experts, stride, DECAYS, **given)
-        self._often, self._pools = self._native.often, self._native.pools
+        self._native = policy_kernels.SetDuelingKernel(experts, stride, DECAYS, **given)
+        self._often, self._pools = self._native.frequency, self._native.pools
         self._resize_pools()
         self._counts = Frequency(experts)
         self._admits = False  # nobody fetches on demand
@@ -77,7 +77,7 @@ class SetDueling(Policy):
         return prediction.admissions(self._counts.worth(), slots.states())
 
     def read(self, routing: Routing) -> None:
-        self._native.read(routing)
+        self._native.on_prefill(routing)
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         self._native.observe(routing)

@@ -136,7 +136,7 @@ def decode(
     if hook is not None:
         if hook.decoding:  # a Ctrl-C skipped its end
             llama_cpp.llama_synchronize(context.ctx)
-            hook.forsake_step()
+            hook.abandon_step()
         hook.decoding = True
     try:
         status = llama_cpp.llama_decode(context.ctx, batch.batch)
