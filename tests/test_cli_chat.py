@@ -13,11 +13,11 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+import edge_speq as package
 from edge_speq import EdgeError, EdgeLlama
 from edge_speq.cli.conversation import Conversation
-from edge_speq.gguf import bundled as demo
 
-SCHEMA = json.loads((Path(demo.__file__).parent / "schema" / "run.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(package.__file__).parent / "schema" / "run.schema.json").read_text(encoding="utf-8"))
 
 
 def chat(said: str, *arguments: str) -> subprocess.CompletedProcess[str]:

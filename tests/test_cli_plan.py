@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+import edge_speq as package
 from edge_speq import EdgeLlama
 from edge_speq.cli import arguments
 from edge_speq.cli import plan as cli_plan
@@ -16,7 +17,7 @@ from edge_speq.cli.main import main, parser
 from edge_speq.gguf import bundled
 from edge_speq.runtime import loading as engine
 
-SCHEMAS = Path(bundled.__file__).parent / "schema"
+SCHEMAS = Path(package.__file__).parent / "schema"
 SCHEMA = json.loads((SCHEMAS / "plan.schema.json").read_text(encoding="utf-8"))
 RUN_SCHEMA = json.loads((SCHEMAS / "run.schema.json").read_text(encoding="utf-8"))
 

@@ -15,13 +15,13 @@ from conftest import TinyModels
 from test_speculation import llm, prompts, texts
 from traces import EXPERTS, setting
 
+import edge_speq as package
 from edge_speq import EdgeError, EdgeLlama
 from edge_speq.cli import bench
 from edge_speq.cli.main import main
 from edge_speq.convert.sub_experts import split
 from edge_speq.convert.sub_experts.options import SplitOptions
 from edge_speq.core import SLOT_POLICIES
-from edge_speq.gguf import bundled as demo
 from edge_speq.gguf.model import check_model
 from edge_speq.gguf.rewrite import Rewrite, Source
 from edge_speq.planning import survey
@@ -30,7 +30,7 @@ from edge_speq.policies.published.draft_lengths import Roofline
 from edge_speq.policies.published.systems import SpecMoeOff
 from edge_speq.simulate.slots import Residency
 
-SCHEMAS = Path(demo.__file__).parent / "schema"
+SCHEMAS = Path(package.__file__).parent / "schema"
 KEY = "qwen3moe.expert_used_count"
 
 
@@ -47,12 +47,12 @@ def test_whole_layers_are_sent_in_layer_order_as_far_as_slots_go() -> None:
     policy, slots = SpecMoeOff(made), Residency(EXPERTS, made.slots, link_bytes_per_s=10**9, block_ns=500)
     orders: list[Any] = []
     slots.prefetch = lambda given, byte_budget=0: orders.append(given) or len(given)  # type: ignore[method-assign,func-returns-value]
-    policy.foresee(slots, None, 0)
+    policy.plan_prefetch(slots, None, 0)
     assert [np.count_nonzero(orders[0]["block"] == block) for block in range(4)] == [16, 16, 4, 4]
     assert (np.diff(orders[0]["block"]) >= 0).all() and (orders[0]["deadline"] == orders[0]["block"]).all()
     slots.demand(0, [3, 5])
     slots.end_step()
-    policy.foresee(slots, None, 0)
+    policy.plan_prefetch(slots, None, 0)
     first = orders[1]["expert"][orders[1]["block"] == 0]
     assert set(first) == set(range(16)) - {3, 5}
     assert np.count_nonzero(orders[1]["block"] == 2) == 6  # absent ones fill up what slots can take

@@ -124,6 +124,10 @@ class Resizable(TargetContext):
         """Draft at most so many tokens a step from now on."""
         self._speculator.limit(most)
 
+    def limit_lookahead(self, most: int) -> None:
+        """Let a draft run on, for its routing, at most so many tokens beyond those that it proposes."""
+        self._speculator.depth.limit_to(most)
+
     def prefetch_rate(self, n_experts: int) -> float | None:
         """Prefetch so many absent experts, wait for them, and return the bytes per second; None where none is absent
         or the model has no slots."""
@@ -131,9 +135,9 @@ class Resizable(TargetContext):
         if hook is None:
             return None
         absent = np.argwhere(hook.states() == 0)[: min(n_experts, max(1, hook.n_slots // 2))]
-        orders = np.array([(b, e, hook.experts.n_blocks, 1e6) for b, e in absent], dtype=_native.PREFETCH_REQUEST)
+        requests = np.array([(b, e, hook.experts.n_blocks, 1e6) for b, e in absent], dtype=_native.PREFETCH_REQUEST)
         before, started = hook.counters().bytes_fetched, time.perf_counter()
-        hook.prefetch(orders)
+        hook.prefetch(requests)
         hook.drain()
         elapsed = time.perf_counter() - started
         fetched = hook.counters().bytes_fetched - before
