@@ -34,6 +34,11 @@ def leave(_: EdgeLlama) -> None:
     os._exit(3)
 
 
+def leave_instead(llm: EdgeLlama, _arguments: dict[str, Any]) -> None:
+    """In place of a function of server/work.py."""
+    leave(llm)
+
+
 def talk(_: EdgeLlama) -> int:
     print("a word on stdout")
     os.write(1, b"a word past Python\n")
@@ -56,3 +61,14 @@ def core_limit(_: EdgeLlama) -> int:
     import resource
 
     return resource.getrlimit(resource.RLIMIT_CORE)[0]
+
+
+def stack_bytes(_: EdgeLlama) -> int:
+    """The stack of the thread that this runs on."""
+    libc, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(256)  # a pthread_attr_t has 56 bytes
+    address, size = ctypes.c_void_p(), ctypes.c_size_t()
+    libc.pthread_self.restype = ctypes.c_void_p
+    assert libc.pthread_getattr_np(ctypes.c_void_p(libc.pthread_self()), attributes) == 0
+    assert libc.pthread_attr_getstack(attributes, ctypes.byref(address), ctypes.byref(size)) == 0
+    libc.pthread_attr_destroy(attributes)
+    return size.value

@@ -18,23 +18,25 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 from edge_speq.server import listener
-from edge_speq.server.model import Progress, ServedModel
+from edge_speq.server.service import open_session
 from edge_speq.server.serving import Server
 from edge_speq.server.settings import ServerSettings
+from edge_speq.session.session import Session
 
 TIMEOUT = 60.0
+OpenSession = Callable[[ServerSettings], Session]
 OPTIONS: dict[str, Any] = {"resident": "1/2", "n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "draft_tokens": 2}
 
 
 class Running:
-    def __init__(self, open_model: Callable[[Progress], ServedModel], **settings: Any) -> None:
+    def __init__(self, open_model: OpenSession, **settings: Any) -> None:
         self.settings = ServerSettings("tales", **{"port": 0, "grace_seconds": 1.0} | settings)
         self._listener = listener.listen(self.settings)
         self.host, self.port = self._listener.getsockname()[:2]
         self.url = listener.url(self._listener, self.settings.host)
         self.is_ready = threading.Event()
-        self.server = Server(open_model, self.settings, self.is_ready.set)
-        self.worker = self.server.worker
+        self.session = open_model(self.settings)
+        self.server = Server(self.session, self.settings, self.is_ready.set)
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -104,18 +106,18 @@ class Running:
     def seconds_until(self, load: tuple[int, int]) -> float:
         """How long it takes until so many requests are served, and wait."""
         started = time.monotonic()
-        while self.worker.load() != load:
+        while self.session.workload() != load:
             assert time.monotonic() - started < TIMEOUT
             time.sleep(0.001)
         return time.monotonic() - started
 
 
-def opened(model: Path, **options: Any) -> Callable[[Progress], ServedModel]:
-    return lambda progress: ServedModel(str(model), progress, **OPTIONS | options)
+def opened(model: Path, **options: Any) -> OpenSession:
+    return lambda settings: open_session(model, settings, **OPTIONS | options)
 
 
 @contextlib.contextmanager
-def running(open_model: Callable[[Progress], ServedModel], **settings: Any) -> Iterator[Running]:
+def running(open_model: OpenSession, **settings: Any) -> Iterator[Running]:
     server = Running(open_model, **settings)
     try:
         yield server.wait()

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import deaths
 import pytest
 from served import OPTIONS, Running, opened, running
 
-from edge_speq import EdgeLlama
+from edge_speq import EdgeError, EdgeLlama
 
 PROMPT = "The old house"
 CHAT = [{"role": "user", "content": "A fox and a hare"}]
@@ -227,18 +228,21 @@ def test_a_client_that_goes_away_frees_the_model(slow: Running) -> None:
 
 
 def test_a_client_that_goes_away_ends_its_prompt(server: Running) -> None:
-    llm, long = server.worker.llm, {"prompt": list(range(300, 1200)), "max_tokens": 1}
-    assert llm is not None
+    long = {"prompt": list(range(300, 1200)), "max_tokens": 1}
     started = time.monotonic()
     server.good("/v1/completions", long)
     whole = time.monotonic() - started
-    assert llm.n_tokens == 900
+    assert server.session.call(n_tokens) == 900
     server.good("/v1/completions", {"prompt": "Something else", "max_tokens": 1})
     with server.raw(server.post("/v1/completions", long)):
         server.seconds_until((1, 0))
         time.sleep(whole / 10)
     server.seconds_until((0, 0))
-    assert llm.n_tokens < 900
+    assert server.session.call(n_tokens) < 900
+
+
+def n_tokens(llm: EdgeLlama) -> int:
+    return llm.n_tokens
 
 
 def test_half_closed_is_gone(slow: Running) -> None:
@@ -251,7 +255,7 @@ def test_half_closed_is_gone(slow: Running) -> None:
 
 def test_the_queue_is_bounded(slow: Running) -> None:
     """One is served, three wait, the next is told when to come again. Who waits and goes leaves the queue."""
-    before = slow.worker.counts.refused
+    before = slow.session.counts().refused
     with contextlib.ExitStack() as stack:
         for load in ((1, 0), (1, 1), (1, 2), (1, 3)):
             stack.enter_context(slow.raw(slow.post("/v1/completions", ENDLESS)))
@@ -261,7 +265,7 @@ def test_the_queue_is_bounded(slow: Running) -> None:
         assert 1 <= int(headers["retry-after"]) <= 60
         assert slow.good("/health") == {"status": "ok"}
     assert slow.seconds_until((0, 0)) < 5.0
-    assert slow.worker.counts.refused == before + 1
+    assert slow.session.counts().refused == before + 1
     slow.good("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})
 
 
@@ -312,8 +316,7 @@ def test_metrics_are_the_librarys_counters(server: Running) -> None:
     text = server.good("/metrics")
     values = dict(re.findall(r"^(\S+) (\S+)$", text, re.MULTILINE))
     assert len(values) == text.count("# TYPE") == text.count("# HELP")
-    assert server.worker.llm is not None
-    stats = server.worker.llm.stats()
+    stats = server.session.stats()
     for name, value in {
         "llamacpp:prompt_tokens_total": stats.timing.n_prompt,
         "llamacpp:tokens_predicted_total": stats.timing.n_generated,
@@ -355,3 +358,61 @@ def test_names_that_a_stranger_made_up_are_refused(server: Running) -> None:
     refused(server, "/v1/models", None, 403, host="rebound.example.org")
     for host in ("localhost", "127.0.0.1:80", "[::1]:8080", "LOCALHOST:1"):
         assert server.ask("/v1/models", host=host)[0] == 200
+
+
+def test_hosts_without_a_key(server: Running) -> None:
+    """The middleware of starlette decides, and knows IPv6 and names under localhost."""
+    for host in ("app.localhost", "[::1]", "127.0.0.1"):
+        assert server.ask("/v1/models", host=host)[0] == 200
+    for host in ("127.0.0.1.example.org", "localhost.example.org", "[::2]:80", "a b", "evil.org/localhost"):
+        refused(server, "/v1/models", None, 403, host=host)
+    with server.raw(b"GET /health HTTP/1.0\r\n\r\n") as connection:  # as load balancers ask, without a name
+        assert connection.recv(12) == b"HTTP/1.1 200"
+
+
+# --- the same with other engines and times -----------------------------------------------------------------
+
+
+def test_an_isolated_engine(bundled: tuple[Path, Path], llm: EdgeLlama) -> None:
+    """Its answers are the same, and its death is one request's."""
+    body = {"prompt": PROMPT, "max_tokens": 12, "seed": 5}
+    expected: Any = llm.create_completion(**body)
+    with running(opened(bundled[0], draft=bundled[1], isolation="process"), n_waiting=3) as server:
+        got = server.good("/v1/completions", body)
+        assert (got["choices"], got["usage"]) == (expected["choices"], expected["usage"])
+        events = server.stream("/v1/completions", body | {"stream_options": {"include_usage": True}})
+        assert "".join(e["choices"][0]["text"] for e in events[:-1]) == expected["choices"][0]["text"]
+        assert events[-1]["usage"] == expected["usage"]
+        assert server.good("/v1/chat/completions", {"messages": CHAT, "max_tokens": 4})["choices"]
+        error = refused(server, "/v1/completions", {"prompt": "word " * 2000})
+        assert error["code"] == "context_length_exceeded"
+        refused(server, "/v1/completions", {"prompt": [10**8]})
+        assert "edge_speq_requests_finished_total 3\n" in server.good("/metrics")
+        assert server.good("/residency")["residency"]
+        with server.raw(server.post("/v1/completions", ENDLESS | {"stream": True})) as connection:
+            assert connection.recv(12) == b"HTTP/1.1 200"
+        assert server.seconds_until((0, 0)) < 2.0
+        with pytest.raises(EdgeError, match="exit code 3"):
+            server.session.call(deaths.leave)
+        assert refused(server, "/metrics", None, 503)["type"] == "unavailable_error"
+        assert server.good("/v1/completions", body)["choices"] == expected["choices"]
+        assert "edge_speq_requests_failed_total 3\n" in server.good("/metrics")
+
+
+def test_an_engine_that_dies_is_not_the_clients_fault(bundled: tuple[Path, Path], monkeypatch: Any) -> None:
+    monkeypatch.setattr("edge_speq.server.app.work.completion", deaths.leave_instead)
+    with running(opened(bundled[0], isolation="process")) as server:
+        for stream in (False, True):
+            error = refused(server, "/v1/completions", {"prompt": PROMPT, "stream": stream}, 500)
+            assert "exit code 3" in error["message"]
+
+
+def test_pings_keep_a_slow_stream_open(bundled: tuple[Path, Path], monkeypatch: Any) -> None:
+    monkeypatch.setattr("edge_speq.server.answers.PING", 0.05)
+    with running(opened(bundled[0], throttle_link="20MB/s")) as server:
+        body = ENDLESS | {"stream": True, "max_tokens": 30}
+        text = server.good("/v1/completions", body)
+    parts = text.split("\n\n")
+    pings = [part for part in parts if part.startswith(": ping")]
+    assert pings and parts[-2:] == ["data: [DONE]", ""]
+    assert all(part.startswith("data: ") for part in parts[:-1] if part not in pings)

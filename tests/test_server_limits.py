@@ -7,18 +7,20 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import pytest
-from served import Running, opened, running
+from served import OPTIONS, Running, opened, running
 
-from edge_speq import EdgeError
+from edge_speq import EdgeError, EdgeLlama
 from edge_speq.runtime import grammar
 from edge_speq.server import grammars, listener
-from edge_speq.server.model import Progress, ServedModel
 from edge_speq.server.settings import ServerSettings
+from edge_speq.session import in_process
 
 KEY = "sesame-open"
 LIMITS: dict[str, Any] = {
@@ -98,9 +100,9 @@ def test_who_does_not_read_is_left(bundled: tuple[Path, Path]) -> None:
         server.seconds_until((1, 0))
         server.seconds_until((0, 0))
         deadline = time.monotonic() + 10
-        while server.server._server.server_state.connections and time.monotonic() < deadline:
+        while server.server.n_connections and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not server.server._server.server_state.connections
+        assert not server.server.n_connections
 
 
 def test_too_many_connections(server: Running) -> None:
@@ -126,16 +128,29 @@ def test_what_is_no_http(server: Running) -> None:
 # --- begin and end ---------------------------------------------------------------------------------------
 
 
-def test_health_while_loading(bundled: tuple[Path, Path]) -> None:
-    go_on = threading.Event()
+def load_with(monkeypatch: pytest.MonkeyPatch, between: Callable[[Callable[..., Any], float], Any]) -> None:
+    """Have sessions load with this function between llama.cpp and their own callback."""
 
-    def open_late(progress: Progress) -> ServedModel:
-        progress(0.25)
-        assert go_on.wait(30)
-        return opened(bundled[0])(progress)
+    def slowed(model: str, *, progress: Callable[[float], Any], **options: Any) -> EdgeLlama:
+        return EdgeLlama(model, progress=partial(between, progress), **options)
 
-    server = Running(open_late)
+    monkeypatch.setattr(in_process, "EdgeLlama", slowed)
+
+
+def test_health_while_loading(bundled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    reported, go_on = threading.Event(), threading.Event()
+
+    def late(report: Callable[[float], Any], fraction: float) -> Any:
+        if not go_on.is_set():
+            report(0.25)
+            reported.set()
+            assert go_on.wait(30)
+        return report(fraction)
+
+    load_with(monkeypatch, late)
+    server = Running(opened(bundled[0]))
     try:
+        assert reported.wait(30)
         for path, body in (("/health", None), ("/metrics", None), ("/v1/completions", {"prompt": "a"})):
             status, headers, answer = server.ask(path, body)
             assert (status, headers["retry-after"], answer["error"]["code"]) == (503, "2", "loading")
@@ -149,18 +164,16 @@ def test_health_while_loading(bundled: tuple[Path, Path]) -> None:
         server.close()
 
 
-def test_a_load_ends_with_the_server(bundled: tuple[Path, Path]) -> None:
+def test_a_load_ends_with_the_server(bundled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     going = threading.Event()
 
-    def open_slowly(progress: Progress) -> ServedModel:
-        def slowly(fraction: float) -> bool:
-            going.set()
-            time.sleep(0.01)
-            return progress(fraction)
+    def slowly(report: Callable[[float], Any], fraction: float) -> Any:
+        going.set()
+        time.sleep(0.01)
+        return report(fraction)
 
-        return opened(bundled[0], use_mmap=False)(slowly)
-
-    server = Running(open_slowly)
+    load_with(monkeypatch, slowly)
+    server = Running(opened(bundled[0], use_mmap=False))
     assert going.wait(30)
     server.close()
     assert server.error is None  # it was told to stop; that the load failed is no news
@@ -203,22 +216,32 @@ def test_settings_that_cannot_be_served() -> None:
 
 def test_a_client_that_went_before_its_turn_began(bundled: tuple[Path, Path]) -> None:
     """Its cancel() came when no request was open, and was forgotten."""
-    with contextlib.closing(opened(bundled[0])(lambda _: True)) as llm:
-        llm.cancel()
-        llm.is_abandoned = lambda: True
+    begun, gone, found = threading.Event(), threading.Event(), []
+
+    def complete_late(llm: EdgeLlama) -> None:
+        begun.set()
+        assert gone.wait(30)
         with pytest.raises(EdgeError, match="cancelled"):
             llm.create_completion("Once", max_tokens=4)
-        assert llm.n_tokens == 0
-        llm.is_abandoned = lambda: False
-        assert llm.create_completion("Once", max_tokens=4)["usage"]["completion_tokens"] == 4
+        found.append(llm.n_tokens)
+
+    with running(opened(bundled[0])) as server:
+        request = server.session.submit(complete_late)
+        assert begun.wait(30)
+        request.cancel()
+        gone.set()
+        server.seconds_until((0, 0))
+        assert found == [0]
+        done = server.good("/v1/completions", {"prompt": "Once", "max_tokens": 4})
+        assert done["usage"]["completion_tokens"] == 4
 
 
 # --- grammars --------------------------------------------------------------------------------------------
 
 
 def test_grammars_that_would_end_the_process(bundled: tuple[Path, Path]) -> None:
-    with contextlib.closing(opened(bundled[0])(lambda _: True)) as llm:
-        vocab = llm._model.vocab
+    with contextlib.closing(EdgeLlama(str(bundled[0]), **OPTIONS)) as llm:
+        vocab = llama_cpp.llama_model_get_vocab(llm.model)
         grammar.require_grammar('root ::= "a"{3} [0-9]*', vocab)
         for wrong in (
             "root ::= (((",

@@ -153,7 +153,7 @@ def test_a_full_queue_is_tried_again(slow: Running) -> None:
         leave.start()
         assert client.completions.create(model="tales", prompt="a", max_tokens=1).choices
         leave.join()
-    assert slow.worker.counts.refused == 2
+    assert slow.session.counts().refused == 2
 
 
 def test_a_closed_stream_frees_the_model(slow: Running) -> None:

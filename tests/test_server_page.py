@@ -171,7 +171,7 @@ def test_everything_has_a_name_and_can_be_reached(page: Page) -> None:
 
 def screenshot(path: Path) -> None:
     """The page while the bundled model writes."""
-    open_model = opened(demo.path(demo.MODEL), draft=demo.path(demo.DRAFT), draft_tokens=2, link="400MB/s")
+    open_model = opened(demo.path(demo.MODEL), draft=demo.path(demo.DRAFT), draft_tokens=2, throttle_link="400MB/s")
     with running(open_model) as server, sync_playwright() as play:
         browser = chromium(play)
         page = browser.new_page(viewport=SIZE)

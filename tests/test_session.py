@@ -15,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import deaths
 import pytest
 
 from edge_speq import EdgeError, EdgeLlama, Session
-from edge_speq.session.requests import ModelCall, SessionRequest
+from edge_speq.session import model_thread
+from edge_speq.session.requests import ModelCall, QueueFull, SessionClosed, SessionRequest
 
 OPTIONS: dict[str, Any] = {
     "n_ctx": 2048,
@@ -234,6 +236,130 @@ def test_a_model_that_is_not_there(isolation: str, tmp_path: Path) -> None:
         Session(tmp_path / "no.gguf", isolation=isolation)
     with pytest.raises(EdgeError, match="isolation"):
         Session(tmp_path / "no.gguf", isolation="thread")
+
+
+def test_options_are_refused_at_once(bundled: tuple[Path, Path], isolation: str) -> None:
+    """By the caller's own call, not by the load."""
+    for options, complaint in (
+        ({"vram_buget": "1GiB"}, "vram_buget is not an option.*vram_budget"),
+        ({"observer": None}, "observer is not an option"),
+        ({"max_wait": 3}, "max_wait is not an option"),
+        ({"resident": "3/2"}, "resident"),
+        ({"policy": "all", "resident": "1/2"}, "resident does not apply"),
+    ):
+        with pytest.raises(EdgeError, match=complaint) as error:
+            Session(bundled[0], isolation=isolation, wait=False, **options)
+        assert error.value.usage
+
+
+def test_the_queue_is_bounded(open_session: Callable[..., Session]) -> None:
+    with open_session(max_waiting=2) as session:
+        running = session.stream(PROMPT, **ENDLESS)
+        next(running)
+        waiting = [session.submit("token_eos") for _ in range(2)]
+        assert session.workload() == (1, 2)
+        with pytest.raises(QueueFull, match="2 requests wait already") as full:
+            session.submit("token_eos")
+        assert full.value.seconds > 0
+        waiting[0].cancel()  # makes room
+        waiting.append(session.submit("token_eos"))
+        running.cancel()
+        assert [reply.result(60) for reply in waiting[1:]] == 2 * [session.call("token_eos")]
+        counts = session.counts()
+        assert (counts.finished, counts.abandoned, counts.refused, counts.failed) == (3, 2, 1, 0)
+        with pytest.raises(AttributeError):
+            session.call("no_such_method")
+        assert session.counts().failed == 1
+
+
+def test_who_asks_again_at_once_finds_room(open_session: Callable[..., Session]) -> None:
+    with open_session(max_waiting=0) as session:
+        for _ in range(200):
+            session.call("token_eos")
+
+
+def test_what_a_request_used(shared: Session) -> None:
+    before = shared.stats().timing
+    seconds = shared.counts().prompt_seconds
+    reply = shared.submit("create_completion", PROMPT, **GREEDY)
+    assert reply.usage is None
+    counted = reply.result()["usage"]
+    stream = shared.stream(PROMPT, **GREEDY)
+    stream.result()
+    for handle in (reply, stream):
+        assert handle.usage is not None
+        assert handle.usage.n_prompt == counted["prompt_tokens"]
+        assert handle.usage.n_generated == counted["completion_tokens"]  # no end-of-text token among them
+        assert handle.usage.ttft_seconds > 0
+    now = shared.stats().timing
+    assert now.n_prompt - before.n_prompt == 2 * counted["prompt_tokens"]
+    assert reply.usage is not None and stream.usage is not None
+    both = reply.usage.ttft_seconds + stream.usage.ttft_seconds
+    assert shared.counts().prompt_seconds - seconds == pytest.approx(both)
+    cancelled = shared.stream(PROMPT, **ENDLESS)
+    next(cancelled)
+    cancelled.cancel()
+    shared.call("token_eos")
+    assert cancelled.usage is not None and cancelled.usage.n_generated > 0
+
+
+def test_what_a_model_says_of_itself(open_session: Callable[..., Session]) -> None:
+    with open_session(wait=False, throttle_link="8GB/s") as session:
+        with pytest.raises(EdgeError, match="still loading"):
+            _ = session.facts
+        assert 0.0 <= session.loading.fraction <= 1.0
+        assert session.workload()[0] == 1
+        session.loading.result()
+        assert session.loading.fraction > 0.9
+        assert (session.facts.n_ctx, session.facts.link_bytes_per_s) == (OPTIONS["n_ctx"], 8_000_000_000)
+        text_of(session(PROMPT, **GREEDY))
+        rows, stats = session.residency(), session.stats()
+        assert rows is not None and sum(map(len, rows)) == stats.experts.total
+        assert 0 < sum(row.count("2") + row.count("3") for row in rows) <= stats.experts.slots
+        assert set("".join(rows)) <= set("0123")
+
+
+def test_a_stream_without_bounds(open_session: Callable[..., Session], expected: Callable[..., str]) -> None:
+    """Nobody waits for its reader."""
+    with open_session(capacity=None, patience=0.1) as session:
+        stream = session.iterate("create_completion", PROMPT, max_tokens=400, temperature=0.0, stream=True)
+        session.call("token_eos")
+        assert stream.done
+        text = "".join(chunk["choices"][0]["text"] for chunk in stream)
+        assert text == expected(PROMPT, max_tokens=400, temperature=0.0)
+
+
+def test_draining_lets_the_present_request_go_on(open_session: Callable[..., Session]) -> None:
+    with open_session() as session:
+        running = session.stream(PROMPT, max_tokens=30, temperature=0.0)
+        next(running)
+        waiting = session.submit("token_eos")
+        session.drain(grace=60.0)
+        with pytest.raises(SessionClosed):
+            waiting.result(5)
+        with pytest.raises(SessionClosed):
+            session.submit("token_eos")
+        list(running)
+        assert running.finish_reason is not None
+    with open_session() as session:
+        running = session.stream(PROMPT, **ENDLESS)
+        next(running)
+        started = time.perf_counter()
+        session.drain(grace=0.2)
+        assert time.perf_counter() - started < 0.1
+        with pytest.raises(SessionClosed):
+            list(running)
+        assert 0.1 < time.perf_counter() - started < 2.0
+    session = open_session(wait=False)
+    session.drain(grace=60.0)  # a load has no grace
+    with pytest.raises(SessionClosed):
+        session.loading.result()
+    session.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_the_model_has_a_deep_stack(shared: Session) -> None:
+    assert shared.call(deaths.stack_bytes) >= model_thread.STACK
 
 
 def test_closing_ends_all(open_session: Callable[..., Session]) -> None:
