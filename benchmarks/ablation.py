@@ -43,8 +43,8 @@ class FetchesOnly(NextUse):
     def __init__(self, setting: PolicyContext) -> None:
         super().__init__(setting, most_ahead=1)
 
-    def plan_prefetch(self, slots: Slots, draft_routing: npt.NDArray[np.int32] | None, n_drafted: int) -> None:
-        super().plan_prefetch(_Unscored(slots), draft_routing, n_drafted)
+    def foresee(self, slots: Slots, draft_routing: npt.NDArray[np.int32] | None, n_drafted: int) -> None:
+        super().foresee(_Unscored(slots), draft_routing, n_drafted)
 
 
 class _Unscored:
@@ -56,7 +56,7 @@ class _Unscored:
     def states(self) -> npt.NDArray[np.uint8]:
         return self._slots.states()
 
-    def prefetch(self, requests: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
+    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
         orders["priority"] = 1e-3
         return self._slots.prefetch(orders, byte_budget)
 

@@ -41,7 +41,7 @@ class Slots:
         self.scores = np.zeros((experts.n_blocks, experts.n_expert), dtype=np.float32)
         self._states = (np.random.default_rng(1).random(self.scores.shape) < share).astype(np.uint8) * np.uint8(2)
 
-    def prefetch(self, requests: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
+    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
         return len(orders)
 
     def states(self) -> npt.NDArray[np.uint8]:
@@ -77,7 +77,7 @@ def isolated(experts: Experts, name: str, k: int) -> Row:
         at = step * width
         seen = np.ascontiguousarray(shown[:, at : at + 2 * width]) if k else None
         mine = np.ascontiguousarray(line[:, at : at + width])
-        before.append(_us(lambda seen=seen: policy.plan_prefetch(slots, seen, k)))  # type: ignore[misc]
+        before.append(_us(lambda seen=seen: policy.foresee(slots, seen, k)))  # type: ignore[misc]
         after.append(_us(lambda mine=mine: policy.observe(mine, k)))  # type: ignore[misc]
     return _row("isolated", experts, name, k, before[WARM_UP:], after[WARM_UP:])
 
@@ -93,7 +93,7 @@ def live(model: Path, draft: Path | None, resident: str, tokens: int, k: int) ->
     options: dict[str, Any] = {"resident": resident, "draft_tokens": k, "policy": "auto", "n_threads": 1, "n_ctx": 512}
     with contextlib.closing(EdgeLlama(str(model), draft=draft if k else None, **options)) as llm:
         lookahead = llm._speculator
-        before, after = _timed(lookahead, "plan_prefetch"), _timed(lookahead, "observe")
+        before, after = _timed(lookahead, "foresee"), _timed(lookahead, "observe")
         native = [_timed(lookahead._hook, called) for called in ("prefetch_waits", "prefetch", "states")]
         llm.create_completion(PROMPT, max_tokens=tokens, temperature=0)
         assert lookahead._policy is not None and not lookahead.failures
