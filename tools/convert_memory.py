@@ -3,7 +3,7 @@
     python tools/convert_memory.py --scratch FOLDER --json convert_memory.json        # ten minutes, 4 GB on disk
 
 The model has the shape of Mixtral-8x7B, one layer and random Q4_0 weights (inflate_model.py); the checkpoint of `hf` is
-tests/tiny_checkpoint.py's, widened. Each verb runs in a process of its own, one after the other. Of each it says:
+tests/support/tiny_checkpoint.py's, widened. Each verb runs in a process of its own. Of each it says:
 
 resident    VmHWM, the kernel's own peak of all pages, pages of mapped files among them (`hf`: sum of two processes)
 anonymous   RssAnon, the pages that are the program's own, sampled: what lives shorter than the period may be missed
@@ -36,7 +36,7 @@ import inflate_model
 from edge_speq.gguf import container as gguf_file
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINTS = ROOT / "tests" / "tiny_checkpoint.py"
+CHECKPOINTS = ROOT / "tests" / "support" / "tiny_checkpoint.py"
 PERIOD = 0.004  # seconds between samples
 FIELDS = re.compile(rb"^(VmHWM|RssAnon|RssFile):\s+(\d+) kB", re.MULTILINE)
 TOKENS = 512  # one window, the most that is held at a time; `draft` compares on the first half of the text only
