@@ -41,7 +41,11 @@ def test_every_policy_writes_the_same_text(
     counts, none = ("lfru", "moe-spac"), ("lru", "cascade", "specmoeoff")
     assert stats.foresight == ("counts" if policy in counts else "none" if policy in none else "twin")
     e = stats.experts
-    assert bool(e.cpu_computed) == (policy == "moe-spac") != bool(e.fetched)
+    assert e.misses == e.fetched + e.cpu_computed
+    if policy == "moe-spac":  # what is missing is computed; only a prefetch under way that a block waits for is fetched
+        assert e.cpu_computed and e.fetched <= e.late
+    else:
+        assert e.fetched and not e.cpu_computed
     if policy in ("auto", "twin", "waits", "moe-speq", "sp-moe", "specmoeoff", "moe-spac"):
         assert e.prefetched
 
@@ -63,7 +67,7 @@ def test_a_published_governor_chooses_lengths_that_are_not_fixed(
             assert made is not None and (made.governor is None) == (policy == "cascade" or "speculation" in options)
 
 
-def test_every_preset_runs_live() -> None:
+def test_every_preset_can_be_asked_for() -> None:
     assert set(presets.PRESETS) <= set(POLICIES)
 
 
