@@ -44,6 +44,24 @@ def text(
     return steps
 
 
+def every_token(seed: int, n_tokens: int, *, k: int, match: float, right: float = 0.9) -> list[Step]:
+    """A step of k drafted tokens at each place of one text. A token matches with chance `match` if all before it did.
+    A replay that goes on at the place after the last accepted token is exact for any draft length."""
+    random = np.random.default_rng(seed)
+    line = routing(random, n_tokens + k + 1)
+    steps = []
+    for at in range(n_tokens):
+        wrong = np.flatnonzero(random.random(k) >= match)
+        accepted = int(wrong[0]) if len(wrong) else k
+        own = line[:, at : at + k + 1].copy()
+        own[:, accepted + 1 :] = routing(random, k - accepted)
+        seen = own.copy()
+        unseen = random.random(seen.shape[:2]) > right
+        seen[unseen] = routing(random, seen.shape[1])[unseen]
+        steps.append(_step(own, seen, k, accepted, 0))
+    return steps
+
+
 def _step(
     own: np.ndarray,
     seen: np.ndarray | None,
