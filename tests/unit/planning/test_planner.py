@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from edge_speq import _native
 from edge_speq.core import ExpertGroup, Experts
 from edge_speq.errors import EdgeError
+from edge_speq.planning import planner
 from edge_speq.planning.planner import plan
 
 TALES = Experts(6, 32, 4, (ExpertGroup(6, 192, 100_000),))
@@ -45,6 +46,29 @@ def test_the_smaller_of_share_and_budget_wins() -> None:
     budget = 5_000_000 + 96 * 100_000 + 80_000  # routing leaves and padding take less than 80 kB
     assert make(resident=0.75, budget_bytes=budget, fixed_bytes=5_000_000).slots == (96,)
     assert make(resident=0.25, budget_bytes=budget, fixed_bytes=5_000_000).slots == (48,)
+
+
+def test_a_budget_leaves_room_for_the_padding_of_slot_tensors() -> None:
+    """CUDA pads a tensor's last row to 512 values and aligns it to 128 bytes, at most 1,200 bytes together. Models have
+    up to four groups of six tensors: gate, up, down and their biases."""
+    padding = 4 * 6 * 1200
+    leaves = 4 * 6 * 4 * (3 * 2 + 64) + 2 * 4 * 6 * 32  # routing of a step, of two drafts, of a prompt; two tables
+    fixed = 5_000_000
+    for spare in (0, padding // 2, padding, 100_000):
+        budget = fixed + leaves + 96 * 100_000 + spare
+        made = make(budget_bytes=budget, fixed_bytes=fixed, has_draft=False)
+        assert made.slot_bytes + fixed + leaves + padding <= budget
+        assert made.slots[0] >= 95
+
+
+def test_an_automatic_budget_leaves_half_a_gibibyte_to_others() -> None:
+    def device(free: int) -> _native.Device:
+        return _native.Device("GPU0", "a card", True, False, free, 8 << 30)
+
+    assert planner.budget("auto", device(8 << 30)) == (8 << 30) - (512 << 20)
+    assert planner.budget("auto", device(100 << 20)) == 0
+    assert planner.budget("6GiB", device(8 << 30)) == 6 << 30  # what is asked for is not reduced
+    assert planner.budget(None, device(8 << 30)) is None
 
 
 def test_auto_speculation_shrinks_to_what_the_slots_allow() -> None:

@@ -4,8 +4,9 @@ import numpy as np
 
 from edge_speq.core import ExpertGroup, Experts
 from edge_speq.policies import prediction
+from edge_speq.simulate import slots as residency
 
-TARGET = Experts(2, 8, 2, (ExpertGroup(2, 16, 100),))
+TARGET = Experts(2, 8, 2, (ExpertGroup(2, 16, 100, (0, 1)),))
 DENSE = Experts(0, 0, 0, ())
 
 
@@ -68,3 +69,18 @@ def test_orders_come_by_block_then_by_chance() -> None:
     expected[0, 3], expected[0, 5], expected[1, 0] = 0.25, 0.75, 1
     assert prediction.orders(expected).tolist() == [(0, 5, 0, 0.75), (0, 3, 0, 0.25), (1, 0, 1, 1.0)]
     assert len(prediction.orders(None)) == 0
+
+
+def test_an_admission_evicts_only_what_is_worth_clearly_less() -> None:
+    """A quarter less at least: an expert has to be used some times to repay its transfer."""
+    for kept_worth, admitted in ((0.6, False), (0.4, False), (0.3, True)):
+        slots = residency.Residency(TARGET, [1], link_bytes_per_s=10**9, block_ns=100)
+        slots.demand(0, [1])
+        slots.end_step()
+        worth = np.zeros((2, 8), dtype=np.float32)
+        worth[0, 1], worth[1, 5] = kept_worth, 0.6
+        slots.scores[:] = worth
+        slots.prefetch(prediction.admissions(worth, slots.states()))
+        slots.drain()
+        assert bool(slots.states()[1, 5]) == admitted
+        assert bool(slots.states()[0, 1]) != admitted

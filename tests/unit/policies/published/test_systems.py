@@ -144,6 +144,16 @@ def test_sp_moe_fetches_up_to_its_cutoff() -> None:
     assert len(slots.orders) == 7  # one is there
 
 
+def test_sp_moe_fetches_no_more_layers_than_its_slots_hold() -> None:
+    """Two experts a layer: the draft's time would hide all four layers, two slots of each group hold two."""
+    drafted = ids(*[(0, 1)] * 8)
+    for n_slots, layers in ((2, 2), (3, 3), (12, 4)):
+        policy, slots = SpMoe(setting(n_slots, 8)), Seen()
+        assert policy.cutoff(8) == layers
+        policy.foresee(slots, drafted, 8)
+        assert set(slots.orders["block"]) == set(range(layers))
+
+
 def test_moe_speq_fetches_in_three_phases() -> None:
     policy, slots = MoeSpeq(setting(k_max=6)), Seen()
     policy.roofline._k = 6
