@@ -19,7 +19,7 @@ SLOT_POLICIES = (*OWN_POLICIES, *PUBLISHED_POLICIES)  # those with slots, unless
 POLICIES = (*SLOT_POLICIES, "cpu-moe", "all")
 
 
-COMPUTES = ("auto", "device", "hybrid", "hybrid-ahead")
+ON_MISS = ("auto", "fetch", "hybrid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class HybridCosts:
     link_bytes_per_s: float
     contention: float  # the CPU's time grows by this part of the time that both are busy
     device_bytes_per_s: float  # expert weights that the device reads; 0 where that was not measured
-    layer_ahead_precision: float  # part of the experts foreseen a block ahead that the block then wanted, of late
+    next_layer_precision: float  # part of the experts foreseen a block ahead that the block then wanted, of late
     fetches_some: bool  # whether it fetches on demand at all
 
 

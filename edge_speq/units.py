@@ -1,4 +1,4 @@
-"""Arguments as people write them: sizes, rates, shares, draft tokens."""
+"""Values as people write them: sizes, rates, shares, draft tokens. Bytes and rates need a unit."""
 
 from __future__ import annotations
 
@@ -6,66 +6,81 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from edge_speq.core import POLICIES
 from edge_speq.errors import EdgeError
 
-_UNITS = {"": 1, "B": 1}
+LEAST_BYTES = 1 << 20  # an int below it is a number of MiB or GiB that lacks its unit
+
+_UNITS = {"b": 1}
+_UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
+_UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
+_UNITS |= {p: 1024 ** (i + 1) for i, p in enumerate("kmgt")}  # 32G, as llama.cpp and Docker read it
 
 
-_UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+def parse_bytes(value: str | int, name: str = "") -> int:
+    """Return the bytes of "6GiB", "500MB", "32G" or an int of bytes. `name` is the option that the error names.
+
+    Raises EdgeError (usage) for a number without a unit and for anything that is not a size.
+    """
+    what = f"{name}={value!r}" if name else repr(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= LEAST_BYTES:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", str(value), re.IGNORECASE)
+    if match and not match[2]:
+        raise EdgeError(f"{what} has no unit", f"give one: {_with_units(match[1])}", usage=True)
+    if not match or match[2].lower() not in _UNITS:
+        raise EdgeError(f"{what} is not a size in bytes", "write it like 6GiB or 500MB", usage=True)
+    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
+def _with_units(number: str) -> str:
+    gib = float(number) / 1024
+    return f"{number}MiB or {gib:g}GiB" if gib >= 1 else f"{number}GiB or {number}MiB"
 
 
-def parse_bytes(text: str | int) -> int:
-    """Bytes of "6GiB", "500MB" or 123. Raises EdgeError for anything else or for a negative number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(text), re.IGNORECASE)
-    units = {name.lower(): size for name, size in _UNITS.items()}
-    if not match or match[2].lower() not in units:
-        raise EdgeError(f"{text!r} is not a size in bytes", "write it like 6GiB or 500MB", usage=True)
-    return int(float(match[1]) * units[match[2].lower()])
+def parse_rate(value: str | int, name: str = "") -> int:
+    """Return the bytes per second of "12.5GB/s", "12.5 GB/s", "12.5GB" or an int. `name` is the option's.
 
-
-def parse_rate(text: str | int) -> int:
-    """Bytes per second of "12.5GB/s" or 12500000000. Raises EdgeError for anything else and for nothing."""
-    rate = parse_bytes(str(text).removesuffix("/s"))
+    Raises EdgeError (usage) for a number without a unit, for 0, and for anything that is not a rate.
+    """
+    what = f"{name}={value!r}" if name else repr(value)
+    try:
+        text = re.sub(r"\s*/\s*s(ec)?\s*$", "", value) if isinstance(value, str) else value
+        rate = parse_bytes(text, name)
+    except EdgeError as error:
+        if "no unit" in error.message:
+            raise EdgeError(f"{what} has no unit", f"give one: {value}GB/s or {value}MB/s", usage=True) from None
+        rate = 0
     if rate <= 0:
-        raise EdgeError(f"{text!r} is not the speed of a link", "write it like 12.5GB/s", usage=True)
+        raise EdgeError(f"{what} is not the speed of a link", "write it like 12.5GB/s", usage=True)
     return rate
 
 
-def parse_share(text: str | float) -> float:
-    """A share of the expert bytes, in (0, 1], of "1/4", "0.25" or 0.25. Raises EdgeError otherwise."""
+def parse_share(value: str | float) -> float:
+    """Return a share of the expert bytes, in (0, 1], of "1/4", "0.25" or 0.25. Raises EdgeError otherwise."""
     try:
-        share = float(Fraction(str(text)))
+        share = float(Fraction(str(value)))
     except (ValueError, ZeroDivisionError):
         share = -1.0
     if not 0.0 < share <= 1.0:
-        raise EdgeError(f"resident={text!r} is not a share between 0 and 1", "write it like 1/4 or 0.25", usage=True)
+        raise EdgeError(f"resident={value!r} is not a share between 0 and 1", "write it like 1/4 or 0.25", usage=True)
     return share
 
 
-def parse_speculation(value: int | str) -> int | None:
-    """Draft tokens a step, None for "auto". Raises EdgeError for anything but 0 to 64."""
+def parse_draft_tokens(value: int | str) -> int | str:
+    """Return draft tokens per step, 0 to 64, or "auto". Raises EdgeError for anything else."""
     if value == "auto":
-        return None
+        return "auto"
     try:
         k = int(value)
     except (TypeError, ValueError):
         k = -1
     if not 0 <= k <= 64:
-        raise EdgeError(f"speculation={value!r} is not a number of draft tokens", "give 0 to 64, or auto", usage=True)
+        raise EdgeError(f"draft_tokens={value!r} is not a number of draft tokens", "give 0 to 64, or auto", usage=True)
     return k
 
 
-def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises EdgeError unless value is one of choices."""
+def require_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """Return the value. Raises EdgeError (usage) unless it is one of the choices."""
     if value not in choices:
         raise EdgeError(f"{name}={value!r} is not known", f"choose one of {', '.join(choices)}", usage=True)
-
-
-def parse_policy(value: str, choices: Sequence[str] = POLICIES) -> str:
-    """The name of a policy. Raises EdgeError for another one."""
-    require_choice("policy", value, choices)
     return value

@@ -51,7 +51,7 @@ def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata
 
 def overlay(tree: Path) -> None:
     """Puts our build files and sources over an unpacked, patched sdist, and its converter into the package."""
-    for name in ("CMakeLists.txt", "pyproject.toml"):
+    for name in ("CMakeLists.txt", "pyproject.toml", "LICENSE"):
         shutil.copyfile(NATIVE / name, tree / name)
     for name in ("src", "include"):
         shutil.copytree(NATIVE / name, tree / "edge" / name)

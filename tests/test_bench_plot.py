@@ -18,7 +18,7 @@ TIMELINE = ROOT / "docs" / "measurements" / "timeline_laptop.json"
 @pytest.fixture(scope="module")
 def record(bundled: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("record") / "record.json"
-    options = ["--draft", str(bundled[1]), "--speculation", "2", "--policy", "auto,lru", "-n", "12", "--keep", "3"]
+    options = ["--draft", str(bundled[1]), "--draft-tokens", "2", "--policy", "auto,lru", "-n", "12", "--keep", "3"]
     argv, sys.argv = sys.argv, ["step_record.py", str(bundled[0]), *options, "--emulate", "link=2GB/s", "-o", str(out)]
     try:
         runpy.run_path(str(ROOT / "tools" / "step_record.py"), run_name="__main__")

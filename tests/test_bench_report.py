@@ -37,8 +37,8 @@ def cells(text: str, policy: str) -> list[dict[str, str]]:
 def test_ratios_are_of_the_same_repetition_to_the_best_baseline(tool: dict[str, Any]) -> None:
     rows = [
         row("auto", [30.0, 40.0, 20.0]),
-        row("lru", [10.0, 20.0, 20.0], speculation="0"),
-        row("lru", [5.0, 5.0, 5.0], speculation="2"),
+        row("lru", [10.0, 20.0, 20.0], draft_tokens="0"),
+        row("lru", [5.0, 5.0, 5.0], draft_tokens="2"),
         row("cpu-moe", [15.0, 1.0, 15.0]),
     ]
     text = tool["report"]([rows])

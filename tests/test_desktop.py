@@ -23,7 +23,7 @@ try:
 except ImportError as error:  # also where a library of the system is missing
     pytest.skip(f"needs PySide6 (pip install 'edge-speq[desktop]'): {error}", allow_module_level=True)
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "desktop_chat.py"
+TOOL = Path(__file__).resolve().parent.parent / "examples" / "desktop_chat.py"
 
 
 @pytest.fixture(scope="module")

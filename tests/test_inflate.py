@@ -163,7 +163,7 @@ def test_the_draft_still_fits(bundled: tuple[Path, Path], models: Models) -> Non
     for path in (models.source, models(2, 2, 2)):
         options: dict[str, Any] = {"n_ctx": 256, "n_threads": 2, "deterministic": True, "policy": "lru"}
         with contextlib.closing(
-            EdgeLlama(str(path), draft=bundled[1], resident="1/2", speculation=2, **options)
+            EdgeLlama(str(path), draft=bundled[1], resident="1/2", draft_tokens=2, **options)
         ) as model:
             text = model.create_completion("The old house stood at", max_tokens=24, temperature=0.8, seed=3)
             counts = model.stats().speculation

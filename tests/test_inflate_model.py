@@ -44,7 +44,7 @@ def texts(model: EdgeLlama, prompts: list[str], length: int) -> list[list[int]]:
 def test_a_shape_runs_from_slots(tmp_path: Path, tool: Tool, name: str, n_expert: int, n_used: int) -> None:
     path = tmp_path / "model.gguf"
     tool["write"](path, 3, narrow(tool, name, n_expert, n_used))
-    with contextlib.closing(EdgeLlama(str(path), resident="3/4", speculation=0, n_ctx=256)) as model:
+    with contextlib.closing(EdgeLlama(str(path), resident="3/4", draft_tokens=0, n_ctx=256)) as model:
         text = "Two bytes: é"
         tokens = model.tokenize(text.encode(), add_bos=True)
         assert len(tokens) == len(text.encode()) and model.detokenize(tokens).decode() == text
@@ -59,7 +59,7 @@ def test_a_shape_runs_from_slots(tmp_path: Path, tool: Tool, name: str, n_expert
 def hit_rate(path: Path, share: str) -> float:
     """Of LRU slots in texts that begin with another topic each."""
     with contextlib.closing(
-        EdgeLlama(str(path), resident=share, speculation=0, n_ctx=256, policy="lru", compute="device")
+        EdgeLlama(str(path), resident=share, draft_tokens=0, n_ctx=256, policy="lru", on_miss="fetch")
     ) as model:
         texts(model, ["The end " + last for last in "vpm:x6(e"], 32)
         experts = model.stats().experts
@@ -83,7 +83,7 @@ def test_slots_hit_as_often_as_the_bundled_models(
 def test_greedy_text_does_not_loop_and_follows_from_the_last_byte(tmp_path: Path, tool: Tool) -> None:
     path = tmp_path / "model.gguf"
     tool["write"](path, 2, narrow(tool, "qwen3", 16, 4, n_embd=512))
-    with contextlib.closing(EdgeLlama(str(path), speculation=0, n_ctx=1024)) as model:
+    with contextlib.closing(EdgeLlama(str(path), draft_tokens=0, n_ctx=1024)) as model:
         first, second, again = texts(model, ["a house", "x = [", "the house"], 600)
     assert len(set(first)) == len(set(second)) == 600
     assert again == first
@@ -96,7 +96,7 @@ def test_text_goes_on_from_where_prompts_end(tmp_path: Path, tool: Tool) -> None
     tool["write_prompts"](prompts, cycle)
     place = {int(token): i for i, token in enumerate(cycle.tokens)}
     found = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
-    with contextlib.closing(EdgeLlama(str(path), speculation=0, n_ctx=256)) as model:
+    with contextlib.closing(EdgeLlama(str(path), draft_tokens=0, n_ctx=256)) as model:
         read = [model.tokenize(prompt.encode(), add_bos=True) for prompt in found]
         written = texts(model, found, 16)
     assert [len(tokens) for tokens in read] == [tool["PROMPT_TOKENS"]] * tool["N_PROMPTS"]
@@ -112,11 +112,11 @@ def test_the_next_block_is_foreseen_in_part(tmp_path: Path, tool: Tool) -> None:
     path = tmp_path / "model.gguf"
     tool["write"](path, 3, narrow(tool, "qwen3", 128, 8, n_embd=512))
     with contextlib.closing(
-        EdgeLlama(str(path), resident="1/4", speculation=0, n_ctx=256, compute="hybrid-ahead")
+        EdgeLlama(str(path), resident="1/4", draft_tokens=0, n_ctx=256, on_miss="hybrid", next_layer_prefetch=True)
     ) as model:
         texts(model, ["The end " + last for last in "vpm"], 64)
         assert model._hook is not None
-        assert 0.66 < model._hook.costs().layer_ahead_precision < 0.84  # with nothing written it is 1
+        assert 0.66 < model._hook.costs().next_layer_precision < 0.84  # with nothing written it is 1
 
 
 def test_random_blocks_have_no_direction_and_rows_that_are_not_asked_for_are_zero(tool: Tool) -> None:

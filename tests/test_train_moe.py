@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     """A checkpoint that has learned to count up, and what the tool said of it."""
     folder = tmp_path_factory.mktemp("trained")
     np.save(folder / "ids.npy", np.tile(np.arange(4, 36, dtype=np.uint16), 200))
-    options = ["--steps", 40, "--batch", 4, "--length", 32, "--threads", 1, "--device", "cpu", "--lr", 0.01]
+    options = ["--step-log", 40, "--batch", 4, "--length", 32, "--threads", 1, "--device", "cpu", "--lr", 0.01]
     told = run("train", folder / "ids.npy", "-o", folder / "moe", *SHAPE, *options, "--shard-mb", 0.2)
     return folder / "moe", json.loads(told.splitlines()[-1])
 

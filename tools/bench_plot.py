@@ -32,7 +32,7 @@ LANES = {"kernels": "tab:blue", "copies to slots": "tab:orange", "CPU experts": 
          "waits for the device": "tab:gray", "waits for copies": "tab:brown", "decides": "tab:purple",
          "looks ahead": "tab:green"}  # fmt: skip
 SPANS = {"cpu": "CPU experts", "device": "waits for the device", "copies": "waits for copies", "decide": "decides",
-         "ahead": "looks ahead"}  # fmt: skip
+         "next_layer": "looks ahead", "ahead": "looks ahead"}  # fmt: skip
 N_BLOCKS = 5  # that are drawn unless told
 Bar = tuple[float, float]  # begin and length in milliseconds
 

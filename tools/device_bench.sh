@@ -78,7 +78,7 @@ for part in "$@"; do
             big && python3 "$here/tools/step_timeline.py" "$work/tales-big.gguf" "${laptop[@]}" -o "$out/timeline_laptop.json" &&
                 python3 "$here/tools/step_timeline.py" "$work/tales-big.gguf" --policy auto -o "$out/timeline_link.json" || say "$part failed"
             ;;
-        draft) big && bench draft tales-big.gguf "${laptop[@]}" --draft "$draft" --speculation auto,0 ;;
+        draft) big && bench draft tales-big.gguf "${laptop[@]}" --draft "$draft" --draft-tokens auto,0 ;;
         *) say "$part is not known" ;;
     esac
 done

@@ -40,7 +40,7 @@ for what in "$@"; do
         soak) python3 tools/soak.py --generations 1200 --every 100 --json "$out/soak.json" | tail -12 ;;
         memcheck)
             sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer | head -1)
-            "$sanitizer" --tool memcheck --report-api-errors no --error-exitcode 9 python3 -m edge_speq run -n 12 --resident 1/4 --speculation 2 \
+            "$sanitizer" --tool memcheck --report-api-errors no --error-exitcode 9 python3 -m edge_speq run -n 12 --resident 1/4 --draft-tokens 2 \
                 --json 2>&1 | tee "$out/memcheck.log" | tail -3
             ;;
     esac

@@ -30,7 +30,7 @@ TEMPERATURES = {"acceptance_greedy": 0.0, "acceptance_sampled": 0.8}
 
 def acceptance(target: Path, twin: Path, temperature: float) -> float:
     options: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 2, "deterministic": True}
-    model = EdgeLlama(str(target), draft=str(twin), resident="1/2", speculation=K, **options)
+    model = EdgeLlama(str(target), draft=str(twin), resident="1/2", draft_tokens=K, **options)
     with contextlib.closing(model):
         for prompt in prompts():
             model.create_completion(prompt, max_tokens=N_TOKENS, temperature=temperature, seed=1)

@@ -45,14 +45,14 @@ class Recording:
 
 def record(target: Path, draft: Path, prompts: Sequence[Prompt], k: int, n_tokens: int) -> Recording:
     """n_tokens after each prompt, k drafted at each of them; the draft runs on for the routing of one more."""
-    model = Recorder(str(target), draft=str(draft), policy="all", speculation=k, foresee=1, n_ctx=512, n_threads=2)
+    model = Recorder(str(target), draft=str(draft), policy="all", draft_tokens=k, lookahead=1, n_ctx=512, n_threads=2)
     with contextlib.closing(model):
         steps = [_passage(model, index, prompt, k, n_tokens) for index, prompt in enumerate(prompts)]
         return Recording(model._experts, bool(model.meta()["is_twin"]), k, steps, [prompt.domain for prompt in prompts])
 
 
 def _passage(model: Recorder, index: int, prompt: Prompt, k: int, n_tokens: int) -> list[Step]:
-    lookahead, made = model._lookahead, list[Step]()
+    lookahead, made = model._speculator, list[Step]()
     text = model.tokenize(prompt.text.encode(), add_bos=True, special=True)
     proposals: list[list[int]] = []
     model.reset()

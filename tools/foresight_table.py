@@ -68,16 +68,16 @@ def make_twin(target: Path, kind: str, folder: Path) -> str | None:
 
 def measure(target: str, twin: str | None, share: str, k: int, kept_by: str) -> dict[str, Any]:
     options: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 2, "deterministic": True}
-    model = Recorded(target, draft=twin, resident=share, policy=POLICIES[kept_by], speculation=k, **options)
+    model = Recorded(target, draft=twin, resident=share, policy=POLICIES[kept_by], draft_tokens=k, **options)
     model.steps = []
     if kept_by == "waits +1":
-        model._lookahead.depth.limit = lambda wanted: min(wanted, 1)  # type: ignore[method-assign]
+        model._speculator.depth.limit = lambda wanted: min(wanted, 1)  # type: ignore[method-assign]
     with contextlib.closing(model):
         texts = [
             model.create_completion(prompt, max_tokens=N_TOKENS, temperature=0.8, seed=1)["choices"][0]["text"]
             for prompt in prompts()
         ]
-        stats, quality = model.stats(), model._lookahead.quality
+        stats, quality = model.stats(), model._speculator.quality
         experts, slots = model._experts, stats.plan.slots
     e = stats.experts
     row: dict[str, Any] = {

@@ -37,7 +37,7 @@ def measure(
 ) -> dict[str, Any]:
     """One class, one round."""
     with contextlib.ExitStack() as stack:
-        models = {k: stack.enter_context(contextlib.closing(EdgeLlama(speculation=k, **options))) for k in lengths}
+        models = {k: stack.enter_context(contextlib.closing(EdgeLlama(draft_tokens=k, **options))) for k in lengths}
         for model in models.values():
             model.create_completion("The", max_tokens=2)  # buffers are made
         texts = []

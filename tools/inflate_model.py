@@ -9,7 +9,7 @@ are pieces of one random stretch, and most rows of ffn_down and attn_output have
 
 Routing is as local as that of models/tales-moe.gguf (locality.py says how it is made). Hits of LRU slots for 1/8, 1/4
 and 1/2 of the experts, experts that a token shares with the one before, and precision of a block's experts foreseen
-by its router from the rows of the block before (compute="hybrid-ahead"); 16 greedy texts of at most 32 tokens, those
+by its router from the rows of the block before (on_miss="hybrid", next_layer_prefetch=True); 16 greedy texts of at most 32 tokens, those
 of the shapes after short prompts with different last bytes:
 
                       1/8   1/4   1/2   shared (by chance)  foreseen

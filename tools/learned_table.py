@@ -84,7 +84,7 @@ def record(
     if path.exists():
         return trace.read(path)
     options: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
-    model = Recorder(str(target), draft=draft, policy="all", speculation=k, foresee=k + 2 if k else 0, **options)
+    model = Recorder(str(target), draft=draft, policy="all", draft_tokens=k, lookahead=k + 2 if k else 0, **options)
     about = [{"id": prompt.id, "domain": prompt.domain} for _ in seeds for prompt in chosen]
     with contextlib.closing(model), trace.Writer(path, model.meta() | {"prompts": about}) as out:
         model.sink = out.add

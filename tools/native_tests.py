@@ -1,4 +1,4 @@
-"""Builds native/tests against the installed wheel's libraries and runs them: ASan with UBSan, then TSan.
+"""Build native/tests against the installed wheel's libraries and run them: ASan with UBSan, then TSan.
 
     python tools/native_tests.py
 
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent.parent / "native"
@@ -27,26 +28,34 @@ SANITIZERS = {
     "address,undefined": ["-fno-sanitize-recover=all"],
     "thread": [],
 }
-# experts.cpp needs a patched llama.cpp to link, which the installed wheel is
+# Sources without their suffix, under native/src. The patched llama.cpp that they link is the installed wheel's.
+ROUTER_PREDICTOR = "prefetch/router_predictor"
 CORE = (
-    *("slots", "slot_store", "residency", "split_demand", "prefetch", "layer_ahead", "under_way", "swaps"),
-    *("balancer", "gate", "link", "faults", "experts"),
+    *(
+        f"slots/{name}"
+        for name in ("slot_pool", "slot_store", "slot_cache", "hybrid_demand", "in_flight", "prefill_admission")
+    ),
+    *("prefetch/worker", "prefetch/next_layer", ROUTER_PREDICTOR, "cpu/balancer"),
+    *("util/link", "util/faults", "util/expert_table"),
 )
-CPU = ("first_costs", "cpu_experts", "expert_matrices", "workers")
+CORE_WITHOUT_PREDICTOR = tuple(name for name in CORE if name != ROUTER_PREDICTOR)  # a test brings a scripted one
+CPU = tuple(f"cpu/{name}" for name in ("cost_calibration", "cpu_experts", "expert_matmul", "thread_pool"))
 HOOK = (
-    *("hook", "hybrid", "unwatched", "own_draft", *CPU),
-    *("prompts", "vocab", "reckoning", "prompt_counts", "reckoning_api", "api"),
+    *CPU,
+    *(f"hook/{name}" for name in ("hook", "graph_builder", "block_executor", "hybrid_executor", "prefill")),
+    *("hook/device_only_graphs", "hook/draft_experts", "util/vocab"),
+    *("policy/policy_kernels", "policy/prefill_counts", "api/api", "api/policy_kernels_api"),
 )
 TESTS = {
-    "test_slots": ("slots",),
-    "test_balancer": ("balancer",),
-    "test_workers": ("workers",),
-    "test_residency": CORE,
-    "test_under_way": tuple(name for name in CORE if name != "gate"),  # has a gate of its own, with a script
-    "test_first_costs": (*CORE, *CPU),
-    "test_allocations": (*(name for name in CORE if name != "gate"), "expert_matrices", "workers"),
+    "test_slot_pool": ("slots/slot_pool",),
+    "test_balancer": ("cpu/balancer",),
+    "test_thread_pool": ("cpu/thread_pool",),
+    "test_slot_cache": CORE,
+    "test_in_flight": CORE_WITHOUT_PREDICTOR,
+    "test_cost_calibration": (*CORE, *CPU),
+    "test_allocations": (*CORE_WITHOUT_PREDICTOR, "cpu/expert_matmul", "cpu/thread_pool"),
     "test_hook": (*CORE, *HOOK),
-    "test_own_draft": (*CORE, *HOOK),
+    "test_draft_experts": (*CORE, *HOOK),
 }
 MODEL = NATIVE.parent / "models" / "tales-moe.gguf"
 
@@ -70,9 +79,29 @@ def compiler_command(tree: Path) -> list[str]:
     ]
 
 
-def compile_test(compiler: list[str], test: str, sanitizer: str, out: Path) -> Path:
+def sanitizer_flags(sanitizer: str) -> list[str]:
+    return [f"-fsanitize={sanitizer}", *SANITIZERS[sanitizer]]
+
+
+def compile_objects(compiler: list[str], sanitizer: str, out: Path) -> dict[str, Path]:
+    """Compile all sources and tests once. Return the object of each, by name."""
+    src = NATIVE / "src"
+    sources = {path.relative_to(src).with_suffix("").as_posix(): path for path in src.rglob("*.cpp")}
+    sources |= {test: NATIVE / "tests" / f"{test}.cpp" for test in TESTS}
+    objects = {name: out / f"{name.replace('/', '-')}.o" for name in sources}
+
+    def compile_one(name: str) -> None:
+        files = ["-c", str(sources[name]), "-o", str(objects[name])]
+        subprocess.run([*compiler, *sanitizer_flags(sanitizer), *files], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources))
+    return objects
+
+
+def link_test(compiler: list[str], test: str, sanitizer: str, objects: dict[str, Path]) -> Path:
     libraries = installed_libraries()
-    program = out / f"{test}-{sanitizer.partition(',')[0]}"
+    program = objects[test].with_suffix("")
     link = [
         f"-L{libraries}",
         "-lllama",
@@ -82,9 +111,8 @@ def compile_test(compiler: list[str], test: str, sanitizer: str, out: Path) -> P
         f"-Wl,-rpath,{libraries}",
         "-pthread",
     ]
-    sources = [str(NATIVE / "src" / f"{name}.cpp") for name in TESTS[test]] + [str(NATIVE / "tests" / f"{test}.cpp")]
-    sanitize = [f"-fsanitize={sanitizer}", *SANITIZERS[sanitizer]]
-    subprocess.run([*compiler, *sanitize, *sources, "-o", str(program), *link], check=True)
+    files = [str(objects[name]) for name in (*TESTS[test], test)]
+    subprocess.run([*compiler, *sanitizer_flags(sanitizer), *files, "-o", str(program), *link], check=True)
     return program
 
 
@@ -97,10 +125,12 @@ def main() -> int:
         tree = source.unpack(source.fetch(upstream), out / "sdist")
         apply_patches([NATIVE / "patches" / name for name in upstream.patches], tree)
         compiler = compiler_command(tree)
-        subprocess.run([*compiler, "-fsyntax-only", *map(str, sorted((NATIVE / "src").glob("*.cpp")))], check=True)
         for sanitizer in SANITIZERS:
+            folder = out / sanitizer.partition(",")[0]
+            folder.mkdir()
+            objects = compile_objects(compiler, sanitizer, folder)
             for test in TESTS:
-                program = compile_test(compiler, test, sanitizer, out)
+                program = link_test(compiler, test, sanitizer, objects)
                 print(f"{test} under {sanitizer}: ", end="", flush=True)
                 try:
                     run = subprocess.run([str(program), str(MODEL)], check=False, timeout=TIMEOUT)

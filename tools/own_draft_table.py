@@ -43,7 +43,7 @@ def drafts(target: Path, folder: Path) -> dict[str, tuple[str | None, int]]:
 
 
 def opened(target: Path, draft: str | None, **bounds: Any) -> contextlib.closing[EdgeLlama]:
-    return contextlib.closing(EdgeLlama(str(target), draft=draft, speculation=K, **bounds, **OPTIONS))
+    return contextlib.closing(EdgeLlama(str(target), draft=draft, draft_tokens=K, **bounds, **OPTIONS))
 
 
 def budget_for(target: Path, share: str, draft: str | None, mapped: int) -> int:
@@ -57,7 +57,7 @@ def measure(target: Path, draft: str | None, budget: int) -> dict[str, Any] | No
         with opened(target, draft, vram_budget=budget) as model:
             for prompt in prompts():
                 model.create_completion(prompt, max_tokens=N_TOKENS, temperature=0.8, seed=1)
-            stats, quality = model.stats(), model._lookahead.quality
+            stats, quality = model.stats(), model._speculator.quality
     except EdgeError:
         return None
     experts, speculation = stats.experts, stats.speculation

@@ -96,11 +96,11 @@ def _us(act: Callable[[], object]) -> float:
 def live(options: argparse.Namespace, name: str, k: int) -> dict[str, Any]:
     """Of the lookahead that the engine has around its policy."""
     draft = {"draft": options.draft} if k else {}
-    given = {"resident": options.resident, "speculation": k, "policy": name, "n_threads": 1, "n_ctx": 512}
+    given = {"resident": options.resident, "draft_tokens": k, "policy": name, "n_threads": 1, "n_ctx": 512}
     with contextlib.closing(EdgeLlama(str(options.model), **draft, **given)) as llm:
-        lookahead = llm._lookahead
+        lookahead = llm._speculator
         before, after = _timed(lookahead, "foresee"), _timed(lookahead, "observe")
-        native = [_timed(lookahead._hook, called) for called in ("prefetch_waits", "prefetch", "states")]
+        native = [_timed(lookahead._hook, called) for called in ("prefetch_next_use", "prefetch", "states")]
         llm.create_completion(PROMPT, max_tokens=options.tokens, temperature=0)
         assert lookahead._policy is not None and not lookahead.failures
         experts = lookahead._policy.setting.experts

@@ -2,7 +2,7 @@
 
     python tools/predicted_times.py MODEL [--draft TWIN] --link 12.5GB/s --threads 6 -o FILE
 
-Missing experts are fetched (compute="device"), as the simulator has it. Every run records what it does, and what is
+Missing experts are fetched (on_miss="fetch"), as the simulator has it. Every run records what it does, and what is
 predicted of it is the replay of those steps under its policy and slots, with costs fitted to the first run of its draft
 length. Printed is the error of each round in milliseconds of all narrow steps, drafting included, but for the first
 step of a text, whose draft reads the prompt.
@@ -37,8 +37,8 @@ def recorded(options: argparse.Namespace, policy: str, share: str, k: int) -> tu
         options.model,
         policy=policy,
         resident=share,
-        speculation=k,
-        compute="device",
+        draft_tokens=k,
+        on_miss="fetch",
         link=options.link,
         n_ctx=1024,
         n_threads=options.threads,

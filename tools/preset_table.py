@@ -77,7 +77,9 @@ def write_like(
 def record(target: Path, twin: Path, k: int, path: Path, n_texts: int, n_tokens: int) -> trace.Trace:
     """K drafted tokens a step; the draft runs on for the routing of the K + 1 tokens after the step."""
     chosen = prompts.bundled(n_texts).chosen
-    model = Recorder(str(target), draft=str(twin), policy="all", speculation=k, foresee=k + 2, n_ctx=512, n_threads=2)
+    model = Recorder(
+        str(target), draft=str(twin), policy="all", draft_tokens=k, lookahead=k + 2, n_ctx=512, n_threads=2
+    )
     about = [{"id": prompt.id, "domain": prompt.domain} for prompt in chosen]
     with contextlib.closing(model), trace.Writer(path, model.meta() | {"prompts": about}) as out:
         model.sink = out.add

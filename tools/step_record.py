@@ -123,7 +123,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What is loaded."""
     parser.add_argument("model", type=Path)
     parser.add_argument("--draft")
-    parser.add_argument("--speculation", default="auto")
+    parser.add_argument("--draft-tokens", default="auto")
     parser.add_argument(
         "--policy", default="auto,lru", help="with slots: auto, device, hybrid, lfru, lru (%(default)s)"
     )
@@ -135,7 +135,7 @@ def load_options(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Watched's, of each policy."""
     emulated = emulation(arguments.emulate)
     common: dict[str, Any] = {"n_ctx": 1024, "resident": arguments.resident, "link": emulated.get("link")}
-    common |= {"draft": arguments.draft, "speculation": arguments.speculation}
+    common |= {"draft": arguments.draft, "draft_tokens": arguments.speculation}
     if "threads" in emulated:
         common |= dict.fromkeys(("n_threads", "n_threads_batch"), int(emulated["threads"]))
     chosen = {

@@ -1,6 +1,6 @@
 """What a decode step does when, on a CUDA machine: kernels, copies, the decoding thread, the CPU's part of the experts.
 
-    python tools/step_timeline.py MODEL.gguf --policy auto,lru --resident 1/4 --steps 2 -o timeline.json
+    python tools/step_timeline.py MODEL.gguf --policy auto,lru --resident 1/4 --step-log 2 -o timeline.json
     python tools/bench_plot.py timeline timeline.json --policy auto -o docs/images/timeline.svg
 
 Kernels and copies are CUPTI's, through torch's profiler; what the decoding thread does is the hook's own record
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--policy", default="auto,lru")
     parser.add_argument("--resident", default="1/4")
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--step-log", type=int, default=2)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--emulate")
     parser.add_argument("-o", "--out", type=Path, required=True)
@@ -115,7 +115,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for policy in a.policy.split(","):
         options = {"compute": policy, "policy": "auto"} if policy in COMPUTES else {"policy": policy}
-        options |= {"n_ctx": 512, "speculation": 0, "draft": None, "link": link}
+        options |= {"n_ctx": 512, "draft_tokens": 0, "draft": None, "link": link}
         options |= {"n_threads": threads, "n_threads_batch": threads}
         with contextlib.closing(InstrumentedLlama(a.model, resident=a.resident, **options)) as model:
             found[policy] = timeline(model, a.steps) | {"device": str(model.device), "link": link, "threads": threads}

@@ -1,6 +1,6 @@
 """Time per decode step of one model under several placements, interleaved in rounds, as JSON.
 
-    python tools/step_times.py MODEL.gguf --threads 8,16 --rounds 5 --steps 40 -o step_times.json
+    python tools/step_times.py MODEL.gguf --threads 8,16 --rounds 5 --step-log 40 -o step_times.json
 
 all       everything on the compute device
 cpu-moe   every expert on the CPU (llama.cpp's --cpu-moe), for each thread count, mapped and with load mode none
@@ -71,7 +71,7 @@ class Placement:
             resident=share,
             budget_bytes=None,
             fixed_bytes=0,
-            speculation=0 if self._transfers.compute == "hybrid" else max(WIDTHS) - 1,
+            draft_tokens=0 if self._transfers.compute == "hybrid" else max(WIDTHS) - 1,
             has_draft=True,
         )
         return _native.Hook(self._model.model, experts, max(WIDTHS), made.slots, self._transfers)
@@ -80,7 +80,9 @@ class Placement:
     def _fill(hook: _native.Hook) -> None:
         """Experts at random into every slot: nothing is fetched later."""
         absent = np.random.default_rng(4).permutation(np.argwhere(hook.states() == 0))[: hook.n_slots]
-        hook.prefetch(np.array([(block, expert, 1 << 20, 1.0) for block, expert in absent], dtype=_native.ORDER))
+        hook.prefetch(
+            np.array([(block, expert, 1 << 20, 1.0) for block, expert in absent], dtype=_native.PREFETCH_REQUEST)
+        )
         hook.drain()
 
     def step(self, tokens: list[int], past: int) -> float:
@@ -143,7 +145,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=lambda s: [int(n) for n in s.split(",")], default=[8, 16])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--step-log", type=int, default=40)
     parser.add_argument("--only", type=lambda s: s.split(","), default=[], help="placements, the first the reference")
     parser.add_argument("-o", "--out", type=Path)
     arguments = parser.parse_args()

@@ -246,7 +246,7 @@ def arguments() -> argparse.Namespace:
     two.add_argument("ids", type=Path)
     two.add_argument("-o", "--out", type=Path, required=True, help="folder of the checkpoint")
     two.add_argument("--seconds", type=float, default=75.0, help="of training (%(default)s)")
-    two.add_argument("--steps", type=int, default=10**9, help="most steps")
+    two.add_argument("--step-log", type=int, default=10**9, help="most steps")
     shape = Shape()
     for name in ("d_model", "layers", "experts", "top", "ff", "heads", "kv_heads", "vocab"):
         two.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(shape, name), help="%(default)s")

@@ -34,7 +34,7 @@ def orders(hook: _native.Hook, random: np.random.Generator) -> np.ndarray[Any, A
     absent = np.argwhere(hook.states() == 0)
     chosen = random.choice(absent, size=min(N_ORDERS, len(absent)), replace=False)
     never = hook.experts.n_blocks
-    return np.array([(block, expert, never, 1.0) for block, expert in chosen], dtype=_native.ORDER)
+    return np.array([(block, expert, never, 1.0) for block, expert in chosen], dtype=_native.PREFETCH_REQUEST)
 
 
 def prefetch_rate(placement: Placement, random: np.random.Generator) -> float:

@@ -13,15 +13,14 @@ from edge_speq import _native
 from edge_speq.bench.instrumented import InstrumentedLlama, StockLlama
 from edge_speq.bench.matrix import Case
 from edge_speq.bench.measure import reading
-from edge_speq.core import SLOT_POLICIES, Experts
+from edge_speq.core import OWN_POLICIES, SLOT_POLICIES, Experts
 from edge_speq.gguf import model as gguf_model
 from edge_speq.planning import planner
-from edge_speq.policies import registry as presets
+from edge_speq.planning.load_request import READS_PREDICTOR, READS_TRACE
 from edge_speq.runtime import loading as engine
 from edge_speq.texts import Texts
 
-COMPUTES = ("device", "hybrid", "hybrid-ahead")
-SLOTS = (*SLOT_POLICIES, *COMPUTES)
+SLOTS = SLOT_POLICIES
 WARM_UP = 16  # tokens after each load: graphs are built and slots filled
 DEFAULT_RESIDENT = "1/4"
 CONTEXT_STEP = 256  # llama_context pads n_ctx to this many cells
@@ -35,20 +34,23 @@ class BenchSettings:
     model: str
     draft: str | None
     policies: tuple[str, ...]
-    speculations: tuple[str, ...]
+    draft_tokens: tuple[int | str, ...]
     threads: tuple[int | None, ...]
     cases: tuple[Case, ...]
     texts: Texts
     repetitions: int
     resident: str | None
-    vram_budget: str | None
+    vram_budget: int | str | None
     baseline: str
-    link: str | None = None
+    throttle_link: int | None = None  # bytes per second
+    on_miss: tuple[str, ...] = ("auto",)  # of policies that are not published systems
+    next_layer_prefetch: bool | None = None
     deterministic: bool = False
     emulation: str | None = None  # in words, for every row
     load_mode: str = "auto"  # of stock arms: "mmap", "none", or whichever is faster
     warm_up: bool = True
-    foresight: str | None = None  # a file, of presets.readers
+    predictor: str | None = None  # a file of tune --learn
+    trace: str | None = None  # a file of trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +58,15 @@ class Arm:
     """One competitor."""
 
     policy: str
-    speculation: str
+    draft_tokens: int | str
     threads: int | None
+    on_miss: str = "auto"
 
     @property
     def name(self) -> str:
-        return f"{self.policy}, K={self.speculation}" + (f", {self.threads} threads" if self.threads else "")
+        on_miss = "" if self.on_miss == "auto" else f", on miss {self.on_miss}"
+        threads = f", {self.threads} threads" if self.threads else ""
+        return f"{self.policy}{on_miss}, K={self.draft_tokens}{threads}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +90,13 @@ class Facts:
 
 def arms(settings: BenchSettings) -> list[Arm]:
     """All combinations, in the order of the arguments."""
-    wanted = [(p, s, t) for t in settings.threads for p in settings.policies for s in settings.speculations]
-    return [Arm(*choice) for choice in wanted]
+    return [
+        Arm(policy, k, threads, on_miss)
+        for threads in settings.threads
+        for policy in settings.policies
+        for on_miss in (settings.on_miss if policy in OWN_POLICIES else ("auto",))
+        for k in settings.draft_tokens
+    ]
 
 
 def rotated(competitors: list[Arm], repetition: int) -> list[Arm]:
@@ -97,7 +107,7 @@ def rotated(competitors: list[Arm], repetition: int) -> list[Arm]:
 
 def reference(settings: BenchSettings) -> Arm:
     """Whose text the others must write: demand loads only, no draft."""
-    return Arm("lru", "0", settings.threads[0])
+    return Arm("lru", 0, settings.threads[0])
 
 
 class Fleet:
@@ -195,14 +205,18 @@ class Fleet:
 
     def _slots(self, arm: Arm) -> InstrumentedLlama:
         bounds: dict[str, Any] = {"vram_budget": self.budget_bytes}
-        if arm.speculation == self._anchor.speculation:
+        if arm.draft_tokens == self._anchor.draft_tokens:
             bounds = {"resident": self.resident, "vram_budget": self._vram_budget}
-        policy = arm.policy
-        if policy in COMPUTES:  # auto, but for where missing experts are computed
-            bounds["compute"], policy = policy, "auto"
-        if policy in presets.readers(self._settings.policies):
-            bounds["foresight"] = self._settings.foresight
-        return InstrumentedLlama(self._settings.model, policy=policy, **bounds, **self._options(arm))
+        if arm.policy in OWN_POLICIES:
+            bounds |= {"on_miss": arm.on_miss, "next_layer_prefetch": self._next_layer_prefetch(arm)}
+        if arm.policy in READS_PREDICTOR:
+            bounds["predictor"] = self._settings.predictor
+        if arm.policy in READS_TRACE:
+            bounds["trace"] = self._settings.trace
+        return InstrumentedLlama(self._settings.model, policy=arm.policy, **bounds, **self._options(arm))
+
+    def _next_layer_prefetch(self, arm: Arm) -> bool | None:
+        return None if arm.on_miss == "fetch" else self._settings.next_layer_prefetch
 
     def _stock(self, arm: Arm) -> InstrumentedLlama:
         mapped = self._mapped.get(arm)
@@ -242,8 +256,8 @@ class Fleet:
         settings = self._settings
         options: dict[str, Any] = {
             "draft": settings.draft,
-            "speculation": arm.speculation,
-            "link": settings.link,
+            "draft_tokens": arm.draft_tokens,
+            "throttle_link": settings.throttle_link,
             "deterministic": settings.deterministic,
             "n_ctx": self._n_ctx,
         }
@@ -278,10 +292,10 @@ def _facts(model: InstrumentedLlama) -> Facts:
         used_bytes=made.used_bytes,
         resident_fraction=model.resident_fraction(),
         n_cpu_moe=model.n_cpu_moe,
-        load_mode="mmap" if model.is_mapped() else "none",
+        load_mode="mmap" if model.is_mapped else "none",
         placement=made.plan.policy,
         slots=made.plan.slots,
-        experts=model._experts,
+        experts=model.experts,
         n_threads=model.n_threads,
         n_batch=model.n_batch,
         n_ubatch=int(model.context_params.n_ubatch),

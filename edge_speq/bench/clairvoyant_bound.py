@@ -24,16 +24,15 @@ The bound says nothing of better drafts or of faster kernels.
 from __future__ import annotations
 
 import heapq
-import time
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import _native
 from edge_speq.bench.instrumented import InstrumentedLlama
 from edge_speq.bench.measure import PassageSample, Sample
 from edge_speq.core import Experts, HybridCosts
+from edge_speq.engine.llama import EdgeLlama
 from edge_speq.simulate.slots import Belady, next_uses
 
 REPLAYS, TRIALS = 2, 3
@@ -82,27 +81,14 @@ def _bypassing_bytes(experts: Experts, slots: Sequence[int], steps: Sequence[Rou
 
 def hybrid_costs(model: InstrumentedLlama) -> HybridCosts | None:
     """What the CPU's part of missing experts costs; None where it computes none."""
-    hook = model._hook
-    return None if hook is None or not model.stats().experts.cpu_computed else hook.costs()
+    costs: HybridCosts | None = model.hybrid_costs() if model.stats().experts.cpu_computed else None
+    return costs
 
 
-def link_rate(model: InstrumentedLlama) -> float | None:
+def link_rate(model: EdgeLlama | InstrumentedLlama) -> float | None:
     """Bytes per second of orders into the model's slots; None where every expert is in a slot."""
-    rates = [rate for rate in (_order_rate(model) for _ in range(TRIALS)) if rate is not None]
+    rates = [rate for rate in (model.prefetch_rate(N_ORDERS) for _ in range(TRIALS)) if rate is not None]
     return max(rates, default=None)
-
-
-def _order_rate(model: InstrumentedLlama) -> float | None:
-    hook = model._hook
-    assert hook is not None
-    absent = np.argwhere(hook.states() == 0)[: min(N_ORDERS, max(1, hook.n_slots // 2))]
-    orders = np.array([(block, expert, hook.experts.n_blocks, 1e6) for block, expert in absent], dtype=_native.ORDER)
-    before, started = hook.counters().bytes_fetched, time.perf_counter()
-    hook.prefetch(orders)
-    hook.drain()
-    elapsed = time.perf_counter() - started
-    fetched = hook.counters().bytes_fetched - before
-    return fetched / elapsed if fetched else None
 
 
 def steps_key(sample: Sample) -> object:

@@ -1,21 +1,21 @@
-"""EdgeLlama with its steps written down, and llama.cpp's own ways to place experts, as the baselines that it has."""
+"""A model with an observer that times its steps, and llama.cpp's own ways to place experts, for comparison."""
 
 from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from edge_speq import _native
 from edge_speq.drafting.base import Draft
 from edge_speq.engine.llama import EdgeLlama
+from edge_speq.engine.observer import Decode, NativeLoad, StepObserver
 from edge_speq.gguf import model as gguf_model
 from edge_speq.planning import survey
 from edge_speq.runtime import loading
@@ -33,124 +33,158 @@ class MeasuredStep:
     seconds: float  # stalls included
 
 
-class InstrumentedLlama(EdgeLlama):
-    """Keeps every step and the seconds that the draft takes, while it is watched."""
+class DraftProxy:
+    """A draft that passes everything on, for observers that want to see what it proposes."""
 
-    steps: list[MeasuredStep] | None = None
-    draft_seconds = 0.0
+    def __init__(self, draft: Draft) -> None:
+        self.draft = draft
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.draft, name)
+
+
+class TimedDraft(DraftProxy):
+    """Adds the seconds of each proposal to an observer's."""
+
+    def __init__(self, draft: Draft, timer: StepTimer) -> None:
+        super().__init__(draft)
+        self._timer = timer
+
+    def propose(self, *arguments: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return self.draft.propose(*arguments)
+        finally:
+            self._timer.draft_seconds += time.perf_counter() - started
+
+
+class StepTimer(StepObserver):
+    """Keeps every decode and the seconds that the draft takes, while `steps` is a list."""
+
+    def __init__(self) -> None:
+        self.steps: list[MeasuredStep] | None = None
+        self.draft_seconds = 0.0
+
+    @property
+    def sees_decodes(self) -> bool:  # type: ignore[override]
+        return self.steps is not None
+
+    def on_draft(self, draft: Draft) -> Draft:
+        timed: Any = TimedDraft(draft, self)
+        return timed  # type: ignore[no-any-return]
+
+    def on_decode(self, decode: Decode) -> None:
+        assert self.steps is not None
+        routing = decode.routing.copy() if decode.served and decode.routing is not None else None
+        self.steps.append(MeasuredStep(tuple(decode.tokens), decode.past, routing, decode.seconds))
+
+
+class ModelHandle:
+    """A model that a tool opened; attributes that are not its own are those of `llm`."""
+
+    llm: EdgeLlama
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "llm":  # not opened yet
+            raise AttributeError(name)
+        return getattr(self.llm, name)
+
+
+class InstrumentedLlama(ModelHandle):
+    """A model whose steps are kept while it is watched. Arguments are those of EdgeLlama."""
+
     n_cpu_moe: int | None = None  # layers whose experts stay on the CPU; None where that is not what decides
+
+    def __init__(self, model_path: str, observer: StepTimer | None = None, **options: Any) -> None:
+        self.timer = observer or StepTimer()
+        self.llm = EdgeLlama(model_path, observer=self.timer, **options)
 
     @contextmanager
     def watch(self) -> Iterator[list[MeasuredStep]]:
-        """The steps of the block; they stay readable after it."""
-        self.steps, self.draft_seconds = [], 0.0
+        """Keep the steps of the block; they stay readable after it."""
+        self.timer.steps, self.timer.draft_seconds = [], 0.0
         try:
-            yield self.steps
+            yield self.timer.steps
         finally:
-            self.steps = None
+            self.timer.steps = None
 
-    def _decode(self, chunk: list[int], past: int, n_rows: int) -> None:
-        if self.steps is None:
-            super()._decode(chunk, past, n_rows)
-            return
-        started = time.perf_counter()
-        super()._decode(chunk, past, n_rows)
-        llama_cpp.llama_synchronize(self._ctx.ctx)
-        seconds = time.perf_counter() - started
-        routing = self._hook.routing().copy() if self._hook is not None else None
-        served = routing is not None and routing.shape[1] == len(chunk)
-        self.steps.append(MeasuredStep(tuple(chunk), past, routing if served else None, seconds))
-
-    def _load_draft(self, k_max: int) -> Draft | None:
-        draft = super()._load_draft(k_max)
-        if draft is not None:
-            draft.propose = self._timed(draft.propose)  # type: ignore[method-assign]
-        return draft
-
-    def _timed(self, propose: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return propose(*arguments)
-            finally:
-                self.draft_seconds += time.perf_counter() - started
-
-        return timed
+    @property
+    def draft_seconds(self) -> float:
+        """Seconds that the draft took since the last watch began."""
+        return self.timer.draft_seconds
 
     def replay(self, steps: list[MeasuredStep]) -> float:
-        """Seconds of decoding the same tokens in the same widths at the same places; the context holds what stands
-        before the first of them."""
-        self._ctx.set_n_threads(self.n_threads, self.n_threads)
-        seconds = 0.0
-        for step in steps:
-            self._ctx.kv_cache_seq_rm(-1, step.past, -1)
-            started = time.perf_counter()
-            self._decode(list(step.tokens), step.past, len(step.tokens))
-            llama_cpp.llama_synchronize(self._ctx.ctx)
-            seconds += time.perf_counter() - started
-        return seconds
+        """Return the seconds of decoding the same tokens in the same widths at the same places; the context holds what
+        stands before the first of them."""
+        return sum(self.llm.decode_again(step.tokens, step.past) for step in steps)
 
     def words(self, text: str, *, add_bos: bool) -> list[int]:
-        """The tokens of a text."""
-        return list(self.tokenize(text.encode(), add_bos=add_bos, special=True))
+        """Return the tokens of a text."""
+        return list(self.llm.tokenize(text.encode(), add_bos=add_bos, special=True))
 
     def resident_fraction(self) -> float | None:
-        """Share of the routed-expert bytes that lie on the compute device; None for a dense model."""
-        if not self._experts.n_expert:
+        """Return the share of the routed-expert bytes that lie on the compute device; None for a dense model."""
+        if not self.llm.experts.n_expert:
             return None
-        if self._plan.policy == "slots":
-            return self._plan.resident
-        return 0.0 if self._plan.policy == "cpu-moe" and self.device.is_gpu else 1.0
-
-    def is_mapped(self) -> bool:
-        return bool(self.model_params.load_mode != llama_cpp.LLAMA_LOAD_MODE_NONE)
+        if self.llm.plan.policy == "slots":
+            return self.llm.plan.resident
+        return 0.0 if self.llm.plan.policy == "cpu-moe" and self.llm.device.is_gpu else 1.0
 
 
-class StockLlama(InstrumentedLlama):
+class StockPlacement(StepTimer):
     """llama.cpp without slots: `--n-cpu-moe N`, repacking and all other defaults of its own.
 
     With a budget the experts of the first N layers stay on the CPU and the others go on the device, N the smallest
     number with which everything fits. Without one everything goes on the device, and on a machine that has no GPU
-    everything is on the CPU in any case. n_cpu_moe: that number, where it is known.
+    everything is on the CPU in any case. `known`: that number, where it was found before.
     """
+
+    def __init__(self, device_budget: int | None, known: int | None = None) -> None:
+        super().__init__()
+        self._device_budget, self._known = device_budget, known
+        self._patterns: Any = None  # must outlive the load
+        self.n_cpu_moe = 0
+
+    def on_load(self, load: NativeLoad) -> None:
+        load.model_params.use_extra_bufts = True
+        self._keep_on_cpu(load, 0)
+        if self._device_budget is not None and load.request.device.is_gpu:
+            self.n_cpu_moe = self._fewest(load, self._device_budget) if self._known is None else self._known
+            self._keep_on_cpu(load, self.n_cpu_moe)
+
+    def _fewest(self, load: NativeLoad, budget: int) -> int:
+        """Return the smallest N that keeps the budget, found by dry loads; all layers where none does."""
+        low, high = 0, n_layers(str(load.request.model))
+        while low < high:
+            middle = (low + high) // 2
+            self._keep_on_cpu(load, middle)
+            found = survey.survey(load.request, load.model_params, load.draft_params, load.context_params)
+            low, high = (low, middle) if found.fixed_bytes <= budget else (middle + 1, high)
+        return low
+
+    def _keep_on_cpu(self, load: NativeLoad, n: int) -> None:
+        self._patterns = loading.buffer_overrides(
+            [EXPERT_TENSORS_OF.format(layer).encode() for layer in range(n)], _native.cpu_buffer_type()
+        )
+        load.model_params.tensor_buft_overrides = ctypes.addressof(self._patterns) if n else None
+
+
+class StockLlama(InstrumentedLlama):
+    """A model that llama.cpp places itself, by layers."""
 
     def __init__(
         self, model_path: str, *, device_budget: int | None, n_cpu_moe: int | None = None, **options: Any
     ) -> None:
-        self._device_budget, self._known = device_budget, n_cpu_moe
-        self._patterns: Any = None
-        super().__init__(model_path, **options)
-
-    def _configure(self, model_params: Any, context_params: Any) -> None:
-        super()._configure(model_params, context_params)
-        model_params.use_extra_bufts = True
-        self.n_cpu_moe = 0
-        self._keep_on_cpu(model_params, 0)
-        if self._device_budget is not None and self.device.is_gpu:
-            known = self._known
-            self.n_cpu_moe = self._fewest(self._device_budget, model_params, context_params) if known is None else known
-            self._keep_on_cpu(model_params, self.n_cpu_moe)
-
-    def _fewest(self, budget: int, model_params: Any, context_params: Any) -> int:
-        """The smallest N that keeps the budget, found by dry loads; all layers where none does."""
-        low, high = 0, n_layers(self.model_path)
-        while low < high:
-            middle = (low + high) // 2
-            self._keep_on_cpu(model_params, middle)
-            found = survey.survey(self._wanted, model_params, self._draft_params, context_params)
-            low, high = (low, middle) if found.fixed_bytes <= budget else (middle + 1, high)
-        return low
-
-    def _keep_on_cpu(self, model_params: Any, n: int) -> None:
-        self._patterns = _overrides(n)
-        model_params.tensor_buft_overrides = ctypes.addressof(self._patterns) if n else None
+        placement = StockPlacement(device_budget, n_cpu_moe)
+        super().__init__(model_path, placement, **options)
+        self.n_cpu_moe = placement.n_cpu_moe
 
     def resident_fraction(self) -> float | None:
-        if not self._experts.n_expert:
+        if not self.llm.experts.n_expert:
             return None
         if not self.n_cpu_moe:
             return 1.0
-        layers = gguf_model.check_model(self.model_path).tensors.values()
+        layers = gguf_model.check_model(self.llm.model_path).tensors.values()
         sizes = [(int(match[1]), t.n_bytes) for t in layers if (match := gguf_model.EXPERTS.fullmatch(t.name))]
         on_device = sum(n_bytes for layer, n_bytes in sizes if layer >= self.n_cpu_moe)
         return on_device / max(1, sum(n_bytes for _, n_bytes in sizes))
@@ -158,12 +192,3 @@ class StockLlama(InstrumentedLlama):
 
 def n_layers(path: str) -> int:
     return gguf_model.hyperparameter(gguf_model.check_model(path), "block_count")
-
-
-def _overrides(n: int) -> Any:
-    """The experts of the first n layers in plain CPU memory, as llama.cpp's tensor_buft_overrides."""
-    overrides = (loading._BufferOverride * (n + 1))()  # the empty last entry ends the list
-    for layer in range(n):
-        overrides[layer].pattern = EXPERT_TENSORS_OF.format(layer).encode()
-        overrides[layer].buffer_type = _native.cpu_buffer_type()
-    return overrides

@@ -106,7 +106,7 @@ def _passage(model: InstrumentedLlama, case: Case, prompt: Prompt, read: Reading
     after = model.stats()
     stalled = _add_events(sample, before, after)
     sample.draft_seconds += model.draft_seconds
-    seconds = elapsed + (stalled if model._deterministic else 0.0) + (first if case.n_prompt else 0.0)
+    seconds = elapsed + (stalled if model.is_deterministic else 0.0) + (first if case.n_prompt else 0.0)
     return PassageSample(prompt, read, output, seconds, first, [] if case.n_prompt else steps)
 
 

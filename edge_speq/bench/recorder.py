@@ -1,4 +1,4 @@
-"""An EdgeLlama that writes its steps down."""
+"""A model whose steps are recorded: what the routers chose, what the draft showed before, and how long it took."""
 
 from __future__ import annotations
 
@@ -7,160 +7,173 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import llama_cpp
 import numpy as np
 
-from edge_speq import _native
+from edge_speq.bench.instrumented import DraftProxy, ModelHandle
 from edge_speq.core import Experts
 from edge_speq.drafting.base import Draft
 from edge_speq.engine.llama import EdgeLlama
+from edge_speq.engine.observer import Decode, NativeLoad, StepObserver
 from edge_speq.policies.prediction import is_twin
 from edge_speq.trace.gates import GateReader
 from edge_speq.trace.step import Routing, Step
 
 
-class Recorder(EdgeLlama):
-    """Hands each narrow step to `sink` once it is known how much of it was accepted.
+class StepWriter(StepObserver):
+    """Hands each narrow step to `sink` once it is known how much of it was accepted."""
 
-    Args (besides EdgeLlama's):
-        foresee: tokens that the draft runs on beyond those that it proposes, for their routing.
-        gates: record gate weights too, through llama.cpp's eval callback: every block waits for the host.
+    sees_decodes = True
+    needs_routing = True
 
-    Without slots the routing is read by a hook of its own, so recording needs no budget and no policy.
-    """
-
-    sink: Callable[[Step], None] | None = None
-    passage = 0
-
-    def __init__(self, model_path: str, *, foresee: int = 0, gates: bool = False, **options: Any) -> None:
-        self._foresee = foresee
+    def __init__(self, lookahead: int, *, gates: bool) -> None:
+        self.sink: Callable[[Step], None] | None = None
+        self.passage = 0
+        self.draft_experts: Experts | None = None
+        self.lookahead = lookahead
+        self.shown: tuple[Routing | None, int] = (None, 0)
+        self.draft_ms = 0.0
         self._gates = GateReader() if gates else None
-        self._watching: _native.Hook | None = None
         self._made: dict[str, Any] | None = None  # the step that is not settled yet
-        self._shown: tuple[Routing | None, int] = (None, 0)
-        self._draft_ms = self._stalled = 0.0
-        self._draft_experts: Experts | None = None
+        self._stalled = 0.0
         self._n_drafted = 0
         self._is_prompt = self._request_is_new = False
         self._n_wide = 0  # batches since the last settled step that were too wide
         self._read: Routing | None = None  # of the last of them
-        super().__init__(model_path, **options)
 
-    def _configure(self, model_params: Any, context_params: Any) -> None:
-        super()._configure(model_params, context_params)
+    def on_load(self, load: NativeLoad) -> None:
         if self._gates is not None:
-            self._gates.install(context_params)
+            self._gates.install(load.context_params)
 
-    def _model_loaded(self) -> None:
-        super()._model_loaded()
-        if self._hook is None and self._experts.n_blocks:
-            width = self._plan.max_width
-            self._watching = _native.Hook(self._model.model, self._experts, width, reads_prompts=True)
-            self._stack.callback(self._watching.detach)
-
-    def _load_draft(self, k_max: int) -> Draft | None:
-        draft = super()._load_draft(k_max)
-        if draft is not None:
-            self._draft_experts = draft.experts
-            draft.propose = self._noted(draft.propose)  # type: ignore[method-assign]
-        return draft
-
-    def _noted(self, propose: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(text: Any, k: int, sampler: Any, ahead: int = 0, seen: Any = None) -> Any:
-            started = time.perf_counter()
-            drafted, routing = propose(text, k, sampler, max(ahead, self._foresee), seen)
-            self._draft_ms = 1e3 * (time.perf_counter() - started)
-            self._shown = routing, 0 if routing is None else min(k + ahead, routing.shape[1])
-            return drafted, None if routing is None else routing[:, : self._shown[1]]
-
-        return noted
-
-    @property
-    def has_routing(self) -> bool:
-        return self._hook is not None or self._watching is not None
-
-    # --- one step --------------------------------------------------------------------------------------
-
-    def extend(self, text: list[int], drafted: list[int]) -> None:
-        self.write()
-        self._n_wide, self._n_drafted = 0, len(drafted)
-        self._is_prompt = self._request_is_new
-        self._request_is_new = False
-        super().extend(text, drafted)
+    def on_draft(self, draft: Draft) -> Draft:
+        self.draft_experts = draft.experts
+        noted: Any = _NotedDraft(draft, self)
+        return noted  # type: ignore[no-any-return]
 
     def begin_passage(self, index: int) -> None:
         """The next text is prompt number `index`."""
         self.write()
         self.passage, self._request_is_new = index, True
 
-    def _decode(self, chunk: list[int], past: int, n_rows: int) -> None:
+    def on_step_begin(self, n_drafted: int) -> None:
+        self.write()
+        self._n_wide, self._n_drafted = 0, n_drafted
+        self._is_prompt = self._request_is_new
+        self._request_is_new = False
+
+    def on_decode_begin(self) -> None:
         self.write()
         if self._gates is not None:
             self._gates.clear()
-        started = time.perf_counter()
-        super()._decode(chunk, past, n_rows)
-        llama_cpp.llama_synchronize(self._ctx.ctx)
-        seconds = time.perf_counter() - started
-        hook = self._hook or self._watching
-        if hook is self._watching and hook is not None:
-            hook.end_step()
-        if hook is None or hook.routing().shape[1] != len(chunk):
+
+    def on_decode(self, decode: Decode) -> None:
+        if decode.routing is None:
             self._n_wide += 1
-            read = hook.prompt() if hook is not None else None
-            self._read = read.copy() if read is not None and read.shape[1] else None
+            self._read = None if decode.prefill_routing is None else decode.prefill_routing.copy()
             return
-        stalled = hook.counters().stall_ms
-        routing = hook.routing().copy()
+        routing = decode.routing.copy()
         self._made = {
             "passage": self.passage,
-            "tokens": np.array(chunk, dtype=np.int32),
+            "tokens": np.array(decode.tokens, dtype=np.int32),
             "routing": routing,
-            "foreseen": None if self._is_prompt or self._shown[0] is None else self._shown[0].copy(),
-            "n_shown": 0 if self._is_prompt else self._shown[1],
+            "foreseen": None if self._is_prompt or self.shown[0] is None else self.shown[0].copy(),
+            "n_shown": 0 if self._is_prompt else self.shown[1],
             "n_drafted": self._n_drafted,
             "is_prompt": self._is_prompt,
             "whole": not self._n_wide,
-            "step_ms": 1e3 * seconds,
-            "draft_ms": self._draft_ms,
-            "stall_ms": stalled - self._stalled,
+            "step_ms": 1e3 * decode.seconds,
+            "draft_ms": self.draft_ms,
+            "stall_ms": decode.stall_ms - self._stalled,
             "gates": self._gates.of(routing) if self._gates is not None else None,
             "read": self._read,
         }
-        self._stalled, self._shown, self._draft_ms, self._read = stalled, (None, 0), 0.0, None
+        self._stalled, self.shown, self.draft_ms, self._read = decode.stall_ms, (None, 0), 0.0, None
 
-    def roll_back(self, n_refused: int) -> None:
-        super().roll_back(n_refused)
-        self.write(n_refused)
+    def on_rollback(self, n_rejected: int) -> None:
+        self.write(n_rejected)
 
-    def write(self, n_refused: int = 0) -> None:
-        """Hands over the step that waits for its outcome, if there is one."""
+    def write(self, n_rejected: int = 0) -> None:
+        """Hand over the step that waits for its outcome, if there is one."""
         if self._made is not None and self.sink is not None:
             made, self._made = self._made, None
-            self.sink(Step(n_accepted=made["n_drafted"] - n_refused, **made))
+            self.sink(Step(n_accepted=made["n_drafted"] - n_rejected, **made))
         self._made = None
 
+
+class _NotedDraft(DraftProxy):
+    """Runs on for the recorder, and shows the engine no more than what it asked for."""
+
+    def __init__(self, draft: Draft, writer: StepWriter) -> None:
+        super().__init__(draft)
+        self._writer = writer
+
+    def propose(self, text: Any, k: int, sampler: Any, ahead: int = 0, seen: Any = None) -> Any:
+        started = time.perf_counter()
+        drafted, routing = self.draft.propose(text, k, sampler, max(ahead, self._writer.lookahead), seen)
+        self._writer.draft_ms = 1e3 * (time.perf_counter() - started)
+        self._writer.shown = shown = routing, 0 if routing is None else min(k + ahead, routing.shape[1])
+        return drafted, None if routing is None else routing[:, : shown[1]]
+
+
+class Recorder(ModelHandle):
+    """A model that records its steps.
+
+    Args (besides EdgeLlama's):
+        lookahead: tokens that the draft runs on beyond those that it proposes, for their routing.
+        gates: record gate weights too, through llama.cpp's eval callback: every block waits for the host.
+
+    Without slots the routing is read by a hook that only watches, so recording needs no budget and no policy.
+    """
+
+    def __init__(self, model_path: str, *, lookahead: int = 0, gates: bool = False, **options: Any) -> None:
+        self.writer = StepWriter(lookahead, gates=gates)
+        self.llm = self.open(model_path, **options)
+
+    def open(self, model_path: str, **options: Any) -> EdgeLlama:
+        """Load the model with the recorder as its observer."""
+        return EdgeLlama(model_path, observer=self.writer, **options)
+
+    @property
+    def sink(self) -> Callable[[Step], None] | None:
+        """What each step is handed to."""
+        return self.writer.sink
+
+    @sink.setter
+    def sink(self, sink: Callable[[Step], None] | None) -> None:
+        self.writer.sink = sink
+
+    def begin_passage(self, index: int) -> None:
+        """The next text is prompt number `index`."""
+        self.writer.begin_passage(index)
+
+    def write(self) -> None:
+        """Hand over the step that waits for its outcome, if there is one."""
+        self.writer.write()
+
+    @property
+    def is_twin(self) -> bool:
+        """Whether the draft's routing maps expert to expert."""
+        return is_twin(self.llm.experts, self.writer.draft_experts)
+
     def meta(self) -> dict[str, Any]:
-        """What a trace says of where it comes from; counters as they are now."""
-        stats = self.stats()
+        """Return what a trace says of where it comes from; counters as they are now."""
+        llm, stats = self.llm, self.llm.stats()
+        draft_experts = self.writer.draft_experts
         return {
-            "model": str(self.model_path),
-            "draft": str(self._wanted.draft) if self._wanted.draft is not None else None,
-            "is_twin": self._is_twin(),
-            "experts": dataclasses.asdict(self._experts),
-            "draft_experts": None if self._draft_experts is None else dataclasses.asdict(self._draft_experts),
-            "k_max": self._plan.k_max,
-            "plan": dataclasses.asdict(self._plan),
-            "policy": self._wanted.policy,
-            "hybrid": self._wanted.hybrid,
+            "model": str(llm.model_path),
+            "draft": str(llm.request.draft) if llm.request.draft is not None else None,
+            "is_twin": self.is_twin,
+            "experts": dataclasses.asdict(llm.experts),
+            "draft_experts": None if draft_experts is None else dataclasses.asdict(draft_experts),
+            "k_max": llm.plan.k_max,
+            "plan": dataclasses.asdict(llm.plan),
+            "policy": llm.request.policy,
+            "hybrid": llm.request.hybrid,
             "foresight": stats.foresight,
-            "deterministic": self._deterministic,
-            "link_bytes_per_s": self._link,
+            "deterministic": llm.is_deterministic,
+            "link_bytes_per_s": llm.link_bytes_per_s or 0,
             "counters": dataclasses.asdict(stats.experts),
             "speculation": dataclasses.asdict(stats.speculation) | {"acceptance": stats.speculation.acceptance},
             "device": stats.device,
             "edge_speq": stats.edge_speq_version,
             "llama_cpp": stats.llama_cpp_commit,
         }
-
-    def _is_twin(self) -> bool:
-        return is_twin(self._experts, self._draft_experts)

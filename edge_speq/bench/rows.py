@@ -132,13 +132,14 @@ def _test_keys(result: ArmResult, facts: Facts) -> Row:
 
 def _edge_keys(result: ArmResult, facts: Facts, settings: BenchSettings, budget: int) -> Row:
     share = facts.resident_fraction
-    drafts = settings.draft is not None and result.arm.speculation != "0"
+    drafts = settings.draft is not None and result.arm.draft_tokens != 0
     return {
         "policy": result.arm.policy,
         "placement": facts.placement,
         "lossy": facts.lossy,
         "draft": Path(settings.draft).name if drafts and settings.draft is not None else None,
-        "speculation": result.arm.speculation,
+        "on_miss": result.arm.on_miss,
+        "draft_tokens": str(result.arm.draft_tokens),
         "resident": None,
         "resident_fraction": share,
         "used_bytes": facts.used_bytes,

@@ -17,7 +17,6 @@ from edge_speq.bench.matrix import Case
 from edge_speq.bench.measure import Sample, measure
 from edge_speq.engine.llama import LAPTOP_LINK
 from edge_speq.errors import EdgeError
-from edge_speq.units import parse_rate
 
 
 @dataclass(slots=True)
@@ -174,8 +173,8 @@ class Bench:
         return [sample for arm in arms for sample in self.results[arm, result.case].samples]
 
     def _link(self, arm: Arm) -> float | None:
-        if self.settings.link is not None:
-            return parse_rate(self.settings.link)
+        if self.settings.throttle_link is not None:
+            return self.settings.throttle_link
         return LAPTOP_LINK if self.settings.deterministic else clairvoyant_bound.link_rate(self.fleet.open(arm))
 
     def _ceiling(self, arm: Arm) -> InstrumentedLlama | None:

@@ -1,15 +1,18 @@
-"""The options that several commands share, and the model that they describe."""
+"""The options that several commands share, made from LoadRequest's table, and the model that they describe."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from edge_speq.cli import progress
-from edge_speq.core import COMPUTES, POLICIES, SLOT_POLICIES
-from edge_speq.gguf import bundled as demo
-from edge_speq.units import parse_policy
+from edge_speq.core import OWN_POLICIES, PUBLISHED_POLICIES, SLOT_POLICIES
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import bundled
+from edge_speq.planning.load_request import DEFAULTS, OPTIONS, Option
 
 if TYPE_CHECKING:
     from edge_speq.engine.llama import EdgeLlama
@@ -19,44 +22,119 @@ DEMO_SEED = 7
 DEFAULT_CONTEXT = 4096
 CONTEXT_STEP = 256  # llama_context pads n_ctx to this many cells
 
+PLACEMENT = ("draft", "resident", "vram_budget", "draft_tokens", "policy", "on_miss", "next_layer_prefetch")
+TRANSFERS = ("throttle_link", "deterministic")
+LEARNED = ("predictor", "latency_limit_ms")
 
-def add_model(p: argparse.ArgumentParser) -> None:
-    """What a model is, where it may go and how it computes."""
-    p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file; the bundled MoE when left out")
-    p.add_argument("--draft", metavar="D", help="a draft GGUF, a twin's experts alone, self or ngram")
-    p.add_argument("--resident", metavar="SHARE", help="share of the expert bytes that slots may hold: 1/4, 0.25")
-    p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="ceiling for everything on the device: 6GiB, auto")
-    p.add_argument("--speculation", metavar="K", default="auto", help="draft tokens per step, or auto (%(default)s)")
+# of bench and simulate: they say less, or what another system said
+FOR_COMPARISON = (*(name for name in PUBLISHED_POLICIES if name != "lru"), "oracle")
+RUN_POLICIES = ("auto", "cpu-moe", "all")
+OTHER_POLICIES = tuple(name for name in (*OWN_POLICIES, "lru") if name not in (*RUN_POLICIES, *FOR_COMPARISON))
+
+
+def add_model(p: argparse.ArgumentParser, *, compares: bool = False) -> None:
+    """Add MODEL, where its experts go, and how it computes. `compares`: policies of published systems are taken too."""
+    add_model_file(p)
+    for name in PLACEMENT:
+        add_option(p, name, **({} if name != "policy" or compares else {"type": run_policy}))
     p.add_argument(
-        "--policy", metavar="P", type=parse_policy, default="auto", help=f"{', '.join(POLICIES)} (%(default)s)"
+        "-c",
+        "--ctx-size",
+        metavar="N",
+        type=at_least(1, "tokens of context"),
+        help=f"tokens of context (the model's, at most {DEFAULT_CONTEXT})",
     )
-    p.add_argument("--compute", choices=COMPUTES, default="auto", help="where missing experts run (%(default)s)")
-    p.add_argument("-c", "--ctx-size", metavar="N", type=int, help=f"context (the model's, at most {DEFAULT_CONTEXT})")
     p.add_argument(
         "--mmap",
         action=argparse.BooleanOptionalAction,
-        help="map the file, or read it into memory; left out, what is faster where there is memory for it",
+        default=None,
+        help="map the file, or read it into memory (default: what is faster where there is memory for it)",
     )
-    p.add_argument("-t", "--threads", metavar="N", type=int, help="CPU threads")
+    p.add_argument("-t", "--threads", metavar="N", type=at_least(1, "threads"), help="CPU threads")
+
+
+def add_model_file(p: argparse.ArgumentParser) -> None:
+    """Add MODEL, which -m names as well."""
+    p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file (default: the bundled MoE)")
+    p.add_argument("-m", "--model", metavar="MODEL", dest="model_option", help=argparse.SUPPRESS)
 
 
 def add_transfers(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--link", metavar="RATE", help="slow transfers down to this, as on another machine: 12.5GB/s")
-    p.add_argument(
-        "--deterministic", action="store_true", help="transfers take virtual time: counters repeat for a seed"
-    )
+    for name in TRANSFERS:
+        add_option(p, name)
 
 
 def add_profile(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-profile", action="store_true", help="ignore what edge-speq tune found for this model")
-    p.add_argument("--foresight", metavar="FILE", help="of tune --learn, for auto and learned; of trace, for oracle")
-    p.add_argument(
-        "--latency-limit",
-        metavar="MS",
-        dest="latency_limit_ms",
-        type=float,
-        help="most milliseconds for drafting and verifying a step, with --speculation auto",
-    )
+    for name in LEARNED:
+        add_option(p, name)
+
+
+def add_option(p: argparse.ArgumentParser, name: str, **changes: Any) -> None:
+    """Add a field of LoadRequest, with its own spelling and help. `changes`: other keywords of add_argument."""
+    option, default = OPTIONS[name], DEFAULTS[name]
+    keywords: dict[str, Any] = {"dest": name, "default": default, "help": _help(option, default)}
+    if option.is_switch:
+        keywords["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
+    elif option.choices is not None:
+        keywords["choices"] = option.choices
+    else:
+        keywords |= {"metavar": option.metavar, "type": parser_of(option)}
+    p.add_argument(*option.flags, **keywords | changes)
+
+
+def _help(option: Option, default: Any) -> str:
+    return option.help if default is None or option.is_switch else f"{option.help} (default: {default})"
+
+
+def parser_of(option: Option) -> Callable[[str], Any]:
+    """Return the option's parser for a word of the command line, which its errors name by its flag."""
+
+    def parse(text: str) -> Any:
+        try:
+            value: str | float = float(text) if option.unit == "milliseconds" else text
+            return option.parse(value)
+        except ValueError:
+            raise EdgeError(f"{option.flag} {text}: not a number", "write it like 40", usage=True) from None
+        except EdgeError as error:
+            raise EdgeError(f"{option.flag} {text}: {_after_name(error.message)}", error.hint, usage=True) from None
+
+    return parse
+
+
+def _after_name(message: str) -> str:
+    """Return what an error says of a value, without the name and the value that the flag repeats."""
+    for verb in (" has no ", " is not ", " is neither "):
+        _, found, rest = message.partition(verb)
+        if found:
+            return f"{verb.strip()} {rest}"
+    return message
+
+
+def at_least(least: int, what: str) -> Callable[[str], int]:
+    """Return a parser of whole numbers. Raises EdgeError (usage) for anything below `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise EdgeError(f"{text} is not a number of {what}", f"give {least} or more", usage=True)
+        return value
+
+    return parse
+
+
+def temperature(text: str) -> float:
+    """Return a sampling temperature. Raises EdgeError (usage) for anything that is not 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise EdgeError(f"{text} is not a temperature", "give 0 or more", usage=True)
+    return value
 
 
 def add_sampling(p: argparse.ArgumentParser, n_predict: int) -> None:
@@ -64,12 +142,14 @@ def add_sampling(p: argparse.ArgumentParser, n_predict: int) -> None:
         "-n",
         "--n-predict",
         metavar="N",
-        type=int,
+        type=at_least(0, "tokens"),
         default=n_predict,
         help="most tokens, 0 for as many as fit (%(default)s)",
     )
-    p.add_argument("--seed", metavar="S", type=int, help=f"of the sampler (the demo's is {DEMO_SEED})")
-    p.add_argument("--temp", metavar="T", type=float, default=0.8, help="temperature, 0 is greedy (%(default)s)")
+    p.add_argument(
+        "--seed", metavar="S", type=at_least(0, "a seed"), help=f"of the sampler (the demo's is {DEMO_SEED})"
+    )
+    p.add_argument("--temp", metavar="T", type=temperature, default=0.8, help="temperature, 0 is greedy (%(default)s)")
 
 
 def add_output(p: argparse.ArgumentParser, json: str) -> None:
@@ -77,12 +157,32 @@ def add_output(p: argparse.ArgumentParser, json: str) -> None:
     p.add_argument("-v", "--verbose", action="store_true", help="show the log")
 
 
+def settle_model(arguments: argparse.Namespace) -> None:
+    """Take the model of -m where MODEL is left out. Raises EdgeError (usage) where both are given."""
+    named = getattr(arguments, "model_option", None)
+    if named is not None and arguments.model is not None:
+        raise EdgeError("MODEL and -m are both given", "leave one of them out", usage=True)
+    arguments.model = arguments.model or named
+
+
+def run_policy(policy: str) -> str:
+    """Return the policy. Raises EdgeError (usage) for one that only bench and simulate compare."""
+    if policy in FOR_COMPARISON:
+        raise EdgeError(
+            f"policy {policy} is there to be compared, not to be run",
+            f"use edge-speq bench or simulate with it, or one of {', '.join((*RUN_POLICIES, *OTHER_POLICIES))} here",
+            usage=True,
+        )
+    return str(parser_of(OPTIONS["policy"])(policy))
+
+
 def with_demo_defaults(arguments: argparse.Namespace) -> None:
     """Without a model: the bundled pair, half of the experts resident unless the arguments bound them."""
+    settle_model(arguments)
     if arguments.model is not None:
         return
-    arguments.model = str(demo.path(demo.MODEL))
-    arguments.draft = arguments.draft or str(demo.path(demo.DRAFT))
+    arguments.model = str(bundled.path(bundled.MODEL))
+    arguments.draft = arguments.draft or str(bundled.path(bundled.DRAFT))
     if getattr(arguments, "seed", DEMO_SEED) is None:
         arguments.seed = DEMO_SEED
     if arguments.resident is None and arguments.vram_budget is None and arguments.policy in SLOT_POLICIES:
@@ -90,17 +190,28 @@ def with_demo_defaults(arguments: argparse.Namespace) -> None:
 
 
 def edge_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that EdgeLlama adds to those of llama_cpp.Llama, the rarer ones where they were given."""
-    names = ["draft", "resident", "vram_budget", "speculation", "policy", "compute"]
-    names += [name for name in ("foresight", "latency_limit_ms") if getattr(arguments, name, None) is not None]
-    return {name: getattr(arguments, name) for name in names}
+    """Return the options of LoadRequest that the arguments have, the rarer ones where they differ from the default."""
+    given = {name: getattr(arguments, name) for name in PLACEMENT if hasattr(arguments, name)}
+    for name in (*TRANSFERS, *LEARNED):
+        value = getattr(arguments, name, None)
+        if value is not None and value != DEFAULTS[name]:
+            given[name] = value
+    if not getattr(arguments, "no_profile", True):
+        given["profile"] = "auto"
+    return given
 
 
 def llama_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of llama_cpp.Llama itself."""
+    """Return the arguments of llama_cpp.Llama itself. Warns of a context beyond the trained one."""
     from edge_speq.runtime.loading import trained_context
 
-    n_ctx = arguments.ctx_size or min(trained_context(arguments.model), DEFAULT_CONTEXT)
+    trained = trained_context(arguments.model)
+    n_ctx = arguments.ctx_size or min(trained, DEFAULT_CONTEXT)
+    if n_ctx > trained:
+        print(
+            f"warning: -c {n_ctx} is beyond the {trained} tokens that the model was trained for: text will degrade",
+            file=sys.stderr,
+        )
     # llama.cpp makes that many cells and llama_cpp.Llama would leave the last ones unused
     options: dict[str, Any] = {"n_ctx": -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP}
     if arguments.mmap is not None:
@@ -110,24 +221,12 @@ def llama_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def profile(arguments: argparse.Namespace) -> str | None:
-    """EdgeLlama's argument of that name."""
-    return None if getattr(arguments, "no_profile", True) else "auto"
-
-
 def load(arguments: argparse.Namespace, **more: Any) -> EdgeLlama:
-    """The model, with a line of progress on a terminal when that takes a while. more: EdgeLlama's."""
+    """Load the model, with a line of progress on a terminal when that takes a while. more: keywords of EdgeLlama."""
     from edge_speq.engine.llama import EdgeLlama
 
-    class Watched(EdgeLlama):
-        def _configure(self, model_params: Any, context_params: Any) -> None:
-            super()._configure(model_params, context_params)
-            self._progress = progress.attach(model_params, line)
-
-    options = edge_options(arguments) | llama_options(arguments)
-    options |= {"link": arguments.link, "deterministic": arguments.deterministic, "profile": profile(arguments)}
-    options |= more
-    if arguments.json or not sys.stderr.isatty():
+    options = edge_options(arguments) | llama_options(arguments) | more
+    if arguments.json or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         return EdgeLlama(arguments.model, **options)
     with progress.Line(sys.stderr) as line:
-        return Watched(arguments.model, **options)
+        return EdgeLlama(arguments.model, progress=line, **options)

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_speq import system
-from edge_speq.cli import interrupt
-from edge_speq.core import POLICIES
+from edge_speq.cli import arguments, interrupt
+from edge_speq.core import ON_MISS, POLICIES
 from edge_speq.errors import EdgeError
 from edge_speq.gguf import bundled as demo
-from edge_speq.units import parse_bytes, parse_policy, parse_rate, parse_share, parse_speculation, require_choice
+from edge_speq.planning.load_request import OPTIONS, READS_PREDICTOR, READS_TRACE
+from edge_speq.units import parse_rate, require_choice
 
 if TYPE_CHECKING:
     from edge_speq.bench.arms import BenchSettings
     from edge_speq.bench.runner import Series
 
 LLAMA_CPP_LOG = logging.getLogger("edge_speq.llama_cpp")
-DEFAULT_POLICIES = "auto,device,lru,cpu-moe,all"
-CHOICES = (*POLICIES, "device", "hybrid", "hybrid-ahead")  # auto with that compute
+DEFAULT_POLICIES = "auto,lru,cpu-moe,all"
+DEFAULT_ON_MISS = "auto,fetch"
 FORMATS = ("md", "csv", "json", "jsonl", "sql")
 LOAD_MODES = ("auto", "mmap", "none")
 RANGES = "Lists (1,2) and ranges (0-512+128, 1-64*2) make a matrix"
@@ -36,8 +37,8 @@ def add_parser(commands: Any) -> None:
         description="Policies against each other at equal bytes on the compute device, with llama-bench's tests. "
         f"{RANGES}.",
     )
-    p.add_argument("-m", "--model", metavar="MODEL", help="a GGUF file; the bundled pair when left out")
-    p.add_argument("--draft", metavar="D", help="a draft GGUF, a twin's experts alone, self or ngram")
+    arguments.add_model_file(p)
+    arguments.add_option(p, "draft")
     _add_tests(p)
     _add_competitors(p)
     p.add_argument(
@@ -53,25 +54,33 @@ def _add_tests(p: argparse.ArgumentParser) -> None:
     p.add_argument("-n", "--n-gen", metavar="N", action="append", help="tokens of generation tests (128; 0: none)")
     p.add_argument("-pg", metavar="P,N", action="append", help="tests that read P tokens and generate N")
     p.add_argument("-d", "--n-depth", metavar="D", action="append", help="tokens in the context beforehand (0)")
-    p.add_argument("-r", "--repetitions", metavar="R", type=int, default=5, help="of each test (%(default)s)")
+    repetitions = arguments.at_least(1, "repetitions")
+    p.add_argument("-r", "--repetitions", metavar="R", type=repetitions, default=5, help="of each test (%(default)s)")
     p.add_argument("--no-warmup", action="store_true", help="no round before those that count")
     p.add_argument("-t", "--threads", metavar="T", action="append", help="CPU threads")
     p.add_argument("--prompts", metavar="FILE", help='own texts: JSONL with "prompt" and perhaps "domain"')
-    p.add_argument("--texts", metavar="N", type=int, default=1, help="bundled texts of each class (%(default)s)")
+    texts = arguments.at_least(1, "texts")
+    p.add_argument("--texts", metavar="N", type=texts, default=1, help="bundled texts of each class (%(default)s)")
 
 
 def _add_competitors(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--policy", metavar="LIST", default=DEFAULT_POLICIES, help=f"{', '.join(CHOICES)} (%(default)s)")
-    p.add_argument("--foresight", metavar="FILE", help="of tune --learn, for auto and learned; of trace, for oracle")
-    p.add_argument("--speculation", metavar="LIST", default="auto", help="draft tokens per step (%(default)s)")
+    p.add_argument("--policy", metavar="LIST", default=DEFAULT_POLICIES, help=f"{', '.join(POLICIES)} (%(default)s)")
+    p.add_argument(
+        "--on-miss",
+        metavar="LIST",
+        default=DEFAULT_ON_MISS,
+        help=f"{', '.join(ON_MISS)}: ways to serve misses under policies that are not published systems (%(default)s)",
+    )
+    arguments.add_option(p, "next_layer_prefetch")
+    arguments.add_option(p, "predictor")
+    arguments.add_option(p, "trace")
+    p.add_argument("--draft-tokens", metavar="LIST", default="auto", help="draft tokens per step (%(default)s)")
     p.add_argument("--resident", metavar="LIST", help="shares of the expert bytes in slots, one after the other (1/4)")
-    p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="everything on the device: 6GiB, auto")
+    arguments.add_option(p, "vram_budget")
     p.add_argument("--baseline", metavar="POLICY", help="what speed-ups refer to (cpu-moe where listed)")
     p.add_argument("-lm", "--load-mode", choices=LOAD_MODES, default="auto", help="of cpu-moe and all; auto tries both")
     p.add_argument("--emulate", metavar="WHAT", help="another machine: link=12.5GB/s,threads=6")
-    p.add_argument(
-        "--deterministic", action="store_true", help="virtual transfers: counters repeat, stalls are virtual"
-    )
+    arguments.add_transfers(p)
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -143,44 +152,59 @@ class Progress:
 
 def settings(options: argparse.Namespace) -> BenchSettings:
     """The options, checked. Raises EdgeError (exit code 2) for what they do not allow."""
-    from edge_speq.bench import matrix
     from edge_speq.bench.arms import BenchSettings
 
-    if options.repetitions < 1:
-        raise EdgeError(f"-r {options.repetitions} measures nothing", "give at least 1", usage=True)
+    arguments.settle_model(options)
     emulated = emulation(options.emulate)
     model, draft = _models(options)
-    policies = matrix.choices(options.policy, lambda name: parse_policy(name, CHOICES))
-    speculations = matrix.choices(options.speculation, parse_speculation) if draft else ["0"]
+    policies = _list(options.policy, "policy")
+    drafts = dict.fromkeys(OPTIONS["draft_tokens"].parse(k) for k in _list(options.draft_tokens, "draft_tokens"))
+    if options.throttle_link is not None and "link" in emulated:
+        raise EdgeError("--throttle-link and --emulate link are both given", "leave one of them out", usage=True)
+    link = parse_rate(emulated["link"], "--emulate link") if "link" in emulated else options.throttle_link
     return BenchSettings(
         model=model,
         draft=draft,
         policies=tuple(policies),
-        speculations=tuple(speculations),
+        draft_tokens=tuple(drafts) if draft else (0,),
         threads=_threads(options, emulated),
         cases=tuple(_cases(options)),
         texts=_texts(options),
         repetitions=options.repetitions,
         resident=_shares(options.resident)[0],
-        vram_budget=_budget(options.vram_budget),
+        vram_budget=options.vram_budget,
         baseline=_baseline(options.baseline, policies),
-        link=emulated.get("link"),
+        throttle_link=link,
+        on_miss=tuple(_list(options.on_miss, "on_miss")),
+        next_layer_prefetch=options.next_layer_prefetch,
         deterministic=options.deterministic,
         emulation=",".join(f"{key}={value}" for key, value in emulated.items()) or None,
         load_mode=options.load_mode,
         warm_up=not options.no_warmup,
-        foresight=_foresight(options.foresight, policies),
+        predictor=_read_by(options.predictor, "--predictor", policies, READS_PREDICTOR),
+        trace=_read_by(options.trace, "--trace", policies, READS_TRACE),
     )
 
 
-def _foresight(path: str | None, policies: list[str]) -> str | None:
+def _list(text: str, name: str) -> list[str]:
+    """Return the values of a list, each of which the option takes."""
+    from edge_speq.bench import matrix
+
+    return matrix.choices(text, arguments.parser_of(OPTIONS[name]))
+
+
+def _read_by(path: str | None, flag: str, policies: list[str], readers: tuple[str, ...]) -> str | None:
+    """Return the path, and read the file once before models are loaded. Raises EdgeError where no policy reads it, or
+    where one that needs it gets none."""
     from edge_speq.policies import oracle
-    from edge_speq.policies import registry as presets
     from edge_speq.policies.learned import network_file
 
-    for policy in policies if path is None else presets.readers(policies)[-1:]:
-        if oracle.load_for_policy(path, policy) is None:
-            network_file.load_for_policy(path, policy)
+    reading = [policy for policy in policies if policy in readers]
+    if path is not None and not reading:
+        raise EdgeError(f"no policy reads {flag} {path}", f"add {readers[0]} to --policy", usage=True)
+    load = oracle.load_for_policy if readers == READS_TRACE else network_file.load_for_policy
+    for policy in reading[-1:] if path is not None else reading:
+        load(path, policy)
     return path
 
 
@@ -190,7 +214,7 @@ def emulation(text: str | None) -> dict[str, str]:
     for part in text.split(",") if text else ():
         key, _, value = part.strip().partition("=")
         if key == "link":
-            parse_rate(value)
+            parse_rate(value, "--emulate link")
         elif key != "threads" or not value.isdecimal() or int(value) < 1:
             raise EdgeError(f"--emulate {part!r} is not known", "write it like link=12.5GB/s,threads=6", usage=True)
         found[key] = value
@@ -239,21 +263,11 @@ def _threads(options: argparse.Namespace, emulated: dict[str, str]) -> tuple[int
 def _texts(options: argparse.Namespace) -> Any:
     from edge_speq import texts as prompts
 
-    if options.texts < 1:
-        raise EdgeError(f"--texts {options.texts} leaves nothing to read", "give at least 1", usage=True)
     return prompts.from_file(Path(options.prompts)) if options.prompts else prompts.bundled(options.texts)
 
 
 def _shares(text: str | None) -> list[str | None]:
-    from edge_speq.bench import matrix
-
-    return [None] if text is None else [*matrix.choices(text, parse_share)]
-
-
-def _budget(text: str | None) -> str | None:
-    if text not in (None, "auto"):
-        parse_bytes(text)
-    return text
+    return [None] if text is None else [*_list(text, "resident")]
 
 
 def _baseline(name: str | None, policies: list[str]) -> str:

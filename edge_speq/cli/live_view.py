@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from edge_speq.cli import heatmap, interrupt
 from edge_speq.engine.step_records import StepRecord
-from edge_speq.units import parse_rate
 
 if TYPE_CHECKING:
     from edge_speq.engine.llama import EdgeLlama
@@ -28,12 +27,17 @@ class View:
     """Give `step` as on_step and `text` each piece that is written; `llm` as soon as it is loaded."""
 
     def __init__(
-        self, stream: TextIO, *, name: str, link: str | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        stream: TextIO,
+        *,
+        name: str,
+        link_bytes_per_s: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.llm: EdgeLlama | None = None
         self.on_terminal = stream.isatty()
         self._stream, self._name, self._clock = stream, name, clock
-        self._link = None if link is None else parse_rate(link)
+        self._link = link_bytes_per_s
         self._plain = not _can_write(stream, heatmap.FILLED + heatmap.LOADING)
         self._coloured = "NO_COLOR" not in os.environ
         self._recent: collections.deque[StepRecord] = collections.deque(maxlen=WINDOW)
@@ -74,12 +78,11 @@ class View:
             self._show()
 
     def _note_demands(self, record: StepRecord) -> None:
-        hook = self.llm._hook if self.llm is not None else None
-        if hook is None:
+        routing = self.llm.last_routing() if self.llm is not None else None
+        if self.llm is None or routing is None:
             return
         if self._heat is None:
-            self._heat = heatmap.Heat(hook.experts.n_blocks, hook.experts.n_expert)
-        routing = hook.routing()
+            self._heat = heatmap.Heat(self.llm.experts.n_blocks, self.llm.experts.n_expert)
         if routing.shape[1] == record.tokens:  # a prompt in several batches leaves only the last
             self._heat.add(routing)
 
@@ -103,11 +106,11 @@ class View:
         return [*lines, "", *_tail(self._text, width, TEXT_LINES)][: max(1, height)]
 
     def _map(self, width: int, height: int) -> list[str]:
-        hook = self.llm._hook if self.llm is not None else None
-        if hook is None or self._heat is None or height < 1:
+        states = self.llm.residency() if self.llm is not None else None
+        if states is None or self._heat is None or height < 1:
             return []
         shape: dict[str, Any] = {"height": height, "width": width}
-        rows = heatmap.rows(hook.states(), self._heat.share, plain=self._plain, coloured=self._coloured, **shape)
+        rows = heatmap.rows(states, self._heat.share, plain=self._plain, coloured=self._coloured, **shape)
         return ["", *rows]
 
     def _figures(self) -> list[tuple[str, str]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import logging
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from edge_speq import __version__
 from edge_speq.cli import bench, chat, convert, doctor, inspect, interrupt, plan, run, serve, simulate, trace, tune
@@ -24,14 +27,63 @@ class _Version(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes PROMPTS behind options, too. argparse gives all positional arguments that may be left out their values at
-    the first one it meets, and does not know what follows an option (before Python 3.12.7)."""
+    """argparse with one `error:` line and one `hint:` line, without prefix matching.
+
+    It takes PROMPTS behind options, too: before Python 3.12.7 argparse gives all positional arguments that may be left
+    out their values at the first one that it meets.
+    """
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | keywords)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        found, rest = super().parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else list(args)
+        self._refuse_unknown(words)
+        found, rest = super().parse_known_args(words, namespace)
         if getattr(found, "own_prompts", "") is None and rest and not rest[0].startswith("-"):
             found.own_prompts = rest.pop(0)
+        for word in rest:
+            if word.startswith("-"):
+                raise self._unknown(word)
         return found, rest
+
+    def _refuse_unknown(self, words: list[str]) -> None:
+        """Raise EdgeError for -ngl and the like, which argparse would read as -n with the value gl."""
+        if self._subparsers is not None:  # the command's own parser knows its options
+            return
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            name = word.split("=")[0]
+            if re.match(r"-[A-Za-z]{2}", name) and name not in self._option_string_actions:
+                raise self._unknown(name)
+
+    def _unknown(self, word: str) -> EdgeError:
+        name = word.split("=", maxsplit=1)[0]
+        if name in FROM_LLAMA_CPP:
+            return EdgeError(f"{name} is not an option of {self.prog}", FROM_LLAMA_CPP[name], usage=True)
+        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists them"
+        return EdgeError(f"{name} is not an option of {self.prog}", hint, usage=True)
+
+    def error(self, message: str) -> NoReturn:
+        raise EdgeError(message, f"{self.prog} --help shows how to call it", usage=True)
+
+
+# spellings of llama.cpp's tools that people bring along, and what does the same here
+FROM_LLAMA_CPP = {
+    "-ngl": "all layers go to the GPU; --vram-budget bounds what lies there, --policy cpu-moe keeps experts off it",
+    "--n-gpu-layers": "all layers go to the GPU; --vram-budget bounds what lies there",
+    "-cmoe": "--policy cpu-moe",
+    "--cpu-moe": "--policy cpu-moe",
+    "-ncmoe": "--vram-budget, which places experts one by one, or --policy cpu-moe",
+    "--n-cpu-moe": "--vram-budget, which places experts one by one, or --policy cpu-moe",
+    "--moe-cache-mib": "--vram-budget, which bounds everything on the device",
+    "-md": "--draft",
+    "--model-draft": "--draft",
+    "--draft-max": "--draft-tokens",
+    "--draft-n": "--draft-tokens",
+    "--no-mmap": "--no-mmap, of run, chat, serve, plan, tune and trace",
+    "-np": "requests wait for each other: there is one sequence at a time",
+}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from edge_speq.units import parse_bytes, parse_rate
 
 if TYPE_CHECKING:
     from edge_speq.core import Plan
-    from edge_speq.planning.survey import LoadRequest, Survey
+    from edge_speq.planning.survey import ResolvedRequest, Survey
     from edge_speq.simulate.estimate import Laptop
 
 NO_GPU = "no GPU: the CPU computes, and weights, which are mapped file pages, are not counted"
@@ -34,19 +34,21 @@ def add_parser(commands: Any) -> None:
     )
     arguments.add_model(p)
     p.add_argument("--ram", metavar="SIZE", help="of the other machine: 16GiB")
-    p.add_argument("--link", metavar="RATE", help=f"to the other machine's GPU ({LINK})")
+    p.add_argument("--link-bandwidth", metavar="RATE", help=f"to the other machine's GPU ({LINK})")
     p.add_argument("--trace", metavar="FILE", help="of edge-speq trace: else routing is taken to be even")
     arguments.add_output(p, json="print one JSON object")
     p.set_defaults(command=plan)
 
 
 def plan(options: argparse.Namespace) -> int:
+    from edge_speq.engine.native_parameters import native_parameters
     from edge_speq.planning import survey
+    from edge_speq.planning.load_request import LoadRequest
 
     arguments.with_demo_defaults(options)
     laptop = _laptop(options)
-    wanted = survey.request(options.model, **arguments.edge_options(options))
-    model_params, context_params = native_params(options)
+    wanted = survey.resolve(LoadRequest(options.model, **arguments.edge_options(options)))
+    model_params, context_params = native_parameters(options.model, **arguments.llama_options(options))
     draft_params, _keep_alive = survey.prepare(wanted, model_params, context_params)
     found = survey.survey(wanted, model_params, draft_params, context_params)
     if laptop is not None:
@@ -62,17 +64,20 @@ def _laptop(options: argparse.Namespace) -> Laptop | None:
     """The other machine, None when this one is meant. Raises EdgeError for half of a description."""
     from edge_speq.simulate.estimate import THREADS, Laptop
 
-    if options.ram is None and options.link is None:
+    if options.ram is None and options.link_bandwidth is None:
         if options.trace is not None:
-            raise EdgeError("--trace is for an estimate", "describe a machine: --vram, --ram, --link", usage=True)
+            raise EdgeError(
+                "--trace is for an estimate", "describe a machine: --vram, --ram, --link-bandwidth", usage=True
+            )
         return None
     if options.vram_budget in (None, "auto"):
         raise EdgeError("another machine needs its --vram", "write it like --vram 6GiB", usage=True)
-    ram = None if options.ram is None else parse_bytes(options.ram)
-    return Laptop(parse_bytes(options.vram_budget), ram, parse_rate(options.link or LINK), options.threads or THREADS)
+    ram = None if options.ram is None else parse_bytes(options.ram, "--ram")
+    link = parse_rate(options.link_bandwidth or LINK, "--link-bandwidth")
+    return Laptop(options.vram_budget, ram, link, options.threads or THREADS)
 
 
-def elsewhere(laptop: Laptop, wanted: LoadRequest, found: Survey) -> tuple[LoadRequest, Survey]:
+def elsewhere(laptop: Laptop, wanted: ResolvedRequest, found: Survey) -> tuple[ResolvedRequest, Survey]:
     """The same request for a GPU that is not here. Where this machine has none itself, its weights come from the files'
     headers; KV and compute buffers are those of the dry load here."""
     from edge_speq._native import Device
@@ -113,34 +118,11 @@ def _estimate(
     return estimate(experts, decided, laptop, recorded, share)
 
 
-def native_params(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The parameters of model and context that llama_cpp.Llama makes of the same arguments, as it makes them."""
-    from llama_cpp import Llama
-
-    class Params(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
-        _redirect_output = False
-
-        def _configure(self, model_params: Any, context_params: Any) -> None:
-            made.extend((model_params, context_params))
-            raise _NotLoadedError
-
-    made: list[Any] = []
-    try:
-        Params(options.model, n_gpu_layers=-1, verbose=False, **arguments.llama_options(options))
-    except _NotLoadedError:
-        return made[0], made[1]
-    raise AssertionError("llama_cpp.Llama calls _configure before it loads")
-
-
-class _NotLoadedError(Exception):
-    pass
-
-
-def summarize_plan(wanted: LoadRequest, found: Survey, decided: Plan, n_ctx: int) -> dict[str, Any]:
+def summarize_plan(wanted: ResolvedRequest, found: Survey, decided: Plan, n_ctx: int) -> dict[str, Any]:
     experts, on_gpu = found.experts, wanted.device.is_gpu
     slots = decided.slots or (0,) * len(experts.groups)
     resident = experts.total_bytes if decided.policy == "all" and on_gpu else decided.slot_bytes
-    drafts = (wanted.draft is not None or wanted.guesses.itself) and decided.k_max > 0  # a plan may do without
+    drafts = (wanted.draft is not None or wanted.draft_spec.itself) and decided.k_max > 0  # a plan may do without
     fixed = found.target.total + (found.draft.total if drafts else 0)
     # the routing leaves and padding that a plan counts besides what was surveyed
     overhead = decided.fixed_bytes - fixed if decided.fixed_bytes else 0
@@ -186,13 +168,13 @@ def _file(path: Path) -> dict[str, Any]:
     }
 
 
-def _draft(wanted: LoadRequest) -> dict[str, Any] | None:
+def _draft(wanted: ResolvedRequest) -> dict[str, Any] | None:
     """A file, or what the model drafts for itself with."""
     if wanted.draft is not None:
         return _file(wanted.draft)
-    if not wanted.guesses.itself:
+    if not wanted.draft_spec.itself:
         return None
-    twin = wanted.guesses.twin
+    twin = wanted.draft_spec.twin
     path, n_bytes = ("self", 0) if twin is None else (str(twin.path), twin.n_bytes)
     return {"path": path, "dense_bytes": 0, "expert_bytes": n_bytes}
 

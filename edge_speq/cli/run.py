@@ -31,16 +31,16 @@ def add_parser(commands: Any) -> None:
     arguments.add_profile(p)
     p.add_argument("-p", "--prompt", metavar="TEXT", default=demo.PROMPT)
     arguments.add_sampling(p, n_predict=128)
-    p.add_argument("--watch", action="store_true", help="show slots, link and draft on stderr while it writes")
-    p.add_argument("--steps", metavar="FILE", help="write what each verify step did, a JSON object a line")
+    p.add_argument("--live", action="store_true", help="show slots, link and draft on stderr while it writes")
+    p.add_argument("--step-log", metavar="FILE", help="write what each verify step did, a JSON object a line")
     arguments.add_output(p, json="print one JSON object instead of text and report")
     p.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
     arguments.with_demo_defaults(options)
-    view = _view(options) if options.watch else None
-    with _steps_file(options.steps) as file:
+    view = _view(options) if options.live else None
+    with _steps_file(options.step_log) as file:
 
         def on_step(step: StepRecord) -> None:
             if file is not None:
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
 def _view(options: argparse.Namespace) -> View:
     from edge_speq.cli.live_view import View
 
-    return View(sys.stderr, name=Path(options.model).name, link=options.link)
+    return View(sys.stderr, name=Path(options.model).name, link_bytes_per_s=options.throttle_link)
 
 
 @contextlib.contextmanager

@@ -89,7 +89,6 @@ def _open(options: argparse.Namespace, progress: Progress) -> ServedModel:
     from edge_speq.server.model import ServedModel
 
     given = arguments.edge_options(options) | arguments.llama_options(options)
-    given |= {"link": options.link, "deterministic": options.deterministic, "profile": arguments.profile(options)}
     if options.chat_format is not None:
         given["chat_format"] = _known_format(options.chat_format)
     return ServedModel(options.model, progress, **given)

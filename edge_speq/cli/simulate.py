@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
     p.add_argument("traces", nargs="+", metavar="TRACE", help="files of edge-speq trace")
     p.add_argument("--policy", metavar="P,...", default=DEFAULT_POLICIES, help="presets, or all (%(default)s)")
     p.add_argument("--resident", metavar="SHARE,...", default="1/8,1/4,1/2", help="shares in slots (%(default)s)")
-    p.add_argument("--link", metavar="RATE", default="12.5GB/s", help="speed of transfers (%(default)s)")
+    p.add_argument("--link-bandwidth", metavar="RATE", default="12.5GB/s", help="speed of transfers (%(default)s)")
     p.add_argument("--block-ms", metavar="MS", type=float, help="that a block computes (half an expert's transfer)")
     p.add_argument("--draft-ms", metavar="MS", type=float, help="of a drafted token (a step's computing)")
     p.add_argument("--cpu-ms", metavar="MS", type=float, help="of an expert on the CPU (read at 60 GB/s)")
@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     p.add_argument("-o", "--output", choices=FORMATS, default="md", help="format on stdout (%(default)s)")
     p.add_argument("--json", action="store_const", const="json", dest="output", help="the same as -o json")
     p.add_argument("--csv", action="store_const", const="csv", dest="output", help="the same as -o csv")
-    p.add_argument("--foresight", metavar="FILE", help="of tune --learn, for policies auto and learned")
+    p.add_argument("--predictor", metavar="FILE", help="of tune --learn, for policies auto and learned")
     p.add_argument("--plot", metavar="FILE", type=Path, help="a picture too: .png, .pdf, .svg")
     p.add_argument("-v", "--verbose", action="store_true", help="show the log")
     p.set_defaults(command=simulate)
@@ -48,14 +48,14 @@ def simulate(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and not 0 <= value < 1e9:
             raise EdgeError(f"--{name.replace('_', '-')} {value} is not a time", "give milliseconds", usage=True)
-    learned = None if options.foresight is None else network_file.read(options.foresight)
+    learned = None if options.predictor is None else network_file.read(options.predictor)
     policies = presets.names(options.policy)
     if options.policy == "all" and learned is None:
         policies = [name for name in policies if name != "learned"]
     wanted = report.SimulateOptions(
         policies=policies,
         shares=[parse_share(share.strip()) for share in options.resident.split(",")],
-        link_bytes_per_s=parse_rate(options.link),
+        link_bytes_per_s=parse_rate(options.link_bandwidth, "--link-bandwidth"),
         block_ms=options.block_ms,
         draft_ms=options.draft_ms,
         cpu_ms=options.cpu_ms,

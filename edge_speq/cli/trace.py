@@ -26,13 +26,25 @@ def add_parser(commands: Any) -> None:
         description="Generates text after each prompt and records every step: tokens, expert ids, what the draft had "
         "shown, what was accepted, times. Ctrl-C ends it; what was recorded stays.",
     )
-    arguments.add_model(p)
+    arguments.add_model(p, compares=True)
     p.add_argument(
         "own_prompts", nargs="?", metavar="PROMPTS", help='JSONL with "prompt", perhaps "domain" (bundled ones)'
     )
     p.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="the trace, an npz file")
-    p.add_argument("--texts", metavar="N", type=int, default=1, help="bundled prompts of each class (%(default)s)")
-    p.add_argument("--foresee", metavar="N", type=int, default=0, help="tokens that the draft runs on (%(default)s)")
+    p.add_argument(
+        "--texts",
+        metavar="N",
+        type=arguments.at_least(1, "texts"),
+        default=1,
+        help="bundled prompts of each class (%(default)s)",
+    )
+    p.add_argument(
+        "--lookahead",
+        metavar="N",
+        type=arguments.at_least(0, "tokens"),
+        default=0,
+        help="tokens that the draft runs on (%(default)s)",
+    )
     p.add_argument("--gates", action="store_true", help="gate weights as well: slower")
     arguments.add_transfers(p)
     arguments.add_sampling(p, n_predict=64)
@@ -44,8 +56,6 @@ def trace(options: argparse.Namespace) -> int:
     from edge_speq import texts as prompts
     from edge_speq.trace import Writer
 
-    if options.foresee < 0 or options.texts < 1:
-        raise EdgeError("--foresee and --texts count tokens and prompts", "give 0 or more, and 1 or more", usage=True)
     texts = prompts.from_file(Path(options.own_prompts)) if options.own_prompts else prompts.bundled(options.texts)
     _refuse_unwritable(options.out)
     model = _load(options)
@@ -77,12 +87,12 @@ def _load(options: argparse.Namespace) -> Recorder:
     from edge_speq.bench.recorder import Recorder
     from edge_speq.gguf import bundled as demo
 
+    arguments.settle_model(options)
     if options.model is None:  # everything resident: routing does not depend on slots
         options.model = str(demo.path(demo.MODEL))
         options.draft = options.draft or str(demo.path(demo.DRAFT))
     given = arguments.edge_options(options) | arguments.llama_options(options)
-    given |= {"link": options.link, "deterministic": options.deterministic}
-    model = Recorder(options.model, foresee=options.foresee, gates=options.gates, **given)
+    model = Recorder(options.model, lookahead=options.lookahead, gates=options.gates, **given)
     if not model.has_routing:
         model.close()
         raise EdgeError(f"{options.model} has no routed experts to record", "give a MoE")

@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
         description="Measures what steps, drafted tokens, misses and threads cost here, predicts the fastest draft "
         "length, way to serve misses and number of threads, checks it against a run without a profile, and stores a "
         "profile that run, chat and serve pick up. With --learn it measures nothing: it trains foresight on traces of "
-        "the model and its draft (needs torch), for --foresight of run, chat, serve, bench and simulate.",
+        "the model and its draft (needs torch), for --predictor of run, chat, serve, bench and simulate.",
     )
     p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file; the bundled MoE when left out")
     p.add_argument(
@@ -95,7 +95,7 @@ def learn(options: argparse.Namespace) -> int:
     network_file.write(made, options.out)
     print(json.dumps({"foresight": str(options.out), **made.meta}) if options.json else learned(made))
     if not options.json:
-        print(f"stored     {options.out}: --foresight {options.out} uses it", file=sys.stderr)
+        print(f"stored     {options.out}: --predictor {options.out} uses it", file=sys.stderr)
     return 0
 
 
@@ -175,7 +175,7 @@ def report(found: TuneProfile) -> str:
 
 def _candidate(candidate: dict[str, Any]) -> str:
     share = "" if candidate["resident"] is None else f", {100 * candidate['resident']:.0f} % of the experts in slots"
-    return f"K {candidate['speculation']}, compute {candidate['compute']}{share}"
+    return f"K {candidate['draft_tokens']}, on miss {candidate['on_miss']}{share}"
 
 
 def _checked(one: dict[str, Any]) -> str:
@@ -201,7 +201,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     def text(name: str, form: str) -> str:
         return "-" if row[name] is None else format(row[name], form)
 
-    size, k = f"{row['draft_bytes'] / 2**20:.1f}", str(row["parameters"]["speculation"])
+    size, k = f"{row['draft_bytes'] / 2**20:.1f}", str(row["parameters"]["draft_tokens"])
     guessed = (
         text("acceptance", ".0%"),
         text("tokens_per_step", ".2f"),

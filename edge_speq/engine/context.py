@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from llama_cpp import Llama
 from edge_speq import _native
 from edge_speq.core import Plan
 from edge_speq.engine.exclusive import ExclusiveUse
+from edge_speq.engine.observer import Decode, StepObserver
 from edge_speq.engine.speculator import Speculator
 from edge_speq.errors import EdgeError
 from edge_speq.runtime import loading
@@ -34,9 +36,11 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
     version = 0  # counts what happened to the context from outside a request
     _requires_eval: bool
     _hook: _native.Hook | None
-    _lookahead: Speculator
+    _watching: _native.Hook | None  # reads routing where the plan has no slots
+    _observer: StepObserver | None
+    _speculator: Speculator
     _plan: Plan
-    _turns: ExclusiveUse
+    _exclusive: ExclusiveUse
     _cancellation: Cancellation
     _shifts: bool  # when the context is full
     _n_keep: int  # tokens that a shift leaves alone, -1 for the prompt
@@ -59,6 +63,8 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
         """A cancellation that came when its request was over is not meant for the next one."""
         if self._cancellation.clear() and self._hook is not None:
             self._hook.end_step()
+        if self._observer is not None:
+            self._observer.on_request()
 
     def _require_open(self) -> None:
         if self._ctx.ctx is None:
@@ -94,7 +100,7 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
         return 1 if served and self.device.is_gpu else self.n_threads
 
     def serves(self, request: object) -> bool:
-        return self._ctx.ctx is not None and self._turns.holds(request)
+        return self._ctx.ctx is not None and self._exclusive.holds(request)
 
     # --- decoding --------------------------------------------------------------------------------------
 
@@ -102,6 +108,8 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
         """Decodes text, and after it drafted tokens that are not text yet, with logits for the last token of text and
         every drafted one. Raises EdgeError; what was decoded before stays."""
         self._require_open()
+        if self._observer is not None:
+            self._observer.on_step_begin(len(drafted))
         shifted = self._make_room(len(text))
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         self._requires_eval = True  # until the step is settled
@@ -123,6 +131,40 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
         self._requires_eval = len(drafted) > 0
 
     def _decode(self, chunk: list[int], past: int, n_rows: int) -> None:
+        if self._observer is None or not self._observer.sees_decodes:
+            self._decode_batch(chunk, past, n_rows)
+            return
+        self._observer.on_decode_begin()
+        started = time.perf_counter()
+        self._decode_batch(chunk, past, n_rows)
+        llama_cpp.llama_synchronize(self._ctx.ctx)
+        self._observer.on_decode(self._decoded(chunk, past, time.perf_counter() - started))
+
+    def _decoded(self, chunk: list[int], past: int, seconds: float) -> Decode:
+        hook = self._hook or self._watching
+        if hook is None:
+            return Decode(chunk, past, seconds, None, False, None, 0.0)
+        if hook is self._watching:
+            hook.end_step()
+        routing, prefill = hook.routing(), None
+        if routing.shape[1] != len(chunk):
+            prefill = hook.prefill_routing()
+        seen = routing if prefill is None else None
+        prefill = prefill if prefill is not None and prefill.shape[1] else None
+        return Decode(chunk, past, seconds, seen, hook is self._hook, prefill, hook.counters().stall_ms)
+
+    def decode_again(self, tokens: Sequence[int], past: int) -> float:
+        """Decode tokens once more at their place in the context, which holds what stands before them, as narrow as a
+        verify step. Return the seconds that it took."""
+        with self._outside():
+            self._ctx.set_n_threads(self.n_threads, self.n_threads)
+            self._ctx.kv_cache_seq_rm(-1, past, -1)
+            started = time.perf_counter()
+            self._decode_batch(list(tokens), past, len(tokens))
+            llama_cpp.llama_synchronize(self._ctx.ctx)
+            return time.perf_counter() - started
+
+    def _decode_batch(self, chunk: list[int], past: int, n_rows: int) -> None:
         self._cancellation.check()
         # without logits for every token the last block would lack rows of routing
         n_logits = len(chunk) if len(chunk) <= self._plan.max_width else min(n_rows, len(chunk))
@@ -150,6 +192,8 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         else:
             self._requires_eval = False
+        if self._observer is not None:
+            self._observer.on_rollback(n_refused)
 
     def _reuse_prefix(self, tokens: list[int]) -> list[int]:
         """Keeps what the KV cache shares with tokens and returns the rest; [] when its logits are live too."""
@@ -187,14 +231,14 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
         self.input_ids[n_keep : n - n_discard] = self.input_ids[n_keep + n_discard : n].copy()
         self.n_tokens = n - n_discard
         self._n_intact = min(self._n_intact, n_keep)  # what follows was computed with the discarded tokens in sight
-        self._lookahead.shift(n_keep, n_discard)
+        self._speculator.shift(n_keep, n_discard)
 
     # --- llama_cpp.Llama's own ways to the context: not while another thread uses it ---------------------
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Decodes tokens into the context, as llama_cpp.Llama.eval does."""
         with self._outside():
-            if not self._turns.is_open:
+            if not self._exclusive.is_open:
                 self._forget_cancellation()
             self.extend(list(tokens), [])
 
@@ -208,7 +252,7 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
             return super().embed(*args, **kwargs)
 
     def save_state(self) -> Any:
-        with self._turns.use():
+        with self._exclusive.enter():
             self._require_open()
             state = super().save_state()
             state.n_intact = self._n_intact
@@ -222,8 +266,8 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
 
     @contextlib.contextmanager
     def _outside(self) -> Iterator[None]:
-        with self._turns.use():
-            self._turns.require_mine()
+        with self._exclusive.enter():
+            self._exclusive.require_mine()
             self._require_open()
             self.version += 1
             yield

@@ -33,14 +33,16 @@ class ExclusiveUse:
         self._thread = threading.current_thread()  # that took the last token of the open request
 
     @contextlib.contextmanager
-    def use(self, *, alone: bool = False, hurry: Callable[[], None] | None = None) -> Iterator[None]:
-        """Enters the native part. `alone` refuses to from a callback of a step; `hurry` is called when another thread
-        is there, which is then waited for. Raises EdgeError."""
+    def enter(self, *, exclusive: bool = False, interrupt: Callable[[], None] | None = None) -> Iterator[None]:
+        """Enter the native part. `exclusive` refuses a call from a callback of a step; `interrupt` is called when
+        another thread is inside, and then waited for. Raises EdgeError."""
         if not self._lock.acquire(blocking=False):
-            self._wait(hurry)
+            self._wait(interrupt)
         try:
-            if alone and self._depth:
-                raise EdgeError("a callback of this model asked for what would pull the ground from under it")
+            if exclusive and self._depth:
+                raise EdgeError(
+                    "cannot close, resize or reload a model from inside its own callback", "do it after the request"
+                )
             self._depth += 1
             self._inside = threading.get_ident()
             try:
@@ -51,10 +53,10 @@ class ExclusiveUse:
         finally:
             self._lock.release()
 
-    def _wait(self, hurry: Callable[[], None] | None) -> None:
-        """Takes the lock that another thread has: after hurry, or when a pause is what is under way."""
-        if hurry is not None:
-            hurry()
+    def _wait(self, interrupt: Callable[[], None] | None) -> None:
+        """Take the lock that another thread holds: after the interrupt, or when a pause is in progress."""
+        if interrupt is not None:
+            interrupt()
             self._lock.acquire()
             return
         mine = self._request is not None and self._thread is threading.current_thread()
@@ -74,7 +76,7 @@ class ExclusiveUse:
         with self._counting:
             self._pauses += 1
         try:
-            with self.use(alone=True):
+            with self.enter(exclusive=True):
                 yield
         finally:
             with self._counting:
@@ -100,12 +102,12 @@ class ExclusiveUse:
         """stream as the request's steps: each under the lock, and over when a later request has begun."""
         sent = None
         try:
-            with self.use(alone=True):
+            with self.enter(exclusive=True):
                 self._begin(request)
                 token = stream.send(None)
             while True:
                 sent = yield token
-                with self.use(alone=True):
+                with self.enter(exclusive=True):
                     if not self.holds(request):
                         raise EdgeError("a later request has begun on this model", HINT)
                     self._thread = threading.current_thread()
@@ -119,7 +121,7 @@ class ExclusiveUse:
         if not self.holds(request):
             stream.close()  # touches nothing native: the model is another's by now
             return
-        with self.use(hurry=lambda: None):
+        with self.enter(interrupt=lambda: None):
             stream.close()
             if self.holds(request):
                 self._request = None

@@ -32,7 +32,7 @@ class Generation:
         self._error: BaseException | None = None  # of a logits processor
 
     def begin(self, lookahead: Speculator, sampler: Any, stopping_criteria: Any) -> None:
-        self._lookahead, self._sampler, self._stopping_criteria = lookahead, sampler, stopping_criteria
+        self._speculator, self._sampler, self._stopping_criteria = lookahead, sampler, stopping_criteria
         lookahead.begin()
         if self._llama._steps is not None:
             self._llama._steps.begin()
@@ -57,10 +57,10 @@ class Generation:
         self._llama.require_running()
         self._started = self.clock()
         text = np.concatenate([self._llama._input_ids, np.asarray(pending, dtype=np.intc)])
-        return self._lookahead.draft(text, self._llama.room() - len(pending), self._sampler)
+        return self._speculator.draft(text, self._llama.room() - len(pending), self._sampler)
 
     def foresee(self) -> None:
-        self._lookahead.foresee()
+        self._speculator.foresee()
 
     def verify(self, pending: list[int], drafted: list[int]) -> None:
         self._llama.require_running()
@@ -90,14 +90,14 @@ class Generation:
     def keep(self) -> None:
         self._llama.n_tokens += 1
         self._n_kept += 1
-        self._lookahead.counts.accepted += 1
+        self._speculator.counts.accepted += 1
 
     def settle(self, *, mismatch: bool) -> None:
         if not self._llama.serves(self) or self.disturbed():
             return
         whole = mismatch or self._n_kept == self._n_drafted
-        self._lookahead.observe(self._n_pending + self._n_drafted, self._n_kept)
-        self._lookahead.govern(self._n_kept, mismatch=mismatch, seconds=self._seconds if whole else None)
+        self._speculator.observe(self._n_pending + self._n_drafted, self._n_kept)
+        self._speculator.govern(self._n_kept, mismatch=mismatch, seconds=self._seconds if whole else None)
         self._llama.roll_back(self._n_drafted - self._n_kept)
         if self._llama._steps is not None:
             self._llama._steps.end(

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
 
 from edge_speq import _native
-from edge_speq.core import Experts, Plan
+from edge_speq.core import Experts, HybridCosts, Plan
 from edge_speq.engine.context import TargetContext
 from edge_speq.errors import EdgeError
 from edge_speq.planning import planner, survey
@@ -17,7 +22,9 @@ class Resizable(TargetContext):
 
     device: _native.Device
     _experts: Experts
-    _wanted: survey.LoadRequest
+    _request: survey.ResolvedRequest
+    _link: int
+    _deterministic: bool
     _share: float | None  # of the experts' bytes, that slots may hold
     _fixed_bytes: int  # held on the device besides slots
     _slot_bytes: int
@@ -26,7 +33,7 @@ class Resizable(TargetContext):
         """Notes what is held on the device; only slots change later, so other threads may ask without native calls."""
         self._slot_bytes = self._hook.slot_bytes() if self._hook is not None else 0
         target = _native.memory_used(self._ctx.ctx, self.device.is_gpu).total
-        self._fixed_bytes = target + self._lookahead.memory_used() - self._slot_bytes
+        self._fixed_bytes = target + self._speculator.memory_used() - self._slot_bytes
 
     def memory_used(self) -> int:
         """Bytes on the compute device: dense weights, KV caches, draft, compute buffers and slots."""
@@ -46,12 +53,91 @@ class Resizable(TargetContext):
         share = self._share if resident is None else parse_share(resident)
         _native.load_backends()
         budget, present = planner.budget(vram_budget, _native.compute_device()), self._plan.budget_bytes
-        if budget is None or (self._wanted.shared is not None and present is not None):
+        if budget is None or (self._request.shared is not None and present is not None):
             budget = present if budget is None or present is None else min(budget, present)
         made = self._plan_slots(share, budget)
         self.apply(made)
         self._share = share
         return made
+
+    # --- what others may read, from any thread ----------------------------------------------------------
+
+    @property
+    def experts(self) -> Experts:
+        """The routed experts of the model; a dense model has none."""
+        return self._experts
+
+    @property
+    def plan(self) -> Plan:
+        """What lies where, as decided when the model was loaded or resized last."""
+        return self._plan
+
+    @property
+    def request(self) -> survey.ResolvedRequest:
+        """What was asked for, checked and resolved for this machine."""
+        return self._request
+
+    @property
+    def link_bytes_per_s(self) -> int | None:
+        """The rate that transfers are throttled to; None for the machine's own link."""
+        return self._link or None
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether transfers take virtual time."""
+        return self._deterministic
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the model file is mapped, not read into memory."""
+        return bool(self.model_params.load_mode != llama_cpp.LLAMA_LOAD_MODE_NONE)
+
+    @property
+    def has_routing(self) -> bool:
+        """Whether the routing of a decode can be read."""
+        return self._hook is not None or self._watching is not None
+
+    def residency(self) -> npt.NDArray[np.uint8] | None:
+        """Return the state of each expert, [n_blocks, n_expert]: 0 absent, 1 loading, 2 resident, 3 in use.
+
+        None without slots and after close."""
+        with self._cancellation.lock:  # nothing native is freed meanwhile
+            if self._hook is None or self._cancellation.also is None:  # closed
+                return None
+            states: npt.NDArray[np.uint8] = self._hook.states().copy()
+            return states
+
+    def last_routing(self) -> npt.NDArray[np.int32] | None:
+        """Return the routing of the last decode, [n_blocks, n_tokens, n_expert_used]; None without slots."""
+        return None if self._hook is None else self._hook.routing()
+
+    def hybrid_costs(self) -> HybridCosts | None:
+        """Return what hybrid execution has learned of this machine; None without slots."""
+        return None if self._hook is None else self._hook.costs()
+
+    def draft_bytes(self) -> int:
+        """Return the bytes of the draft on the compute device, or of the expert copies that the model drafts with."""
+        own = self._speculator.memory_used() - (self._hook.bytes_held() if self._hook is not None else 0)
+        return own + (self._request.draft_spec.memory.total if self._plan.k_max else 0)
+
+    def limit_draft_tokens(self, most: int) -> None:
+        """Draft at most so many tokens a step from now on."""
+        self._speculator.limit(most)
+
+    def prefetch_rate(self, n_experts: int) -> float | None:
+        """Prefetch so many absent experts, wait for them, and return the bytes per second; None where none is absent
+        or the model has no slots."""
+        hook = self._hook
+        if hook is None:
+            return None
+        absent = np.argwhere(hook.states() == 0)[: min(n_experts, max(1, hook.n_slots // 2))]
+        orders = np.array([(b, e, hook.experts.n_blocks, 1e6) for b, e in absent], dtype=_native.PREFETCH_REQUEST)
+        before, started = hook.counters().bytes_fetched, time.perf_counter()
+        hook.prefetch(orders)
+        hook.drain()
+        elapsed = time.perf_counter() - started
+        fetched = hook.counters().bytes_fetched - before
+        return fetched / elapsed if fetched else None
 
     def experts_in_slots(self) -> Experts | None:
         return self._experts if self._hook is not None else None
@@ -62,7 +148,7 @@ class Resizable(TargetContext):
 
     def inside(self) -> bool:
         """Whether this thread is in a callback of one of its steps."""
-        return self._turns.inside()
+        return self._exclusive.inside()
 
     def plan_for(self, budget_bytes: int) -> Plan:
         return self._plan_slots(self._share, budget_bytes)
@@ -76,15 +162,15 @@ class Resizable(TargetContext):
             resident=resident,
             budget_bytes=budget_bytes,
             fixed_bytes=self._fixed_bytes,
-            speculation=self._wanted.speculation,
+            draft_tokens=self._request.draft_tokens,
             k_loaded=self._hook.max_width - 1,
-            hybrid=self._wanted.hybrid,
+            hybrid=self._request.hybrid,
         )
 
     def apply(self, made: Plan) -> None:
         """Puts a plan of plan_for into force."""
         assert self._hook is not None
-        with self._turns.pause():
+        with self._exclusive.pause():
             self._require_open()
             try:
                 self._hook.resize(made.slots)
@@ -94,5 +180,5 @@ class Resizable(TargetContext):
                 raise
             finally:
                 self._plan, self._slot_bytes = made, self._hook.slot_bytes()
-                self._lookahead.limit(made.k_max)
-                self._lookahead.resized(made.slots)
+                self._speculator.limit(made.k_max)
+                self._speculator.resized(made.slots)

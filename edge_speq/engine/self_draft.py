@@ -36,7 +36,7 @@ class SelfDraft:
         self._shown = RoutingBuffer()
         self._uses = "resident" if twin is None else "twin"
         if twin is not None:
-            hook.load_twin(str(twin.path), twin.tensors)
+            hook.load_draft_experts(str(twin.path), twin.tensors)
 
     def begin(self) -> None: ...
 

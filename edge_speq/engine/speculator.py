@@ -199,11 +199,11 @@ class Speculator:
         policy, hook = self._policy, self._hook
         if policy is None or hook is None or type(policy) is Policy:
             return
-        hook.are_sound = None
+        hook.are_finite = None
         try:  # here and not by _safely: between two decodes a call of a function takes a microsecond and more
             policy.verifying(self._tokens)
             policy.foresee(self._slots(policy) if self._admits else hook, self._routing, self._n_drafted)
-            if not (np.isfinite(hook.scores).all() if hook.are_sound is None else hook.are_sound):
+            if not (np.isfinite(hook.scores).all() if hook.are_finite is None else hook.are_finite):
                 raise ValueError("its scores are not finite")
         except Exception as error:  # a policy may be anybody's
             self._replace(f"{type(error).__name__}: {error}")
@@ -230,7 +230,7 @@ class Speculator:
 
     @staticmethod
     def _read(policy: Policy, hook: _native.Hook) -> None:
-        routing = hook.prompt()
+        routing = hook.prefill_routing()
         if routing.shape[1]:
             policy.read(routing)
 

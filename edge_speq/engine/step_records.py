@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from edge_speq.core import ExpertCounters
+from edge_speq.engine.observer import StepObserver
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,20 @@ class StepRecord:
 OnStep = Callable[[StepRecord], None]
 
 
+def step_records(on_step: OnStep | None, observer: StepObserver | None) -> StepRecords | None:
+    """Return the maker of records for a callback and an observer; None where neither wants them."""
+    wanted = [] if on_step is None else [on_step]
+    if observer is not None and type(observer).on_step is not StepObserver.on_step:
+        wanted.append(observer.on_step)
+    return StepRecords(wanted) if wanted else None
+
+
 class StepRecords:
     """Makes the records and hands them to on_step. An exception of on_step ends the request; where the text is being
     closed already, since its last token was the last one wanted, nothing can be raised, and `over` raises it."""
 
-    def __init__(self, on_step: OnStep) -> None:
-        self._on_step = on_step
+    def __init__(self, listeners: Sequence[OnStep]) -> None:
+        self._listeners = listeners
         self._before = ExpertCounters()
         self._error: BaseException | None = None
 
@@ -67,7 +76,8 @@ class StepRecords:
         )
         closes = sys.exc_info()[0] is GeneratorExit
         try:
-            self._on_step(record)
+            for on_step in self._listeners:
+                on_step(record)
         except BaseException as error:
             if not closes:
                 raise

@@ -23,7 +23,7 @@ ROLES = {"up": 0, "gate": 1, "down": 2, "gate_up": 3}  # EDGE_ROLE_...
 @dataclass(frozen=True, slots=True)
 class DraftExpertsFile:
     path: Path
-    tensors: npt.NDArray[Any]  # of _native.TWIN_TENSOR
+    tensors: npt.NDArray[Any]  # of _native.DRAFT_TENSOR
     n_bytes: int  # on the compute device
 
 
@@ -57,7 +57,7 @@ def read(file: GGUFFile, target: GGUFFile) -> DraftExpertsFile:
     if len(file.paths) > 1:
         raise EdgeError(f"{path} is split", "give the twin's experts as one file")
     n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
-    return DraftExpertsFile(path, np.array(rows, dtype=_native.TWIN_TENSOR), n_bytes)
+    return DraftExpertsFile(path, np.array(rows, dtype=_native.DRAFT_TENSOR), n_bytes)
 
 
 def routers_hash(target: GGUFFile) -> str:

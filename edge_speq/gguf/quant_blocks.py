@@ -79,7 +79,7 @@ def _not_scalable(type_name: str, factor: int) -> EdgeError:
 
 @functools.cache
 def _ggml() -> Any:
-    from edge_speq import ggml
+    from edge_speq._native import ggml
 
     lib = ggml.base()
     lib.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)

@@ -1,7 +1,7 @@
 """Decides what goes where before anything is allocated: slots per expert group, draft length, policy.
 
 One budget bounds everything on the compute device: dense weights, KV caches, draft, compute buffers and
-slots (design 7). What the fixed parts need comes from a dry load of llama.cpp, not from formulas.
+slots. What the fixed parts need comes from a dry load of llama.cpp, not from formulas.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def plan(
     resident: float | None,
     budget_bytes: int | None,
     fixed_bytes: int,
-    speculation: int | None,
+    draft_tokens: int | None,
     has_draft: bool,
     experts_mapped: bool = False,
     draft_bytes: int = 0,
@@ -39,12 +39,12 @@ def plan(
     `resident` and `budget_bytes` both bound the slots, the smaller wins; `fixed_bytes` is what lies on the
     compute device besides slots (only needed with a budget), `draft_bytes` the draft's part of it; experts_mapped says
     that resident experts are mapped file pages, which no budget counts; shared_memory that nothing but the machine's
-    own memory bounds the slots, since the device has none; hybrid that missing experts need no slots. `speculation`
+    own memory bounds the slots, since the device has none; hybrid that missing experts need no slots. `draft_tokens`
     None lets the planner choose the most draft tokens that the slots allow, and drop a draft that leaves too few slots
     for one drafted token a step. Raises EdgeError, naming the nearest possible request, when the slots would fall under
     the floor of one verify step.
     """
-    k_wanted = 0 if not has_draft else K_DEFAULT if speculation is None else speculation
+    k_wanted = 0 if not has_draft else K_DEFAULT if draft_tokens is None else draft_tokens
     overhead = _overhead(experts, k_wanted) if budget_bytes is not None else 0
     share = min(resident or 1.0, _share_of_budget(experts, budget_bytes, fixed_bytes + overhead))
     bounded = resident is not None or budget_bytes is not None
@@ -57,21 +57,21 @@ def plan(
         return Plan(where, (), k_wanted, budget_bytes=budget_bytes, reason=reason)
 
     slot_budget = int(share * experts.total_bytes + 1e-6)
-    if speculation is None and k_wanted and _floor_bytes(experts, 1, hybrid) > slot_budget:
+    if draft_tokens is None and k_wanted and _floor_bytes(experts, 1, hybrid) > slot_budget:
         made = plan(
             experts,
             policy=policy,
             resident=resident,
             budget_bytes=budget_bytes,
             fixed_bytes=fixed_bytes - draft_bytes,
-            speculation=0,
+            draft_tokens=0,
             has_draft=False,
             experts_mapped=experts_mapped,
             hybrid=hybrid,
         )
         return dataclasses.replace(made, reason=f"{made.reason}: with a draft the slots would be too few")
-    least = k_wanted if speculation is not None else min(1, k_wanted)
-    if speculation is None:
+    least = k_wanted if draft_tokens is not None else min(1, k_wanted)
+    if draft_tokens is None:
         k_wanted = _most_that_fit(experts, share, k_wanted, hybrid)
     k = next((k for k in range(k_wanted, least - 1, -1) if _floor_bytes(experts, k, hybrid) <= slot_budget), None)
     if k is None:
@@ -94,7 +94,7 @@ def other_slots(
     resident: float | None,
     budget_bytes: int | None,
     fixed_bytes: int,
-    speculation: int | None,
+    draft_tokens: int | None,
     k_loaded: int,
     hybrid: bool = False,
 ) -> Plan:
@@ -106,7 +106,7 @@ def other_slots(
         resident=resident,
         budget_bytes=budget_bytes,
         fixed_bytes=fixed_bytes,
-        speculation=None if speculation is None else min(speculation, k_loaded),
+        draft_tokens=None if draft_tokens is None else min(draft_tokens, k_loaded),
         has_draft=k_loaded > 0,
         hybrid=hybrid,
     )
@@ -143,7 +143,7 @@ def _overhead(experts: Experts, k: int) -> int:
     """Bytes of the routing leaves of target and draft, [n_blocks, k + 2, n_expert_used] int32, of a prompt's, of what
     graphs need that look up slots themselves, another such leaf and two of [n_blocks, n_expert], and of padding."""
     row = 4 * experts.n_blocks * experts.n_expert_used
-    return row * (3 * (k + 2) + _native.PROMPT_TOKENS) + 2 * 4 * experts.n_blocks * experts.n_expert + PADDING
+    return row * (3 * (k + 2) + _native.PREFILL_TOKENS) + 2 * 4 * experts.n_blocks * experts.n_expert + PADDING
 
 
 def _require_budget(what: str, needed: int, budget_bytes: int | None, less: str) -> None:
@@ -211,5 +211,5 @@ def _under_floor(experts: Experts, k: int, slot_budget: int, budget_bytes: int |
     return EdgeError(
         f"{slot_budget / 2**20:.2f} MiB for slots are too few: a step with {k} draft tokens needs "
         f"{sum(_floors(experts, k))} slots of {floor_bytes / 2**20:.2f} MiB",
-        hint + (", or fewer draft tokens (--speculation)" if k else ""),
+        hint + (", or fewer draft tokens (--draft-tokens)" if k else ""),
     )

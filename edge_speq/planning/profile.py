@@ -19,12 +19,13 @@ from typing import Any
 
 from edge_speq import __version__, _native
 from edge_speq import system as machine
-from edge_speq.core import COMPUTES
+from edge_speq.core import ON_MISS
 from edge_speq.drafting.spec import is_file
 from edge_speq.errors import EdgeError
-from edge_speq.units import parse_bytes, parse_share, parse_speculation
+from edge_speq.planning.load_request import OPTIONS, LoadRequest
+from edge_speq.units import parse_draft_tokens
 
-VERSION = 1
+VERSION = 2
 FOLDER_VARIABLE = "EDGE_SPEQ_CONFIG"
 BOUNDS = ("resident", "vram_budget")
 AGAIN = "run edge-speq tune again, or delete the file"
@@ -51,7 +52,7 @@ class Key:
 @dataclass(frozen=True, slots=True)
 class TuneProfile:
     """`bounds` are the arguments resident and vram_budget that were tuned for, `chosen` what was found best under
-    them: speculation, compute, n_threads, and draft where tune chose one of several: an absolute path, "self" or
+    them: draft_tokens, on_miss, n_threads, and draft where tune chose one of several: an absolute path, "self" or
     "ngram". `found` says how, for people: costs, candidates, predicted and measured."""
 
     key: Key
@@ -157,40 +158,49 @@ def _require_draft(profile: TuneProfile, path: Path) -> None:
 def _require_sound(profile: TuneProfile) -> None:
     """Values that EdgeLlama would refuse are no profile."""
     chosen, bounds = profile.chosen, profile.bounds
-    if not set(chosen) <= {"speculation", "compute", "n_threads", "draft"} or not set(bounds) <= set(BOUNDS):
+    if not set(chosen) <= {"draft_tokens", "on_miss", "n_threads", "draft"} or not set(bounds) <= set(BOUNDS):
         raise ValueError("unknown arguments")
-    parse_speculation(chosen["speculation"])
-    if chosen["compute"] not in COMPUTES or not (type(chosen["n_threads"]) is int and 0 < chosen["n_threads"] <= 4096):
-        raise ValueError("compute or n_threads is not possible")
+    parse_draft_tokens(chosen["draft_tokens"])
+    if chosen["on_miss"] not in ON_MISS or not (type(chosen["n_threads"]) is int and 0 < chosen["n_threads"] <= 4096):
+        raise ValueError("on_miss or n_threads is not possible")
     draft = chosen.get("draft")
     if draft is not None and is_file(draft) and not Path(draft).is_absolute():
         raise ValueError("draft is not an absolute path")
-    _normal(bounds)
+    _parsed(bounds)
 
 
 # --- applying ----------------------------------------------------------------------------------------------
 
 
-def apply(wanted: str | Path, model: str | Path, asked: dict[str, Any], llama: dict[str, Any]) -> dict[str, Any] | None:
-    """Fills in asked (survey.ARGUMENTS) and llama (llama_cpp.Llama's) from the profile "auto" finds or a path names.
-    Returns its path and what it filled in, None when it was not used. Raises EdgeError for a path that is no file."""
-    path = None if wanted == "auto" else Path(wanted)
+def apply(request: LoadRequest, stock: dict[str, Any]) -> tuple[LoadRequest, dict[str, Any] | None]:
+    """Fill in a request, and stock (options of llama_cpp.Llama), from the profile that request.profile names or finds.
+
+    Return the request, and the profile's path with what it filled in; None where no profile was used. Raises EdgeError
+    for a path that is no file.
+    """
+    path = None if request.profile == "auto" else Path(str(request.profile))
     if path is not None and not path.is_file():
         raise EdgeError(f"there is no profile {path}", "edge-speq tune writes one", usage=True)
-    if asked["policy"] != "auto" or asked["draft_model"] is not None:
-        return None
+    if request.policy != "auto" or request.draft_model is not None:
+        return request, None
     if path is None and not any(folder().glob("*.json")):  # hashing files is worth saving
-        return None
+        return request, None
     try:
-        made_for = key(model, asked["draft"])
-    except EdgeError:  # whoever loads the files says what is wrong with them
-        return None
+        made_for = key(request.model, request.draft)
+    except EdgeError:  # loading the files reports what is wrong with them
+        return request, None
     path = path or folder() / made_for.file_name
-    profile = _usable(path, made_for, asked)
-    return None if profile is None else {"path": str(path), "applied": _fill_in(profile, asked, llama)}
+    profile = _usable(path, made_for, request)
+    if profile is None:
+        return request, None
+    ours = _fill_in(profile, request)
+    applied = dict(ours)
+    if stock.get("n_threads") is None:
+        applied["n_threads"] = stock["n_threads"] = profile.chosen["n_threads"]
+    return request.replace(**ours), {"path": str(path), "applied": applied}
 
 
-def _usable(path: Path, made_for: Key, asked: dict[str, Any]) -> TuneProfile | None:
+def _usable(path: Path, made_for: Key, request: LoadRequest) -> TuneProfile | None:
     if not path.is_file():
         return None
     try:
@@ -198,38 +208,32 @@ def _usable(path: Path, made_for: Key, asked: dict[str, Any]) -> TuneProfile | N
     except EdgeError as error:
         log.warning("%s", error)
         return None
-    if _alike(profile.bounds, asked):
+    if _alike(profile.bounds, request):
         return profile
     log.info("%s is for other bounds: %s", path, profile.bounds)
     return None
 
 
-def _alike(bounds: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether the caller asked for nothing, or for the very bounds of the profile."""
-    given = {name: asked[name] for name in BOUNDS}
-    if all(value is None for value in given.values()):
-        return True
-    try:
-        return _normal(given) == _normal(bounds)
-    except (EdgeError, TypeError):  # a shared Budget, or what the planner will refuse
-        return False
+def _alike(bounds: dict[str, Any], request: LoadRequest) -> bool:
+    """Whether the caller asked for no bound, or for the very bounds of the profile."""
+    given = {name: getattr(request, name) for name in BOUNDS}
+    return all(value is None for value in given.values()) or given == _parsed(bounds)
 
 
-def _normal(bounds: dict[str, Any]) -> tuple[float | None, int | str | None]:
-    share, size = bounds.get("resident"), bounds.get("vram_budget")
-    size = size if size is None or size == "auto" else parse_bytes(size)
-    return None if share is None else parse_share(share), size
+def _parsed(bounds: dict[str, Any]) -> dict[str, Any]:
+    """Return the bounds of a profile as LoadRequest holds them. Raises EdgeError for what is not one."""
+    return {name: OPTIONS[name].parse(bounds.get(name)) for name in BOUNDS}
 
 
-def _fill_in(profile: TuneProfile, asked: dict[str, Any], llama: dict[str, Any]) -> dict[str, Any]:
-    applied = {name: value for name, value in profile.bounds.items() if value is not None and asked[name] is None}
-    for name in ("speculation", "compute"):
-        if asked[name] == "auto" and profile.chosen[name] != "auto":
+def _fill_in(profile: TuneProfile, request: LoadRequest) -> dict[str, Any]:
+    """Return the options that are left at their defaults and that the profile knows better."""
+    applied = {
+        name: value for name, value in profile.bounds.items() if value is not None and getattr(request, name) is None
+    }
+    for name in ("draft_tokens", "on_miss"):
+        if getattr(request, name) == "auto" and profile.chosen[name] != "auto":
             applied[name] = profile.chosen[name]
     draft = profile.chosen.get("draft")
-    if draft is not None and str(asked["speculation"]) != "0":  # a caller's own draft has another key
+    if draft is not None and request.draft_tokens != 0:  # a caller's own draft has another key
         applied["draft"] = draft
-    asked.update(applied)
-    if llama.get("n_threads") is None:
-        applied["n_threads"] = llama["n_threads"] = profile.chosen["n_threads"]
     return applied

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import _native, _reckoning
-from edge_speq._reckoning import Guess, Rates
+from edge_speq import _native
+from edge_speq._native import policy_kernels
+from edge_speq._native.policy_kernels import Prediction, Rates
 from edge_speq.policies import prediction
 from edge_speq.policies.base import Policy
 from edge_speq.policies.context import PolicyContext, Slots
@@ -53,13 +54,13 @@ class NextUse(Policy):
         self.name = "waits" if fetches else "waits-keep"
         self.sees = "twin" if setting.has_twin else "counts"
         self._often = np.full(experts.total, experts.n_expert_used / max(1, experts.n_expert), dtype=np.float32)
-        self._native = _reckoning.Waits(experts, DECAY, LEAST, self._often)
+        self._native = policy_kernels.NextUseKernel(experts, DECAY, LEAST, self._often)
         most = MOST_INSIDE, MOST_OUTSIDE
         self.coming, self.following = Rates(0.9, most, SMOOTHING), Rates(0.6, most, SMOOTHING)
-        self._near, *self._later = (Guess(experts.total, r) for r in (self.coming, self.following, self.following))
-        self._now: Guess | None = None
-        self._then: Guess | None = None  # made one step earlier than it is judged
-        self._judged: Guess | None = None
+        self._near, *self._later = (Prediction(experts.total, r) for r in (self.coming, self.following, self.following))
+        self._now: Prediction | None = None
+        self._then: Prediction | None = None  # made one step earlier than it is judged
+        self._judged: Prediction | None = None
         self._n_steps = self._n_tokens = 0  # that were foreseen, and tokens that foresight covered
 
     @property
@@ -74,14 +75,14 @@ class NextUse(Policy):
         wanted = n_drafted + 2  # this step's last token, and as many as the step has after it
         return wanted if self._most_ahead is None else min(wanted, self._most_ahead)
 
-    def _turn_over(self) -> Guess:
+    def _turn_over(self) -> Prediction:
         """Another step begins: what was guessed of it earlier will be judged. A guess to use for the step after it."""
         first, second = self._later
         self._judged, self._then, self._now = self._then, None, None
         return second if self._judged is first else first
 
     def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
-        then: Guess | None = self._turn_over()
+        then: Prediction | None = self._turn_over()
         width, most = n_drafted + 1, n_drafted + self.ahead(n_drafted)
         if draft_routing is not None and draft_routing.shape[1] > most:
             draft_routing = draft_routing[:, :most]
@@ -95,7 +96,7 @@ class NextUse(Policy):
         if isinstance(slots, _native.Hook):  # the engine's: in one native call
             self._native.prefetch(slots, routing, width, now, then, self._least, MARGIN)
             return
-        orders = self._native.foresee(routing, width, now, then, slots.scores)
+        orders = self._native.plan(routing, width, now, then, slots.scores)
         fetches = now is not None and now.rates.inside >= self._least
         slots.prefetch(orders, _native.NO_BUDGET if fetches else 0, MARGIN)
 
@@ -103,7 +104,7 @@ class NextUse(Policy):
         return prediction.admissions(self._often.reshape(slots.scores.shape), slots.states(), MARGIN)
 
     def read(self, routing: Routing) -> None:
-        self._native.read(routing, self.setting.k_max + 1)
+        self._native.on_prefill(routing, self.setting.k_max + 1)
 
     def _foreseen_otherwise(self, slots: Slots) -> bool:
         """Whether something else has written scores for a step without routing."""

@@ -60,21 +60,21 @@ def admissions(worth: Scores, states: npt.NDArray[np.uint8], margin: float = HYS
     only what is worth less by the margin, since a fetched expert has to be used some times to repay its transfer."""
     block, expert = np.nonzero((states == 0) & (worth >= WORTH_ADMITTING))
     most = np.argsort(-worth[block, expert], kind="stable")[:MOST_ADMITTED]
-    out = np.zeros(len(most), dtype=_native.ORDER)
+    out = np.zeros(len(most), dtype=_native.PREFETCH_REQUEST)
     out["block"], out["expert"], out["deadline"] = block[most], expert[most], len(worth)
     out["priority"] = -margin
     return out
 
 
 def orders(expected: Scores | None) -> npt.NDArray[Any]:
-    """Orders (of _native.ORDER, [n]) for the experts that are expected at all: earliest block first, since its deadline
-    comes first, then by falling chance."""
+    """Orders (of _native.PREFETCH_REQUEST, [n]) for the experts that are expected at all: earliest block first, since
+    its deadline comes first, then by falling chance."""
     if expected is None:
-        return np.zeros(0, dtype=_native.ORDER)
+        return np.zeros(0, dtype=_native.PREFETCH_REQUEST)
     block, expert = np.nonzero(expected)
     chance = expected[block, expert]
     by_urgency = np.lexsort((-chance, block))
-    out = np.zeros(len(block), dtype=_native.ORDER)
+    out = np.zeros(len(block), dtype=_native.PREFETCH_REQUEST)
     out["block"] = out["deadline"] = block[by_urgency]
     out["expert"], out["priority"] = expert[by_urgency], chance[by_urgency]
     return out
@@ -82,7 +82,7 @@ def orders(expected: Scores | None) -> npt.NDArray[Any]:
 
 def make_orders(block: npt.NDArray[Any], expert: npt.NDArray[Any], priority: Any) -> npt.NDArray[Any]:
     """Orders with their own block as deadline."""
-    out = np.empty(len(block), dtype=_native.ORDER)
+    out = np.empty(len(block), dtype=_native.PREFETCH_REQUEST)
     out["block"] = out["deadline"] = block
     out["expert"], out["priority"] = expert, priority
     return out
@@ -94,7 +94,7 @@ def order_of_each(experts: Experts) -> npt.NDArray[Any]:
     return make_orders(block, expert, priority=0.0)
 
 
-NO_ORDERS: npt.NDArray[Any] = np.zeros(0, dtype=_native.ORDER)
+NO_ORDERS: npt.NDArray[Any] = np.zeros(0, dtype=_native.PREFETCH_REQUEST)
 
 
 class Sets:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from edge_speq import _reckoning
+from edge_speq._native import policy_kernels
 from edge_speq.policies import prediction
 from edge_speq.policies.base import Policy
 from edge_speq.policies.context import PolicyContext, Slots
@@ -40,8 +40,8 @@ class SetDueling(Policy):
         experts = setting.experts
         stride = max(1, -(-experts.total // SAMPLE))
         given = {"last": LAST, "smoothing": SMOOTHING, "hysteresis": HYSTERESIS}
-        self._native = _reckoning.Duel(experts, stride, DECAYS, **given)
-        self._often, self._pools = self._native.often, self._native.pools
+        self._native = policy_kernels.SetDuelingKernel(experts, stride, DECAYS, **given)
+        self._often, self._pools = self._native.frequency, self._native.pools
         self._resize_pools()
         self._counts = Frequency(experts)
         self._admits = False  # nobody fetches on demand
@@ -77,7 +77,7 @@ class SetDueling(Policy):
         return prediction.admissions(self._counts.worth(), slots.states())
 
     def read(self, routing: Routing) -> None:
-        self._native.read(routing)
+        self._native.on_prefill(routing)
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         self._native.observe(routing)

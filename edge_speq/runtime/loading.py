@@ -43,11 +43,17 @@ def experts_on_host(params: _Params) -> Any:
 
     Repacking is off: it would move them to another layout. Returns what must outlive the load.
     """
-    overrides = (_BufferOverride * 2)()  # the empty second entry ends the list
-    overrides[0].pattern = EXPERT_TENSORS
-    overrides[0].buffer_type = _native.cpu_buffer_type()
+    overrides = buffer_overrides([EXPERT_TENSORS], _native.cpu_buffer_type())
     params.tensor_buft_overrides = ctypes.addressof(overrides)
     params.use_extra_bufts = False
+    return overrides
+
+
+def buffer_overrides(patterns: Sequence[bytes], buffer_type: Any) -> Any:
+    """Return llama.cpp's tensor_buft_overrides: tensors whose names match a pattern go into buffers of that type."""
+    overrides = (_BufferOverride * (len(patterns) + 1))()  # the empty last entry ends the list
+    for entry, pattern in zip(overrides, patterns, strict=False):
+        entry.pattern, entry.buffer_type = pattern, buffer_type
     return overrides
 
 
@@ -130,7 +136,7 @@ def decode(
     if hook is not None:
         if hook.decoding:  # a Ctrl-C skipped its end
             llama_cpp.llama_synchronize(context.ctx)
-            hook.forsake_step()
+            hook.abandon_step()
         hook.decoding = True
     try:
         status = llama_cpp.llama_decode(context.ctx, batch.batch)

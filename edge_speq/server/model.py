@@ -46,8 +46,8 @@ class ServedModel(EdgeLlama):
         def progress(fraction: float, _user: object) -> bool:
             return self._loading(fraction)
 
-        self._progress: Any = llama_cpp.llama_progress_callback(progress)  # must outlive the load
-        model_params.progress_callback = self._progress
+        self._callback: Any = llama_cpp.llama_progress_callback(progress)  # must outlive the load
+        model_params.progress_callback = self._callback
 
     def _forget_cancellation(self) -> None:
         super()._forget_cancellation()
@@ -72,7 +72,7 @@ class ServedModel(EdgeLlama):
         finally:
             stream.close()
 
-    def residency(self) -> list[str] | None:
+    def residency_rows(self) -> list[str] | None:
         """For each block one digit an expert: 0 absent, 1 loading, 2 resident, 3 in use. None without slots."""
         hook = self._hook
         with self._cancellation.lock:  # nothing native is freed meanwhile

@@ -11,7 +11,7 @@ from edge_speq.server.worker import Worker
 def snapshot(worker: Worker, name: str) -> dict[str, Any]:
     """Counters run since the model was loaded; the page takes differences over `seconds`, a clock that only runs on."""
     llm = worker.require_ready()
-    stats, rows = llm.stats(), llm.residency()
+    stats, rows = llm.stats(), llm.residency_rows()
     served, waiting = worker.load()
     s = stats.speculation
     return {
@@ -19,7 +19,7 @@ def snapshot(worker: Worker, name: str) -> dict[str, Any]:
         "seconds": time.monotonic(),
         "n_ctx": llm.n_ctx(),
         "requests": {"served": served, "waiting": waiting},
-        "link_bytes_per_s": llm._link or None,  # known where it is emulated
+        "link_bytes_per_s": llm.link_bytes_per_s,  # known where it is emulated
         "has_draft": stats.plan.k_max > 0,
         "steps": s.steps,
         "residency": rows,

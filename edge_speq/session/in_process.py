@@ -31,11 +31,11 @@ class LoadingLlama(EdgeLlama):
         super()._configure(model_params, context_params)
         share = self._target_share
         self._watched = [  # outlives the load
-            _watch(model_params, lambda done: self._progress(share * done)),
-            _watch(self._draft_params, lambda done: self._progress(share + (1 - share) * done)),
+            _watch(model_params, lambda done: self._note(share * done)),
+            _watch(self._draft_params, lambda done: self._note(share + (1 - share) * done)),
         ]
 
-    def _progress(self, fraction: float) -> bool:
+    def _note(self, fraction: float) -> bool:
         """llama.cpp ends the load when this is false; an exception would only be printed."""
         with contextlib.suppress(EdgeError):
             self._report(fraction)

@@ -1,4 +1,4 @@
-"""Which experts lie in slots, in Python: the rules of native/src/residency.cpp in deterministic mode, without bytes.
+"""Which experts lie in slots, in Python: the rules of native/src/slots in deterministic mode, without bytes.
 
 The same routing, scores and orders give the same counters and states as the native hook with virtual time (a stateful
 test holds the two together), so policies can be replayed over recorded routing, and what only exists in replay
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq._native import NO_BUDGET, ORDER
+from edge_speq._native import NO_BUDGET, PREFETCH_REQUEST
 from edge_speq.core import ExpertCounters, Experts
 
 Key = int
@@ -187,8 +187,9 @@ class Residency:
     # --- what foresight does ---------------------------------------------------------------------------
 
     def prefetch(self, orders: Orders, byte_budget: int = NO_BUDGET, margin: float = 0.0) -> int:
-        """Takes over the scores and replaces the outstanding orders, given as Order or as an array of _native.ORDER,
-        most urgent first; how many were not yet in a slot. margin: what the priorities of these are less by."""
+        """Takes over the scores and replaces the outstanding orders, given as Order or as an array of
+        _native.PREFETCH_REQUEST, most urgent first; how many were not yet in a slot. margin: what the priorities of
+        these are less by."""
         scores = self._take_over_scores()
         self._expected = {}
         rows = orders if isinstance(orders, np.ndarray) else _as_array(orders)
@@ -358,7 +359,7 @@ def _finite(scores: Scores) -> Scores:
 
 
 def _as_array(orders: Sequence[Order]) -> npt.NDArray[Any]:
-    return np.array([(o.block, o.expert, o.deadline, o.priority) for o in orders], dtype=ORDER)
+    return np.array([(o.block, o.expert, o.deadline, o.priority) for o in orders], dtype=PREFETCH_REQUEST)
 
 
 class Belady(Residency):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import ggml
+from edge_speq._native import ggml
 
 PROBS = re.compile(r"ffn_moe_probs-(\d+)")  # cb() of build_moe_ffn in llama.cpp's src/llama-graph.cpp
 

@@ -66,10 +66,10 @@ def link(model: str | None = None) -> Rate:
     bounds: dict[str, Any] = {"resident": "1/2"} if model is None else {"vram_budget": "auto"}
     path = str(demo.path(demo.MODEL)) if model is None else model
     with contextlib.closing(EdgeLlama(path, policy="lru", n_ctx=256, **bounds)) as llm:
-        rate = link_rate(llm) if llm._hook is not None else None  # needs no more of it
+        rate = link_rate(llm)
         if rate is None:
             raise EdgeError(f"{path} has no experts to send", "name a MoE")
-        return Rate(rate, max(group.expert_bytes for group in llm._experts.groups))
+        return Rate(rate, max(group.expert_bytes for group in llm.experts.groups))
 
 
 def has_link() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from edge_speq.bench.clairvoyant_bound import link_rate
-from edge_speq.bench.recorder import Recorder
+from edge_speq.bench.recorder import Recorder, StepWriter
 from edge_speq.core import ExpertCounters, HybridCosts
 from edge_speq.engine.llama import EdgeLlama
+from edge_speq.engine.observer import NativeLoad
 from edge_speq.errors import EdgeError
 
 SEED = 7
@@ -91,22 +91,33 @@ class Width:
     bytes_fetched: float
 
 
+class GaugeWriter(StepWriter):
+    """A recorder's observer under which every step drafts as many tokens as the plan allows."""
+
+    fixes_draft_length = True
+
+    def __init__(self, *, must_draft: bool) -> None:
+        super().__init__(0, gates=False)
+        self._must_draft = must_draft
+
+    def on_load(self, load: NativeLoad) -> None:
+        super().on_load(load)
+        if self._must_draft and not load.plan.k_max:
+            raise EdgeError(load.plan.reason, "give more memory, or another draft")
+
+
 class Gauge(Recorder):
-    """A Recorder whose draft lengths are what `limit` says: k_max to begin with. must_draft: raises EdgeError, before
-    weights are read, where the bounds leave a draft no token."""
+    """A Recorder whose draft lengths are what `limit` says: the plan's most to begin with.
+
+    must_draft: raise EdgeError, before weights are read, where the bounds leave a draft no token.
+    """
 
     def __init__(self, model_path: str, *, must_draft: bool = False, **options: Any) -> None:
-        self._must_draft = must_draft
-        super().__init__(model_path, **options)
-
-    def _configure(self, model_params: Any, context_params: Any) -> None:
-        super()._configure(model_params, context_params)
-        if self._must_draft and not self._plan.k_max:
-            raise EdgeError(self._plan.reason, "give more memory, or another draft")
-        self._wanted = dataclasses.replace(self._wanted, speculation=self._plan.k_max)
+        self.writer: StepWriter = GaugeWriter(must_draft=must_draft)
+        self.llm = self.open(model_path, **options)
 
     def limit(self, k: int) -> None:
-        self._lookahead.limit(k)
+        self.llm.limit_draft_tokens(k)
 
     def width(self, text: Sequence[int], n_prompt: int, width: int, n_threads: int, seconds: float) -> Width:
         """Decodes text after its first n_prompt tokens in steps of `width`, without a draft or prefetches, again and
@@ -115,17 +126,18 @@ class Gauge(Recorder):
         starts = range(n_prompt, len(text) - width + 1, width)
         if not starts:
             raise EdgeError(f"a text of {len(text) - n_prompt} tokens has no step of {width}", "give longer texts")
-        self.n_threads, before = n_threads, self.n_threads
+        llm = self.llm
+        llm.n_threads, before = n_threads, llm.n_threads
         try:
             while len(done) < STEPS and (not done or time.monotonic() - started < seconds):
-                self.reset()
-                self.eval(text[:n_prompt])
+                llm.reset()
+                llm.eval(text[:n_prompt])
                 for at in starts:
                     done.append(self._timed(text[at : at + width]))
                     if len(done) > 2 * WARM_UP and time.monotonic() - started > seconds:
                         break
         finally:
-            self.n_threads = before
+            llm.n_threads = before
         counted = done[WARM_UP:] or done
         mean = [statistics.mean(row[i] for row in counted) for i in range(1, 5)]
         base = typical([max(0.0, row[0] - row[1]) for row in counted])
@@ -133,19 +145,19 @@ class Gauge(Recorder):
 
     def _timed(self, chunk: Sequence[int]) -> tuple[float, float, float, float, float]:
         """Milliseconds, and what they came with: stall, CPU, misses, bytes."""
-        before, started = self.stats().experts, time.perf_counter()
-        self.eval(chunk)
-        ms, now = 1e3 * (time.perf_counter() - started), self.stats().experts
+        before, started = self.llm.stats().experts, time.perf_counter()
+        self.llm.eval(chunk)
+        ms, now = 1e3 * (time.perf_counter() - started), self.llm.stats().experts
         misses = 0 if now.misses is None else now.misses - (before.misses or 0)
         fetched = now.bytes_fetched - before.bytes_fetched
         return ms, now.stall_ms - before.stall_ms, now.cpu_ms - before.cpu_ms, misses, fetched
 
     def order_rate(self) -> float | None:
         """Bytes per second of orders over an idle link; None without slots."""
-        return link_rate(self) if self._hook is not None else None
+        return link_rate(self.llm)
 
     def hybrid_costs(self) -> HybridCosts | None:
-        return self._hook.costs() if self._hook is not None else None
+        return self.llm.hybrid_costs()
 
 
 def typical(times: Sequence[float]) -> float:
@@ -153,14 +165,8 @@ def typical(times: Sequence[float]) -> float:
     return float(np.quantile(times, 0.25))
 
 
-def tokens_of(llm: EdgeLlama, texts: Sequence[str], length: int) -> list[list[int]]:
+def tokens_of(llm: EdgeLlama | Gauge, texts: Sequence[str], length: int) -> list[list[int]]:
     return [llm.tokenize(text.encode(), add_bos=True, special=True)[:length] for text in texts]
-
-
-def draft_bytes(llm: EdgeLlama) -> int:
-    """Of the draft on the compute device: what it holds itself, or a twin's experts, which the hook holds."""
-    own = llm._lookahead.memory_used() - (llm._hook.bytes_held() if llm._hook is not None else 0)
-    return own + (llm._wanted.guesses.memory.total if llm._plan.k_max else 0)
 
 
 def trial(model: str, options: dict[str, Any], texts: Sequence[str], n: int, seconds: float) -> Trial:
@@ -175,11 +181,11 @@ def trial(model: str, options: dict[str, Any], texts: Sequence[str], n: int, sec
         return Trial(done.tok_per_s, time.monotonic() - started, done.tokens_per_step, done.hit_rate)
 
 
-def worth(llm: EdgeLlama, done: Live) -> Worth:
+def worth(llm: EdgeLlama | Gauge, done: Live) -> Worth:
     """Of a model's draft; done: text in which it drafted all it may."""
     plan, foreseen = llm.stats().plan, llm.stats().foreseen or {}
     return Worth(
-        draft_bytes=draft_bytes(llm),
+        draft_bytes=llm.draft_bytes(),
         resident=1.0 if plan.policy == "all" else plan.resident,
         k=plan.k_max,
         acceptance=done.accepted / done.drafted if done.drafted else None,
@@ -190,7 +196,7 @@ def worth(llm: EdgeLlama, done: Live) -> Worth:
 
 
 def live(
-    llm: EdgeLlama, prompts: Prompts, n: int, seconds: float, begin: Callable[[int], None] = lambda _: None
+    llm: EdgeLlama | Gauge, prompts: Prompts, n: int, seconds: float, begin: Callable[[int], None] = lambda _: None
 ) -> tuple[Live, list[list[int]]]:
     """Generates n tokens after each prompt, for at most so many seconds; `begin` is told each prompt's number. Returns
     also the texts, prompts included."""
@@ -238,7 +244,7 @@ class _Waits:
         self.cpu_ms += now.cpu_ms - before.cpu_ms
 
 
-def _generated(llm: EdgeLlama, prompt: list[int], n: int, until: float, waits: _Waits) -> list[int]:
+def _generated(llm: EdgeLlama | Gauge, prompt: list[int], n: int, until: float, waits: _Waits) -> list[int]:
     before = llm.stats().experts
     llm.set_seed(SEED)
     stream = llm.generate(prompt, temp=TEMPERATURE)

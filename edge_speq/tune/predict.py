@@ -60,8 +60,8 @@ class Hybrid:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    speculation: int
-    compute: str
+    draft_tokens: int
+    on_miss: str
     resident: float | None  # share in slots; without a draft it also has the draft's bytes
     predicted_tok_per_s: float
 
@@ -121,7 +121,7 @@ def _with_slots(
     if not out.tokens:
         return []
     overhead = measured.overhead_ms * out.tokens
-    made = [Candidate(k, "device", share, 1e3 * out.tokens / (out.ms + overhead))]
+    made = [Candidate(k, "fetch", share, 1e3 * out.tokens / (out.ms + overhead))]
     if measured.hybrid is not None:
         misses = (out.counters.misses or 0) * measured.hybrid.miss_ratio
         ms = out.ms - out.counters.stall_ms + misses * measured.hybrid.miss_ms + overhead

@@ -93,7 +93,7 @@ class Tuner:
             scaled, recording.setting, recording.steps, recording.resident, recording.resident_alone
         )
         if self._wanted.must_draft:
-            ranked = [candidate for candidate in ranked if candidate.speculation]
+            ranked = [candidate for candidate in ranked if candidate.draft_tokens]
         self.trial_seconds = recording.load_seconds + min(5.0, 0.3 * self._wanted.seconds)
         checked = self._check(ranked, n_threads, recording)
         self.best = checked[0].trial
@@ -106,7 +106,7 @@ class Tuner:
         self._say("loading")
         started = time.monotonic()
         records: list[StepRecord] = []
-        with self._gauge("device", records.append) as llm:
+        with self._gauge("fetch", records.append) as llm:
             loaded = time.monotonic() - started
             self._choose_length(llm)
             self._say("recording text")
@@ -131,8 +131,8 @@ class Tuner:
             return _Recording(measured, steps, setting, plan.resident, share, loaded)
 
     @contextlib.contextmanager
-    def _gauge(self, compute: str, on_step: Callable[[StepRecord], None] | None = None) -> Any:
-        options = self._options(speculation="auto", compute=compute, must_draft=self._wanted.must_draft)
+    def _gauge(self, on_miss: str, on_step: Callable[[StepRecord], None] | None = None) -> Any:
+        options = self._options(draft_tokens="auto", on_miss=on_miss, must_draft=self._wanted.must_draft)
         llm = Gauge(self._wanted.model, on_step=on_step, **options)
         with contextlib.closing(llm):
             yield llm
@@ -199,10 +199,10 @@ class Tuner:
         plan = llm.stats().plan
         if plan.policy != "slots":
             return None
-        block_ms = measured.base_ms[1] / max(1, llm._experts.n_blocks)
+        block_ms = measured.base_ms[1] / max(1, llm.experts.n_blocks)
         link = round(measured.link_bytes_per_s or measured.order_bytes_per_s or LINK_FALLBACK)
         return PolicyContext(
-            llm._experts, plan.slots, plan.k_max, link, block_ms, measured.draft_ms, has_twin=bool(llm._is_twin())
+            llm.experts, plan.slots, plan.k_max, link, block_ms, measured.draft_ms, has_twin=bool(llm.is_twin)
         )
 
     def _alone(self, llm: Gauge, resident: float) -> float:
@@ -212,7 +212,7 @@ class Tuner:
             return resident
         asked = self._wanted.bounds.get("resident")
         ceiling = 1.0 if asked is None else parse_share(asked)
-        return min(ceiling, resident + gauge.draft_bytes(llm) / llm._experts.total_bytes)
+        return float(min(ceiling, resident + llm.draft_bytes() / llm.experts.total_bytes))
 
     def _hybrid(self, recording: _Recording) -> Hybrid | None:
         """What misses cost where the CPU computes some: a second load, steps without a draft."""
@@ -255,10 +255,10 @@ class Tuner:
     def _check(self, ranked: Sequence[Candidate], n_threads: int, recording: _Recording) -> list[_Checked]:
         """The best candidate of each way to serve misses, and a run without a profile, as they would be loaded; the
         fastest one first, those that there was no time for last. The defaults need not be faster to be first."""
-        default = {"speculation": "auto", "compute": "auto", "n_threads": recording.measured.n_threads}
+        default = {"draft_tokens": "auto", "on_miss": "auto", "n_threads": recording.measured.n_threads}
         checked = [_Checked(default)]
-        for best in (next(c for c in ranked if c.compute == way) for way in dict.fromkeys(c.compute for c in ranked)):
-            chosen = {"speculation": best.speculation, "compute": best.compute, "n_threads": n_threads}
+        for best in (next(c for c in ranked if c.on_miss == way) for way in dict.fromkeys(c.on_miss for c in ranked)):
+            chosen = {"draft_tokens": best.draft_tokens, "on_miss": best.on_miss, "n_threads": n_threads}
             checked.append(_Checked(chosen, best.predicted_tok_per_s))
         for one in sorted(checked, key=lambda one: -(one.predicted_tok_per_s or float("inf"))):
             what = ", ".join(f"{name}={value}" for name, value in one.chosen.items())

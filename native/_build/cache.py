@@ -16,7 +16,7 @@ from .digest import files_sha256, files_under
 from .upstream import Upstream
 
 # Everything in native/ that decides what a wheel contains, besides the patches that upstream.toml lists.
-RECIPE = ("CMakeLists.txt", "pyproject.toml", "upstream.toml", "edge_build.py")
+RECIPE = ("CMakeLists.txt", "pyproject.toml", "upstream.toml", "edge_build.py", "LICENSE")
 RECIPE_FOLDERS = ("_build", "include", "src")
 
 

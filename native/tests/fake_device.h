@@ -1,5 +1,5 @@
-// A device on the CPU whose copies and kernels run on streams of their own, as a GPU's do, and in no order but the one that
-// streams and events give them: what the code under test forgets to wait for is read before it is there.
+// A device on the CPU whose copies and kernels run on their own streams, as a GPU's do, in no order but the one that
+// streams and events impose: whatever the code under test forgets to wait for is read too early.
 #pragma once
 
 #include "ggml-backend-impl.h"
@@ -19,7 +19,7 @@
 
 namespace fake {
 
-// A sleep takes 60 us at least; a copy may take less.
+// A sleep takes at least 60 us; a copy may take less.
 inline void pass(int us) {
     const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(us);
     while (std::chrono::steady_clock::now() < end) {
@@ -27,7 +27,7 @@ inline void pass(int us) {
     }
 }
 
-// Recorded any number of times; who waits, waits for the last record before that, as in CUDA.
+// Can be recorded any number of times. As in CUDA, a wait is for the last record before it.
 class Event {
 public:
     uint64_t record() {
@@ -39,25 +39,25 @@ public:
         return recorded_;
     }
     void reach(uint64_t record) {
-        const std::lock_guard<std::mutex> lock(mutex_); // held: the event may go as soon as the waiter returns
+        const std::lock_guard<std::mutex> lock(mutex_); // held: the event may be freed as soon as the waiter returns
         reached_ = std::max(reached_, record);
         changed_.notify_all();
     }
-    bool await(uint64_t record) { // whether there was anything to wait for
+    bool await(uint64_t record) { // returns whether there was anything to wait for
         std::unique_lock<std::mutex> lock(mutex_);
-        const bool waits = reached_ < record;
+        const bool next_use = reached_ < record;
         changed_.wait(lock, [&] { return reached_ >= record; });
-        return waits;
+        return next_use;
     }
 
 private:
-    std::mutex              mutex_;
+    std::mutex mutex_;
     std::condition_variable changed_;
-    uint64_t                recorded_ = 0;
-    uint64_t                reached_  = 0;
+    uint64_t recorded_ = 0;
+    uint64_t reached_ = 0;
 };
 
-// Work in order, on a thread of its own. What was given runs before the stream goes.
+// Runs work in order on its own thread. Everything pushed runs before the stream is destroyed.
 class Stream {
 public:
     Stream() : thread_([this] { run(); }) {}
@@ -103,18 +103,19 @@ private:
         }
     }
 
-    std::mutex                        mutex_;
-    std::condition_variable           changed_;
+    std::mutex mutex_;
+    std::condition_variable changed_;
     std::deque<std::function<void()>> queue_;
-    bool                              busy_ = false;
-    bool                              stop_ = false;
-    std::thread                       thread_; // last: it uses the others
+    bool busy_ = false;
+    bool stop_ = false;
+    std::thread thread_; // last: it uses the others
 };
 
-// What edge::Link and edge::SlotStore ask of a GPU: memory, page-locked host memory, streams with asynchronous copies, events.
+// The parts of a GPU that edge::Link and edge::SlotStore use: memory, page-locked host memory, streams with
+// asynchronous copies, events.
 class Device {
 public:
-    std::atomic<int> copy_us{ 0 }; // that a copy from page-locked memory takes, halfway
+    std::atomic<int> copy_us{ 0 }; // duration of half a copy from page-locked memory
 
     Device() {
         memory_ = page_locked_ = *ggml_backend_cpu_buffer_type();
@@ -137,7 +138,7 @@ public:
     ggml_backend_buffer_type_t memory() { return &memory_; }
     ggml_backend_buffer_type_t page_locked() { return &page_locked_; }
     ggml_backend_t open_stream() { return ggml_backend_dev_init(&device_, nullptr); }
-    uint64_t waits() const { return waits_; } // of a host thread, for an event that had not been reached
+    uint64_t host_waits() const { return waits_; } // host waits for an event that had not been reached
     static Stream & stream(ggml_backend_t backend) { return *static_cast<Stream *>(backend->context); }
 
 private:
@@ -146,7 +147,9 @@ private:
 
     static void describe(ggml_backend_device_i & iface) {
         iface.get_name = iface.get_description = [](ggml_backend_dev_t) { return "fake"; };
-        iface.get_memory = [](ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = size_t{ 1 } << 30; };
+        iface.get_memory = [](ggml_backend_dev_t, size_t * free, size_t * total) {
+            *free = *total = size_t{ 1 } << 30;
+        };
         iface.get_type = [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; };
         iface.get_props = [](ggml_backend_dev_t, ggml_backend_dev_props * props) {
             *props = {};
@@ -159,7 +162,7 @@ private:
 
     static ggml_backend_t open(ggml_backend_dev_t device, const char *) {
         auto * backend = new ggml_backend{};
-        backend->device  = device;
+        backend->device = device;
         backend->context = new Stream;
         backend->iface.get_name = [](ggml_backend_t) { return "fake"; };
         backend->iface.free = [](ggml_backend_t closed) {
@@ -179,7 +182,7 @@ private:
         return backend;
     }
 
-    // In two halves, so that what is read meanwhile is neither the old nor the new.
+    // In two halves, so that a read in between sees neither the old nor the new.
     static void copy(ggml_backend_t backend, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
         char * to = static_cast<char *>(tensor->data) + offset;
         const char * from = static_cast<const char *>(data);
@@ -192,10 +195,10 @@ private:
         });
     }
 
-    ggml_backend_device      device_{};
+    ggml_backend_device device_{};
     ggml_backend_buffer_type memory_{};
     ggml_backend_buffer_type page_locked_{};
-    std::atomic<uint64_t>    waits_{ 0 };
+    std::atomic<uint64_t> waits_{ 0 };
 };
 
 } // namespace fake

@@ -14,13 +14,13 @@ namespace hooked {
 constexpr int32_t max_width = 3;
 const std::vector<llama_token> text{ 1, 17, 90, 45, 300, 7, 21, 250, 33, 64, 128, 5 };
 
-#define OK(call)                                    \
-    do {                                            \
-        const bool ok = (call) == EDGE_OK;          \
-        if (!ok) {                                  \
+#define OK(call)                                             \
+    do {                                                     \
+        const bool ok = (call) == EDGE_OK;                   \
+        if (!ok) {                                           \
             std::fprintf(stderr, "%s\n", edge_last_error()); \
-        }                                           \
-        CHECK(ok);                                  \
+        }                                                    \
+        CHECK(ok);                                           \
     } while (0)
 
 inline llama_model * load(const char * path) {
@@ -36,7 +36,7 @@ inline llama_model * load(const char * path) {
     return model;
 }
 
-// A context of its own over a hooked model; hook may be null.
+// A context over a hooked model; hook may be null.
 struct Run {
     edge_hook * hook;
     llama_context * ctx;
@@ -54,11 +54,11 @@ struct Run {
     int decode(std::vector<llama_token> tokens) {
         llama_batch batch = llama_batch_init(static_cast<int32_t>(tokens.size()), 0, 1);
         for (size_t i = 0; i < tokens.size(); ++i) {
-            batch.token[i]     = tokens[i];
-            batch.pos[i]       = n_past + static_cast<int32_t>(i);
-            batch.n_seq_id[i]  = 1;
+            batch.token[i] = tokens[i];
+            batch.pos[i] = n_past + static_cast<int32_t>(i);
+            batch.n_seq_id[i] = 1;
             batch.seq_id[i][0] = 0;
-            batch.logits[i]    = 1;
+            batch.logits[i] = 1;
         }
         batch.n_tokens = static_cast<int32_t>(tokens.size());
         const int status = llama_decode(ctx, batch);
@@ -73,7 +73,8 @@ struct Run {
         int32_t width = 1;
         for (size_t i = 0; i < text.size(); width = width % max_width + 1) {
             const size_t end = std::min(text.size(), i + static_cast<size_t>(width));
-            CHECK(decode({ text.begin() + static_cast<std::ptrdiff_t>(i), text.begin() + static_cast<std::ptrdiff_t>(end) }) == 0);
+            CHECK(decode({ text.begin() + static_cast<std::ptrdiff_t>(i),
+                           text.begin() + static_cast<std::ptrdiff_t>(end) }) == 0);
             if (hook) {
                 OK(edge_hook_end_step(hook));
             }
@@ -92,14 +93,15 @@ inline std::vector<int32_t> slots_of(const llama_model * model, int32_t extra) {
     return std::vector<int32_t>(static_cast<size_t>(experts.n_groups), floor + extra);
 }
 
-inline edge_hook * attach(llama_model * model, const std::vector<int32_t> & slots, bool hybrid = false, bool layer_ahead = false) {
+inline edge_hook * attach(llama_model * model, const std::vector<int32_t> & slots, bool hybrid = false,
+                          bool next_layer_prefetch = false) {
     edge_hook_params params{};
-    params.compute   = hybrid ? EDGE_COMPUTE_HYBRID : EDGE_COMPUTE_DEVICE;
-    params.n_threads = 3; // ours
-    params.layer_ahead = layer_ahead;
+    params.on_miss = hybrid ? EDGE_ON_MISS_HYBRID : EDGE_ON_MISS_FETCH;
+    params.n_threads = 3; // of the hook
+    params.next_layer_prefetch = next_layer_prefetch;
     params.max_width = max_width;
-    params.n_groups  = static_cast<int32_t>(slots.size());
-    params.slots     = slots.data();
+    params.n_groups = static_cast<int32_t>(slots.size());
+    params.slots = slots.data();
     edge_hook * hook = nullptr;
     OK(edge_hook_attach(model, &params, &hook));
     return hook;

@@ -1,10 +1,10 @@
-// What runs in every block of every step allocates nothing once it has run: demands of both kinds, copies sent ahead and awaited,
-// orders, and the CPU's part of the experts. llama.cpp's and ggml's own calls are not looked at.
+// What runs in every block of every step allocates nothing after warm-up: demands of both kinds, next-layer copies and
+// their waits, prefetch requests, and the CPU's part of the experts. llama.cpp's and ggml's own calls are not tested.
 #include "check.h"
-#include "expert_matrices.h"
-#include "residency.h"
-#include "scripted_gate.h"
-#include "telling.h"
+#include "cpu/expert_matmul.h"
+#include "labelled_model.h"
+#include "scripted_predictor.h"
+#include "slots/slot_cache.h"
 
 #include "ggml-cpu.h"
 
@@ -21,7 +21,7 @@ thread_local size_t n_allocations = 0;
 
 } // namespace
 
-__attribute__((noinline)) void * operator new(size_t bytes) { // inlined, a compiler takes free() for a mistake
+__attribute__((noinline)) void * operator new(size_t bytes) { // inlined, the compiler warns about free()
     ++n_allocations;
     if (void * memory = std::malloc(bytes)) {
         return memory;
@@ -34,41 +34,42 @@ __attribute__((noinline)) void operator delete(void * memory, size_t) noexcept {
 
 namespace {
 
-using namespace telling;
+using namespace labelled;
 
 constexpr int n_pairs = 12; // of a block: three tokens
 
 // Allocations of n steps over all blocks.
-size_t steps(edge::Residency & residency, std::mt19937 & random, int n) {
+size_t steps(edge::SlotCache & slot_cache, std::mt19937 & random, int n) {
     int32_t ids[n_pairs], slots[n_pairs];
     float rows[4];
-    edge_order orders[8];
+    edge_prefetch_request requests[8];
     const size_t before = n_allocations;
     for (int step = 0; step < n; ++step) {
-        for (edge_order & order : orders) {
-            order = { static_cast<int32_t>(random() % n_blocks), static_cast<int32_t>(random() % n_expert), n_blocks, 1.0F };
-            order.deadline = random() % 2 ? order.block : n_blocks; // the decoding thread's, the worker's
+        for (edge_prefetch_request & request : requests) {
+            request = { static_cast<int32_t>(random() % n_blocks), static_cast<int32_t>(random() % n_expert), n_blocks,
+                        1.0F };
+            request.deadline = random() % 2 ? request.block : n_blocks; // of the decoding thread or of the worker
         }
-        residency.prefetch(orders, 8, UINT64_MAX);
+        slot_cache.prefetch(requests, 8, UINT64_MAX);
         for (int32_t block = 0; block < n_blocks; ++block) {
             for (int32_t & id : ids) {
                 id = static_cast<int32_t>(random() % n_expert);
             }
             if (random() % 2) {
-                residency.demand(block, ids, n_pairs, slots);
+                slot_cache.demand(block, ids, n_pairs, slots);
             } else {
-                residency.demand_some(block, ids, n_pairs, slots);
-                residency.computed(block, 1, 1, 1e5);
+                slot_cache.demand_hybrid(block, ids, n_pairs, slots);
+                slot_cache.computed(block, 1, 1, 1e5);
             }
-            if (block + 1 < n_blocks && residency.looks_ahead_to(block + 1)) {
+            if (block + 1 < n_blocks && slot_cache.can_prefetch_next_layer(block + 1)) {
                 for (float & row : rows) {
                     row = static_cast<float>(random() % n_expert);
                 }
-                residency.look_ahead(block + 1, rows, 4);
+                slot_cache.prefetch_next_layer(block + 1, rows, 4);
             }
-            residency.await_fetches();
+            slot_cache.await_fetches();
         }
-        residency.end_step();
+        slot_cache.end_step();
     }
     return n_allocations - before;
 }
@@ -77,12 +78,13 @@ void a_block_allocates_nothing() {
     const Model model(ggml_backend_cpu_buffer_type());
     edge::TransferParams params;
     params.splits_always = true;
-    edge::Residency residency(model.table, { 20, 20 }, ggml_backend_cpu_buffer_type(), params);
-    residency.use_gate(std::make_unique<edge::Gate>(nullptr, model.table));
+    edge::SlotCache slot_cache(model.table, { 20, 20 }, ggml_backend_cpu_buffer_type(), params);
+    slot_cache.use_router_predictor(std::make_unique<edge::RouterPredictor>(nullptr, model.table));
     std::mt19937 random(3);
-    CHECK(steps(residency, random, 1000) > 0); // vectors grow to what is needed
-    CHECK(steps(residency, random, 500) < 8);  // of 3,000 blocks: one may still grow, when more comes together than ever before
-    const edge_counters counters = residency.counters();
+    CHECK(steps(slot_cache, random, 1000) > 0); // vectors grow as needed
+    // Of 3,000 blocks: one may still grow, when more comes together than ever before
+    CHECK(steps(slot_cache, random, 500) < 8);
+    const edge_counters counters = slot_cache.counters();
     CHECK(counters.hits > 0 && counters.fetched > 0 && counters.cpu_computed > 0 && counters.prefetched > 0);
 }
 
@@ -96,7 +98,7 @@ void computing_allocates_nothing() {
     ggml_tensor * ids = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, n_rows);
     ggml_tensor * node = ggml_mul_mat_id(ctx.get(), weights, rows, ids);
     const int32_t experts[n_rows] = { 3, 0, 3, 15, 7 };
-    edge::ExpertMatrices matrices(3);
+    edge::ExpertMatmul matrices(3);
     for (const bool first : { true, false }) {
         const size_t before = n_allocations;
         for (int job = 0; job < 50; ++job) {

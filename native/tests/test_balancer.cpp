@@ -1,7 +1,7 @@
-// The split of missing experts against brute force over all subsets, and the costs that it learns from a machine that is
-// made up here.
-#include "balancer.h"
+// The split of missing experts against brute force over all subsets, and the costs that it learns from a simulated
+// machine.
 #include "check.h"
+#include "cpu/balancer.h"
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +18,9 @@ struct Machine {
 
     double cpu_ns(size_t experts, size_t pairs) const {
         const auto bytes = static_cast<double>(expert_bytes);
-        return experts == 0 ? 0 : 15e3 + bytes * (static_cast<double>(experts) * cpu_byte + static_cast<double>(pairs - experts) * pair_byte);
+        return experts == 0 ? 0
+                            : 15e3 + bytes * (static_cast<double>(experts) * cpu_byte +
+                                              static_cast<double>(pairs - experts) * pair_byte);
     }
     double link_ns(size_t experts) const {
         return experts == 0 ? 0 : 8e3 + static_cast<double>(experts) * static_cast<double>(expert_bytes) * link_byte;
@@ -37,7 +39,8 @@ struct Machine {
 std::vector<edge::Miss> random_misses(std::mt19937 & random, int most) {
     std::vector<edge::Miss> misses(1 + random() % static_cast<unsigned>(most));
     for (size_t i = 0; i < misses.size(); ++i) {
-        misses[i] = { static_cast<int32_t>(i), 1 + static_cast<int32_t>(random() % 5), static_cast<float>(random() % 100) / 100 };
+        misses[i] = { static_cast<int32_t>(i), 1 + static_cast<int32_t>(random() % 5),
+                      static_cast<float>(random() % 100) / 100 };
     }
     return misses;
 }
@@ -50,7 +53,8 @@ size_t pairs_of(const std::vector<edge::Miss> & misses, size_t from) {
     return pairs;
 }
 
-double best_of_all_subsets(const Machine & machine, const std::vector<edge::Miss> & misses, const edge::Around & around = {}) {
+double best_of_all_subsets(const Machine & machine, const std::vector<edge::Miss> & misses,
+                           const edge::Around & around = {}) {
     double least = HUGE_VAL;
     for (unsigned subset = 0; subset < (1U << misses.size()); ++subset) {
         size_t fetched = 0, pairs = 0;
@@ -64,7 +68,7 @@ double best_of_all_subsets(const Machine & machine, const std::vector<edge::Miss
     return least;
 }
 
-// Lets the balancer run on the machine; the ratio of what its splits take to the best there is, over the last blocks.
+// Run the balancer on the machine; return the ratio of its splits' time to the best possible one over the last blocks.
 double run(const Machine & machine, edge::Balancer & balancer, int blocks, int counted) {
     std::mt19937 random(7);
     std::normal_distribution<double> noise(1.0, 0.03);
@@ -92,8 +96,8 @@ double run(const Machine & machine, edge::Balancer & balancer, int blocks, int c
 const Machine machines[] = {
     { 1.0 / 15, 0.5 / 15, 1.0 / 12.5, 0.2 },   // a laptop: six cores, PCIe 4 x8
     { 1.0 / 38, 0.3 / 38, 1.0 / 45, 0.5 },     // a server
-    { 1.0 / 5, 1.0 / 5, 1.0 / 25, 0.0 },       // a slow CPU: all is fetched
-    { 1.0 / 60, 0.1 / 60, 1.0 / 4, 1.0 },      // a slow link: next to nothing is
+    { 1.0 / 5, 1.0 / 5, 1.0 / 25, 0.0 },       // a slow CPU: everything is fetched
+    { 1.0 / 60, 0.1 / 60, 1.0 / 4, 1.0 },      // a slow link: almost nothing is fetched
 };
 
 void splits_are_exact_for_the_costs_it_knows() {
@@ -101,15 +105,16 @@ void splits_are_exact_for_the_costs_it_knows() {
     for (int i = 0; i < 3000; ++i) {
         edge::Balancer balancer(12'500'000'000, true);
         std::vector<edge::Miss> warm = random_misses(random, 3);
-        for (int block = 0; block < 20; ++block) { // those that it learns from
+        for (int block = 0; block < 20; ++block) { // measuring blocks
             balancer.split(warm, expert_bytes);
         }
         std::vector<edge::Miss> misses = random_misses(random, 9);
         edge::Around around;
-        around.link   = random() % 2 ? static_cast<double>(random() % 400'000) : 0;
+        around.link = random() % 2 ? static_cast<double>(random() % 400'000) : 0;
         around.device = random() % 2 ? static_cast<double>(random() % 400'000) : 0;
         const size_t fetched = balancer.split(misses, expert_bytes, around);
-        const Machine known{ 1 / (balancer.cpu_bytes_per_s() / 1e9), 0.5 / 15, 1 / (balancer.link_bytes_per_s() / 1e9), balancer.contention() };
+        const Machine known{ 1 / (balancer.cpu_bytes_per_s() / 1e9), 0.5 / 15, 1 / (balancer.link_bytes_per_s() / 1e9),
+                             balancer.contention() };
         const double taken = known.block_ns(misses.size() - fetched, pairs_of(misses, fetched), fetched, around);
         CHECK(taken <= best_of_all_subsets(known, misses, around) * (1 + 1e-9));
     }
@@ -119,11 +124,12 @@ void splits_are_exact_for_the_costs_it_knows() {
 void the_devices_time_is_the_cpus() {
     edge::Balancer balancer(12'500'000'000, true);
     const auto ns_of = [](double bytes_per_s) { return 1e9 * static_cast<double>(expert_bytes) / bytes_per_s; };
-    balancer.begin_with({ expert_bytes, 15e3 + ns_of(12.5e9), ns_of(12.5e9), 15e3 + ns_of(12.5e9), 1, 0, 1e9 / 250e9 }); // a laptop's VRAM
+    // A laptop's VRAM
+    balancer.calibrate({ expert_bytes, 15e3 + ns_of(12.5e9), ns_of(12.5e9), 15e3 + ns_of(12.5e9), 1, 0, 1e9 / 250e9 });
     std::vector<edge::Miss> misses{ { 0, 1, 0.0F }, { 1, 1, 0.0F }, { 2, 1, 0.0F }, { 3, 1, 0.0F }, { 4, 1, 0.0F } };
     edge::Around around;
-    CHECK(balancer.split(misses, expert_bytes, around) == 3); // of five that take as long on either side
-    around.device = balancer.device_ns(32, expert_bytes); // 0.4 ms, an expert 0.25
+    CHECK(balancer.split(misses, expert_bytes, around) == 3); // of five that take equally long on either side
+    around.device = balancer.device_ns(32, expert_bytes); // 0.4 ms, an expert 0.25 ms
     CHECK(balancer.split(misses, expert_bytes, around) == 2);
     CHECK(std::abs(balancer.device_bytes_per_s() - 250e9) < 1 && balancer.contention() == 0);
 }
@@ -131,22 +137,25 @@ void the_devices_time_is_the_cpus() {
 void what_was_measured_is_believed_and_followed() {
     const Machine machine{ 1.0 / 40, 0.5 / 40, 1.0 / 20, 0.3 };
     edge::Balancer balancer(0, true);
-    balancer.begin_with({ expert_bytes, machine.cpu_ns(1, 1), machine.cpu_ns(1, 2) - machine.cpu_ns(1, 1), machine.cpu_shared_ns(1, 1, 1), 1, machine.link_ns(1), 0 });
+    balancer.calibrate({ expert_bytes, machine.cpu_ns(1, 1), machine.cpu_ns(1, 2) - machine.cpu_ns(1, 1),
+                         machine.cpu_shared_ns(1, 1, 1), 1, machine.link_ns(1), 0 });
     std::mt19937 random(11);
     for (int i = 0; i < 500; ++i) { // from the first block on
         std::vector<edge::Miss> misses = random_misses(random, 8);
         const size_t fetched = balancer.split(misses, expert_bytes);
-        CHECK(machine.block_ns(misses.size() - fetched, pairs_of(misses, fetched), fetched) <= best_of_all_subsets(machine, misses) * (1 + 1e-9));
+        CHECK(machine.block_ns(misses.size() - fetched, pairs_of(misses, fetched), fetched) <=
+              best_of_all_subsets(machine, misses) * (1 + 1e-9));
     }
     edge::Balancer changed(0, true);
-    changed.begin_with({ expert_bytes, 3 * machine.cpu_ns(1, 1), 0, machine.cpu_ns(1, 1), 2, 2 * machine.link_ns(1), 0 });
+    changed.calibrate(
+        { expert_bytes, 3 * machine.cpu_ns(1, 1), 0, machine.cpu_ns(1, 1), 2, 2 * machine.link_ns(1), 0 });
     CHECK(run(machine, changed, 4000, 1500) < 1.05);
 }
 
 void learned_costs_come_within_a_twentieth_of_the_best() {
     for (const Machine & machine : machines) {
         edge::Balancer balancer(0, true);
-        const double ratio = run(machine, balancer, 4000, 1500); // no block of these is one that it learns from
+        const double ratio = run(machine, balancer, 4000, 1500); // none of these is a measuring block
         CHECK(ratio < 1.05);
     }
 }
@@ -154,7 +163,7 @@ void learned_costs_come_within_a_twentieth_of_the_best() {
 void a_machine_that_changes_is_learned_again() {
     edge::Balancer balancer(0, true);
     run(machines[0], balancer, 2000, 1000);
-    CHECK(run({ 2.0 / 15, 1.0 / 15, 2.0 / 12.5, 0.2 }, balancer, 2000, 500) < 1.1); // throttled for its heat
+    CHECK(run({ 2.0 / 15, 1.0 / 15, 2.0 / 12.5, 0.2 }, balancer, 2000, 500) < 1.1); // thermally throttled
 }
 
 // One block that took three times too long must not keep CPU and link apart for ever.
@@ -175,7 +184,8 @@ void a_hiccup_is_forgotten() {
             balancer.computed(2 - fetched, 2 - fetched, expert_bytes, cpu, balancer.link_ns(fetched, expert_bytes));
         }
         if (fetched > 0) {
-            balancer.fetched(fetched, expert_bytes, std::max(cpu, machine.link_ns(fetched)), machine.link_ns(fetched) > cpu);
+            balancer.fetched(fetched, expert_bytes, std::max(cpu, machine.link_ns(fetched)),
+                             machine.link_ns(fetched) > cpu);
         }
         if (block >= 8200 && block % 2048 >= 20) {
             taken += machine.block_ns(2 - fetched, 2 - fetched, fetched);
@@ -185,10 +195,10 @@ void a_hiccup_is_forgotten() {
     CHECK(hiccup && taken < 1.01 * best);
 }
 
-// Two tokens for every missing expert: the price of the weights shows only together with that of a further token.
-// Threads that wake up: fifty times as slow at first. And on a machine that was busy all that time it is asked again.
+// Two tokens for every missing expert: the cost of the weights shows only together with that of a further token. Waking
+// threads are fifty times as slow at first; a machine that was busy all that time is measured again.
 void what_was_slow_while_threads_woke_up_is_not_believed() {
-    constexpr double usual = 1e5; // nanoseconds of one expert
+    constexpr double usual = 1e5; // nanoseconds per expert
     edge::Balancer balancer(12'500'000'000, true);
     for (int block = 0; block < 8; ++block) {
         balancer.computed(1, 1, expert_bytes, block < 6 ? 50 * usual : usual, 0.0);
@@ -206,7 +216,7 @@ void what_was_slow_while_threads_woke_up_is_not_believed() {
             busy.computed(4, 4, expert_bytes, 200 * usual, 0.0);
         }
     }
-    CHECK(split() == 4 && busy.gain_ns() < usual / 100); // so nothing is computed that would tell better
+    CHECK(split() == 4 && busy.gain_ns() < usual / 100); // so nothing is computed that would correct the estimate
     busy.learn_cpu_again();
     CHECK(split() == 0);
     busy.computed(4, 4, expert_bytes, 4 * usual, 0.0);
@@ -225,7 +235,8 @@ void several_tokens_teach_the_cpu_too() {
             balancer.computed(left, 2 * left, expert_bytes, cpu, balancer.link_ns(fetched, expert_bytes));
         }
         if (fetched > 0) {
-            balancer.fetched(fetched, expert_bytes, std::max(cpu, machine.link_ns(fetched)), machine.link_ns(fetched) > cpu);
+            balancer.fetched(fetched, expert_bytes, std::max(cpu, machine.link_ns(fetched)),
+                             machine.link_ns(fetched) > cpu);
         }
         if (block >= 4200) {
             taken += machine.block_ns(left, 2 * left, fetched);
@@ -245,7 +256,7 @@ void costs_stay_finite() {
     CHECK(std::isfinite(balancer.cpu_bytes_per_s()) && std::isfinite(balancer.link_bytes_per_s()));
 }
 
-void among_equals_the_most_worth_is_fetched() {
+void among_equals_the_highest_score_is_fetched() {
     edge::Balancer balancer(12'500'000'000, true);
     std::vector<edge::Miss> misses;
     for (int block = 0; block <= 20; ++block) {
@@ -255,7 +266,7 @@ void among_equals_the_most_worth_is_fetched() {
             CHECK(fetched == 0);
         } else if (block < 16) {
             CHECK(fetched == 4);
-        } else { // divided, to see what both do to each other, and then by cost
+        } else { // split to measure contention, then by cost
             CHECK(fetched == 2);
         }
     }
@@ -282,7 +293,7 @@ int main() {
     what_was_slow_while_threads_woke_up_is_not_believed();
     several_tokens_teach_the_cpu_too();
     costs_stay_finite();
-    among_equals_the_most_worth_is_fetched();
+    among_equals_the_highest_score_is_fetched();
     without_overlap_nothing_is_fetched();
     std::puts("balancer: ok");
 }

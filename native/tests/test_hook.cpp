@@ -1,5 +1,5 @@
-// The hook on a real model, through the C ABI: logits as without it, and what errors, cancels and other slot counts in
-// the middle of a text leave behind. argv[1]: a MoE GGUF of one slot group or more.
+// The hook on a real model, through the C ABI: logits equal those without it, whatever errors, cancels and resizes
+// happen in the middle of a text. argv[1]: a MoE GGUF of one slot group or more.
 #include "hooked.h"
 
 #include <atomic>
@@ -18,11 +18,11 @@ void logits_are_those_without_a_hook(llama_model * model, const std::vector<floa
     edge_hook * hook = attach(model, slots_of(model, 0));
     OK(edge_hook_poison_free_slots(hook));
     std::atomic<bool> done{ false };
-    std::thread foresight([&] { // orders what it likes, meanwhile
+    std::thread foresight([&] { // requests at random meanwhile
         for (int32_t i = 0; !done; ++i) {
-            const edge_order orders[] = { { i % 4, i % 8, 99, 1.0F }, { (i + 1) % 4, i % 5, 99, 0.5F } };
+            const edge_prefetch_request requests[] = { { i % 4, i % 8, 99, 1.0F }, { (i + 1) % 4, i % 5, 99, 0.5F } };
             int32_t n = 0;
-            OK(edge_hook_prefetch(hook, orders, 2, UINT64_MAX, 0.0F, &n, nullptr));
+            OK(edge_hook_prefetch(hook, requests, 2, UINT64_MAX, 0.0F, &n, nullptr));
         }
     });
     {
@@ -37,7 +37,7 @@ void logits_are_those_without_a_hook(llama_model * model, const std::vector<floa
     OK(edge_hook_detach(hook));
 }
 
-// Nothing is fetched on demand: what foresight has not brought, the CPU computes, to the last bit.
+// Nothing is fetched on demand: the CPU computes what was not prefetched, to the last bit.
 void missing_experts_are_computed_where_they_lie(llama_model * model, const std::vector<float> & plain) {
     edge_hook * hook = attach(model, slots_of(model, 0), true);
     OK(edge_hook_poison_free_slots(hook));
@@ -47,25 +47,27 @@ void missing_experts_are_computed_where_they_lie(llama_model * model, const std:
         edge_counters c{};
         OK(edge_hook_counters(hook, &c));
         CHECK(c.hits == 0 && c.misses > 0 && c.cpu_computed == c.misses && c.fetched == 0);
-        std::vector<edge_order> orders;
+        std::vector<edge_prefetch_request> requests;
         for (int32_t expert = 0; expert < 20; ++expert) {
-            orders.push_back({ expert % 4, expert, 99, 1.0F });
+            requests.push_back({ expert % 4, expert, 99, 1.0F });
         }
         int32_t n = 0;
         float * scores = nullptr;
         OK(edge_hook_scores(hook, &scores));
-        for (const float score : { std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity(), 0.0F }) {
-            bool sound = score != 0.0F;
+        for (const float score :
+             { std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity(), 0.0F }) {
+            bool finite = score != 0.0F;
             scores[5] = score;
-            OK(edge_hook_prefetch(hook, nullptr, 0, 0, 0.0F, &n, &sound));
-            CHECK(sound == (score == 0.0F));
+            OK(edge_hook_prefetch(hook, nullptr, 0, 0, 0.0F, &n, &finite));
+            CHECK(finite == (score == 0.0F));
         }
-        OK(edge_hook_prefetch(hook, orders.data(), static_cast<int32_t>(orders.size()), UINT64_MAX, 0.0F, &n, nullptr));
+        OK(edge_hook_prefetch(hook, requests.data(), static_cast<int32_t>(requests.size()), UINT64_MAX, 0.0F, &n,
+                              nullptr));
         llama_memory_clear(llama_get_memory(run.ctx), true);
         run.n_past = 0;
         CHECK(run.feed_text(model) == plain); // while they come in
         OK(edge_hook_counters(hook, &c));
-        CHECK(c.hits > 0 && c.fetched <= c.late); // those that were on their way
+        CHECK(c.hits > 0 && c.fetched <= c.late); // the ones in flight
         OK(edge_test_fail(EDGE_FAULT_ROUTING, 2));
         CHECK(run.decode({ 400 }) != 0 && edge_hook_end_step(hook) == EDGE_ERR_BACKEND);
         llama_memory_clear(llama_get_memory(run.ctx), true);
@@ -75,8 +77,8 @@ void missing_experts_are_computed_where_they_lie(llama_model * model, const std:
     OK(edge_hook_detach(hook));
 }
 
-// What a block's input says of the next block brings experts; the logits do not see it.
-void a_block_ahead_is_foreseen(llama_model * model, const std::vector<float> & plain) {
+// Next-layer prefetch fetches experts; the logits do not change.
+void the_next_layer_is_prefetched(llama_model * model, const std::vector<float> & plain) {
     edge_hook * hook = attach(model, slots_of(model, 8), true, true);
     OK(edge_hook_poison_free_slots(hook));
     {
@@ -92,7 +94,7 @@ void a_block_ahead_is_foreseen(llama_model * model, const std::vector<float> & p
     CHECK(c.prefetched > 0 && c.prefetched_used > 0 && c.fetched <= c.late);
     edge_costs costs{};
     OK(edge_hook_costs(hook, &costs));
-    CHECK(costs.layer_ahead_precision > 0.3 && costs.layer_ahead_precision < 1 && !costs.fetches_some);
+    CHECK(costs.next_layer_precision > 0.3 && costs.next_layer_precision < 1 && !costs.fetches_some);
     OK(edge_hook_detach(hook));
 }
 
@@ -150,8 +152,8 @@ void bad_arguments_are_statuses(llama_model * model) {
     CHECK(edge_hook_attach(model, &params, &hook) == EDGE_ERR_ARGUMENT);
     const std::vector<int32_t> slots = slots_of(model, -1);
     params.max_width = max_width;
-    params.n_groups  = static_cast<int32_t>(slots.size());
-    params.slots     = slots.data();
+    params.n_groups = static_cast<int32_t>(slots.size());
+    params.slots = slots.data();
     CHECK(edge_hook_attach(model, &params, &hook) == EDGE_ERR_BUDGET && hook == nullptr);
     params.n_groups = 99;
     CHECK(edge_hook_attach(model, &params, &hook) == EDGE_ERR_ARGUMENT);
@@ -182,7 +184,7 @@ int main(int argc, char ** argv) {
     CHECK(std::isfinite(plain[0]));
     logits_are_those_without_a_hook(model, plain);
     missing_experts_are_computed_where_they_lie(model, plain);
-    a_block_ahead_is_foreseen(model, plain);
+    the_next_layer_is_prefetched(model, plain);
     other_slot_counts_change_nothing(model, plain);
     a_failed_step_leaves_no_trace(model, plain);
     bad_arguments_are_statuses(model);

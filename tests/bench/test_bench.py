@@ -189,7 +189,7 @@ def test_the_faster_load_is_kept(bundled: tuple[Path, Path], monkeypatch: pytest
 @pytest.mark.parametrize("bounds", [{"resident": "1/4"}, {"resident": None, "vram_budget": "28MiB"}])
 def test_every_policy_with_slots_gets_the_same_bytes(bundled: tuple[Path, Path], bounds: dict[str, Any]) -> None:
     chosen = settings(
-        bundled, draft=str(bundled[1]), policies=("auto", "lfru", "lru"), speculations=("auto", "2", "0"), **bounds
+        bundled, draft=str(bundled[1]), policies=("auto", "lfru", "lru"), draft_tokens=("auto", "2", "0"), **bounds
     )
     with Fleet(chosen, lambda _: None) as fleet:
         used = {}
@@ -225,7 +225,7 @@ def test_where_everything_fits_the_others_get_as_much(bundled: tuple[Path, Path]
         bundled,
         draft=str(bundled[1]),
         policies=("auto", "lru"),
-        speculations=("auto", "2"),
+        draft_tokens=("auto", "2"),
         resident=None,
         vram_budget="60MiB",
     )
@@ -243,14 +243,14 @@ def test_cpu_moe_keeps_as_few_layers_on_the_cpu_as_the_budget_allows(
     class Found:
         fixed_bytes = 0
 
-    def survey(_wanted: Any, model_params: Any, *_: Any) -> Found:
+    def survey(_request: Any, model_params: Any, *_: Any) -> Found:
         found = Found()
         patterns = stock._patterns if model_params.tensor_buft_overrides else [None]
         found.fixed_bytes = 1000 - 100 * (len(patterns) - 1)  # the last entry ends the list
         return found
 
     stock = instrumented.StockLlama.__new__(instrumented.StockLlama)
-    stock._wanted = stock._draft_params = None
+    stock._request = stock._draft_params = None
     stock.model_path = str(bundled[0])
     monkeypatch.setattr(instrumented.survey, "survey", survey)
 

@@ -96,7 +96,7 @@ def test_the_link_is_measured(bundled: tuple[Path, Path]) -> None:
 
 def test_counters_repeat_in_deterministic_mode(bundled: tuple[Path, Path]) -> None:
     def counted() -> list[Any]:
-        job = Bench(settings(bundled, draft=str(bundled[1]), policies=("auto",), speculations=("auto",),
+        job = Bench(settings(bundled, draft=str(bundled[1]), policies=("auto",), draft_tokens=("auto",),
                              baseline="lru", deterministic=True))  # fmt: skip
         names = ("hits", "misses", "bytes_fetched", "bytes_wasted", "stall_ms", "drafted", "accepted")
         return [[row[name] for name in names] for row in rows.rows(job.run(), job, rows.machine("", None))]

@@ -140,7 +140,7 @@ def test_nothing_finished_prints_nothing() -> None:
         ("--emulate link=fast", "'fast' is not a size", "write it like"),
         ("--emulate link=0GB/s", "not the speed of a link", "12.5GB/s"),
         ("--emulate disk=1GB/s", "--emulate 'disk=1GB/s' is not known", "link=12.5GB/s,threads=6"),
-        ("--speculation many", "not a number of draft tokens", "0 to 64"),
+        ("--draft-tokens many", "not a number of draft tokens", "0 to 64"),
         ("--resident 2", "not a share", "1/4"),
         ("--resident 1/4,x", "not a share", "1/4"),
         ("--vram-budget much", "not a size", "6GiB"),
@@ -164,7 +164,7 @@ def test_bad_input_ends_in_one_message(
 def test_the_options_make_the_matrix() -> None:
     given = "-p 0 -n 8,16 -n 32 -pg 64,8 -d 128-256*2"
     parsed = parser().parse_args(
-        ["bench", *given.split(), "--emulate", "link=12.5GB/s,threads=3", "--speculation", "auto,0", "--policy", "lru"]
+        ["bench", *given.split(), "--emulate", "link=12.5GB/s,threads=3", "--draft-tokens", "auto,0", "--policy", "lru"]
     )
     wanted = bench.settings(parsed)
     depths = [case.n_depth for case in wanted.cases]
@@ -247,7 +247,7 @@ def test_ctrl_c_prints_what_is_finished(
 def test_each_share_is_printed_as_soon_as_it_is_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, own: str
 ) -> None:
-    options = ("--policy", "lru", "-p", "0", "-n", "4", "-r", "2", "-t", "1", "--prompts", own, "--speculation", "0")
+    options = ("--policy", "lru", "-p", "0", "-n", "4", "-r", "2", "-t", "1", "--prompts", own, "--draft-tokens", "0")
     rebound, printed = Fleet.rebound, []
 
     def bound_again(self: Fleet, share: str | None) -> None:

@@ -1,4 +1,4 @@
-"""run --watch on a terminal and in a pipe, and run --steps."""
+"""run --live on a terminal and in a pipe, and run --step-log."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def record(**fields: object) -> StepRecord:
 
 
 def test_a_pipe_gets_lines_without_escapes() -> None:
-    done = run("-n", "12", "--watch")
+    done = run("-n", "12", "--live")
     assert done.returncode == 0
     assert "\x1b" not in done.stdout + done.stderr
     assert done.stdout.startswith(bundled.PROMPT)
@@ -54,7 +54,7 @@ def test_the_figures_are_those_of_the_last_steps() -> None:
         "speed": "20.0 tok/s",
         "draft": "K 2.0, 50 % accepted",
         "experts": "75.0 % hits",
-        "link": "2.00 GB/s (50 % of 4.0), stalled 25 % of the time",
+        "throttle_link": "2.00 GB/s (50 % of 4.0), stalled 25 % of the time",
     }
     view.step(record(cpu_computed=3))
     assert "1.0 a step on the CPU" in dict(view._figures())["experts"]
@@ -82,7 +82,7 @@ def test_a_terminal_shows_the_map_and_gets_its_screen_back() -> None:
     pytest.importorskip("termios")
     from support.terminal import Terminal
 
-    with Terminal(*RUN, "-n", "60", "--watch") as terminal:
+    with Terminal(*RUN, "-n", "60", "--live") as terminal:
         assert terminal.wait() == 0
         assert terminal.is_unchanged()
         screen, _, after = terminal.text.rpartition(RESTORE)
@@ -101,7 +101,7 @@ def test_no_color_is_respected(colours: bool, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("NO_COLOR", raising=False)
     if not colours:
         monkeypatch.setenv("NO_COLOR", "1")
-    with Terminal(*RUN, "-n", "30", "--watch") as terminal:
+    with Terminal(*RUN, "-n", "30", "--live") as terminal:
         assert terminal.wait() == 0
         assert ("\x1b[38;5;" in terminal.text) == colours
 
@@ -110,7 +110,7 @@ def test_ctrl_c_restores_the_screen_and_leaves_the_text() -> None:
     pytest.importorskip("termios")
     from support.terminal import Terminal
 
-    with Terminal(*RUN, "-n", "0", "-c", "4096", "--watch") as terminal:
+    with Terminal(*RUN, "-n", "0", "-c", "4096", "--live") as terminal:
         terminal.read_until("step 2")
         terminal.interrupt()
         assert terminal.wait() == 130
@@ -163,12 +163,12 @@ def test_heat_is_the_share_of_steps_that_demanded() -> None:
     assert coloured.endswith("\x1b[0m")
 
 
-# --- --steps ---------------------------------------------------------------------------------------------
+# --- --step-log ---------------------------------------------------------------------------------------------
 
 
 def test_steps_are_json_lines_that_add_up(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
-    done = run("-n", "20", "--json", "--steps", str(path))
+    done = run("-n", "20", "--json", "--step-log", str(path))
     assert (done.returncode, done.stderr) == (0, "")
     report, steps = json.loads(done.stdout), [json.loads(line) for line in path.read_text().splitlines()]
     assert set(steps[0]) == set(StepRecord.__dataclass_fields__)
@@ -178,7 +178,7 @@ def test_steps_are_json_lines_that_add_up(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_made_is_refused_before_the_load(tmp_path: Path) -> None:
-    done = run("--steps", str(tmp_path))
+    done = run("--step-log", str(tmp_path))
     assert done.returncode == 2
     assert done.stdout == ""
     assert "cannot write" in done.stderr and "Traceback" not in done.stderr

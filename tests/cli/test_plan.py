@@ -43,14 +43,14 @@ def as_json(model: EdgeLlama) -> dict[str, Any]:
     "options",
     [
         "",
-        "--resident 1/4 --speculation 2 -c 512",
+        "--resident 1/4 --draft-tokens 2 -c 512",
         "--resident 1 --policy lru",
         "--vram-budget 45MiB -c 512",
-        "--vram 42MiB -c 512 --speculation 1",
+        "--vram 42MiB -c 512 --draft-tokens 1",
         "--vram-budget 200MiB --no-mmap",
         "--policy all",
-        "--policy cpu-moe --speculation 0",
-        "--resident 3/4 --speculation 0 -t 1",
+        "--policy cpu-moe --draft-tokens 0",
+        "--resident 3/4 --draft-tokens 0 -t 1",
         "--vram-budget 48MiB --resident 1/2 -c 300",
         "--vram-budget auto",
     ],
@@ -127,7 +127,7 @@ def test_the_report_names_every_part(capsys: pytest.CaptureFixture[str]) -> None
     ("options", "code", "cause", "remedy"),
     [
         ("--vram-budget 2MiB", 1, "for slots are too few", "the smallest possible budget here is"),
-        ("--resident 1/16 --speculation 8", 1, "slots are too few", "ask for resident of at least"),
+        ("--resident 1/16 --draft-tokens 8", 1, "slots are too few", "ask for resident of at least"),
         ("--policy cpu-moe --vram 2MiB", 1, "over the budget", "the smallest possible budget here is"),
         ("--policy all --resident 1/2", 2, "resident does not apply", "leave one of them out"),
         ("--vram-budget much", 2, "not a size", "write it like"),
@@ -157,7 +157,7 @@ def test_the_plan_is_described_as_in_run() -> None:
 
 # --- another machine ---------------------------------------------------------------------------------------
 
-LAPTOP = ("--vram", "45MiB", "--ram", "16GiB", "--link", "12.5GB/s", "-c", "512")
+LAPTOP = ("--vram", "45MiB", "--ram", "16GiB", "--link-bandwidth", "12.5GB/s", "-c", "512")
 
 
 def test_here_nothing_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,20 +210,20 @@ def test_even_routing_is_the_linear_model(capsys: pytest.CaptureFixture[str]) ->
     assert each["total_ms"] == pytest.approx(each["computing_ms"] + each["waiting_ms"])
     assert each["hybrid_ms"] == pytest.approx(each["computing_ms"] + 1e3 * fetched / (12.5e9 + 60e9))
     assert each["bound_tok_per_s"] is None
-    slower = planned(capsys, *LAPTOP[:4], "--link", "6.25GB/s", "-c", "512")["estimate"]["per_token"]
+    slower = planned(capsys, *LAPTOP[:4], "--link-bandwidth", "6.25GB/s", "-c", "512")["estimate"]["per_token"]
     assert slower["waiting_ms"] == pytest.approx(2 * each["waiting_ms"])
 
 
 def test_a_trace_is_replayed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = str(tmp_path / "text.npz")
     model, draft = str(bundled.path(bundled.MODEL)), str(bundled.path(bundled.DRAFT))
-    record = ["trace", model, "--draft", draft, "--speculation", "2", "-n", "24", "-o", path]
+    record = ["trace", model, "--draft", draft, "--draft-tokens", "2", "-n", "24", "-o", path]
     assert main(record) == 0
-    each = planned(capsys, *LAPTOP, "--speculation", "2", "--trace", path)["estimate"]["per_token"]
+    each = planned(capsys, *LAPTOP, "--draft-tokens", "2", "--trace", path)["estimate"]["per_token"]
     assert each["method"] == "replayed trace"
     assert 0 < each["bytes_fetched"] < each["bytes_demanded"]
     assert each["tok_per_s"] < each["bound_tok_per_s"]
-    assert main(["plan", "--vram", "45MiB", "--ram", "4GiB", "-c", "512", "--speculation", "1", "--trace", path]) == 1
+    assert main(["plan", "--vram", "45MiB", "--ram", "4GiB", "-c", "512", "--draft-tokens", "1", "--trace", path]) == 1
     assert "drafts 2 tokens a step, the plan 1" in capsys.readouterr().err
 
 
@@ -265,9 +265,9 @@ def test_the_report_calls_it_an_estimate(capsys: pytest.CaptureFixture[str]) -> 
     ("options", "cause"),
     [
         ("--ram 16GiB", "another machine needs its --vram"),
-        ("--vram auto --link 5GB/s", "another machine needs its --vram"),
+        ("--vram auto --link-bandwidth 5GB/s", "another machine needs its --vram"),
         ("--vram 6GiB --ram much", "not a size"),
-        ("--vram 6GiB --link 0", "not the speed of a link"),
+        ("--vram 6GiB --link-bandwidth 0GB/s", "not the speed of a link"),
         ("--trace x.npz", "--trace is for an estimate"),
         ("--vram 45MiB --ram 4GiB -c 512 --trace x.npz", "there is no trace"),
     ],

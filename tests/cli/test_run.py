@@ -82,7 +82,7 @@ def test_the_schema_names_every_expert_counter() -> None:
     [
         (["run", "none.gguf"], 2, "model file not found"),
         (["run", __file__], 2, "not a GGUF file"),
-        (["run", "--resident", "1/16", "--speculation", "8"], 1, "slots are too few"),
+        (["run", "--resident", "1/16", "--draft-tokens", "8"], 1, "slots are too few"),
         (["run", "--vram-budget", "1MiB"], 1, "for slots are too few"),
         (["run", "--vram-budget", "much"], 2, "not a size"),
         (["run", "--policy", "magic"], 2, "is not known"),

@@ -18,7 +18,7 @@ from edge_speq.cli.main import main, parser
 from edge_speq.gguf import bundled as demo
 
 MODEL = str(demo.path(demo.MODEL))
-CHOSEN = {"speculation": 1, "compute": "device", "n_threads": 1}
+CHOSEN = {"draft_tokens": 1, "on_miss": "fetch", "n_threads": 1}
 SCHEMA = schema("run")
 
 

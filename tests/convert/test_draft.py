@@ -156,7 +156,7 @@ def test_a_dense_model_has_no_twin(bundled: tuple[Path, Path]) -> None:
 
 
 def test_a_twin_drafts_and_foresees(bundled: tuple[Path, Path], twins: dict[str, Path]) -> None:
-    options = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "resident": "1/2", "speculation": 2}
+    options = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "resident": "1/2", "draft_tokens": 2}
     model = EdgeLlama(str(bundled[0]), draft=str(twins["q3_k"]), **options)
     with contextlib.closing(model):
         model.create_completion("The old house stood", max_tokens=48, temperature=0.0)

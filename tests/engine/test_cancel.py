@@ -27,7 +27,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 
 @contextlib.contextmanager
 def loaded(bundled: tuple[Path, Path], placement: str, **options: Any) -> Iterator[EdgeLlama]:
-    defaults = {"n_ctx": 4096, "n_threads": 1, "n_threads_batch": 1, "draft": bundled[1], "speculation": 4}
+    defaults = {"n_ctx": 4096, "n_threads": 1, "n_threads_batch": 1, "draft": bundled[1], "draft_tokens": 4}
     with contextlib.closing(EdgeLlama(str(bundled[0]), **(defaults | PLACEMENTS[placement] | options))) as model:
         yield model
 

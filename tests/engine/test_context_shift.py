@@ -44,7 +44,7 @@ def test_text_goes_on_past_the_context_and_does_not_depend_on_the_draft(
         assert taken(same, tokens, 420) == expected
         sampled = taken(plain, tokens, 420, temp=0.9)
     for drafts in ({"draft": draft}, {"draft_model": LlamaPromptLookupDecoding(2, 6)}):
-        with shifting(target, n_keep=n_keep, speculation=4, **drafts) as drafted:
+        with shifting(target, n_keep=n_keep, draft_tokens=4, **drafts) as drafted:
             assert taken(drafted, tokens, 420) == expected
             assert taken(drafted, tokens, 420, temp=0.9) == sampled
             assert drafted.stats().speculation.accepted > 20
@@ -56,7 +56,7 @@ def test_other_kinds_of_attention_shift_as_well(tiny, arch: str) -> None:
     path = tiny.moe(arch)
     with (
         shifting(path, resident=1.0, policy="lru") as plain,
-        shifting(path, resident=1.0, draft=path, speculation=3) as drafted,
+        shifting(path, resident=1.0, draft=path, draft_tokens=3) as drafted,
     ):
         assert taken(drafted, [5, 6, 7], 600) == taken(plain, [5, 6, 7], 600)
         assert drafted.n_tokens == plain.n_tokens
@@ -107,10 +107,10 @@ def test_the_draft_shifts_too_instead_of_reading_half_of_the_text_again(
         decode(self, tokens)
 
     monkeypatch.setattr(DraftModel, "_decode", counted)
-    with shifting(bundled[0], draft=bundled[1], speculation=4) as model:
+    with shifting(bundled[0], draft=bundled[1], draft_tokens=4) as model:
         tokens = model.tokenize(PROMPT.encode())
         taken(model, tokens, 600)
-        draft = model._lookahead._draft
+        draft = model._speculator._draft
         assert isinstance(draft, DraftModel)
         held = draft._tokens[: draft._n].tolist()
         assert held[: model.n_tokens - 1] == model._input_ids.tolist()[: len(held)][: model.n_tokens - 1]

@@ -80,7 +80,7 @@ def stats_of(kind: str, acceptance: float) -> bool:
 
 def check_scripted(target: Path, kind: str, k: int, asked: list[str]) -> None:
     script = Scripted(KINDS[kind])
-    with llm(target) as plain, llm(target, draft_model=script, speculation=k) as drafted:
+    with llm(target) as plain, llm(target, draft_model=script, draft_tokens=k) as drafted:
         for prompt in asked:
             tokens = plain.tokenize(prompt.encode())
             expected = taken(plain, tokens)
@@ -112,7 +112,7 @@ def test_right_wrong_and_alternating_drafts_on_many_prompts(bundled: tuple[Path,
 def test_prompt_lookup_finds_what_the_text_repeats(bundled: tuple[Path, Path]) -> None:
     asked = [2 * "The cat sat on the mat. The dog lay on the rug. ", *prompts()[:4]]
     lookup = LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=10)
-    with llm(bundled[0]) as plain, llm(bundled[0], draft_model=lookup, speculation=4) as drafted:
+    with llm(bundled[0]) as plain, llm(bundled[0], draft_model=lookup, draft_tokens=4) as drafted:
         assert texts(drafted, asked) == texts(plain, asked)
         sampling = {"temperature": 0.8, "seed": 11}
         assert texts(drafted, asked, **sampling) == texts(plain, asked, **sampling)
@@ -149,7 +149,7 @@ class Fixed(LlamaDraftModel):
 )
 def test_only_tokens_that_can_be_verified_are(bundled: tuple[Path, Path], answer: object, n_drafted: int) -> None:
     draft = Fixed(answer)
-    with llm(bundled[0]) as plain, llm(bundled[0], draft_model=draft, speculation=4) as drafted:
+    with llm(bundled[0]) as plain, llm(bundled[0], draft_model=draft, draft_tokens=4) as drafted:
         tokens = plain.tokenize(b"Once upon a time")
         assert taken(drafted, tokens, 2) == taken(plain, tokens, 2)
         assert drafted.stats().speculation.drafted == n_drafted
@@ -169,7 +169,7 @@ def test_a_broken_draft_is_reported_once_and_costs_no_request(
     bundled: tuple[Path, Path], caplog: pytest.LogCaptureFixture, broken: object
 ) -> None:
     draft = Fixed(broken)
-    with llm(bundled[0]) as plain, llm(bundled[0], draft_model=draft, speculation=4) as drafted:
+    with llm(bundled[0]) as plain, llm(bundled[0], draft_model=draft, draft_tokens=4) as drafted:
         with caplog.at_level(logging.WARNING, "edge_speq"):
             assert texts(drafted, prompts()[:1]) == texts(plain, prompts()[:1])
         assert draft.n_calls == 1
@@ -189,7 +189,7 @@ def test_two_drafts_are_one_too_many(bundled: tuple[Path, Path]) -> None:
 
 def test_a_draft_model_that_is_not_to_speculate_is_not_asked(bundled: tuple[Path, Path]) -> None:
     draft = Fixed([5])
-    with llm(bundled[0], draft_model=draft, speculation=0) as model:
+    with llm(bundled[0], draft_model=draft, draft_tokens=0) as model:
         texts(model, prompts()[:1])
     assert draft.n_calls == 0
 

@@ -44,7 +44,7 @@ def test_a_chat_template_that_is_no_template(tmp_path: Path, tiny) -> None:
 
 def test_a_draft_with_another_vocabulary(bundled: tuple[Path, Path], tiny) -> None:
     assert "another vocabulary" in refused(bundled[0], draft=tiny.dense(), resident="1/2").message
-    error = refused(tiny.moe("qwen3moe"), draft=tiny.dense("shuffled"), resident="1/2", speculation=1)
+    error = refused(tiny.moe("qwen3moe"), draft=tiny.dense("shuffled"), resident="1/2", draft_tokens=1)
     assert "differ from token 4 on" in error.message  # the four special tokens are the same
 
 
@@ -54,7 +54,7 @@ def test_a_missing_draft(bundled: tuple[Path, Path]) -> None:
 
 def test_slots_under_the_floor(bundled: tuple[Path, Path]) -> None:
     target, draft = bundled
-    error = refused(target, draft=draft, resident="1/16", speculation=8)
+    error = refused(target, draft=draft, resident="1/16", draft_tokens=8)
     assert "slots are too few" in error.message
     assert "resident of at least" in error.hint
 
@@ -73,9 +73,9 @@ def test_a_budget_that_a_policy_cannot_keep(bundled: tuple[Path, Path]) -> None:
     "options",
     [
         {"policy": "magic"},
-        {"compute": "gpu"},
+        {"on_miss": "gpu"},
         {"resident": "2"},
-        {"speculation": "many"},
+        {"draft_tokens": "many"},
         {"vram_budget": "lots"},
         {"policy": "all", "resident": "1/2"},
         {"resident": "1/2", "lora_path": "adapter.gguf"},
@@ -87,7 +87,7 @@ def test_bad_arguments(bundled: tuple[Path, Path], options: dict[str, str]) -> N
 
 def test_a_refused_model_leaves_nothing_behind(bundled: tuple[Path, Path]) -> None:
     target, draft = bundled
-    refused(target, draft=draft, resident="1/16", speculation=8)
+    refused(target, draft=draft, resident="1/16", draft_tokens=8)
     model = EdgeLlama(str(target), draft=draft, resident="1/2", n_ctx=256, n_threads=1)
     assert model("Once", max_tokens=3, temperature=0.0)["choices"][0]["text"]
     model.close()

@@ -35,7 +35,7 @@ def recorded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("every")
     asked = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ASKED)
     (folder / "prompts.jsonl").write_text(asked, encoding="utf-8")
-    options = ["--draft", str(model), "--speculation", str(K), "-n", "40", "--temp", "0", "-c", "512", "-t", "1"]
+    options = ["--draft", str(model), "--draft-tokens", str(K), "-n", "40", "--temp", "0", "-c", "512", "-t", "1"]
     command = ["trace", str(model), str(folder / "prompts.jsonl"), *options, "--json"]
     assert main([*command, "-o", str(folder / "t.npz")]) == 0
     return folder / "t.npz"
@@ -49,16 +49,16 @@ def options(model: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactor
     network_file.write(made(known.experts, known.experts, n_tokens=1), folder / "network.npz")
     split.split(model, folder / "parts.gguf", SplitOptions(4, used=6, profiled=False))
     return {
-        "oracle": {"foresight": recorded},
-        "learned": {"foresight": folder / "network.npz"},
-        "moe-prism": {"model": folder / "parts.gguf", "draft": None, "speculation": 0},
+        "oracle": {"trace": recorded},
+        "learned": {"predictor": folder / "network.npz"},
+        "moe-prism": {"model": folder / "parts.gguf", "draft": None, "draft_tokens": 0},
         "cpu-moe": {"resident": None},
     }
 
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> list[str]:
-    with llm(model, policy="all", resident=None, speculation=0) as plain:
+    with llm(model, policy="all", resident=None, draft_tokens=0) as plain:
         return texts(plain, ASKED)
 
 
@@ -66,7 +66,7 @@ def expected(model: Path) -> list[str]:
 def test_every_preset_runs_live(
     model: Path, options: dict[str, dict[str, Any]], expected: list[str], name: str
 ) -> None:
-    asked: dict[str, Any] = {"model": model, "draft": model, "speculation": K, "resident": "1/2"} | options.get(
+    asked: dict[str, Any] = {"model": model, "draft": model, "draft_tokens": K, "resident": "1/2"} | options.get(
         name, {}
     )
     with llm(asked.pop("model"), policy=name, deterministic=name != "cpu-moe", **asked) as loaded:
@@ -85,6 +85,6 @@ def test_every_preset_runs_live(
     assert e.fetched or name == "moe-spac"
     fetched_late = 0 if name == "moe-spac" else e.late  # counted as fetched, and came with their prefetch
     assert e.bytes_fetched == (e.fetched - fetched_late + e.prefetched) * stats.plan.slot_bytes // e.slots
-    if asked["speculation"]:
+    if asked["draft_tokens"]:
         tokens = stats.speculation.steps + stats.speculation.drafted
         assert USED * BLOCKS * stats.speculation.steps <= e.hits + e.misses <= USED * BLOCKS * tokens

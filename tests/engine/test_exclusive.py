@@ -21,7 +21,7 @@ PROMPT = "It was a dark and stormy night; the rain fell in torrents"
 
 @pytest.fixture
 def model(bundled: tuple[Path, Path]) -> Iterator[EdgeLlama]:
-    options = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "resident": "1/2", "speculation": 4}
+    options = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "resident": "1/2", "draft_tokens": 4}
     with contextlib.closing(EdgeLlama(str(bundled[0]), draft=bundled[1], **options)) as loaded:
         yield loaded
 
@@ -172,7 +172,7 @@ def test_callbacks_cannot_generate_or_close(bundled: tuple[Path, Path]) -> None:
             return input_ids[:0]
 
     draft = Meddling()
-    with contextlib.closing(EdgeLlama(str(bundled[0]), draft_model=draft, n_ctx=256, speculation=2)) as model:
+    with contextlib.closing(EdgeLlama(str(bundled[0]), draft_model=draft, n_ctx=256, draft_tokens=2)) as model:
         draft.model = model
         list(zip(model.generate([5, 6], temp=0.0), range(2), strict=False))
         assert len(draft.errors) == 2 * model.stats().speculation.steps > 0
@@ -184,7 +184,7 @@ def test_callbacks_cannot_generate_or_close(bundled: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("busy", [False, True])
 def test_closing_from_another_thread_under_an_open_stream(bundled: tuple[Path, Path], busy: bool) -> None:
     for _ in range(5):
-        options = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "resident": "1/2", "speculation": 4}
+        options = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "resident": "1/2", "draft_tokens": 4}
         model = EdgeLlama(str(bundled[0]), draft=bundled[1], **options)
         stream = model.generate(list(range(100, 1900)) if busy else [5, 6, 7], temp=0.0)
         if not busy:

@@ -61,7 +61,7 @@ def test_every_allocation_may_fail_while_loading(bundled: tuple[Path, Path]) -> 
 
 @pytest.mark.parametrize("fault", ["copy", "routing"])
 def test_every_copy_and_routing_read_may_fail_while_generating(bundled: tuple[Path, Path], fault: str) -> None:
-    with speculation.llm(bundled[0], draft=bundled[1], resident="1/4", speculation=2) as model:
+    with speculation.llm(bundled[0], draft=bundled[1], resident="1/4", draft_tokens=2) as model:
         expected, before = text(model), held()
         for nth in (1, 2, 3, 7, 20, 55, 150):
             _native.fail(fault, nth)
@@ -73,11 +73,11 @@ def test_every_copy_and_routing_read_may_fail_while_generating(bundled: tuple[Pa
 
 
 def test_a_failed_prefetch_is_dropped_and_its_expert_fetched(bundled: tuple[Path, Path], twin: Path) -> None:
-    with speculation.llm(bundled[0], draft=twin, resident="1/4", speculation=2, deterministic=True) as model:
+    with speculation.llm(bundled[0], draft=twin, resident="1/4", draft_tokens=2, deterministic=True) as model:
         expected = text(model)
         prefetched = model.stats().experts.prefetched
         assert prefetched
-    with speculation.llm(bundled[0], draft=twin, resident="1/4", speculation=2, deterministic=True) as model:
+    with speculation.llm(bundled[0], draft=twin, resident="1/4", draft_tokens=2, deterministic=True) as model:
         for _ in range(40):
             _native.fail("copy", 1)
             model._hook.prefetch(one_absent_expert(model))
@@ -89,7 +89,7 @@ def one_absent_expert(model: EdgeLlama) -> Any:
     import numpy as np
 
     block, expert = np.argwhere(model._hook.states() == 0)[0]
-    return np.array([(block, expert, 99, 1.0)], dtype=_native.ORDER)
+    return np.array([(block, expert, 99, 1.0)], dtype=_native.PREFETCH_REQUEST)
 
 
 def test_a_callback_that_raises_ends_its_request_only(bundled: tuple[Path, Path]) -> None:
@@ -105,7 +105,7 @@ def test_a_callback_that_raises_ends_its_request_only(bundled: tuple[Path, Path]
 
         return process
 
-    with speculation.llm(bundled[0], draft=bundled[1], resident="1/2", speculation=2) as model:
+    with speculation.llm(bundled[0], draft=bundled[1], resident="1/2", draft_tokens=2) as model:
         expected = text(model)
         for kind in ("logits_processor", "stopping_criteria"):
             callback = processor([]) if kind == "logits_processor" else stopper([], Broken)

@@ -1,4 +1,4 @@
-"""compute="hybrid": the CPU computes missing experts where they lie. On a CPU-only machine both halves use the same
+"""on_miss="hybrid": the CPU computes missing experts where they lie. On a CPU-only machine both halves use the same
 kernels, so logits are those of the stock graph to the last bit."""
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from llama_cpp import _internals as internals
 from support import exactness, speculation
 from support.hybrid import ARCHITECTURES, HYBRID, fill
 
-from edge_speq import EdgeError, _native, ggml
+from edge_speq import EdgeError, _native
+from edge_speq._native import ggml
 from edge_speq.policies import prediction
 from edge_speq.runtime import loading
 
-AUTO = _native.Transfers(compute="auto", n_threads=2)
+AUTO = _native.Transfers(on_miss="auto", n_threads=2)
 
 
 def check(path: Path) -> None:
@@ -53,10 +54,12 @@ def test_logits_of_the_bundled_model(bundled: tuple[Path, Path]) -> None:
 
 def test_text_is_that_of_compute_device_and_slots_may_be_few(bundled: tuple[Path, Path], twin: Path) -> None:
     prompts = speculation.prompts()[:4]
-    with speculation.llm(bundled[0], resident="1/2", speculation=0) as model:
+    with speculation.llm(bundled[0], resident="1/2", draft_tokens=0) as model:
         expected = speculation.texts(model, prompts)
     for draft in (bundled[1], twin):
-        with speculation.llm(bundled[0], draft=draft, resident="1/16", speculation=4, compute="hybrid") as model:
+        with speculation.llm(
+            bundled[0], draft=draft, resident="1/16", draft_tokens=4, on_miss="hybrid", next_layer_prefetch=False
+        ) as model:
             assert speculation.texts(model, prompts) == expected
             stats = model.stats()
             assert stats.plan.k_max == 4
@@ -67,7 +70,9 @@ def test_text_is_that_of_compute_device_and_slots_may_be_few(bundled: tuple[Path
 
 
 def test_slots_shrink_while_the_cpu_computes(bundled: tuple[Path, Path]) -> None:
-    with speculation.llm(bundled[0], draft=bundled[1], resident="1/2", compute="hybrid") as model:
+    with speculation.llm(
+        bundled[0], draft=bundled[1], resident="1/2", on_miss="hybrid", next_layer_prefetch=False
+    ) as model:
         expected = speculation.texts(model, ["Once upon a time"])
         assert model.resize(resident="1/16").k_max == 4
         assert speculation.texts(model, ["Once upon a time"]) == expected
@@ -75,15 +80,18 @@ def test_slots_shrink_while_the_cpu_computes(bundled: tuple[Path, Path]) -> None
 
 def test_what_cannot_be_cloned_is_named(tiny: Any) -> None:
     path = tiny.moe("qwen3moe", scales=True)
-    hybrid = speculation.llm(path, resident="1/2", compute="hybrid", n_ctx=64)
-    with hybrid as model, pytest.raises(EdgeError, match="compute=device"):
+    hybrid = speculation.llm(path, resident="1/2", on_miss="hybrid", next_layer_prefetch=False, n_ctx=64)
+    with hybrid as model, pytest.raises(EdgeError, match="on_miss=fetch"):
         model.create_completion("ab", max_tokens=4)
     with speculation.llm(path, resident="1/2", n_ctx=64) as model:
         assert model.create_completion("ab", max_tokens=4)["usage"]["completion_tokens"]
 
 
 def test_lru_has_nothing_to_weigh(bundled: tuple[Path, Path]) -> None:
-    with pytest.raises(EdgeError, match="auto or lfru"), speculation.llm(bundled[0], policy="lru", compute="hybrid"):
+    with (
+        pytest.raises(EdgeError, match="auto or lfru"),
+        speculation.llm(bundled[0], policy="lru", on_miss="hybrid", next_layer_prefetch=False),
+    ):
         pass
 
 

@@ -24,7 +24,7 @@ OPTIONS = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
 def speculating(bundled: tuple[Path, Path]) -> Iterator[EdgeLlama]:
     target, draft = bundled
     with contextlib.closing(
-        EdgeLlama(str(target), draft=draft, resident="1/2", speculation=4, logits_all=True, **OPTIONS)
+        EdgeLlama(str(target), draft=draft, resident="1/2", draft_tokens=4, logits_all=True, **OPTIONS)
     ) as model:
         yield model
 
@@ -47,7 +47,7 @@ def test_it_is_a_llama_and_pickles_like_one(bundled: tuple[Path, Path]) -> None:
 
 
 def test_a_draft_object_and_the_context_shift_survive_pickling(bundled: tuple[Path, Path]) -> None:
-    options = OPTIONS | {"draft_model": LlamaPromptLookupDecoding(2, 6), "speculation": 6}
+    options = OPTIONS | {"draft_model": LlamaPromptLookupDecoding(2, 6), "draft_tokens": 6}
     with contextlib.closing(
         EdgeLlama(str(bundled[0]), resident="1/2", context_shift=True, n_keep=4, **options)
     ) as model:
@@ -127,7 +127,7 @@ def test_the_next_request_does_not_depend_on_how_the_last_one_was_decoded(
 def test_closing_the_model_under_an_open_generator_is_harmless(bundled: tuple[Path, Path], policy: str) -> None:
     target, draft = bundled
     bound = {} if policy == "all" else {"resident": "1/2"}
-    model = EdgeLlama(str(target), draft=draft, speculation=4, policy=policy, **bound, **OPTIONS)
+    model = EdgeLlama(str(target), draft=draft, draft_tokens=4, policy=policy, **bound, **OPTIONS)
     stream = model.generate(model.tokenize(PROMPT.encode()), temp=0.0)
     for _ in range(3):
         next(stream)
@@ -167,7 +167,7 @@ def test_an_empty_prompt_is_refused(stock: EdgeLlama) -> None:
 
 def test_a_batch_narrower_than_a_verify_step(bundled: tuple[Path, Path], stock: EdgeLlama) -> None:
     target, draft = bundled
-    options = OPTIONS | {"draft": draft, "resident": "1/2", "speculation": 4}
+    options = OPTIONS | {"draft": draft, "resident": "1/2", "draft_tokens": 4}
     for narrow in ({"n_batch": 2}, {"n_ubatch": 2}):
         with contextlib.closing(EdgeLlama(str(target), **options, **narrow)) as model:
             text = model(PROMPT, max_tokens=12, temperature=0.0)["choices"][0]["text"]
@@ -206,7 +206,7 @@ def test_a_model_that_takes_the_stock_path_says_so(
 def test_a_narrow_end_of_a_long_prompt_is_not_taken_for_the_stock_path(
     bundled: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = OPTIONS | {"draft": bundled[1], "resident": "1/2", "speculation": 4, "n_batch": 32}
+    options = OPTIONS | {"draft": bundled[1], "resident": "1/2", "draft_tokens": 4, "n_batch": 32}
     with contextlib.closing(EdgeLlama(str(bundled[0]), **options)) as model:
         for n in (35, 37):
             model.reset()

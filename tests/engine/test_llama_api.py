@@ -41,8 +41,8 @@ def models(bundled: tuple[Path, Path]) -> Iterator[dict[str, EdgeLlama]]:
         yield {
             "all": load(policy="all"),
             "slots": load(resident="1/2"),
-            "draft": load(resident="1/2", draft=draft, speculation=4),
-            "lookup": load(resident="1/2", draft_model=LlamaPromptLookupDecoding(2, 4), speculation=4),
+            "draft": load(resident="1/2", draft=draft, draft_tokens=4),
+            "lookup": load(resident="1/2", draft_model=LlamaPromptLookupDecoding(2, 4), draft_tokens=4),
         }
 
 
@@ -256,7 +256,7 @@ def test_embeddings_without_slots_and_refused_with_them(bundled: tuple[Path, Pat
     options = {key: value for key, value in OPTIONS.items() if key != "logits_all"} | {"embedding": True}
     with pytest.raises(EdgeError, match="slots do not serve embeddings"):
         EdgeLlama(str(bundled[0]), resident="1/2", **options)
-    with contextlib.closing(EdgeLlama(str(bundled[0]), draft=bundled[1], speculation=2, **options)) as model:
+    with contextlib.closing(EdgeLlama(str(bundled[0]), draft=bundled[1], draft_tokens=2, **options)) as model:
         vectors = [item["embedding"] for item in model.create_embedding(["one text", "another"])["data"]]
         assert len(vectors) == 2
         # the model pools nothing: one vector a token

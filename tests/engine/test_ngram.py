@@ -53,8 +53,8 @@ def test_lengths_that_make_no_sense() -> None:
 
 def test_text_stays_what_it_is_without(bundled: tuple[Path, Path]) -> None:
     prompt = "The cat sat. The dog sat. The cat sat. The dog sat. The cat"
-    with speculation.llm(bundled[0], resident="1/2", speculation=0) as plain:
+    with speculation.llm(bundled[0], resident="1/2", draft_tokens=0) as plain:
         expected = speculation.texts(plain, [prompt])
-    with speculation.llm(bundled[0], draft_model=NGramDraft(), resident="1/2", speculation=4) as fast:
+    with speculation.llm(bundled[0], draft_model=NGramDraft(), resident="1/2", draft_tokens=4) as fast:
         assert speculation.texts(fast, [prompt]) == expected
         assert fast.stats().speculation.accepted > 8

@@ -138,7 +138,7 @@ def recorded(bundled: tuple[Path, Path], twin: Path, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("oracle")
     asked = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts()[:ASKED])
     (folder / "prompts.jsonl").write_text(asked, encoding="utf-8")
-    options = ["-n", "48", "--speculation", "2", "--temp", "0", "-c", "512", "-t", "1", "--json"]
+    options = ["-n", "48", "--draft-tokens", "2", "--temp", "0", "-c", "512", "-t", "1", "--json"]
     command = ["trace", str(bundled[0]), str(folder / "prompts.jsonl"), "--draft", str(twin), *options]
     assert main([*command, "-o", str(folder / "t.npz")]) == 0
     return folder / "t.npz"
@@ -149,8 +149,8 @@ def arms(bundled: tuple[Path, Path], twin: Path, recorded: Path) -> dict[str, tu
     """Texts and stats."""
     found = {}
     for policy in ("lru", "auto", "oracle"):
-        more = {"foresight": recorded} if policy == "oracle" else {}
-        options: dict[str, Any] = {"draft": twin, "speculation": 2, "resident": "1/4", "deterministic": True, **more}
+        more = {"trace": recorded} if policy == "oracle" else {}
+        options: dict[str, Any] = {"draft": twin, "draft_tokens": 2, "resident": "1/4", "deterministic": True, **more}
         with llm(bundled[0], policy=policy, **options) as model:
             found[policy] = texts(model, prompts()[:ASKED], max_tokens=48), model.stats()
     return found
@@ -182,8 +182,8 @@ def test_a_replay_gives_the_engines_counters(arms: dict[str, tuple[list[str], An
 def test_other_draft_lengths_are_found_by_their_place_in_the_text(
     bundled: tuple[Path, Path], twin: Path, recorded: Path, k: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options: dict[str, Any] = {"draft": twin if k else None, "speculation": k, "resident": "1/4"}
-    with llm(bundled[0], policy="oracle", foresight=recorded, **options) as model:
+    options: dict[str, Any] = {"draft": twin if k else None, "draft_tokens": k, "resident": "1/4"}
+    with llm(bundled[0], policy="oracle", trace=recorded, **options) as model:
         texts(model, [prompts()[2], prompts()[0]], max_tokens=48)  # in another order
         foreseen = model.stats().foreseen
     assert "knows nothing" not in caplog.text and foreseen is not None
@@ -198,8 +198,8 @@ def test_where_the_text_departs_it_is_lru_until_a_recorded_prompt_comes(
     bundled: tuple[Path, Path], recorded: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    with llm(bundled[0], policy="oracle", speculation=0, foresight=recorded) as model:
-        policy, prompt = model._lookahead._policy, prompts()[1]
+    with llm(bundled[0], policy="oracle", draft_tokens=0, trace=recorded) as model:
+        policy, prompt = model._speculator._policy, prompts()[1]
         assert isinstance(policy, Oracle)
         texts(model, [prompt], temperature=3.0, top_k=0, top_p=1.0, min_p=0.0, seed=5)
         assert caplog.text.count("departs from the recorded one: until a recorded prompt comes") == 1
@@ -223,21 +223,21 @@ def test_what_it_cannot_know_is_refused(
         (bundled[0], bundled[0], "is not a trace"),
         (recorded, tiny.moe("qwen3moe"), "was recorded with 4 of 32 experts in 6 blocks, the model has 2 of 8 experts"),
     ):
-        with pytest.raises(EdgeError, match=cause) as caught, llm(model, policy="oracle", foresight=path):
+        with pytest.raises(EdgeError, match=cause) as caught, llm(model, policy="oracle", trace=path):
             pass
         assert "edge-speq trace" in caught.value.hint
     for command in (["run", str(bundled[0])], ["bench", "-m", str(bundled[0])]):
         assert main([*command, "--policy", "oracle", "--resident", "1/4"]) == 2
         assert "needs a trace of the same text" in capsys.readouterr().err
-    assert main(["bench", "--policy", "oracle,learned", "--foresight", str(recorded)]) == 2
+    assert main(["bench", "--policy", "oracle,learned", "--trace", str(recorded)]) == 2
     assert "files of two kinds" in capsys.readouterr().err
 
 
 def test_the_commands_take_a_trace(
     bundled: tuple[Path, Path], recorded: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--policy", "oracle", "--foresight", str(recorded), "--resident", "1/4", "--json"]
-    own = ["-p", prompts()[0], "--temp", "0", "-n", "24", "-c", "512", "-t", "1", "--speculation", "0"]
+    asked = ["--policy", "oracle", "--trace", str(recorded), "--resident", "1/4", "--json"]
+    own = ["-p", prompts()[0], "--temp", "0", "-n", "24", "-c", "512", "-t", "1", "--draft-tokens", "0"]
     assert main(["run", str(bundled[0]), *own, *asked]) == 0
     made = json.loads(capfd.readouterr().out)
     jsonschema.validate(made, schema("run"))
@@ -248,7 +248,7 @@ def test_the_commands_take_a_trace(
 def test_a_benchmark_of_the_recorded_prompts(
     bundled: tuple[Path, Path], recorded: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["bench", "-m", str(bundled[0]), "--policy", "oracle,auto,lru", "--foresight", str(recorded), "-o", "json"]
+    asked = ["bench", "-m", str(bundled[0]), "--policy", "oracle,auto,lru", "--trace", str(recorded), "-o", "json"]
     own = ["--prompts", str(recorded.with_name("prompts.jsonl")), "-p", "0", "-n", "24", "-r", "1", "-t", "1"]
     assert main([*asked, *own, "--resident", "1/4"]) == 0
     rows = json.loads(capfd.readouterr().out)

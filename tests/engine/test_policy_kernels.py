@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from support.speculation import llm, prompts, texts
 
-from edge_speq import EdgeLlama, _reckoning
+from edge_speq import EdgeLlama
+from edge_speq._native import policy_kernels
 from edge_speq.core import ExpertGroup, Experts
 from edge_speq.errors import EdgeError
 
 EXPERTS = Experts(3, 10, 2, (ExpertGroup(3, 30, 1000, (0, 1, 2)),))
 
 
-def waits() -> _reckoning.Waits:
-    return _reckoning.Waits(EXPERTS, 0.8, 0.02, np.full(30, 0.2, dtype=np.float32))
+def waits() -> policy_kernels.NextUseKernel:
+    return policy_kernels.NextUseKernel(EXPERTS, 0.8, 0.02, np.full(30, 0.2, dtype=np.float32))
 
 
 def marks(routing: np.ndarray) -> np.ndarray:
@@ -36,11 +37,11 @@ def layouts(routing: np.ndarray) -> list[np.ndarray]:
 @pytest.mark.parametrize("layout", range(4))
 def test_routing_is_read_wherever_it_lies(layout: int) -> None:
     routing = np.random.default_rng(3).integers(0, 9, (3, 4, 2), dtype=np.int32)
-    given, native, rates = layouts(routing)[layout], waits(), _reckoning.Rates(0.9, (0.97, 0.9), 0.95)
+    given, native, rates = layouts(routing)[layout], waits(), policy_kernels.Rates(0.9, (0.97, 0.9), 0.95)
     native.observe(given, None, None, None)
     np.testing.assert_array_equal(native.demanded, marks(routing))
-    now, scores = _reckoning.Guess(30, rates), np.zeros((3, 10), dtype=np.float32)
-    orders = native.foresee(given, 4, now, None, scores)
+    now, scores = policy_kernels.Prediction(30, rates), np.zeros((3, 10), dtype=np.float32)
+    orders = native.plan(given, 4, now, None, scores)
     np.testing.assert_array_equal(now.found, marks(routing))
     np.testing.assert_array_equal(orders["block"] * 10 + orders["expert"], np.flatnonzero(marks(routing)))
     assert np.isfinite(scores).all() and scores.all()
@@ -62,28 +63,30 @@ def test_a_prompt_counts_as_steps(width: int) -> None:
     step_by_step, at_once = waits(), waits()
     for end in range(7 % width or width, 8, width):
         step_by_step.observe(prompt[:, max(0, end - width) : end], None, None, None)
-    at_once.read(prompt, width)
-    np.testing.assert_allclose(at_once.often, step_by_step.often, rtol=1e-6)
+    at_once.on_prefill(prompt, width)
+    np.testing.assert_allclose(at_once.frequency, step_by_step.frequency, rtol=1e-6)
     prompt[2, :6] = -1
-    at_once, before = waits(), waits().often
-    at_once.read(prompt[:, :6], width)
-    np.testing.assert_array_equal(at_once.often[20:], before[20:])
-    assert (at_once.often[:20] != before[:20]).all()
+    at_once, before = waits(), waits().frequency
+    at_once.on_prefill(prompt[:, :6], width)
+    np.testing.assert_array_equal(at_once.frequency[20:], before[20:])
+    assert (at_once.frequency[:20] != before[:20]).all()
     prompt[0, 0] = -2
-    with pytest.raises(EdgeError, match="of experts that there are not"):
-        at_once.read(prompt, width)
+    with pytest.raises(EdgeError, match="expert ids out of range"):
+        at_once.on_prefill(prompt, width)
 
 
 @pytest.mark.parametrize("bad", [-1, 10, 2**31 - 1])
 def test_ids_that_no_expert_has_are_refused(bad: int) -> None:
     native, routing = waits(), np.zeros((3, 2, 2), dtype=np.int32)
     routing[2, 1, 1] = bad
-    duel = _reckoning.Duel(EXPERTS, 1, (0.9,), last=0.2, smoothing=0.9, hysteresis=0.01)
-    rates = _reckoning.Rates(0.9, (0.97, 0.9), 0.95)
+    duel = policy_kernels.SetDuelingKernel(EXPERTS, 1, (0.9,), last=0.2, smoothing=0.9, hysteresis=0.01)
+    rates = policy_kernels.Rates(0.9, (0.97, 0.9), 0.95)
     for act in (
         lambda: native.observe(routing, None, None, None),
         lambda: duel.observe(routing),
-        lambda: native.foresee(routing, 1, _reckoning.Guess(30, rates), None, np.zeros((3, 10), dtype=np.float32)),
+        lambda: native.plan(
+            routing, 1, policy_kernels.Prediction(30, rates), None, np.zeros((3, 10), dtype=np.float32)
+        ),
         lambda: native.observe(routing[:2], None, None, None),
     ):
         with pytest.raises(EdgeError, match="routing"):
@@ -93,18 +96,18 @@ def test_ids_that_no_expert_has_are_refused(bad: int) -> None:
 
 def test_arrays_of_another_length_or_type_are_refused() -> None:
     native, routing = waits(), np.zeros((3, 2, 2), dtype=np.int32)
-    rates, pool = _reckoning.Rates(0.9, (0.97, 0.9), 0.95), _reckoning.Pool(30, 5)
-    duel = _reckoning.Duel(EXPERTS, 1, (0.9,), last=0.2, smoothing=0.9, hysteresis=0.01)
-    few, many = _reckoning.Guess(8, rates), np.zeros(30, dtype=np.float32)
+    rates, pool = policy_kernels.Rates(0.9, (0.97, 0.9), 0.95), policy_kernels.Pool(30, 5)
+    duel = policy_kernels.SetDuelingKernel(EXPERTS, 1, (0.9,), last=0.2, smoothing=0.9, hysteresis=0.01)
+    few, many = policy_kernels.Prediction(8, rates), np.zeros(30, dtype=np.float32)
     for act in (
-        lambda: native.foresee(routing, 2, _reckoning.Guess(30, rates), None, np.zeros(4, dtype=np.float32)),
-        lambda: native.foresee(routing, 2, few, None, many),
-        lambda: native.foresee(routing, 2, None, few, many),
+        lambda: native.plan(routing, 2, policy_kernels.Prediction(30, rates), None, np.zeros(4, dtype=np.float32)),
+        lambda: native.plan(routing, 2, few, None, many),
+        lambda: native.plan(routing, 2, None, few, many),
         lambda: native.observe(routing, None, None, few.found),
         lambda: duel.score(np.zeros(30)),
         lambda: pool.demand(few.found, many),
         lambda: pool.demand(np.zeros(30, dtype=bool), many[:8]),
-        lambda: _reckoning.Waits(EXPERTS, 0.8, 0.02, many[:8]),
+        lambda: policy_kernels.NextUseKernel(EXPERTS, 0.8, 0.02, many[:8]),
     ):
         with pytest.raises(EdgeError):
             act()
@@ -115,13 +118,13 @@ def test_marks_are_counted_and_added_up_whatever_their_number(n_expert: int) -> 
     random, used = np.random.default_rng(n_expert), max(1, n_expert - 2)
     experts = Experts(2, n_expert, used, (ExpertGroup(2, 2 * n_expert, 1000, (0, 1)),))
     often = random.random(experts.total, dtype=np.float32) + np.float32(0.02)
-    native = _reckoning.Waits(experts, 0.8, 0.02, often.copy())
+    native = policy_kernels.NextUseKernel(experts, 0.8, 0.02, often.copy())
     chosen = [[random.permutation(n_expert)[:used] for _ in range(2)] for _ in range(2)]
     routing = np.array(chosen, dtype=np.int32)
-    rates = _reckoning.Rates(0.9, (0.97, 0.9), 0.95), _reckoning.Rates(0.6, (0.97, 0.9), 0.95)
-    now, then = (_reckoning.Guess(experts.total, rate) for rate in rates)
+    rates = policy_kernels.Rates(0.9, (0.97, 0.9), 0.95), policy_kernels.Rates(0.6, (0.97, 0.9), 0.95)
+    now, then = (policy_kernels.Prediction(experts.total, rate) for rate in rates)
     scores = np.zeros((2, n_expert), dtype=np.float32)
-    orders = native.foresee(routing, 1, now, then, scores)
+    orders = native.plan(routing, 1, now, then, scores)
     after = often * np.where(now.found, 0.8, 0.8 + 0.2 * 0.9) + np.where(now.found, 0.2 * 0.9, 0)
     wait = np.where(then.found, 1 + 0.4 / after, 1 / after + 1 - 0.9)
     np.testing.assert_allclose(scores.ravel(), -np.repeat([0, 0.5], n_expert) - wait, rtol=1e-5)
@@ -143,10 +146,10 @@ class Wrapped:
 
 def run(model: EdgeLlama, *, wraps: bool) -> tuple[list[Any], Any]:
     """What was in slots before each step and what experts were worth; the counters at the end."""
-    lookahead, hook, made = model._lookahead, model._hook, []
+    lookahead, hook, made = model._speculator, model._hook, []
     policy = lookahead._policy
     assert policy is not None and hook is not None
-    foresee, calls = policy.foresee, [_count(hook, name) for name in ("prefetch_waits", "prefetch")]
+    foresee, calls = policy.foresee, [_count(hook, name) for name in ("prefetch_next_use", "prefetch")]
 
     def noted(slots: Any, *given: Any) -> None:
         made.append(hook.states())
@@ -174,7 +177,7 @@ def test_in_one_call_or_in_two_the_same_is_foreseen(bundled: tuple[Path, Path], 
     seen = []
     for wraps in (False, True):
         options: dict[str, Any] = {"policy": "waits", "resident": "1/4", "deterministic": True}
-        with llm(bundled[0], draft=twin, speculation=2, **options) as model:
+        with llm(bundled[0], draft=twin, draft_tokens=2, **options) as model:
             seen.append(run(model, wraps=wraps))
     (one, counters), (two, others) = seen
     for mine, theirs in zip(one, two, strict=True):
@@ -183,19 +186,22 @@ def test_in_one_call_or_in_two_the_same_is_foreseen(bundled: tuple[Path, Path], 
 
 
 def test_one_call_refuses_what_two_refuse(bundled: tuple[Path, Path], twin: Path) -> None:
-    rates = _reckoning.Rates(0.9, (0.97, 0.9), 0.95)
-    with llm(bundled[0], draft=twin, speculation=2, policy="waits", resident="1/4") as model:
+    rates = policy_kernels.Rates(0.9, (0.97, 0.9), 0.95)
+    with llm(bundled[0], draft=twin, draft_tokens=2, policy="waits", resident="1/4") as model:
         hook, experts = model._hook, model._experts
         often = np.full(experts.total, 0.2, dtype=np.float32)
-        native, guess = _reckoning.Waits(experts, 0.8, 0.02, often), _reckoning.Guess(experts.total, rates)
+        native, guess = (
+            policy_kernels.NextUseKernel(experts, 0.8, 0.02, often),
+            policy_kernels.Prediction(experts.total, rates),
+        )
         routing = np.zeros((experts.n_blocks, 2, experts.n_expert_used), dtype=np.int32)
         with pytest.raises(EdgeError, match="other experts"):
             waits().prefetch(hook, None, 1, None, None, 0.5, 1.0)
         with pytest.raises(EdgeError, match="other experts"):
-            native.prefetch(hook, routing, 2, _reckoning.Guess(8, rates), None, 0.5, 1.0)
+            native.prefetch(hook, routing, 2, policy_kernels.Prediction(8, rates), None, 0.5, 1.0)
         routing[-1, -1, -1] = experts.n_expert
         with pytest.raises(EdgeError, match="routing"):
             native.prefetch(hook, routing, 2, guess, None, 0.5, 1.0)
         often[3] = np.nan
         native.prefetch(hook, None, 1, None, None, 0.5, 1.0)
-        assert hook.are_sound is False
+        assert hook.are_finite is False

@@ -15,7 +15,7 @@ from edge_speq import EdgeError, EdgeLlama
 from edge_speq.planning import profile
 from edge_speq.planning.profile import Key, TuneProfile
 
-CHOSEN = {"speculation": 2, "compute": "device", "n_threads": 1}
+CHOSEN = {"draft_tokens": 2, "on_miss": "fetch", "n_threads": 1}
 Pair = tuple[Path, Path]
 
 
@@ -35,7 +35,7 @@ def applied(bundled: Pair, wanted: str | Path | None = "auto", **options: Any) -
     with contextlib.closing(EdgeLlama(str(bundled[0]), profile=wanted, **options)) as model:
         found = model.stats().profile
         if found is not None:
-            assert model._lookahead._governor.k_max == found["applied"].get("speculation", model._plan.k_max)
+            assert model._speculator._governor.k_max == found["applied"].get("draft_tokens", model._plan.k_max)
         return None if found is None else found["applied"]
 
 
@@ -45,8 +45,8 @@ def test_what_is_stored_is_read(bundled: Pair, folder: Path) -> None:
     assert [entry.name for entry in folder.iterdir()] == [path.name]
     found = profile.read(path, profile.key(*bundled))
     assert (found.chosen, found.bounds["resident"]) == (CHOSEN, "1/2")
-    assert stored(bundled, chosen=CHOSEN | {"speculation": 0}) == path  # replaces the earlier one
-    assert profile.read(path, profile.key(*bundled)).chosen["speculation"] == 0
+    assert stored(bundled, chosen=CHOSEN | {"draft_tokens": 0}) == path  # replaces the earlier one
+    assert profile.read(path, profile.key(*bundled)).chosen["draft_tokens"] == 0
     older = json.loads(path.read_text())
     del older["draft_hash"]  # before tune chose drafts
     path.write_text(json.dumps(older))
@@ -55,11 +55,11 @@ def test_what_is_stored_is_read(bundled: Pair, folder: Path) -> None:
 
 def test_it_fills_in_what_was_left_open(bundled: Pair) -> None:
     path = stored(bundled)
-    everything = {"resident": "1/2", "speculation": 2, "compute": "device", "n_threads": 1}
+    everything = {"resident": "1/2", "draft_tokens": 2, "on_miss": "fetch", "n_threads": 1}
     assert applied(bundled) == everything
     assert applied(bundled, path) == everything
     assert applied(bundled, resident=0.5) == CHOSEN
-    assert applied(bundled, speculation=1, n_threads=2) == {"resident": "1/2", "compute": "device"}
+    assert applied(bundled, draft_tokens=1, n_threads=2) == {"resident": "1/2", "on_miss": "fetch"}
     assert applied(bundled, None) is None
 
 
@@ -69,7 +69,7 @@ def test_it_fills_in_what_was_left_open(bundled: Pair) -> None:
         {"resident": "1/4"},
         {"resident": "1/2", "vram_budget": "100MiB"},
         {"resident": "1/2", "deterministic": True},
-        {"resident": "1/2", "link": "5GB/s"},
+        {"resident": "1/2", "throttle_link": "5GB/s"},
         {"policy": "lru", "resident": "1/2"},
         {"draft": None, "resident": "1/2"},
     ],
@@ -101,9 +101,9 @@ def edited(path: Path, **changes: Any) -> None:
         (lambda path: path.write_text("{"), "is corrupt"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "is corrupt"),
         (lambda path: path.write_text("[]"), "is corrupt"),
-        (lambda path: edited(path, chosen={"speculation": 999, "compute": "device", "n_threads": 1}), "is corrupt"),
-        (lambda path: edited(path, chosen={"speculation": 1, "compute": "magic", "n_threads": 1}), "is corrupt"),
-        (lambda path: edited(path, chosen={"speculation": 1, "compute": "auto", "n_threads": 10**9}), "is corrupt"),
+        (lambda path: edited(path, chosen={"draft_tokens": 999, "on_miss": "fetch", "n_threads": 1}), "is corrupt"),
+        (lambda path: edited(path, chosen={"draft_tokens": 1, "on_miss": "magic", "n_threads": 1}), "is corrupt"),
+        (lambda path: edited(path, chosen={"draft_tokens": 1, "on_miss": "auto", "n_threads": 10**9}), "is corrupt"),
         (lambda path: edited(path, chosen={"verbose": True}), "is corrupt"),
         (lambda path: edited(path, bounds={"resident": "most"}), "is corrupt"),
         (lambda path: edited(path, processors=999), "is stale: processors"),

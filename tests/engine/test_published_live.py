@@ -55,13 +55,13 @@ def test_whole_layers_are_sent_in_layer_order_as_far_as_slots_go() -> None:
 
 @pytest.mark.parametrize("k", [0, 2])
 def test_specmoeoff_sends_layers_ahead_and_writes_the_same_text(bundled: tuple[Path, Path], k: int) -> None:
-    with llm(bundled[0], policy="lru", speculation=0) as plain:
+    with llm(bundled[0], policy="lru", draft_tokens=0) as plain:
         expected = texts(plain, prompts()[:2])
         assert plain.context_params.offload_kqv
-    with llm(bundled[0], draft=bundled[1], policy="specmoeoff", speculation=k, resident="1/4") as model:
+    with llm(bundled[0], draft=bundled[1], policy="specmoeoff", draft_tokens=k, resident="1/4") as model:
         assert texts(model, prompts()[:2]) == expected
         assert not model.context_params.offload_kqv
-        assert survey.draft_contexts(model._wanted, model.context_params).offload_kqv
+        assert survey.draft_contexts(model._request, model.context_params).offload_kqv
         stats = model.stats()
     e = stats.experts
     assert (stats.policy, stats.policy_failures, stats.foresight, stats.lossy) == ("specmoeoff", 0, "none", False)
@@ -71,7 +71,7 @@ def test_specmoeoff_sends_layers_ahead_and_writes_the_same_text(bundled: tuple[P
 
 def test_specmoeoffs_governor_drafts_at_any_acceptance(bundled: tuple[Path, Path]) -> None:
     with llm(bundled[0], draft=bundled[1], policy="specmoeoff") as model:
-        policy = model._lookahead._policy
+        policy = model._speculator._policy
         assert isinstance(policy, SpecMoeOff) and isinstance(policy.governor, Roofline)
         nominal = policy.roofline.draft_ms
         texts(model, prompts()[:2])
@@ -221,10 +221,10 @@ def test_a_budget_of_experts_bounds_verify_steps_and_says_that_it_is_lossy(
     bundled: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = prompts()[:8]
-    with llm(bundled[0], draft=bundled[1], policy="lru", speculation=4) as plain:
+    with llm(bundled[0], draft=bundled[1], policy="lru", draft_tokens=4) as plain:
         expected = texts(plain, asked)
         whole = plain.stats()
-    with llm(bundled[0], draft=bundled[1], policy="moe-spec", speculation=4) as model:
+    with llm(bundled[0], draft=bundled[1], policy="moe-spec", draft_tokens=4) as model:
         assert "lossy" in caplog.text
         got = texts(model, asked)
         routing = model._hook.routing()
@@ -267,4 +267,4 @@ def test_a_policy_that_chooses_k_by_itself_takes_no_latency_limit(
     ]
     assert main([*common, target, "--latency-limit", "0.001"]) == 0  # nothing keeps it, so nothing is drafted
     assert json.loads(capsys.readouterr().out)["speculation"]["drafted"] == 0
-    assert main([*common, target, "--policy", "cascade", "--speculation", "2", "--latency-limit", "50"]) == 0
+    assert main([*common, target, "--policy", "cascade", "--draft-tokens", "2", "--latency-limit", "50"]) == 0

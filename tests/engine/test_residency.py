@@ -126,7 +126,7 @@ class Agreement(stateful.RuleBasedStateMachine):
     def prefetch(self, wanted: list[tuple[int, int, float]], lead: int, budget: int) -> None:
         e = self.experts
         rows = [(b % e.n_blocks, x % e.n_expert, b % e.n_blocks + lead, p) for b, x, p in wanted]
-        orders: Any = np.array(rows, dtype=_native.ORDER)
+        orders: Any = np.array(rows, dtype=_native.PREFETCH_REQUEST)
         expected = self.model.prefetch([residency.Order(*row) for row in rows], budget)
         assert self.hook.prefetch(orders, budget) == expected
 

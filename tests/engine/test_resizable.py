@@ -22,7 +22,7 @@ GREEDY: dict[str, Any] = {"max_tokens": 40, "temperature": 0.0}
 
 @pytest.fixture
 def pair(bundled: tuple[Path, Path]) -> Iterator[EdgeLlama]:
-    with speculation.llm(bundled[0], draft=bundled[1], resident="1/2", speculation="auto") as model:
+    with speculation.llm(bundled[0], draft=bundled[1], resident="1/2", draft_tokens="auto") as model:
         yield model
 
 
@@ -235,7 +235,7 @@ def test_a_step_that_ctrl_c_left_is_ended_before_slots_go_and_before_the_next(
         pair.resize(resident="1/8")
         assert not hook.decoding
     ended: list[bool] = []
-    forsake = hook.forsake_step
-    monkeypatch.setattr(hook, "forsake_step", lambda: ended.append(hook.decoding) or forsake())
+    forsake = hook.abandon_step
+    monkeypatch.setattr(hook, "abandon_step", lambda: ended.append(hook.decoding) or forsake())
     assert text(pair) == expected
     assert ended == ([] if resizes or where == "llama_decode" else [True])  # before the next one begins

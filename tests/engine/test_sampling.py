@@ -94,7 +94,7 @@ def p_value(counts: Floats, probabilities: Floats) -> float:
 def test_sampled_tokens_have_the_distribution_of_the_target(pair: tuple[Path, Path], n: int) -> None:
     target, draft = pair
     exact = first_two(target)
-    with opened(target, draft=draft, speculation=1, resident=1.0, policy="lru") as llm:
+    with opened(target, draft=draft, draft_tokens=1, resident=1.0, policy="lru") as llm:
         for counts, probabilities in zip(sampled(llm, n), exact, strict=True):
             assert p_value(counts, probabilities) > 1e-4
         assert 0.05 < acceptance(llm) < 0.9
@@ -120,7 +120,7 @@ def test_a_lenient_acceptance_rule_is_found_out(pair: tuple[Path, Path], monkeyp
     accept, dice = loop.accept, random.Random(1)
     monkeypatch.setattr(loop, "accept", lambda engine, drafted: accept(Lenient(engine, drafted, dice), drafted))
     exact = first_two(target)
-    with opened(target, draft=draft, speculation=1, resident=1.0, policy="lru") as llm:
+    with opened(target, draft=draft, draft_tokens=1, resident=1.0, policy="lru") as llm:
         first, second = sampled(llm, 4_000)
     assert p_value(first, exact[0]) > 1e-4  # the draft has no say in it
     assert p_value(second, exact[1]) < 1e-4

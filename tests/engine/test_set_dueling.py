@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from edge_speq._reckoning import Pool
+from edge_speq._native.policy_kernels import Pool
 from edge_speq.core import ExpertGroup, Experts
 from edge_speq.policies import registry as policies
 from edge_speq.policies.context import PolicyContext

@@ -65,7 +65,7 @@ IN_SLOTS = [name for name in policies.PRESETS if policies.make(name, setting()).
 )
 def test_counters_are_the_engines(bundled: tuple[Path, Path], twin: Path, policy: str, k: int) -> None:
     """Deterministic mode and a replay of its trace: counter for counter, bytes and virtual stalls included."""
-    options: dict[str, Any] = {"resident": "1/4", "policy": policy, "speculation": k, "foresee": 3 if k else 0}
+    options: dict[str, Any] = {"resident": "1/4", "policy": policy, "draft_tokens": k, "lookahead": 3 if k else 0}
     draft = str(twin) if k else None
     model = Recorder(str(bundled[0]), draft=draft, deterministic=True, n_ctx=256, n_threads=1, **options)
     recorded: list[trace.Step] = []
@@ -319,7 +319,7 @@ def test_slots_are_the_planners(bundled: tuple[Path, Path]) -> None:
 
     for share, k in ((1 / 4, 0), (1 / 2, 1), (3 / 4, 2)):
         made = planner.plan(
-            EXPERTS, policy="lru", resident=share, budget_bytes=None, fixed_bytes=0, speculation=k, has_draft=k > 0
+            EXPERTS, policy="lru", resident=share, budget_bytes=None, fixed_bytes=0, draft_tokens=k, has_draft=k > 0
         )
         assert placement.slots_for(EXPERTS, share, k) == made.slots
     with pytest.raises(EdgeError, match="too few"):
@@ -373,7 +373,8 @@ def test_a_share_that_is_too_small_is_said(file: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--policy", "belady"], ["--resident", "2"], ["--link", "fast"], ["--block-ms", "-1"], ["none.npz"]]
+    "arguments",
+    [["--policy", "belady"], ["--resident", "2"], ["--link-bandwidth", "fast"], ["--block-ms", "-1"], ["none.npz"]],
 )
 def test_bad_arguments(file: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", str(file), *arguments]) == 2

@@ -14,7 +14,7 @@ DEVICE, DECIDE = _native.SPANS.index("device"), _native.SPANS.index("decide")
 
 def test_spans_follow_one_another_within_the_call_and_stop_at_their_number() -> None:
     model = EdgeLlama(
-        str(bundled.path(bundled.MODEL)), resident=0.5, policy="lru", speculation=0, draft=None, n_ctx=128
+        str(bundled.path(bundled.MODEL)), resident=0.5, policy="lru", draft_tokens=0, draft=None, n_ctx=128
     )
     try:
         hook, n_blocks = model._hook, model._experts.n_blocks

@@ -9,7 +9,7 @@ import pytest
 from support.speculation import llm, prompts, texts
 
 from edge_speq import EdgeLlama
-from edge_speq.drafting import base
+from edge_speq.drafting import draft_model
 from edge_speq.engine import generation
 from edge_speq.engine.draft_length.controller import BACK_OFF, FIRST, TRIAL_MOST
 from edge_speq.gguf import bundled as demo
@@ -24,7 +24,7 @@ def greedy(bundled: tuple[Path, Path]) -> list[str]:
 @pytest.mark.parametrize("k", [1, 4, 8])
 def test_greedy_text_equals_the_text_without_a_draft(bundled: tuple[Path, Path], greedy: list[str], k: int) -> None:
     target, draft = bundled
-    with llm(target, draft=draft, speculation=k) as speculating:
+    with llm(target, draft=draft, draft_tokens=k) as speculating:
         assert texts(speculating, prompts()[:12]) == greedy
         stats = speculating.stats()
     assert stats.speculation.accepted > 0
@@ -36,7 +36,7 @@ def test_sampled_text_equals_the_text_without_a_draft(bundled: tuple[Path, Path]
     """Sample and match draws the same random numbers as decoding token by token."""
     target, draft = bundled
     sampling = {"temperature": 0.9, "seed": 5} | options
-    with llm(target) as plain, llm(target, draft=draft, speculation=4) as speculating:
+    with llm(target) as plain, llm(target, draft=draft, draft_tokens=4) as speculating:
         assert texts(speculating, prompts()[:6], **sampling) == texts(plain, prompts()[:6], **sampling)
         assert speculating.stats().speculation.drafted > 0
 
@@ -45,11 +45,11 @@ def test_a_twin_draft_is_seen_through_its_routing(tiny) -> None:
     """The model as its own draft: every guess is right, and the experts of all drafted tokens but the last are seen."""
     model = tiny.moe("qwen3moe")
     # room for every expert of all blocks, but only demanded or foreseen ones get in
-    with llm(model, draft=model, resident=1.0, policy="lru", speculation=4) as blind:
+    with llm(model, draft=model, resident=1.0, policy="lru", draft_tokens=4) as blind:
         expected = texts(blind, ["ab", "cd"])
         assert blind.stats().foresight == "none"
         assert blind.stats().experts.prefetched == 0
-    with llm(model, draft=model, resident="3/4", speculation=4) as seeing:
+    with llm(model, draft=model, resident="3/4", draft_tokens=4) as seeing:
         assert texts(seeing, ["ab", "cd"]) == expected
         stats = seeing.stats()
     assert stats.foresight == "twin"
@@ -60,7 +60,7 @@ def test_a_twin_draft_is_seen_through_its_routing(tiny) -> None:
 
 def test_misses_and_transfers_add_up(bundled: tuple[Path, Path]) -> None:
     target, draft = bundled
-    with llm(target, draft=draft, resident="1/4", speculation=4) as model:
+    with llm(target, draft=draft, resident="1/4", draft_tokens=4) as model:
         texts(model, prompts()[:4])
         stats = model.stats()
     experts = stats.experts
@@ -72,7 +72,7 @@ def test_misses_and_transfers_add_up(bundled: tuple[Path, Path]) -> None:
 
 def test_bytes_are_those_of_the_transfers(tiny) -> None:
     model = tiny.moe("qwen3moe")
-    with llm(model, draft=model, resident="3/4", speculation=4) as twin:
+    with llm(model, draft=model, resident="3/4", draft_tokens=4) as twin:
         texts(twin, ["ab", "cd"])
         stats = twin.stats()
     assert len(stats.plan.slots) == 1  # one group: every expert has the same size
@@ -85,7 +85,7 @@ def test_foresight_beats_lru_where_lru_thrashes(bundled: tuple[Path, Path]) -> N
     target, draft = bundled
     misses = {}
     for policy in ("lru", "auto"):
-        with llm(target, draft=draft, resident="1/3", speculation=4, policy=policy) as model:
+        with llm(target, draft=draft, resident="1/3", draft_tokens=4, policy=policy) as model:
             texts(model, prompts()[:3])
             misses[policy] = model.stats().experts.misses
     assert misses["auto"] < 0.9 * misses["lru"]
@@ -112,9 +112,9 @@ def test_auto_drafts_as_long_as_it_pays(tiny, monkeypatch: pytest.MonkeyPatch, e
     """The model as its own draft, always right. Off, it decodes nothing and foresees nothing."""
     model = tiny.moe("qwen3moe")
     decoded: list[int] = []
-    decode = base.DraftModel._decode
+    decode = draft_model.DraftModel._decode
     monkeypatch.setattr(
-        base.DraftModel, "_decode", lambda self, tokens: [decoded.append(len(tokens)), decode(self, tokens)]
+        draft_model.DraftModel, "_decode", lambda self, tokens: [decoded.append(len(tokens)), decode(self, tokens)]
     )
     with llm(model) as plain, llm(model, draft=model, resident="3/4") as speculating:
         expected = [t for t, _ in zip(plain.generate([5, 6], temp=0.0), range(100), strict=False)]
@@ -140,16 +140,16 @@ def test_a_draft_reads_a_long_text_only_where_a_glance_leaves_hope(
     """At a glance it reads the last token, and is mostly wrong. Texts stay what they are."""
     model, prompt = tiny.moe("qwen3moe"), [5 + i % 50 for i in range(60)]
     decoded: list[int] = []
-    decode = base.DraftModel._decode
+    decode = draft_model.DraftModel._decode
     monkeypatch.setattr(
-        base.DraftModel, "_decode", lambda self, tokens: [decoded.append(len(tokens)), decode(self, tokens)]
+        draft_model.DraftModel, "_decode", lambda self, tokens: [decoded.append(len(tokens)), decode(self, tokens)]
     )
     with llm(model) as plain, llm(model, draft=model, resident="3/4") as speculating:
         expected = [t for t, _ in zip(plain.generate(prompt, temp=0.0), range(100), strict=False)]
         fake = FakeTime(monkeypatch, extra)
         assert [t for t, _ in zip(speculating.generate(prompt, temp=0.0), range(100), strict=False)] == expected
-        governor = speculating._lookahead._governor
-        alive = weakref.ref(speculating._lookahead)
+        governor = speculating._speculator._governor
+        alive = weakref.ref(speculating._speculator)
     assert decoded and decoded[0] == 1
     assert (max(decoded) >= len(prompt)) == pays
     assert any(width > 0 for width in fake.widths[1:])
@@ -159,7 +159,7 @@ def test_a_draft_reads_a_long_text_only_where_a_glance_leaves_hope(
 
 def test_a_fixed_number_of_draft_tokens_stays_whatever_it_costs(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.moe("qwen3moe")
-    with llm(model, draft=model, resident=1.0, policy="lru", speculation=3) as speculating:
+    with llm(model, draft=model, resident=1.0, policy="lru", draft_tokens=3) as speculating:
         fake = FakeTime(monkeypatch, 50.0)
         list(zip(speculating.generate([5, 6], temp=0.0), range(80), strict=False))
     assert set(fake.widths[1:]) == {3}
@@ -190,5 +190,5 @@ def test_greedy_text_on_a_hundred_prompts(bundled: tuple[Path, Path], k: int) ->
     target, draft = bundled
     asked = [*prompts(), demo.PROMPT, "def main() -> None:"]
     assert len(asked) == 100
-    with llm(target) as plain, llm(target, draft=draft, speculation=k) as speculating:
+    with llm(target) as plain, llm(target, draft=draft, draft_tokens=k) as speculating:
         assert texts(speculating, asked) == texts(plain, asked)

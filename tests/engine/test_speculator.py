@@ -26,7 +26,7 @@ NEEDY = ("moe-prism", "moe-spec", "learned", "oracle")  # experts in parts, a te
 
 @pytest.fixture(scope="module")
 def expected(bundled: tuple[Path, Path]) -> list[str]:
-    with llm(bundled[0], policy="lru", speculation=0) as plain:
+    with llm(bundled[0], policy="lru", draft_tokens=0) as plain:
         return texts(plain, prompts()[:3])
 
 
@@ -34,7 +34,7 @@ def expected(bundled: tuple[Path, Path]) -> list[str]:
 def test_every_policy_writes_the_same_text(
     bundled: tuple[Path, Path], twin: Path, expected: list[str], policy: str
 ) -> None:
-    with llm(bundled[0], draft=twin, speculation=2, policy=policy) as model:
+    with llm(bundled[0], draft=twin, draft_tokens=2, policy=policy) as model:
         assert texts(model, prompts()[:3]) == expected
         stats = model.stats()
     assert (stats.policy, stats.policy_failures) == (policy, 0)
@@ -55,15 +55,15 @@ def test_a_published_governor_chooses_lengths_that_are_not_fixed(
     bundled: tuple[Path, Path], twin: Path, expected: list[str], policy: str, governor: type
 ) -> None:
     with llm(bundled[0], draft=twin, policy=policy) as model:
-        made = model._lookahead._policy
+        made = model._speculator._policy
         assert made is not None and isinstance(made.governor, governor)
         assert texts(model, prompts()[:3]) == expected
         assert 0 < model.stats().speculation.k_mean <= model.stats().plan.k_max
         if policy == "moe-speq":  # its costs are this machine's by now
             assert isinstance(made.governor, Roofline) and made.governor.draft_ms == made.setting.draft_ms > 0
-    for options in ({"speculation": 1}, {"deterministic": True}):
+    for options in ({"draft_tokens": 1}, {"deterministic": True}):
         with llm(bundled[0], draft=twin, policy=policy, **options) as model:
-            made = model._lookahead._policy
+            made = model._speculator._policy
             assert made is not None and (made.governor is None) == (policy == "cascade" or "speculation" in options)
 
 
@@ -80,10 +80,10 @@ def test_where_a_published_system_computes_is_part_of_it(bundled: tuple[Path, Pa
 def test_without_a_twin_its_policies_say_that_they_are_lru(
     bundled: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with llm(bundled[0], draft=bundled[1], speculation=1, policy="sp-moe") as model:
+    with llm(bundled[0], draft=bundled[1], draft_tokens=1, policy="sp-moe") as model:
         assert "sp-moe looks at the routing of a low-bit copy" in caplog.text
         assert model.stats().foresight == "none"
-    with llm(bundled[0], draft=bundled[1], speculation=1) as model:
+    with llm(bundled[0], draft=bundled[1], draft_tokens=1) as model:
         assert model.stats().foresight == "counts"  # auto: waits needs a twin
 
 
@@ -135,7 +135,7 @@ def test_a_policy_that_fails_costs_no_request(
 ) -> None:
     monkeypatch.setattr(Broken, "where", where)
     monkeypatch.setitem(presets.PRESETS, "waits", Broken)
-    options = {} if where == "governor" else {"speculation": 2}
+    options = {} if where == "governor" else {"draft_tokens": 2}
     with llm(bundled[0], draft=twin, policy="waits", **options) as model, caplog.at_level(logging.WARNING):
         assert texts(model, prompts()[:3]) == expected
         stats = model.stats()
@@ -152,7 +152,7 @@ def test_a_policy_that_fails_costs_no_request(
 
 def shown(model: EdgeLlama, prompt: str, n: int) -> list[tuple[int, int, np.ndarray | None]]:
     """Each call's k, tokens further, and the routing that it gave."""
-    draft, calls = model._lookahead._draft, []
+    draft, calls = model._speculator._draft, []
     assert draft is not None
     propose = draft.propose
 
@@ -169,9 +169,9 @@ def shown(model: EdgeLlama, prompt: str, n: int) -> list[tuple[int, int, np.ndar
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_draft_routes_two_steps_from_the_first_on(bundled: tuple[Path, Path], twin: Path, k: int) -> None:
     """Also after a prompt that is wider than the graphs whose routing is seen."""
-    with llm(bundled[0], draft=twin, speculation=k, deterministic=True) as model:
+    with llm(bundled[0], draft=twin, draft_tokens=k, deterministic=True) as model:
         calls = shown(model, prompts()[0], 24)
-        quality = model._lookahead.quality
+        quality = model._speculator.quality
     assert len(prompts()[0]) > 60 and len(calls) > 6
     for drafted, ahead, routing in calls:
         assert (drafted, ahead) == (k, k + 2)
@@ -181,9 +181,9 @@ def test_the_draft_routes_two_steps_from_the_first_on(bundled: tuple[Path, Path]
 
 def test_the_routing_is_that_of_the_tokens(bundled: tuple[Path, Path]) -> None:
     """The target as its own twin foresees its own routing exactly, for as long as its guesses are right."""
-    with llm(bundled[0], draft=bundled[0], speculation=2, deterministic=True) as model:
+    with llm(bundled[0], draft=bundled[0], draft_tokens=2, deterministic=True) as model:
         calls = shown(model, prompts()[1], 30)
-        quality = model._lookahead.quality
+        quality = model._speculator.quality
     assert quality is not None
     np.testing.assert_array_equal(quality.precision, 1.0)
     np.testing.assert_array_equal(quality.recall, 1.0)
@@ -194,14 +194,14 @@ def test_the_routing_is_that_of_the_tokens(bundled: tuple[Path, Path]) -> None:
 
 def test_the_draft_stops_at_the_end_of_its_context(bundled: tuple[Path, Path], twin: Path) -> None:
     options: dict[str, Any] = {"max_tokens": None, "temperature": 0.0, "logit_bias": {0: -100, 2: -100}}
-    with llm(bundled[0], n_ctx=256) as plain, llm(bundled[0], n_ctx=256, draft=twin, speculation=4) as model:
-        model._lookahead.depth.limit = lambda wanted: wanted  # type: ignore[method-assign]
+    with llm(bundled[0], n_ctx=256) as plain, llm(bundled[0], n_ctx=256, draft=twin, draft_tokens=4) as model:
+        model._speculator.depth.limit = lambda wanted: wanted  # type: ignore[method-assign]
         ends = [one("Once", **options) for one in (plain, model)]
     assert ends[0]["choices"] == ends[1]["choices"] and ends[1]["usage"]["total_tokens"] == 256
 
 
 def test_only_a_twin_looks_further(bundled: tuple[Path, Path]) -> None:
-    with llm(bundled[0], draft=bundled[1], speculation=2, deterministic=True) as model:
+    with llm(bundled[0], draft=bundled[1], draft_tokens=2, deterministic=True) as model:
         assert {ahead for _, ahead, _ in shown(model, prompts()[0], 12)} == {0}
 
 
@@ -215,7 +215,7 @@ def test_a_processor_in_python_is_asked_for_text_alone(bundled: tuple[Path, Path
 
     processors = llama_cpp.LogitsProcessorList([process])
     options: dict[str, Any] = {"max_tokens": 16, "temperature": 0.8, "seed": 4, "logits_processor": processors}
-    with llm(bundled[0]) as plain, llm(bundled[0], draft=twin, speculation=2, deterministic=True) as model:
+    with llm(bundled[0]) as plain, llm(bundled[0], draft=twin, draft_tokens=2, deterministic=True) as model:
         made = []
         for one in (plain, model):
             made.append((one.create_completion(prompts()[0], **options)["choices"], list(seen)))

@@ -47,7 +47,7 @@ def test_a_split_draft_drafts(split: list[Path]) -> None:
     options = OPTIONS | {"resident": 1.0, "policy": "lru"}
     with (
         contextlib.closing(EdgeLlama(str(split[0]), **options)) as plain,
-        contextlib.closing(EdgeLlama(str(split[0]), draft=split[0], speculation=4, **options)) as drafted,
+        contextlib.closing(EdgeLlama(str(split[0]), draft=split[0], draft_tokens=4, **options)) as drafted,
     ):
         texts = [[t for t, _ in zip(m.generate([5, 6], temp=0.0), range(30), strict=False)] for m in (plain, drafted)]
         assert texts[0] == texts[1]

@@ -19,7 +19,7 @@ PROMPT = "The old house stood at the end of the lane, and"
 
 @contextlib.contextmanager
 def watched(bundled: tuple[Path, Path], on_step: Any, **options: Any) -> Iterator[EdgeLlama]:
-    options = {"resident": "1/2", "draft": bundled[1], "speculation": 3, "n_ctx": 512, "n_threads": 1} | options
+    options = {"resident": "1/2", "draft": bundled[1], "draft_tokens": 3, "n_ctx": 512, "n_threads": 1} | options
     with contextlib.closing(EdgeLlama(str(bundled[0]), on_step=on_step, **options)) as model:
         yield model
 
@@ -78,7 +78,7 @@ def test_an_exception_ends_the_request_and_the_model_goes_on(
         if len(seen) - 1 == fatal or (fatal == "last" and done >= limit):
             raise Failure(str(fatal))
 
-    with watched(bundled, on_step, speculation=0) as model:
+    with watched(bundled, on_step, draft_tokens=0) as model:
         with pytest.raises(Failure, match=str(fatal)):
             list(model.create_completion(PROMPT, max_tokens=limit, temperature=0.0, stream=stream))
         fatal = -1
@@ -92,7 +92,7 @@ def test_a_later_request_hears_nothing_of_an_earlier_error(bundled: tuple[Path, 
         if fails:
             raise Failure
 
-    with watched(bundled, on_step, speculation=0) as model:
+    with watched(bundled, on_step, draft_tokens=0) as model:
         stream = model.generate(model.tokenize(PROMPT.encode()))
         next(stream)
         stream.close()

@@ -161,8 +161,8 @@ def test_what_is_no_file_is_usage(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def recorded(bundled: tuple[Path, Path], twin: Path) -> tuple[list[Step], Recorder, list[str]]:
-    options: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "speculation": 2}
-    model = Recorder(str(bundled[0]), draft=str(twin), policy="all", foresee=4, gates=True, **options)
+    options: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "draft_tokens": 2}
+    model = Recorder(str(bundled[0]), draft=str(twin), policy="all", lookahead=4, gates=True, **options)
     steps: list[Step] = []
     model.sink = steps.append
     with contextlib.closing(model):
@@ -177,7 +177,7 @@ def recorded(bundled: tuple[Path, Path], twin: Path) -> tuple[list[Step], Record
 def test_recording_changes_no_text_and_misses_no_step(recorded: Any, bundled: tuple[Path, Path], twin: Path) -> None:
     steps, model, texts = recorded
     with contextlib.closing(
-        EdgeLlama(str(bundled[0]), draft=str(twin), policy="all", speculation=2, n_ctx=256, n_threads=1)
+        EdgeLlama(str(bundled[0]), draft=str(twin), policy="all", draft_tokens=2, n_ctx=256, n_threads=1)
     ) as plain:
         for prompt, expected in zip(("Once upon a time", "def main():"), texts, strict=True):
             assert plain.create_completion(prompt, max_tokens=24, temperature=0.0)["choices"][0]["text"] == expected
@@ -231,7 +231,7 @@ def test_a_prompts_routing_is_what_its_tokens_ask_for(bundled: tuple[Path, Path]
 
 
 def test_a_dense_draft_shows_no_routing(bundled: tuple[Path, Path]) -> None:
-    model = Recorder(str(bundled[0]), draft=str(bundled[1]), policy="all", speculation=1, n_ctx=256, n_threads=1)
+    model = Recorder(str(bundled[0]), draft=str(bundled[1]), policy="all", draft_tokens=1, n_ctx=256, n_threads=1)
     steps: list[Step] = []
     model.sink = steps.append
     with contextlib.closing(model):

@@ -131,7 +131,7 @@ def test_experts_sent_ahead_change_no_bit(bundled: tuple[Path, Path]) -> None:
     """Everything is computed on the device, demands are not waited for by the host, and the next block's experts travel
     behind them."""
     widths = [1, 4] * 12
-    ahead = _native.Transfers(compute="auto", n_threads=1, layer_ahead=True)  # a CPU that is not worth asking
+    ahead = _native.Transfers(on_miss="auto", n_threads=1, next_layer_prefetch=True)  # a CPU that is not worth asking
     with page_locked(bundled[0]) as model:
         experts = _native.model_experts(model.model)
         quarter = [max(1 + exactness.MAX_WIDTH * experts.n_expert_used, g.n_experts // 4) for g in experts.groups]
@@ -285,11 +285,11 @@ def test_prompts_leave_in_slots_what_they_want(tiny, arch: str, keeps: bool) -> 
     with page_locked(path) as model:
         experts = _native.model_experts(model.model)
         slots = [g.n_experts * 3 // 4 for g in experts.groups]
-        hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, slots, reads_prompts=True)
-        hook.keep_prompts(keeps)
+        hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, slots, reads_prefill=True)
+        hook.admit_from_prefill(keeps)
         watching = Watching(hook)
         got = exactness.logits(model, watching, widths)
-        prompt = hook.prompt().copy()
+        prompt = hook.prefill_routing().copy()
         hook.detach()
     before, after = (states != 0 for states in watching.states[5:7])
     assert np.array_equal(before.sum(axis=1), after.sum(axis=1))
@@ -312,7 +312,10 @@ def test_greedy_text_with_a_draft_differs_only_at_near_ties(bundled: tuple[Path,
     target, draft = bundled
     prompts = speculation.prompts()
     noise = width_noise(target)
-    with speculation.llm(target, logits_all=True) as plain, speculation.llm(target, draft=draft, speculation=4) as fast:
+    with (
+        speculation.llm(target, logits_all=True) as plain,
+        speculation.llm(target, draft=draft, draft_tokens=4) as fast,
+    ):
         ties = []
         for prompt in prompts:
             expected, got = greedy_tokens(plain, prompt), greedy_tokens(fast, prompt)

@@ -52,7 +52,7 @@ def logits_between_drafts(model: internals.LlamaModel, hook: _native.Hook, uses:
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("uses", ["twin", "resident"])
+@pytest.mark.parametrize("uses", ["draft", "resident"])
 def test_drafts_leave_no_trace_in_the_logits(bundled: tuple[Path, Path], experts_only: Path, uses: str) -> None:
     twin = draft_experts.read(gguf_file.read(experts_only), gguf_model.check_model(bundled[0]))
     seen = []
@@ -62,7 +62,7 @@ def test_drafts_leave_no_trace_in_the_logits(bundled: tuple[Path, Path], experts
         for draft in ("", uses):
             hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH, half)
             hook.poison_free_slots()
-            hook.load_twin(str(twin.path), twin.tensors)
+            hook.load_draft_experts(str(twin.path), twin.tensors)
             seen.append(logits_between_drafts(model, hook, draft, 40))
             hook.detach()
     assert np.isfinite(seen[0]).all()
@@ -72,7 +72,7 @@ def test_drafts_leave_no_trace_in_the_logits(bundled: tuple[Path, Path], experts
 @pytest.mark.parametrize("name", ["twin", "self"])
 def test_a_model_drafts_for_itself(bundled: tuple[Path, Path], experts_only: Path, name: str) -> None:
     draft = experts_only if name == "twin" else "self"
-    with speculation.llm(bundled[0], draft=draft, speculation=2, vram_budget="1GiB", resident="1/2") as model:
+    with speculation.llm(bundled[0], draft=draft, draft_tokens=2, vram_budget="1GiB", resident="1/2") as model:
         speculation.texts(model, speculation.prompts()[:12])
         stats = model.stats()
         assert model.memory_used() == stats.used_bytes
@@ -83,7 +83,7 @@ def test_a_model_drafts_for_itself(bundled: tuple[Path, Path], experts_only: Pat
 
 
 def test_a_budget_of_experts_bounds_verify_steps(bundled: tuple[Path, Path]) -> None:
-    with speculation.llm(bundled[0], draft=bundled[1], policy="moe-spec", speculation=4) as model:
+    with speculation.llm(bundled[0], draft=bundled[1], policy="moe-spec", draft_tokens=4) as model:
         speculation.texts(model, speculation.prompts()[:4])
         routing = model._hook.routing()
         assert routing.shape[1] > 1

@@ -79,6 +79,7 @@ def native(tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) 
     files = {
         "upstream.toml": toml,
         "pyproject.toml": "ours\n",
+        "LICENSE": "ours\n",
         "CMakeLists.txt": "ours\n",
         "edge_build.py": "",
         "_build/source.py": "",

@@ -26,7 +26,7 @@ from edge_speq.session.subprocess.wire import loads, portable
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills with POSIX signals")
 
-OPTIONS: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "resident": "1/2", "speculation": 2}
+OPTIONS: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "resident": "1/2", "draft_tokens": 2}
 ENDLESS: dict[str, Any] = {"max_tokens": 500, "temperature": 0.0, "logit_bias": {0: -100, 2: -100}}
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0}
 PROMPT = "The old house stood at the end of the lane, and"

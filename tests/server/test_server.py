@@ -212,7 +212,7 @@ def test_chats_that_cannot_be_held(server: Running) -> None:
 @pytest.fixture(scope="module")
 def slow(bundled: tuple[Path, Path]) -> Iterator[Running]:
     """Its link is so slow that ENDLESS takes half a minute."""
-    with running(opened(bundled[0], link="20MB/s"), n_waiting=3) as it:
+    with running(opened(bundled[0], throttle_link="20MB/s"), n_waiting=3) as it:
         yield it
 
 

@@ -39,7 +39,7 @@ def server(bundled: tuple[Path, Path]) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def slow(bundled: tuple[Path, Path]) -> Iterator[Running]:
-    with running(opened(bundled[0], link="20MB/s"), api_key=KEY, n_waiting=1) as it:
+    with running(opened(bundled[0], throttle_link="20MB/s"), api_key=KEY, n_waiting=1) as it:
         yield it
 
 

@@ -44,7 +44,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def server(bundled: tuple[Path, Path]) -> Iterator[Running]:
     # a slow link, so that a reply takes long enough to be looked at
-    with running(opened(bundled[0], draft=bundled[1], link="100MB/s"), api_key=KEY) as it:
+    with running(opened(bundled[0], draft=bundled[1], throttle_link="100MB/s"), api_key=KEY) as it:
         yield it
 
 
@@ -171,7 +171,7 @@ def test_everything_has_a_name_and_can_be_reached(page: Page) -> None:
 
 def screenshot(path: Path) -> None:
     """The page while the bundled model writes."""
-    open_model = opened(demo.path(demo.MODEL), draft=demo.path(demo.DRAFT), speculation=2, link="400MB/s")
+    open_model = opened(demo.path(demo.MODEL), draft=demo.path(demo.DRAFT), draft_tokens=2, link="400MB/s")
     with running(open_model) as server, sync_playwright() as play:
         browser = chromium(play)
         page = browser.new_page(viewport=SIZE)

@@ -25,7 +25,7 @@ OPTIONS: dict[str, Any] = {
     "n_threads": 1,
     "n_threads_batch": 1,
     "resident": "1/2",
-    "speculation": 2,
+    "draft_tokens": 2,
     "n_ubatch": 128,
 }
 ENDLESS: dict[str, Any] = {"max_tokens": 2000, "temperature": 0.0, "logit_bias": {0: -100, 2: -100}}

@@ -23,7 +23,7 @@ from edge_speq.server.serving import Server
 from edge_speq.server.settings import ServerSettings
 
 TIMEOUT = 60.0
-OPTIONS: dict[str, Any] = {"resident": "1/2", "n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "speculation": 2}
+OPTIONS: dict[str, Any] = {"resident": "1/2", "n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "draft_tokens": 2}
 
 
 class Running:

@@ -54,18 +54,18 @@ class Tuned:
     tried: list[tuple[str | None, int]]
 
     def __init__(self, wanted: TuneOptions, say: Any) -> None:
-        self._wanted = wanted
+        self._request = wanted
         self._left = {n: list(speeds) for n, speeds in self.speeds[wanted.draft].items()}
 
     def run(self) -> TuneProfile:
-        assert self._wanted.must_draft is (self._wanted.draft is not None)
-        chosen = {"speculation": 1, "compute": "device", "n_threads": next(iter(self._left))}
+        assert self._request.must_draft is (self._request.draft is not None)
+        chosen = {"draft_tokens": 1, "on_miss": "fetch", "n_threads": next(iter(self._left))}
         made_for = profile.Key("m", None, "d")
         return TuneProfile(made_for, {}, chosen, {"skipped": [], "candidates": [], "checked": []})
 
     def trial(self, chosen: dict[str, Any], n: int, seconds: float) -> Trial:
-        self.tried.append((self._wanted.draft, chosen["n_threads"]))
-        return trial(self._left[chosen["n_threads"]].pop(0), self.tokens_per_step if self._wanted.draft else 1.0)
+        self.tried.append((self._request.draft, chosen["n_threads"]))
+        return trial(self._left[chosen["n_threads"]].pop(0), self.tokens_per_step if self._request.draft else 1.0)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_one_lucky_round_is_not_enough(choose: Any) -> None:
 def test_they_are_measured_in_turn_with_one_anothers_threads(choose: Any) -> None:
     found = choose({None: {1: [100] * 3, 2: [130] * 3}, "self": {2: [120] * 3, 1: [80] * 3}})
     assert Tuned.tried == [(None, 1), ("self", 1), (None, 2), ("self", 2)] * 3
-    assert found.chosen == {"speculation": 1, "compute": "device", "n_threads": 2}
+    assert found.chosen == {"draft_tokens": 1, "on_miss": "fetch", "n_threads": 2}
 
 
 # --- real models -----------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def stored(bundled: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
             copied = tmp_path / "draft.gguf"
             copied.write_bytes(bundled[1].read_bytes())
             draft = str(copied)
-        chosen = {"draft": draft, "speculation": 2, "compute": "device", "n_threads": 1}
+        chosen = {"draft": draft, "draft_tokens": 2, "on_miss": "fetch", "n_threads": 1}
         bounds = {"resident": "1/2", "vram_budget": None}
         made_for, of_draft = profile.key(bundled[0], None), profile.key(bundled[0], draft).draft
         return profile.store(TuneProfile(made_for, bounds, chosen, {}, of_draft)), draft
@@ -220,17 +220,17 @@ def run(bundled: Pair, **options: Any) -> tuple[dict[str, Any] | None, int]:
 def test_a_run_that_names_no_draft_picks_it_up(stored: Any, bundled: Pair, draft: str | None) -> None:
     _, draft = stored(draft)
     applied, n_drafted = run(bundled)
-    assert applied == {"draft": draft, "resident": "1/2", "speculation": 2, "compute": "device", "n_threads": 1}
+    assert applied == {"draft": draft, "resident": "1/2", "draft_tokens": 2, "on_miss": "fetch", "n_threads": 1}
     assert n_drafted > 0
     assert run(bundled, resident="1/4") == (None, 0)  # other bounds
-    applied, n_drafted = run(bundled, speculation=0)
+    applied, n_drafted = run(bundled, draft_tokens=0)
     assert applied is not None and "draft" not in applied and n_drafted == 0
 
 
 def test_a_draft_that_the_user_names_is_kept(stored: Any, bundled: Pair) -> None:
     stored()
     assert run(bundled, draft="ngram", resident="1/2")[0] is None
-    chosen = {"speculation": 1, "compute": "device", "n_threads": 1}
+    chosen = {"draft_tokens": 1, "on_miss": "fetch", "n_threads": 1}
     profile.store(TuneProfile(profile.key(bundled[0], "ngram"), {"resident": "1/2", "vram_budget": None}, chosen, {}))
     applied = run(bundled, draft="ngram")[0]
     assert applied is not None and applied["speculation"] == 1 and "draft" not in applied

@@ -145,21 +145,21 @@ def foresight(bundled: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("learned")
     recorded, out = folder / "t.npz", folder / "foresight.npz"
     model, draft = map(str, bundled)
-    options = ["--draft", draft, "--speculation", "2", "-n", "48", "--texts", "2", "-c", "512", "--policy", "all"]
+    options = ["--draft", draft, "--draft-tokens", "2", "-n", "48", "--texts", "2", "-c", "512", "--policy", "all"]
     assert main(["trace", model, "-o", str(recorded), *options, "--json"]) == 0
     assert main(["tune", model, "--learn", str(recorded), "-o", str(out), "--json"]) == 0
     return recorded, out
 
 
 def test_it_runs_live_and_changes_no_text(bundled: tuple[Path, Path], foresight: tuple[Path, Path]) -> None:
-    with llm(bundled[0], policy="lru", speculation=0) as plain:
+    with llm(bundled[0], policy="lru", draft_tokens=0) as plain:
         expected = texts(plain, prompts()[:6])
     for policy in ("learned", "auto"):
         options: dict[str, Any] = {"policy": policy, "foresight": foresight[1], "deterministic": True, "resident": 0.25}
-        with llm(bundled[0], draft=bundled[1], speculation=2, **options) as model:
+        with llm(bundled[0], draft=bundled[1], draft_tokens=2, **options) as model:
             assert texts(model, prompts()[:6]) == expected
             stats = model.stats()
-            assert isinstance(model._lookahead._policy, Learning)
+            assert isinstance(model._speculator._policy, Learning)
         assert (stats.policy, stats.foresight, stats.policy_failures) == (policy, "learned", 0)
         assert stats.foreseen is not None and 0.4 < stats.foreseen["precision"] <= 1
         assert stats.experts.prefetched
@@ -172,7 +172,7 @@ def test_a_replay_gives_the_engines_counters(
     """The policy is the same object in both, so it has to know the same at the same time."""
     out, (model, draft) = tmp_path / "live.npz", map(str, bundled)
     options: dict[str, Any] = {"n_ctx": 512, "resident": "1/4", "deterministic": True, "policy": "learned"}
-    llm_ = Recorder(model, draft=draft, speculation=2, foresight=foresight[1], **options)
+    llm_ = Recorder(model, draft=draft, draft_tokens=2, predictor=foresight[1], **options)
     with contextlib.closing(llm_), trace.Writer(out, llm_.meta() | {"prompts": [{"id": "0", "domain": "prose"}]}) as to:
         llm_.sink = to.add
         llm_.begin_passage(0)
@@ -196,20 +196,20 @@ def test_simulate_and_its_errors(
 ) -> None:
     recorded, file = map(str, foresight)
     replay = ["simulate", recorded, "--resident", "1/4"]
-    assert main([*replay, "--policy", "lru,learned,auto", "--foresight", file, "--json"]) == 0
+    assert main([*replay, "--policy", "lru,learned,auto", "--predictor", file, "--json"]) == 0
     rows = {row["policy"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["learned"]["misses"] < rows["lru"]["misses"]
     assert 0 < rows["learned"]["foresight_precision"] <= 1 and rows["learned"]["foresight_lead_tokens"] == 3
     assert main([*replay, "--policy", "all"]) == 0
     assert "| learned |" not in capsys.readouterr().out
-    assert main([*replay, "--policy", "all", "--foresight", file]) == 0
+    assert main([*replay, "--policy", "all", "--predictor", file]) == 0
     assert "| learned |" in capsys.readouterr().out
     network_file.write(made(), tmp_path / "other.npz")
     for options, cause in (
         (["--policy", "learned"], "needs a file"),
-        (["--policy", "auto", "--foresight", str(tmp_path / "none.npz")], "there is no foresight"),
-        (["--policy", "auto", "--foresight", str(tmp_path / "other.npz")], "was learned for 2 of 16 experts"),
-        (["--policy", "auto", "--foresight", recorded], "not learned foresight"),
+        (["--policy", "auto", "--predictor", str(tmp_path / "none.npz")], "there is no foresight"),
+        (["--policy", "auto", "--predictor", str(tmp_path / "other.npz")], "was learned for 2 of 16 experts"),
+        (["--policy", "auto", "--predictor", recorded], "not learned foresight"),
     ):
         assert main([*replay, *options]) in (1, 2)
         said = capsys.readouterr()
@@ -239,6 +239,6 @@ def test_a_model_that_the_traces_are_not_of(
     assert "is of a model with 32 experts" in capsys.readouterr().err
     with (
         pytest.raises(EdgeError, match="was learned for"),
-        llm(Path(other), policy="learned", foresight=foresight[1]),
+        llm(Path(other), policy="learned", predictor=foresight[1]),
     ):
         pass

@@ -53,19 +53,19 @@ def test_other_threads_scale_the_costs_by_width() -> None:
 
 
 def test_without_slots_it_is_the_linear_model() -> None:
-    found = {c.speculation: c for c in predict.candidates(measured(), None, [], None, None)}
+    found = {c.draft_tokens: c for c in predict.candidates(measured(), None, [], None, None)}
     assert sorted(found) == [0, 1, 2]
     assert found[0].predicted_tok_per_s == pytest.approx(1e3 / (2.0 + 0.1))
     one, two = 1 + 3 / 4, 1 + 5 / 4  # tokens a step that steps of two drafted ones would have had
     assert found[1].predicted_tok_per_s == pytest.approx(1e3 * one / (2.5 + 0.5 + 0.1 * one))
     assert found[2].predicted_tok_per_s == pytest.approx(1e3 * two / (3.0 + 1.0 + 0.1 * two))
-    assert {c.compute for c in found.values()} == {"auto"}
+    assert {c.on_miss for c in found.values()} == {"auto"}
 
 
 def test_with_slots_stalls_are_those_of_the_replay() -> None:
     steps = [step for step in traces.text(1, 120) if not step.is_prompt]
     setting = traces.setting(n_slots=14)
-    ours = {c.speculation: c for c in predict.candidates(measured(overhead_ms=0.0), setting, steps, 0.4, 0.4)}
+    ours = {c.draft_tokens: c for c in predict.candidates(measured(overhead_ms=0.0), setting, steps, 0.4, 0.4)}
     theirs = Replay("auto", setting, StepCosts(BASE, 0.5), drafts=True).run(steps)
     assert ours[2].predicted_tok_per_s == pytest.approx(theirs.tok_per_s)
     assert theirs.counters.stall_ms > 0
@@ -91,9 +91,9 @@ def test_hybrid_misses_cost_what_they_did() -> None:
     def speeds(**changes: float) -> dict[str, float]:
         costs = measured(hybrid=dataclasses.replace(hybrid, **changes))
         return {
-            c.compute: c.predicted_tok_per_s
+            c.on_miss: c.predicted_tok_per_s
             for c in predict.candidates(costs, setting, steps, 0.4, 0.4)
-            if c.speculation == 0
+            if c.draft_tokens == 0
         }
 
     free = speeds()
@@ -110,7 +110,7 @@ def test_without_a_draft_its_bytes_are_slots() -> None:
 
     def alone(share: float) -> float:
         found = predict.candidates(measured(), setting, steps, 0.2, share)
-        return next(c.predicted_tok_per_s for c in found if c.speculation == 0)
+        return next(c.predicted_tok_per_s for c in found if c.draft_tokens == 0)
 
     assert alone(0.9) > alone(0.25)
 

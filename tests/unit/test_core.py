@@ -4,12 +4,23 @@ import pytest
 
 from edge_speq.core import ExpertCounters, Speculation
 from edge_speq.errors import EdgeError
-from edge_speq.units import parse_bytes, parse_share
+from edge_speq.units import parse_bytes, parse_rate, parse_share
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("6GiB", 6 << 30), ("500MB", 500_000_000), ("1.5kib", 1536), ("123", 123), (77, 77), ("2G", None), ("-1MB", None)],
+    [
+        ("6GiB", 6 << 30),
+        ("500MB", 500_000_000),
+        ("1.5kib", 1536),
+        ("123B", 123),
+        (77 << 20, 77 << 20),
+        ("32G", 32 << 30),
+        ("12.5 GB", 12_500_000_000),
+        ("-1MB", None),
+        ("6Gi", None),
+        ("", None),
+    ],
 )
 def test_parse_bytes(text: str | int, expected: int | None) -> None:
     if expected is None:
@@ -18,6 +29,24 @@ def test_parse_bytes(text: str | int, expected: int | None) -> None:
         assert error.value.usage
     else:
         assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(("value", "hint"), [("8192", "8192MiB or 8GiB"), (8192, "8192MiB or 8GiB"), ("6", "6GiB")])
+def test_a_size_without_a_unit_is_refused_with_the_right_spelling(value: str | int, hint: str) -> None:
+    with pytest.raises(EdgeError, match=r"vram_budget=.* has no unit") as error:
+        parse_bytes(value, "vram_budget")
+    assert hint in error.value.hint and error.value.usage
+
+
+@pytest.mark.parametrize("text", ["12.5GB/s", "12.5 GB/s", "12.5GB / s", "12.5GB"])
+def test_parse_rate(text: str) -> None:
+    assert parse_rate(text) == 12_500_000_000
+
+
+@pytest.mark.parametrize(("text", "message"), [("12.5", "no unit"), ("0GB/s", "speed of a link"), ("fast", "speed")])
+def test_what_is_no_rate(text: str, message: str) -> None:
+    with pytest.raises(EdgeError, match=message):
+        parse_rate(text)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_speq import progress as watch
-from edge_speq.convert import native_log
+from edge_speq._native.log import captured
 from edge_speq.convert.quantization import types
 from edge_speq.convert.quantization.imatrix import Importance
 from edge_speq.errors import EdgeError
@@ -197,7 +197,7 @@ def _call(source: Path, out: Path | None, file: GGUFFile, recipe: Recipe, target
     params.ftype, params.pure, params.allow_requantize = recipe.ftype, recipe.pure, True
     params.dry_run, params.max_buf_size = out is None, SLAB_BYTES
     keep_alive = [_set_types(params, recipe), _set_keys(params, file, recipe), _set_importance(params, recipe)]
-    with native_log.captured() as log:
+    with captured() as log:
         status = llama_cpp.llama_model_quantize(_path(source), _path(out or source), ctypes.byref(params))
     del keep_alive
     if status:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_speq import _native
-from edge_speq._reckoning import Guess
+from edge_speq._native.policy_kernels import Prediction
 from edge_speq.policies.context import PolicyContext, Slots
 from edge_speq.policies.draft_routing import Quality
 from edge_speq.policies.frequency import Frequency
@@ -85,7 +85,7 @@ def _squared(error: Chances) -> float:
     return float(error @ error) / max(1, len(error))
 
 
-def _chances(guess: Guess, found: Marks, often: Chances) -> Chances:
+def _chances(guess: Prediction, found: Marks, often: Chances) -> Chances:
     """Of a demand, as `waits` has them."""
     inside, outside = guess.rates.chances
     keys = found.nonzero()[0]

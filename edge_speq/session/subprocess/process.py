@@ -13,7 +13,6 @@ import sys
 import threading
 from typing import Any, BinaryIO, cast
 
-from edge_speq import log as _quiet  # noqa: F401  # a library prints nothing unasked
 from edge_speq.errors import EdgeError
 from edge_speq.session.subprocess import freeze, wire
 
@@ -21,6 +20,7 @@ AGAIN = "the next request starts it again"
 LAST_WORDS = 20  # lines of stderr that are kept for the obituary
 DYING = 0.5  # seconds between the end of a child's stdout and its own
 
+logging.getLogger("edge_speq").addHandler(logging.NullHandler())  # a library prints nothing unasked
 log = logging.getLogger("edge_speq.child")
 
 Answer = tuple[str, Any]  # a message's kind and content

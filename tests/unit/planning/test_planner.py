@@ -23,7 +23,7 @@ def make(experts: Experts = TALES, **options: object):
         "resident": None,
         "budget_bytes": None,
         "fixed_bytes": 0,
-        "speculation": None,
+        "draft_tokens": None,
         "has_draft": True,
     }
     return plan(experts, **(defaults | options))  # type: ignore[arg-type]
@@ -39,7 +39,7 @@ def test_resident_share_becomes_slots_of_each_group() -> None:
 def test_a_floor_takes_from_the_other_groups() -> None:
     assert make(TWO_GROUPS, resident=0.45).slots == (18, 10)
     few = Experts(4, 32, 4, (ExpertGroup(3, 96, 1000), ExpertGroup(1, 32, 1500)))
-    assert make(few, resident=0.3, speculation=2).slots == (23, 13)  # even shares are 28 and 9
+    assert make(few, resident=0.3, draft_tokens=2).slots == (23, 13)  # even shares are 28 and 9
 
 
 def test_the_smaller_of_share_and_budget_wins() -> None:
@@ -79,7 +79,7 @@ def test_auto_speculation_shrinks_to_what_the_slots_allow() -> None:
 
 def test_a_small_group_keeps_its_floor_at_small_shares() -> None:
     lopsided = Experts(6, 32, 4, (ExpertGroup(5, 160, 1000), ExpertGroup(1, 32, 1000)))
-    made = make(lopsided, resident=0.25, speculation=4)
+    made = make(lopsided, resident=0.25, draft_tokens=4)
     assert made.k_max == 4
     assert made.slots[1] >= 21
     assert sum(made.slots) <= 48
@@ -96,9 +96,9 @@ def test_auto_speculation_takes_little_from_other_groups() -> None:
 
 def test_asked_for_speculation_is_refused_with_the_share_it_needs() -> None:
     with pytest.raises(EdgeError, match=r"2.29 MiB for slots are too few: .* 8 draft tokens needs 33 slots") as error:
-        make(resident=1 / 8, speculation=8)
+        make(resident=1 / 8, draft_tokens=8)
     assert "resident of at least 0.172" in error.value.hint
-    assert make(resident=0.172, speculation=8).k_max == 8
+    assert make(resident=0.172, draft_tokens=8).k_max == 8
 
 
 def test_an_impossible_budget_names_the_smallest_possible_one() -> None:
@@ -126,7 +126,7 @@ def test_experts_that_the_hook_does_not_know_stay_on_the_cpu() -> None:
 
 
 def test_without_a_draft_nothing_is_speculated() -> None:
-    assert make(resident=0.5, has_draft=False, speculation=4).k_max == 0
+    assert make(resident=0.5, has_draft=False, draft_tokens=4).k_max == 0
 
 
 def test_auto_drops_a_draft_that_leaves_too_few_slots() -> None:
@@ -140,7 +140,7 @@ def test_auto_drops_a_draft_that_leaves_too_few_slots() -> None:
     assert "with a draft the slots would be too few" in made.reason
     assert make(**(bounds | {"fixed_bytes": 4_900_000})).k_max == 1  # with a little more room it stays
     with pytest.raises(EdgeError, match="4 draft tokens"):
-        make(**bounds, speculation=4)  # asked for, it is not dropped
+        make(**bounds, draft_tokens=4)  # asked for, it is not dropped
 
 
 def test_auto_drops_the_draft_where_even_one_token_is_too_wide() -> None:
@@ -169,7 +169,7 @@ def test_a_plan_never_exceeds_its_bounds_or_undercuts_the_floor(n_expert, n_bloc
     used = data.draw(st.integers(1, n_expert))
     experts = Experts(n_blocks, n_expert, used, (ExpertGroup(n_blocks, n_blocks * n_expert, 1000),))
     try:
-        made = make(experts, resident=share, speculation=k, policy="lru")
+        made = make(experts, resident=share, draft_tokens=k, policy="lru")
     except EdgeError as error:
         assert "resident of at least" in error.hint
         return
