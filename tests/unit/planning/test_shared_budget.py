@@ -47,7 +47,7 @@ class Model:
 
 
 def test_what_the_fixed_parts_leave_is_shared_by_the_bytes_of_experts() -> None:
-    budget, models = Budget(2000), list[Model]()
+    budget, models = Budget("2000B"), list[Model]()
     for experts_bytes in (300, 600):
         Model(budget, experts_bytes, models).load(experts_bytes)
     assert [model.held for model in models] == [FIXED + 600, FIXED + 1200]
@@ -59,7 +59,7 @@ def test_what_the_fixed_parts_leave_is_shared_by_the_bytes_of_experts() -> None:
 
 def test_the_model_that_shrinks_makes_room_before_another_grows() -> None:
     """The second model has fewer experts than it was admitted for. It gives up bytes first, though it came later."""
-    budget, models = Budget(2000), list[Model]()
+    budget, models = Budget("2000B"), list[Model]()
     Model(budget, 600, models).load(600)
     Model(budget, 300, models).load(1800)
     assert [model.held for model in models] == [FIXED + 1200, FIXED + 600]
@@ -67,7 +67,7 @@ def test_the_model_that_shrinks_makes_room_before_another_grows() -> None:
 
 
 def test_a_model_that_does_not_fit_changes_nothing() -> None:
-    budget, models = Budget(450), list[Model]()
+    budget, models = Budget("450B"), list[Model]()
     Model(budget, 300, models).load(300)
     refused = Model(budget, 3000, models)
     with pytest.raises(EdgeError):
