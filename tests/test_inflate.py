@@ -16,7 +16,7 @@ from edge_speq import EdgeLlama, _native
 from edge_speq.errors import EdgeError
 from edge_speq.gguf import model as gguf_model
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "models" / "recipes"))
 import inflate
 import inflate_check
 from inflate import InflateError, Times

@@ -1,4 +1,4 @@
-"""tools/inflate_model.py: what it writes loads, reads text, serves experts from slots, and is as local as it says."""
+"""Models of inflate_model.py load, read text, serve experts from slots, and route as locally as it says."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 
 from edge_speq import EdgeLlama
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+RECIPES = Path(__file__).resolve().parent.parent / "models" / "recipes"
 Tool = dict[str, Any]
 
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Tool:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return runpy.run_path(str(TOOLS / "inflate_model.py"))
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return runpy.run_path(str(RECIPES / "inflate_model.py"))
 
 
 def narrow(tool: Tool, name: str, n_expert: int, n_used: int, n_embd: int = 256) -> Any:

@@ -13,13 +13,13 @@ import pytest
 from support.tiny_checkpoint import write_tokenizer
 
 torch = pytest.importorskip("torch", reason="needs torch, of the extra edge-speq[convert]")
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+RECIPES = Path(__file__).resolve().parent.parent / "models" / "recipes"
 SHAPE = ["--d-model", "64", "--layers", "2", "--experts", "6", "--ff", "32", "--vocab", "400"]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(TOOLS))
+    monkeypatch.syspath_prepend(str(RECIPES))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,7 +27,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def run(*arguments: object) -> str:
-    command = [sys.executable, str(TOOLS / "train_moe.py"), *map(str, arguments)]
+    command = [sys.executable, str(RECIPES / "train_moe.py"), *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 

@@ -7,7 +7,7 @@ to the slots, whose misses are counted, and the slots follow the rule that misse
 
 A rule is recency (LRU), or how often steps demanded an expert, decaying, and a little more for the last step. LRU's
 misses times 0.82 to 1.00 on 16 texts of 64 tokens of three models, 0.84 to 1.06 on 20 tokens of four texts in turn;
-with one short memory (`lfru`) 0.87 to 1.06 and 0.97 to 1.15 (docs/presets.md, tools/keep_table.py).
+with one short memory (`lfru`) 0.87 to 1.06 and 0.97 to 1.15 (docs/results/policies.md, `keep`).
 """
 
 from __future__ import annotations

@@ -1,44 +1,32 @@
-"""tools/server_soak.py: 200 requests of 32 clients, and what it calls a leak."""
+"""The server's soak test: 200 requests of 32 clients, and what it calls a leak."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from benchmarks import server_soak as soak
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-TOOLS = Path(__file__).parents[2] / "tools"
-
-
-@pytest.fixture
-def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    spec = importlib.util.spec_from_file_location("server_soak", TOOLS / "server_soak.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "server_soak", module)  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.long
-def test_two_hundred_requests(soak: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_hundred_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Too few to see a small leak: memory settles over the first thousand."""
     path = tmp_path / "soak.json"
-    assert soak.main(["--requests", "200", "--limit", "50", "--json", str(path)]) == 0, capsys.readouterr().out
+    assert soak.main(["--requests", "200", "--limit", "50", "-o", str(path)]) == 0, capsys.readouterr().out
     written = json.loads(path.read_text())
     assert (written["requests"], written["problems"], written["exit_code"]) == (200, [], 0)
     assert written["compared"] > 80 and len(written["kinds"]) > 10
     assert set(written["statuses"]) <= {"200", "400", "429"}
 
 
-def test_what_counts_as_a_leak(soak: ModuleType) -> None:
+def test_what_counts_as_a_leak() -> None:
     for growth, problem in (
         ({}, None),
         ({"anonymous_bytes": 2 << 20}, "anonymous"),

@@ -1,31 +1,20 @@
-"""tools/soak.py: its verdict on made-up samples, and a short run of the real thing."""
+"""The soak test: its verdict on made-up samples, and a short run of the real thing."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from benchmarks import soak
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-TOOL = Path(__file__).parents[2] / "tools" / "soak.py"
 SHORT = ["--generations", "150", "--every", "10", "--warmup", "50", "--limit", "20", "--resident", "3/4"]
 
 
-@pytest.fixture(scope="module")
-def soak() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("soak", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["soak"] = module  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
-
-
-def report(soak: ModuleType, **growth: int) -> list[str]:
+def report(**growth: int) -> list[str]:
     """The leaks of 10,000 generations that begin with a jump of memory and then grow by so much per 1,000."""
     made = soak.Report()
     for n in range(500, 10_001, 500):
@@ -37,14 +26,14 @@ def report(soak: ModuleType, **growth: int) -> list[str]:
     return made.leaks
 
 
-def test_what_counts_as_a_leak(soak: ModuleType) -> None:
-    assert report(soak) == []
-    assert report(soak, anonymous_bytes=900 << 10) == []
+def test_what_counts_as_a_leak() -> None:
+    assert report() == []
+    assert report(anonymous_bytes=900 << 10) == []
     for name, growth in (("anonymous_bytes", 1100 << 10), ("descriptors", 1), ("threads", 1)):
-        (leak,) = report(soak, **{name: growth})
+        (leak,) = report(**{name: growth})
         assert leak.startswith(name.split("_")[0])
-    assert report(soak, device_free_bytes=-(2 << 20)) == ["device memory: 2.00 MiB per 1,000 generations"]
-    assert report(soak, device_free_bytes=2 << 20) == []
+    assert report(device_free_bytes=-(2 << 20)) == ["device memory: 2.00 MiB per 1,000 generations"]
+    assert report(device_free_bytes=2 << 20) == []
 
 
 @pytest.fixture
@@ -53,10 +42,10 @@ def pair(tiny) -> list[str]:
 
 
 @pytest.mark.long
-def test_a_short_run(soak: ModuleType, pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_run(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Too short to see a small leak: memory settles over the first thousand generations."""
     path = tmp_path / "soak.json"
-    assert soak.main([*pair, *SHORT, "--json", str(path)]) == 0
+    assert soak.main([*pair, *SHORT, "-o", str(path)]) == 0
     written = json.loads(path.read_text())
     assert (written["generations"], written["opened"], written["leaks"]) == (150, 7, [])
     assert written["cancelled"] > 0 and written["tokens"] > 150
@@ -67,7 +56,7 @@ def test_a_short_run(soak: ModuleType, pair: list[str], tmp_path: Path, capsys: 
 
 @pytest.mark.long
 def test_a_leak_is_found(
-    soak: ModuleType, pair: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pair: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     leaked: list[object] = []
     step = soak.Soak.step
@@ -76,11 +65,11 @@ def test_a_leak_is_found(
         step(self, i)
         leaked.append(b"x" * (256 << 10))
         if i % 10 == 0:
-            leaked.append(TOOL.open())
+            leaked.append(Path(__file__).open())  # noqa: SIM115
 
     monkeypatch.setattr(soak.Soak, "step", leaking)
     try:
-        assert soak.main([*pair, *SHORT]) == 1
+        assert soak.main([*pair, *SHORT, "-o", str(tmp_path / "soak.json")]) == 1
     finally:
         for thing in leaked:
             if hasattr(thing, "close"):
