@@ -1,4 +1,4 @@
-"""Tests here hunt for leaks, and are marked so. The measurements are found in the repository, after what is installed."""
+"""Tests here hunt for leaks, and are marked so. What measures is found in the repository, after what is installed."""
 
 from __future__ import annotations
 
