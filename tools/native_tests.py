@@ -116,9 +116,22 @@ def link_test(compiler: list[str], test: str, sanitizer: str, objects: dict[str,
     return program
 
 
+def run_test(program: Path) -> str:
+    """Run a test program. Return "ok" or what went wrong."""
+    try:
+        status = subprocess.run([str(program), str(MODEL)], check=False, timeout=TIMEOUT).returncode
+    except subprocess.TimeoutExpired:
+        return f"no end after {TIMEOUT} s"
+    return "ok" if status == 0 else f"FAILED with status {status}"
+
+
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    passed = 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", metavar="TEST", help=f"run these only, of {', '.join(TESTS)}")
+    chosen = parser.parse_args().tests or list(TESTS)
+    if unknown := set(chosen) - set(TESTS):
+        parser.error(f"no such test: {', '.join(sorted(unknown))}")
+    results = []
     with tempfile.TemporaryDirectory(prefix="edge-native-tests-") as work:
         out = Path(work)
         upstream = Upstream.load(NATIVE / "upstream.toml")
@@ -129,20 +142,12 @@ def main() -> int:
             folder = out / sanitizer.partition(",")[0]
             folder.mkdir()
             objects = compile_objects(compiler, sanitizer, folder)
-            for test in TESTS:
-                program = link_test(compiler, test, sanitizer, objects)
-                print(f"{test} under {sanitizer}: ", end="", flush=True)
-                try:
-                    run = subprocess.run([str(program), str(MODEL)], check=False, timeout=TIMEOUT)
-                except subprocess.TimeoutExpired:
-                    print(f"no end after {TIMEOUT} s")
-                    return 1
-                if run.returncode:
-                    print("FAILED")
-                    return 1
-                passed += 1
-    print(f"{passed} passed, 0 failed")
-    return 0
+            for test in chosen:
+                results.append(run_test(link_test(compiler, test, sanitizer, objects)))
+                print(f"{test} under {sanitizer}: {results[-1]}", flush=True)
+    passed = results.count("ok")
+    print(f"{passed} passed, {len(results) - passed} failed")
+    return int(passed < len(results))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,21 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from edge_speq import __version__
-from edge_speq.cli import bench, chat, convert, doctor, inspect, interrupt, plan, run, serve, simulate, trace, tune
+from edge_speq.cli import (
+    bench,
+    chat,
+    convert,
+    demo,
+    doctor,
+    inspect,
+    interrupt,
+    plan,
+    run,
+    serve,
+    simulate,
+    trace,
+    tune,
+)
 from edge_speq.errors import EdgeError
 
 
@@ -90,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="edge-speq", description="Run MoE GGUF models larger than the GPU.")
     top.add_argument("--version", action=_Version, nargs=0, help="package, llama.cpp commit and devices")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, chat, serve, plan, bench, convert, inspect, doctor, trace, simulate, tune):
+    for command in (demo, run, chat, serve, plan, bench, convert, inspect, doctor, trace, simulate, tune):
         command.add_parser(commands)
     return top
 

@@ -124,6 +124,10 @@ class Resizable(TargetContext):
         """Draft at most so many tokens a step from now on."""
         self._speculator.limit(most)
 
+    def limit_lookahead(self, most: int) -> None:
+        """Let a draft run on, for its routing, at most so many tokens beyond those that it proposes."""
+        self._speculator.depth.limit_to(most)
+
     def prefetch_rate(self, n_experts: int) -> float | None:
         """Prefetch so many absent experts, wait for them, and return the bytes per second; None where none is absent
         or the model has no slots."""

@@ -34,7 +34,7 @@ class SelfDraft:
         self.experts: Experts | None = hook.experts
         self._target, self._hook, self._max_width = target, hook, max_width
         self._shown = RoutingBuffer()
-        self._uses = "resident" if twin is None else "twin"
+        self._uses = "resident" if twin is None else "draft"
         if twin is not None:
             hook.load_draft_experts(str(twin.path), twin.tensors)
 

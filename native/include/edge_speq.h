@@ -68,8 +68,8 @@ EDGE_API const char * edge_last_error(void);
 typedef struct edge_device {
     char name[64];
     char description[128];
-    int32_t is_gpu;            // 1 for discrete and integrated GPUs, 0 for the CPU and accelerators
-    int32_t is_integrated;     // 1 for a GPU that shares the host's memory
+    int32_t is_gpu; // 1 for discrete and integrated GPUs, 0 for the CPU and accelerators
+    int32_t is_integrated; // 1 for a GPU that shares the host's memory
     uint64_t free_bytes;
     uint64_t total_bytes;
 } edge_device;
@@ -91,17 +91,17 @@ EDGE_API void * edge_host_buffer_type(void);
 // A block is one MoE feed-forward of one layer; blocks are numbered in layer order. A group is the set of blocks
 // whose up, gate and down weights agree in type and shape, so that one slot can hold any expert of the group.
 typedef struct edge_experts {
-    int32_t n_blocks;          // 0: a dense model
-    int32_t n_expert;          // experts per block
-    int32_t n_expert_used;     // experts per token and block
+    int32_t n_blocks; // 0: a dense model
+    int32_t n_expert; // experts per block
+    int32_t n_expert_used; // experts per token and block
     int32_t n_groups;
-    uint64_t total_bytes;       // of all routed experts
+    uint64_t total_bytes; // of all routed experts
 } edge_experts;
 
 typedef struct edge_group {
     int32_t n_blocks;
-    int32_t n_experts;         // n_blocks * n_expert
-    uint64_t expert_bytes;      // gate, up and down weights of one expert
+    int32_t n_experts; // n_blocks * n_expert
+    uint64_t expert_bytes; // gate, up and down weights of one expert
 } edge_group;
 
 EDGE_API int edge_model_experts(const struct llama_model * model, edge_experts * out);
@@ -115,9 +115,9 @@ EDGE_API int edge_vocab_compare(const struct llama_model * a, const struct llama
 
 // Memory of a context and its model on one side.
 typedef struct edge_memory {
-    uint64_t model_bytes;       // weights in device buffers; mapped file pages are not counted
-    uint64_t context_bytes;     // KV cache and recurrent state
-    uint64_t compute_bytes;     // buffers of intermediate results
+    uint64_t model_bytes; // weights in device buffers; mapped file pages are not counted
+    uint64_t context_bytes; // KV cache and recurrent state
+    uint64_t compute_bytes; // buffers of intermediate results
 } edge_memory;
 
 // Measure what a context and its model hold on GPUs (on_gpu) or in host memory. Works on a no_alloc dry load, too.

@@ -94,10 +94,10 @@ double run(const Machine & machine, edge::Balancer & balancer, int blocks, int c
 }
 
 const Machine machines[] = {
-    { 1.0 / 15, 0.5 / 15, 1.0 / 12.5, 0.2 },   // a laptop: six cores, PCIe 4 x8
-    { 1.0 / 38, 0.3 / 38, 1.0 / 45, 0.5 },     // a server
-    { 1.0 / 5, 1.0 / 5, 1.0 / 25, 0.0 },       // a slow CPU: everything is fetched
-    { 1.0 / 60, 0.1 / 60, 1.0 / 4, 1.0 },      // a slow link: almost nothing is fetched
+    { 1.0 / 15, 0.5 / 15, 1.0 / 12.5, 0.2 }, // a laptop: six cores, PCIe 4 x8
+    { 1.0 / 38, 0.3 / 38, 1.0 / 45, 0.5 }, // a server
+    { 1.0 / 5, 1.0 / 5, 1.0 / 25, 0.0 }, // a slow CPU: everything is fetched
+    { 1.0 / 60, 0.1 / 60, 1.0 / 4, 1.0 }, // a slow link: almost nothing is fetched
 };
 
 void splits_are_exact_for_the_costs_it_knows() {

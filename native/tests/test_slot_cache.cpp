@@ -100,7 +100,7 @@ void counters_follow_the_glossary(const Model & model) {
     edge::SlotCache slot_cache(model.table, { 9 }, ggml_backend_cpu_buffer_type(), {});
     demand(slot_cache, 0, { 1, 2, 1, 3 }); // three distinct demands
     demand(slot_cache, 1, { 1 });
-    demand(slot_cache, 0, { 3, 4 });       // block 0 again: the second step
+    demand(slot_cache, 0, { 3, 4 }); // block 0 again: the second step
     CHECK(prefetch(slot_cache, { { 2, 5 }, { 2, 6 }, { 0, 4 } }) == 2); // (0, 4) is resident
     slot_cache.drain();
     demand(slot_cache, 2, { 5 });
@@ -207,7 +207,7 @@ void virtual_time_repeats(const Model & model) {
     CHECK(prefetch(slot_cache, { { 2, 1 }, { 3, 1 }, { 3, 2 } }) == 3);
     CHECK(state(slot_cache, 2, 1) == edge::SlotState::loading && state(slot_cache, 3, 1) == edge::SlotState::absent);
     demand(slot_cache, 0, { 5 }); // at 1: waits for the one in flight, then for its own
-    CHECK(slot_cache.counters().stall_ns == 3 * block_ns);             // from 1 to 4 blocks
+    CHECK(slot_cache.counters().stall_ns == 3 * block_ns); // from 1 to 4 blocks
     CHECK(state(slot_cache, 2, 1) == edge::SlotState::resident);
     demand(slot_cache, 2, { 1 }); // at 5: hit; (3, 1) began at 4
     demand(slot_cache, 3, { 1, 2 }); // at 6: hit, and (3, 2) is late

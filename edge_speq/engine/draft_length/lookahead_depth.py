@@ -22,6 +22,7 @@ class LookaheadDepth:
 
     def __init__(self, *, fixed: bool) -> None:
         self._fixed = fixed
+        self._ceiling: int | None = None
         self.depth = FIRST
         self._most = FIRST  # that the policy could use
         self._trying: int | None = None
@@ -34,10 +35,15 @@ class LookaheadDepth:
 
     def limit(self, wanted: int) -> int:
         """Tokens to run on, of those that the policy could use."""
+        wanted = wanted if self._ceiling is None else min(wanted, self._ceiling)
         self._most = wanted
         if self._fixed:
             return wanted
         return min(wanted, self.depth if self._trying is None else self._trying)
+
+    def limit_to(self, most: int) -> None:
+        """Run on at most so many tokens from now on."""
+        self._ceiling = most
 
     def observe(self, n_drafted: int, seconds: float) -> None:
         """One step: the draft's seconds and those that the target waited for experts."""

@@ -8,16 +8,16 @@ namespace edge {
 namespace {
 
 constexpr double cpu_start = 15e3; // ns: threads woken, a graph of a few nodes begun and ended
-constexpr double link_start = 8e3;  // ns: copies queued, their end noticed
-constexpr double weight = 0.1;  // smoothing of averages
-constexpr double falling = 0.2;  // weight of a measurement below the estimate
+constexpr double link_start = 8e3; // ns: copies queued, their end noticed
+constexpr double weight = 0.1; // smoothing of averages
+constexpr double falling = 0.2; // weight of a measurement below the estimate
 constexpr double rising = 0.05; // weight of one above it
-constexpr int first_ones = 8;    // first measurements, of which the smallest is believed
+constexpr int first_ones = 8; // first measurements, of which the smallest is believed
 
 constexpr uint32_t period = 2048; // blocks, of which the first
-constexpr uint32_t computed_only = 12;   // measure the CPU's rate alone,
-constexpr uint32_t fetched_only = 16;   // those up to this one the link's rate,
-constexpr uint32_t divided = 20;   // and those up to this one their contention
+constexpr uint32_t computed_only = 12; // measure the CPU's rate alone,
+constexpr uint32_t fetched_only = 16; // those up to this one the link's rate,
+constexpr uint32_t divided = 20; // and those up to this one their contention
 constexpr double least_cost = 1e-3; // ns per byte: a rate above 1 TB/s is a measurement error
 constexpr double most_contention = 2;
 

@@ -22,11 +22,11 @@ struct Around {
 // Cost of one expert, in nanoseconds, measured before the first block.
 struct CostCalibration {
     uint64_t expert_bytes;
-    double cpu;         // to compute it for one token
-    double cpu_pair;    // for each further token
-    double cpu_shared;  // for one token while the link is busy
-    size_t n_fetched;   // with this many experts
-    double link;        // to fetch it
+    double cpu; // to compute it for one token
+    double cpu_pair; // for each further token
+    double cpu_shared; // for one token while the link is busy
+    size_t n_fetched; // with this many experts
+    double link; // to fetch it
     double device_byte; // to read a byte of its weights on the device; 0: unknown
 };
 
@@ -90,12 +90,12 @@ private:
 
     bool overlaps_;
     bool link_is_known_;
-    uint32_t blocks_ = 0;          // split so far
-    Cost cpu_byte_{ 1.0 / 15 };    // ns: the weights of one expert are read once
-    Cost pair_byte_{ 0.5 / 15 };   // ns: each further token of an expert
-    Cost link_byte_;               // ns
-    Cost contention_{ 0.2, 4 };    // CPU time grows by this fraction of the time shared with the link
-    double device_byte_ = 0;         // ns; 0: not measured
+    uint32_t blocks_ = 0; // split so far
+    Cost cpu_byte_{ 1.0 / 15 }; // ns: the weights of one expert are read once
+    Cost pair_byte_{ 0.5 / 15 }; // ns: each further token of an expert
+    Cost link_byte_; // ns
+    Cost contention_{ 0.2, 4 }; // CPU time grows by this fraction of the time shared with the link
+    double device_byte_ = 0; // ns; 0: not measured
     double gain_ = 0;
 };
 

@@ -62,9 +62,9 @@ struct CpuExperts::Clone {
     const ExpertChain & chain;
     ggml_context * ctx;
     ggml_tensor * input; // [n_embd, 1, n_pairs]
-    ggml_tensor * ids;   // [1, n_pairs]
+    ggml_tensor * ids; // [1, n_pairs]
     bool reached_down = false;
-    // Gate and up may be views of one tensor
+    // Gate and up may be views of one tensor.
     std::vector<std::pair<const ggml_tensor *, ggml_tensor *>> & made = owner.made_;
 
     ggml_tensor * of(const ggml_tensor * node, int depth = 0) {

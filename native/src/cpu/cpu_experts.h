@@ -66,9 +66,9 @@ private:
 
     std::unordered_map<const ggml_tensor *, Leaf> leaves_;
     std::vector<std::pair<const ggml_tensor *, ggml_tensor *>> made_; // of the clone in progress
-    std::vector<uint8_t> nodes_;   // memory of the cloned graph's nodes
-    ggml_context_ptr ctx_;     // of these nodes, reset for each computation
-    std::vector<uint8_t> data_;    // of their results; grows as needed
+    std::vector<uint8_t> nodes_; // memory of the cloned graph's nodes
+    ggml_context_ptr ctx_; // of these nodes, reset for each computation
+    std::vector<uint8_t> data_; // of their results; grows as needed
 };
 
 } // namespace edge

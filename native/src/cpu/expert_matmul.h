@@ -46,7 +46,7 @@ private:
     std::vector<Group> groups_;
     std::vector<ggml_tensor *> added_;
     std::vector<size_t> conversion_of_; // of each added node
-    std::vector<Conversion> conversions_;   // since begin()
+    std::vector<Conversion> conversions_; // since begin()
     std::vector<uint8_t> converted_;
 };
 

@@ -42,7 +42,7 @@ private:
     // the next.
     std::atomic<uint64_t> next_{ 0 };
     std::atomic<size_t> finished_{ 0 }; // chunks
-    // Of that job: read by whoever has a chunk of it, written when all are finished
+    // Of that job. Read by whoever has a chunk of it, written when all are finished.
     Chunk chunk_ = nullptr;
     void * job_ = nullptr;
     size_t first_ = 0; // chunk of the caller that is number 0 in next_

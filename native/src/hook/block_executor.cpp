@@ -68,7 +68,7 @@ void edge_hook::serve(ggml_backend_t backend, ggml_tensor * route, int32_t numbe
         const edge::Timeline::Span span(timeline_, EDGE_SPAN_DECIDE, number);
         slot_cache_->demand(number, routing_of(number), static_cast<int32_t>(ggml_nelements(route)), slots_of(number));
     }
-    // An emulated slow link: the host holds the device
+    // The link is emulated: the host holds the device.
     if (slot_cache_->fetching() && !slot_cache_->hold_for_fetches(backend)) {
         prefetch_next_layer();
         await_copies(number);

@@ -36,10 +36,9 @@ ggml_backend_buffer_ptr allocate(ggml_context * ctx, ggml_backend_buffer_type_t 
     return buffer;
 }
 
-// Whether the device of this buffer type can multiply with experts of this type.
+// Whether the device of this buffer type can multiply with experts of this type. Q8_1 and Q8_K are activation types.
 bool multiplies(ggml_backend_buffer_type_t buft, ggml_type type, const ggml_tensor & like) {
     const bool weights = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 ||
-                         // The last two are activation types
                          (ggml_is_quantized(type) && type != GGML_TYPE_Q8_1 && type != GGML_TYPE_Q8_K);
     if (!weights) {
         return false;
@@ -213,9 +212,9 @@ uint64_t DraftExperts::bytes() const {
 ggml_tensor * within_budget(ggml_context * ctx, ggml_tensor * probs, int32_t budget) {
     const int64_t n_expert = probs->ne[0];
     probs = finite(ctx, probs);
-    ggml_tensor * by_expert = ggml_cont(ctx, ggml_transpose(ctx, probs));          // [n_tokens, n_expert]
+    ggml_tensor * by_expert = ggml_cont(ctx, ggml_transpose(ctx, probs)); // [n_tokens, n_expert]
     ggml_tensor * mass = ggml_reshape_2d(ctx, ggml_sum_rows(ctx, by_expert), n_expert, 1);
-    ggml_tensor * chosen = ggml_argsort_top_k(ctx, mass, budget);              // [budget, 1]
+    ggml_tensor * chosen = ggml_argsort_top_k(ctx, mass, budget); // [budget, 1]
     ggml_tensor * nothing = ggml_reshape_2d(ctx, ggml_fill(ctx, mass, out_of_reach), 1, n_expert);
     ggml_tensor * zeros = ggml_fill(ctx, ggml_view_2d(ctx, mass, 1, budget, mass->nb[0], 0), 0.0F);
     ggml_tensor * mask = ggml_set_rows(ctx, nothing, zeros, ggml_reshape_1d(ctx, ggml_cont(ctx, chosen), budget));

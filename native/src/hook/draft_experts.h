@@ -35,10 +35,10 @@ public:
     bool restrict_to_residents(SlotCache & slot_cache);
     // Return probs with absent experts out of reach; the router's unrestricted choice is kept for routing().
     ggml_tensor * restrict_router(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * probs, int32_t block) const;
-    // Ids are unrestricted
+    // Keep the ids of an unrestricted router.
     void keep_unrestricted(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * ids, int32_t block) const;
     void clear_unrestricted() const { forget(unrestricted_); }
-    // [n_expert_used, max_width, n_blocks], set to -1, which a graph that ends early leaves in place
+    // Set ids, [n_expert_used, max_width, n_blocks], to -1, which a graph that ends early leaves in place.
     void forget(ggml_tensor * ids) const;
     ggml_tensor * slots_of(ggml_context * ctx, ggml_tensor * ids, int32_t block) const; // ids: contiguous
 

@@ -122,7 +122,7 @@ void edge_hook::make_leaves(ggml_backend_buffer_type_t buft, bool reads_prefill)
 void edge_hook::allocate_host(ggml_backend_buffer_type_t buft) {
     const size_t ids = ggml_nbytes(leaf_); // of all blocks: experts, then slots
     const auto n_embd = static_cast<size_t>(table_.blocks.front().weights[edge::role_down]->ne[1]);
-    // A block's input, and its experts' outputs
+    // Of a block's input and its experts' outputs.
     const size_t rows = cpu_experts_ ? static_cast<size_t>(max_width_) + block_ids_ : 0;
     host_.reset(allocate(buft, 2 * ids + rows * n_embd * sizeof(float)));
     host_routing_ = static_cast<int32_t *>(ggml_backend_buffer_get_base(host_.get()));

@@ -17,7 +17,7 @@
 struct llama_moe_block;
 
 namespace edge {
-// Prefix of the node that copies a block's routing; the block's number follows
+// Prefix of the node that copies a block's routing; the block's number follows.
 constexpr char route_prefix[] = "edge_route-";
 } // namespace edge
 
@@ -64,7 +64,7 @@ private:
     void begin_admission(int32_t number, const ggml_tensor * ids, const int32_t * chosen);
     void send_admissions(ggml_backend_t backend, const ggml_tensor * weight, ggml_tensor * copy, ggml_tensor * slots);
     void set_on_model();
-    // Widest graph that the hook serves
+    // Tokens of the widest graph that the hook serves.
     int32_t widest() const { return experts_ == EDGE_EXPERTS_OWN ? served_width_ : max_width_; }
     bool looks_up_slots() const { return device_only_ || experts_ == EDGE_EXPERTS_RESIDENT; } // by graphs themselves
     void switch_to_device_only();
@@ -92,12 +92,12 @@ private:
 
     llama_model * model_;
     edge::ExpertTable table_;
-    int32_t max_width_;     // rows of the leaf
-    int32_t served_width_;  // widest graph served from slots; 0 without slots
-    size_t block_ids_;     // ids of one block in the leaf: max_width * n_expert_used
+    int32_t max_width_; // rows of the leaf
+    int32_t served_width_; // widest graph served from slots; 0 without slots
+    size_t block_ids_; // ids of one block in the leaf: max_width * n_expert_used
     edge::DraftExperts draft_experts_;
     int32_t experts_ = EDGE_EXPERTS_OWN; // EDGE_EXPERTS_... that graphs compute with
-    // Every expert is resident, and graphs look up slots themselves
+    // Every expert is resident, and graphs look up slots themselves.
     bool device_only_ = false;
     int32_t budget_ = 0; // distinct experts of a block in a verify step, 0: all
     ggml_context_ptr ctx_;
@@ -107,7 +107,7 @@ private:
     std::vector<int32_t> prefill_rows_; // rows of each block that the last prefill graph wrote
     std::vector<int32_t> prefill_ids_;
     bool admits_from_prefill_ = false;
-    // While a weight's experts are queued: copies the resident ones
+    // The link that copies resident experts while a weight's experts are queued.
     edge::Link * slot_link_ = nullptr;
     std::vector<edge::SlotCache::Admission> admissions_; // of admission_block_, whose matrices a prefill graph copies
     std::vector<float> prefill_weights_; // [n_expert] weighted use by that block's tokens
@@ -129,7 +129,7 @@ private:
     int32_t on_miss_ = EDGE_ON_MISS_FETCH;
     int32_t next_layer_block_ = -1; // block that host_input_'s rows predict
     int32_t next_layer_tokens_ = 0; // number of those rows
-    // Whether the running graph is split between its experts and their sum
+    // Whether the running graph is split between its experts and their sum.
     bool splits_ = false;
     uint64_t n_steps_ = 0;
     bool graph_fits_ = false; // whether the last built graph is narrow enough for slots

@@ -10,7 +10,7 @@
 namespace {
 
 constexpr float of_late = 0.05F;
-// Fraction of the blocks with work for the CPU from which its threads are woken early
+// Fraction of the blocks with work for the CPU from which its threads are woken early.
 constexpr float worth_waking = 0.25F;
 
 } // namespace
@@ -98,10 +98,10 @@ void edge_hook::serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_
     if (!missing_.empty()) {
         cpu_experts_->wake();
     }
-    // Even if nothing is missing: a graph that is cut elsewhere at every step is launched node by node
+    // Even if nothing is missing: a graph that is cut elsewhere at every step is launched node by node.
     split_block_ = number;
     computed_ = false;
-    // An emulated slow link: the host holds the device
+    // The link is emulated: the host holds the device.
     if (slot_cache_->fetching() && !slot_cache_->hold_for_fetches(backend)) {
         compute_missing();
         prefetch_next_layer();

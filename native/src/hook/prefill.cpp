@@ -7,7 +7,7 @@
 
 namespace {
 
-// Bytes of a matrix: smaller ones copy faster together than around others
+// Bytes of a matrix. Smaller ones copy faster together than around others.
 constexpr size_t min_bytes_to_copy_from_slot = 256 << 10;
 constexpr float forgetting = 0.98F; // decay per token: the end of a prefill predicts the text after it best
 constexpr float least_weight = 1e-30F; // keeps weights above 0, which means that no token uses the expert

@@ -172,7 +172,7 @@ void judge(edge_dueling & dueling, const std::vector<uint8_t> & wanted) {
 struct Rows {
     explicit Rows(int32_t n) : memory(3 * count(n)), after(memory.data()), wait(after + n), others(wait + n) {}
     std::vector<float> memory;
-    float * after;  // frequency as expected after the coming step
+    float * after; // frequency as expected after the coming step
     float * wait;
     float * others; // of the experts that are not marked
 };

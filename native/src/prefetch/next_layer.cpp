@@ -11,7 +11,7 @@ namespace {
 constexpr float follow = 0.02F; // smoothing of a block's precision
 constexpr float too_poor = 0.35F; // precision under which no bytes are spent
 constexpr uint32_t seldom = 16; // what is not worth its cost is retried every so many times
-constexpr double demands = 0.8;   // probability that the next block demands copies, which wrong prefetches delay
+constexpr double demands = 0.8; // probability that the next block demands copies, which wrong prefetches delay
 
 // Smallest fraction of a copy that must fall into the link's idle time. A right prefetch saves what has been copied
 // when the block demands it; a wrong one delays the block's demands by the rest.

@@ -80,9 +80,9 @@ int32_t SlotCache::prefetch(const edge_prefetch_request * requests, int32_t n, u
     if (clock_) {
         run_virtual_requests();
     }
-    const bool has_orders = !requests_.empty();
+    const bool has_requests = !requests_.empty();
     lock.unlock(); // so that the woken worker finds it free
-    if (has_orders) {
+    if (has_requests) {
         requested_.notify_one();
     }
     loaded_.notify_all();

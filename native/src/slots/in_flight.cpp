@@ -10,7 +10,7 @@ namespace edge {
 
 namespace {
 
-// Shortest wait that counts as a stall: finding that a copy arrived long ago takes up to 10 us
+// Shortest wait that counts as a stall: finding that a copy arrived long ago takes up to 10 us.
 constexpr std::chrono::microseconds noticeable(25);
 
 } // namespace

@@ -281,7 +281,7 @@ bool SlotCache::gpu_offload_is_faster(int32_t number, int32_t n_pairs) const {
         return false; // a copying thread is no faster than computing threads
     }
     const double experts = table_.n_expert, used = table_.n_expert_used;
-    // Distinct experts if all were equally likely
+    // Expected number of distinct experts, were all equally likely.
     const double wanted = experts * (1 - std::pow(1 - used / experts, n_pairs / used));
     const auto n = std::min(static_cast<size_t>(std::lround(wanted)), static_cast<size_t>(n_pairs));
     const SlotPool & slots = pools_[static_cast<size_t>(block.group)];

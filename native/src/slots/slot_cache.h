@@ -23,10 +23,10 @@ namespace edge {
 class CpuExperts;
 
 struct TransferParams {
-    uint64_t link_bytes_per_s = 0;     // 0: no throttle
+    uint64_t link_bytes_per_s = 0; // 0: no throttle
     bool deterministic = false; // no worker thread: transfers take virtual time on the decoding thread
-    uint64_t block_ns = 0;     // virtual time in which a block computes, nanoseconds
-    // For tests: demand_hybrid() fetches even if copies do not overlap with the caller
+    uint64_t block_ns = 0; // virtual time in which a block computes, nanoseconds
+    // For tests: demand_hybrid() fetches even if copies do not overlap with the caller.
     bool splits_always = false;
 };
 
@@ -55,7 +55,7 @@ public:
     // those that the router predictor finds from the rows [n_embd] that enter the block before it.
     void prefetch_next_layer(int32_t block, const float * rows, int32_t n_tokens);
     bool can_prefetch_next_layer(int32_t block) const;
-    // Before the CPU's part, by estimate
+    // Whether the link will idle before the CPU's part is done, by estimate.
     bool link_idles_first() const { return nanoseconds(link_free_ - Clock::now()) < cpu_left_ns_; }
     void use_router_predictor(std::unique_ptr<RouterPredictor> predictor);
     // Measure, before the first block, what one expert costs on either side. Nothing if demand_hybrid() never fetches.

@@ -41,8 +41,8 @@ public:
 
     void pin(int32_t slot);
     void unpin_all();
-    void use(int32_t slot);                       // the graph reads it now: most recent, expectation met
-    // Until use() or forget_expected()
+    void use(int32_t slot); // the graph reads it now: most recent, expectation met
+    // Expect uses of a slot, until use() or forget_expected().
     void expect(int32_t slot, float expectation) { expected_[index(slot)] = expectation; }
     void forget_expected();
     void demote(int32_t slot) {
@@ -50,7 +50,7 @@ public:
         expect(slot, 0.0F);
     } // unused: evicted next among equals
     void score(int32_t key, float value) { scores_[index(key)] = value; }
-    // Keys first to first + n - 1; false: some values were not finite and count as 0
+    // Score keys first to first + n - 1. False if some values were not finite; they count as 0.
     bool score(int32_t first, const float * values, int32_t n);
     float score_of(int32_t key) const { return scores_[index(key)]; }
 
@@ -77,7 +77,7 @@ private:
     int32_t mark_prefetch(int32_t slot, float expectation);
 
     std::vector<Slot> slots_;
-    std::vector<int32_t> free_;   // slots without a key
+    std::vector<int32_t> free_; // slots without a key
     std::vector<int32_t> pinned_; // may hold duplicates
     std::vector<int32_t> slot_of_;
     std::vector<float> scores_;

@@ -45,9 +45,9 @@ public:
     void send(ggml_tensor * to, size_t offset, const void * from, size_t bytes, bool page_locked, bool mark);
     Ticket last() const { return sent_; }
     void wait(Ticket ticket); // everything up to it has arrived
-    void wait();              // everything has arrived, marked or not
+    void wait(); // everything has arrived, marked or not
 
-    // Before one has to be awaited
+    // Marks that fit before one has to be awaited.
     size_t free_marks() const { return cells_.size() - static_cast<size_t>(sent_ - arrived_); }
     Throttle::Time due() const { return due_; } // of the last send over an emulated link
     bool is_emulated() const { return throttle_.on(); }

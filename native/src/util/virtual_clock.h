@@ -15,7 +15,7 @@ public:
     void compute_block() { now_ += block_ns_; }
     void wait_until(uint64_t time) { now_ = std::max(now_, time); }
 
-    // Earliest begin of a transfer
+    // Earliest begin of a transfer.
     uint64_t begin(uint64_t requested_at) const { return std::max(link_free_, requested_at); }
     uint64_t transfer(uint64_t requested_at, uint64_t bytes) { // begins it and returns its arrival
         link_free_ = begin(requested_at) +

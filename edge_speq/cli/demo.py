@@ -1,0 +1,298 @@
+"""edge-speq demo: the bundled MoE on a simulated laptop, with three ways to choose which experts are on the device.
+
+The experts are computed for real; only time is simulated, so counters repeat exactly. The virtual link is slowed down
+until an expert of the bundled model takes as long as one of Qwen3-30B-A3B over 12.5 GB/s, so that milliseconds have the
+size that they have there. Simulated time is simulate.costs.StepCosts.step_ms with the laptop of PolicyContext.nominal:
+
+    ms = n_blocks * block_ms * steps + draft_ms * decoded + stall_ms
+
+    block_ms    half of the transfer time of an expert, as in EdgeLlama(deterministic=True)
+    draft_ms    n_blocks * block_ms: a token of the draft costs as much as one of the model
+    decoded     tokens that the draft computed: K + 1 in a step of K draft tokens, the last one for its routing only
+    stall_ms    of the virtual clock, in native/src/virtual_clock.h
+
+The clock stands still while the draft runs: transfers that would go on meanwhile count as stalls.
+
+Deterministic mode lets the draft run on for the routing of 2 K + 2 tokens, since drafting takes no virtual time. Here
+it costs draft_ms, so the draft runs on by one token, which is where the engine begins when it follows a clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_speq.cli import arguments, interrupt
+from edge_speq.core import Stats
+from edge_speq.errors import EdgeError
+from edge_speq.gguf import bundled as demo
+
+if TYPE_CHECKING:
+    from edge_speq.engine.step_records import StepRecord
+
+RESIDENT = "1/4"
+DRAFT_TOKENS = 1  # fixed: `auto` follows the seconds that steps take, and virtual time has none to follow
+N_TOKENS = 96
+AHEAD = 1  # tokens that the draft runs on, where a clocked engine begins (engine.draft_length.lookahead_depth)
+TWIN_BITS = 2  # of convert.bundled_twin.TWIN_TYPE
+N_CTX = 512
+SEED = 7
+TEMPERATURE = 0.0
+REFERENCE = "Qwen3-30B-A3B at Q4_K"
+REFERENCE_EXPERT = 3 * 2048 * 768 * 9 // 16  # bytes: gate, up and down at 4.5 bits a weight
+NEXT = "edge-speq run your.gguf --vram-budget 6GiB"
+
+
+@dataclass(frozen=True, slots=True)
+class DemoArm:
+    name: str
+    policy: str
+    drafts: bool
+
+
+ARMS = (DemoArm("lru", "lru", False), DemoArm("auto", "auto", False), DemoArm("auto+draft", "auto", True))
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedLaptop:
+    """The simulated machine. An expert of the bundled model takes transfer_ms on its link."""
+
+    n_blocks: int
+    bytes_per_s: int  # of the virtual link
+    block_ms: float
+
+    @property
+    def transfer_ms(self) -> float:
+        return 2 * self.block_ms
+
+    @property
+    def token_ms(self) -> float:
+        """Compute time of a token, of the model and of its draft alike."""
+        return self.n_blocks * self.block_ms
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedTime:
+    """Parts of the simulated time, in ms."""
+
+    steps: int
+    decoded: int  # tokens that the draft computed
+    compute_ms: float
+    draft_ms: float
+    stall_ms: float
+
+    @property
+    def ms(self) -> float:
+        return self.compute_ms + self.draft_ms + self.stall_ms
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    arm: DemoArm
+    text: str
+    stats: Stats
+    simulated: SimulatedTime
+
+    @property
+    def tok_per_s(self) -> float:
+        """Simulated. The first token comes from the prompt, whose steps are not simulated."""
+        return 1e3 * self.stats.timing.n_decoded / self.simulated.ms if self.simulated.ms else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        parts = dataclasses.asdict(self.simulated)
+        own = {"arm": self.arm.name, "simulated_tok_per_s": self.tok_per_s, "simulated": parts, "text": self.text}
+        return own | self.stats.to_dict()
+
+
+def add_parser(commands: Any) -> None:
+    p: argparse.ArgumentParser = commands.add_parser(
+        "demo",
+        help="compare three ways to keep experts, on the bundled model",
+        description="Writes one text three times with the bundled model, a quarter of its experts in slots, over the "
+        "simulated link of a laptop. Shows hits, misses, transfers and stalls with LRU, with policy auto, and with a "
+        "draft whose routing foresees experts. The first run makes the draft's experts, 12 MB in the cache folder.",
+    )
+    arguments.add_output(p, json="print one JSON object per row instead of text and table")
+    p.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    machine = laptop(demo.path(demo.MODEL))
+    shows = not options.json
+    if shows:
+        print(f"{headline(machine)}\n", flush=True)
+    results: list[DemoResult] = []
+    for arm in ARMS:
+        results.append(_run(arm, machine, shows=shows and not results))
+        if options.json:
+            print(json.dumps(results[-1].to_dict()), flush=True)
+    if shows:
+        print(report(results))
+    for other in results[1:]:
+        if other.text != results[0].text:
+            raise EdgeError(
+                f"{other.arm.name} wrote another text than {results[0].arm.name}: residency must not change a text",
+                "report it with the output of: edge-speq doctor --json",
+            )
+    return 0
+
+
+def laptop(model: Path) -> SimulatedLaptop:
+    """Return the machine on which an expert of the model's first block travels as long as one of REFERENCE."""
+    from edge_speq.engine.llama import LAPTOP_LINK
+    from edge_speq.gguf import model as gguf_model
+
+    file = gguf_model.check_model(model)
+    found = [(int(match[1]), t) for name, t in file.tensors.items() if (match := gguf_model.EXPERTS.fullmatch(name))]
+    blocks = {block for block, _ in found}
+    expert_bytes = sum(tensor.n_bytes // tensor.ne[2] for block, tensor in found if block == min(blocks))
+    rate = LAPTOP_LINK * expert_bytes // REFERENCE_EXPERT
+    return SimulatedLaptop(len(blocks), rate, int(5e8 * expert_bytes / rate) / 1e6)
+
+
+def simulate(machine: SimulatedLaptop, steps: Sequence[StepRecord], stall_ms: float) -> SimulatedTime:
+    """Return the parts of the simulated time of verify steps; records of prompts are left out."""
+    timed = [step for step in steps if not step.is_prompt]
+    decoded = sum(step.drafted + AHEAD for step in timed if step.drafted)
+    return SimulatedTime(len(timed), decoded, len(timed) * machine.token_ms, decoded * machine.token_ms, stall_ms)
+
+
+def _run(arm: DemoArm, machine: SimulatedLaptop, *, shows: bool) -> DemoResult:
+    from edge_speq.convert import bundled_twin
+    from edge_speq.engine.llama import EdgeLlama
+
+    steps: list[StepRecord] = []
+    with contextlib.ExitStack() as stack:
+        draft = stack.enter_context(bundled_twin.twin(_tell_making)) if arm.drafts else None
+        llm = EdgeLlama(
+            str(demo.path(demo.MODEL)),
+            draft=draft,
+            resident=RESIDENT,
+            draft_tokens=DRAFT_TOKENS if arm.drafts else 0,
+            policy=arm.policy,
+            throttle_link=machine.bytes_per_s,
+            deterministic=True,
+            on_step=steps.append,
+            n_ctx=N_CTX,
+        )
+        stack.callback(llm.close)
+        llm.limit_lookahead(AHEAD)  # in virtual time a draft runs on at no cost, which the formula charges
+        text = _write(llm, shows=shows)
+        stats = llm.stats()
+    return DemoResult(arm, text, stats, simulate(machine, steps, stats.experts.stall_ms))
+
+
+def _tell_making() -> None:
+    print("making the draft's experts, once: this takes some seconds", file=sys.stderr, flush=True)
+
+
+def _write(llm: Any, *, shows: bool) -> str:
+    parts = []
+    if shows:
+        interrupt.last_words(interrupt.NEW_LINE)
+        print(demo.PROMPT, end="", flush=True)
+    for chunk in llm.create_completion(
+        demo.PROMPT, max_tokens=N_TOKENS, temperature=TEMPERATURE, seed=SEED, stream=True
+    ):
+        parts.append(chunk["choices"][0]["text"])
+        if shows:
+            print(parts[-1], end="", flush=True)
+    if shows:
+        print("\n", flush=True)
+        interrupt.last_words(b"")
+    return "".join(parts)
+
+
+# --- output ----------------------------------------------------------------------------------------------
+
+
+def headline(machine: SimulatedLaptop) -> str:
+    return (
+        f"simulated laptop: link {machine.bytes_per_s / 1e6:.0f} MB/s, on which an expert of this small model takes "
+        f"{machine.transfer_ms:.2f} ms, as one of {REFERENCE} does over 12.5 GB/s (PCIe 4.0 x8); "
+        f"a block computes for {machine.block_ms:.2f} ms; {RESIDENT} of the experts in slots"
+    )
+
+
+def report(results: Sequence[DemoResult]) -> str:
+    lines = table(COLUMNS, [_row(result) for result in results])
+    same = all(result.text == results[0].text for result in results)
+    verdict = "All rows wrote the same text." if same else "The texts DIFFER."
+    return "\n".join([*lines, "", *_meanings(*results), "", verdict, f"Next, with a model of yours: {NEXT}"])
+
+
+COLUMNS = (
+    "policy",
+    "hits",
+    "misses",
+    "hit rate",
+    "MB moved",
+    "virtual stall ms",
+    "accepted of drafted",
+    "prefetches used",
+    "device MB",
+    "simulated tok/s",
+)
+
+
+def _row(result: DemoResult) -> list[str]:
+    e, s = result.stats.experts, result.stats.speculation
+    return [
+        result.arm.name,
+        f"{e.hits}",
+        f"{e.misses}",
+        f"{100 * (e.hit_rate or 0.0):.1f} %",
+        f"{e.bytes_fetched / 1e6:.1f}",
+        f"{e.stall_ms:.1f}",
+        f"{s.accepted} of {s.drafted}" if s.drafted else "-",
+        f"{e.prefetched_used} of {e.prefetched}" if e.prefetched else "-",
+        f"{result.stats.used_bytes / 1e6:.1f}",
+        f"{result.tok_per_s:.1f}",
+    ]
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines with the first column left-aligned, the others right-aligned."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        return "  ".join([cells[0].ljust(len(first)), *rest])
+
+    return [line(columns), line(["-" * width for width in widths]), *map(line, rows)]
+
+
+def _meanings(lru: DemoResult, auto: DemoResult, drafted: DemoResult) -> list[str]:
+    """Return what each row means, a line each."""
+    own, plan = drafted.simulated, drafted.stats.plan
+    copy = drafted.stats.used_bytes - auto.stats.used_bytes
+    as_slots = 100 * copy * (plan.resident or 0.0) / plan.slot_bytes if plan.slot_bytes else 0.0
+    spared = auto.simulated.ms - (own.ms - own.draft_ms)
+    stall = _change(auto.simulated.stall_ms, own.stall_ms, "more", "less")
+    gain = _change(auto.tok_per_s, drafted.tok_per_s, "faster", "slower")
+    return [
+        f"{lru.arm.name}: keeps the experts that were used last and fetches a missing one when a step needs it.",
+        f"{auto.arm.name}: also counts how often steps needed each expert: {_fewer(lru, auto)} misses than lru.",
+        f"{drafted.arm.name}: a {TWIN_BITS}-bit copy of the experts drafts {DRAFT_TOKENS} token a step, and "
+        f"its routing says which experts come next: {_fewer(auto, drafted)} misses and {stall} stall than auto. A step "
+        f"checks {DRAFT_TOKENS + 1} tokens and counts an expert once, so hits are fewer too. The draft spares "
+        f"{spared:.0f} ms and computes for {own.draft_ms:.0f} ms, {own.decoded} tokens at the model's own cost: {gain} "
+        f"than auto. The copy takes {copy / 1e6:.1f} MB more on the device; as slots these would hold another "
+        f"{as_slots:.0f} % of the experts of this small model.",
+    ]
+
+
+def _fewer(before: DemoResult, after: DemoResult) -> str:
+    return _change(before.stats.experts.misses or 0, after.stats.experts.misses or 0, "more", "fewer")
+
+
+def _change(before: float, after: float, more: str, less: str) -> str:
+    share = after / before - 1 if before else 0.0
+    return f"{abs(100 * share):.0f} % {more if share > 0 else less}"
