@@ -26,7 +26,7 @@ def parse_bytes(value: str | int, name: str = "") -> int:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", str(value), re.IGNORECASE)
     if match and not match[2]:
-        raise EdgeError(f"{what} has no unit", f"give one: {_with_units(match[1])}", usage=True)
+        raise EdgeError(f"{what}: give a unit, {_with_units(match[1])}", usage=True)
     if not match or match[2].lower() not in _UNITS:
         raise EdgeError(f"{what} is not a size in bytes", "write it like 6GiB or 500MB", usage=True)
     return int(float(match[1]) * _UNITS[match[2].lower()])
@@ -34,6 +34,8 @@ def parse_bytes(value: str | int, name: str = "") -> int:
 
 def _with_units(number: str) -> str:
     gib = float(number) / 1024
+    if gib >= 1024:
+        return f"{number}B or {float(number) / 2**20:.0f}MiB"
     return f"{number}MiB or {gib:g}GiB" if gib >= 1 else f"{number}GiB or {number}MiB"
 
 
@@ -47,8 +49,8 @@ def parse_rate(value: str | int, name: str = "") -> int:
         text = re.sub(r"\s*/\s*s(ec)?\s*$", "", value) if isinstance(value, str) else value
         rate = parse_bytes(text, name)
     except EdgeError as error:
-        if "no unit" in error.message:
-            raise EdgeError(f"{what} has no unit", f"give one: {value}GB/s or {value}MB/s", usage=True) from None
+        if "give a unit" in error.message:
+            raise EdgeError(f"{what}: give a unit, {value}GB/s or {value}MB/s", usage=True) from None
         rate = 0
     if rate <= 0:
         raise EdgeError(f"{what} is not the speed of a link", "write it like 12.5GB/s", usage=True)

@@ -97,18 +97,17 @@ def parser_of(option: Option) -> Callable[[str], Any]:
         except ValueError:
             raise EdgeError(f"{option.flag} {text}: not a number", "write it like 40", usage=True) from None
         except EdgeError as error:
-            raise EdgeError(f"{option.flag} {text}: {_after_name(error.message)}", error.hint, usage=True) from None
+            raise EdgeError(
+                f"{option.flag} {text}{_after_value(error.message, text)}", error.hint, usage=True
+            ) from None
 
     return parse
 
 
-def _after_name(message: str) -> str:
-    """Return what an error says of a value, without the name and the value that the flag repeats."""
-    for verb in (" has no ", " is not ", " is neither "):
-        _, found, rest = message.partition(verb)
-        if found:
-            return f"{verb.strip()} {rest}"
-    return message
+def _after_value(message: str, text: str) -> str:
+    """Return what an error says of a value, without the option's name and the value, which the flag repeats."""
+    _, found, rest = message.partition(f"={text!r}")
+    return rest if found else f": {message}"
 
 
 def at_least(least: int, what: str) -> Callable[[str], int]:
@@ -120,7 +119,7 @@ def at_least(least: int, what: str) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if value < least:
-            raise EdgeError(f"{text} is not a number of {what}", f"give {least} or more", usage=True)
+            raise EdgeError(f"{text} is not a count of {what}", f"give {least} or more", usage=True)
         return value
 
     return parse

@@ -59,8 +59,8 @@ class Generation:
         text = np.concatenate([self._llama._input_ids, np.asarray(pending, dtype=np.intc)])
         return self._speculator.draft(text, self._llama.room() - len(pending), self._sampler)
 
-    def foresee(self) -> None:
-        self._speculator.foresee()
+    def plan_prefetch(self) -> None:
+        self._speculator.plan_prefetch()
 
     def verify(self, pending: list[int], drafted: list[int]) -> None:
         self._llama.require_running()

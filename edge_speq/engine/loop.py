@@ -19,7 +19,7 @@ class Verifier(Protocol):
     def draft(self, pending: list[int]) -> list[int]:
         """Tokens that may follow pending, none when the engine would rather not speculate."""
 
-    def foresee(self) -> None:
+    def plan_prefetch(self) -> None:
         """Orders the experts that verifying is expected to need."""
 
     def verify(self, pending: list[int], drafted: list[int]) -> None:
@@ -51,7 +51,7 @@ def generate(engine: Verifier, prompt: Sequence[int]) -> Tokens:
         pending = yield from accept(engine, drafted)
         if pending is not None:
             drafted = engine.draft(pending)
-            engine.foresee()
+            engine.plan_prefetch()
 
 
 def accept(engine: Verifier, drafted: list[int]) -> Generator[int, Sequence[int] | None, list[int] | None]:

@@ -135,9 +135,9 @@ class Resizable(TargetContext):
         if hook is None:
             return None
         absent = np.argwhere(hook.states() == 0)[: min(n_experts, max(1, hook.n_slots // 2))]
-        orders = np.array([(b, e, hook.experts.n_blocks, 1e6) for b, e in absent], dtype=_native.PREFETCH_REQUEST)
+        requests = np.array([(b, e, hook.experts.n_blocks, 1e6) for b, e in absent], dtype=_native.PREFETCH_REQUEST)
         before, started = hook.counters().bytes_fetched, time.perf_counter()
-        hook.prefetch(orders)
+        hook.prefetch(requests)
         hook.drain()
         elapsed = time.perf_counter() - started
         fetched = hook.counters().bytes_fetched - before

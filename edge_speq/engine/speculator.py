@@ -19,7 +19,7 @@ from edge_speq.engine.draft_length.lookahead_depth import LookaheadDepth
 from edge_speq.policies.base import Policy
 from edge_speq.policies.context import Slots
 from edge_speq.policies.draft_routing import Quality
-from edge_speq.policies.prediction import NO_ORDERS, Scores
+from edge_speq.policies.prediction import NO_REQUESTS, Scores
 from edge_speq.policies.published.draft_lengths import DraftLengthRule as AnyGovernor
 from edge_speq.policies.published.draft_lengths import roofline
 
@@ -42,11 +42,11 @@ class AdmittingSlots:
     def states(self) -> npt.NDArray[np.uint8]:
         return self._hook.states()
 
-    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
+    def prefetch(self, requests: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
         earned = self._policy.admissions(self._hook)
         earned = earned.copy()  # the policy's
         earned["priority"] += margin  # they have one of their own
-        wanted = np.concatenate([orders[: None if byte_budget else 0], earned])
+        wanted = np.concatenate([requests[: None if byte_budget else 0], earned])
         return self._hook.prefetch(wanted, _native.NO_BUDGET, margin)
 
 
@@ -185,24 +185,29 @@ class Speculator:
     def _watcher(self) -> Callable[[Routing], None] | None:
         """What a policy does while the draft runs, in which no virtual time passes."""
         policy = self._policy
-        if policy is None or self._virtual or not self._reads_draft or type(policy).drafting is Policy.drafting:
+        if (
+            policy is None
+            or self._virtual
+            or not self._reads_draft
+            or type(policy).on_draft_token is Policy.on_draft_token
+        ):
             return None
 
         def seen(routing: Routing) -> None:
             if self._policy is policy:
-                self._safely(policy.drafting, self._slots(policy), routing)
+                self._safely(policy.on_draft_token, self._slots(policy), routing)
 
         return seen
 
-    def foresee(self) -> None:
-        """Orders the experts that verifying is expected to need."""
+    def plan_prefetch(self) -> None:
+        """Prefetch requests the experts that verifying is expected to need."""
         policy, hook = self._policy, self._hook
         if policy is None or hook is None or type(policy) is Policy:
             return
         hook.are_finite = None
         try:  # here and not by _safely: between two decodes a call of a function takes a microsecond and more
-            policy.verifying(self._tokens)
-            policy.foresee(self._slots(policy) if self._admits else hook, self._routing, self._n_drafted)
+            policy.on_verify_begin(self._tokens)
+            policy.plan_prefetch(self._slots(policy) if self._admits else hook, self._routing, self._n_drafted)
             if not (np.isfinite(hook.scores).all() if hook.are_finite is None else hook.are_finite):
                 raise ValueError("its scores are not finite")
         except Exception as error:  # a policy may be anybody's
@@ -221,7 +226,7 @@ class Speculator:
             return
         routing = hook.routing()
         if routing.shape[1] != n_tokens:  # a prompt: in several batches it leaves only the last
-            self._safely(self._read, policy, hook)
+            self._safely(self._on_prefill, policy, hook)
             return
         try:
             policy.observe(routing, n_accepted)
@@ -229,10 +234,10 @@ class Speculator:
             self._replace(f"{type(error).__name__}: {error}")
 
     @staticmethod
-    def _read(policy: Policy, hook: _native.Hook) -> None:
+    def _on_prefill(policy: Policy, hook: _native.Hook) -> None:
         routing = hook.prefill_routing()
         if routing.shape[1]:
-            policy.read(routing)
+            policy.on_prefill(routing)
 
     def govern(self, kept: int, *, mismatch: bool, seconds: float | None) -> None:
         own: AnyGovernor | None = self._policy.governor if self._policy is not None else None
@@ -279,7 +284,7 @@ class Speculator:
         self.failures += 1
         self._policy = Policy(self._policy.setting)
         self._hook.scores[:] = 0
-        self._hook.prefetch(NO_ORDERS)
+        self._hook.prefetch(NO_REQUESTS)
 
     def shift(self, n_keep: int, n_discard: int) -> None:
         self._seen_from = None

@@ -208,7 +208,8 @@ class LoadRequest:
         self._require_reader("predictor", READS_PREDICTOR)
         self._require_reader("trace", READS_TRACE)
         if self.policy in READS_TRACE and self.trace is None:
-            raise EdgeError(f"policy {self.policy} needs a trace", "record one: edge-speq trace", usage=True)
+            message = f"policy {self.policy} needs a trace of the same text"
+            raise EdgeError(message, "record one: edge-speq trace", usage=True)
         if self.policy == "learned" and self.predictor is None:
             raise EdgeError("policy learned needs a predictor", "train one: edge-speq tune --learn", usage=True)
         self._require_possible_on_miss()

@@ -35,15 +35,15 @@ class Auto(NextUse):
         super().resized(slots)
         self._alone.resized(slots)
 
-    def read(self, routing: Routing) -> None:
-        super().read(routing)
-        self._alone.read(routing)
+    def on_prefill(self, routing: Routing) -> None:
+        super().on_prefill(routing)
+        self._alone.on_prefill(routing)
 
     def _foreseen_otherwise(self, slots: Slots) -> bool:
         self._n_alone = self._n_alone + 1 if self._n_foreseen == self._n_steps else 1
         self._n_foreseen = self._n_steps
         if self._is_alone:
-            self._alone.foresee(slots, None, 0)
+            self._alone.plan_prefetch(slots, None, 0)
         return self._is_alone
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:

@@ -13,7 +13,7 @@ from edge_speq import _native
 from edge_speq.policies import prediction
 from edge_speq.policies.context import PolicyContext, Slots
 from edge_speq.policies.draft_routing import Quality, Twin
-from edge_speq.policies.prediction import NO_ORDERS, Routing
+from edge_speq.policies.prediction import NO_REQUESTS, Routing
 from edge_speq.policies.published.draft_lengths import DraftLengthRule
 from edge_speq.trace import Step
 
@@ -47,8 +47,8 @@ class Policy:
     def begin_replay(self, steps: Sequence[Step]) -> None:
         """Said before recorded steps are replayed: all of them."""
 
-    def verifying(self, tokens: Sequence[int]) -> None:
-        """Said before `foresee`: the ids of the last token of text and of the drafted ones after it."""
+    def on_verify_begin(self, tokens: Sequence[int]) -> None:
+        """Said before `plan_prefetch`: the ids of the last token of text and of the drafted ones after it."""
 
     def resized(self, slots: tuple[int, ...]) -> None:
         """The slots of each group are others from now on."""
@@ -64,24 +64,24 @@ class Policy:
         self.setting = dataclasses.replace(self.setting, draft_ms=draft_ms, block_ms=block_ms)
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:
-        """Orders for absent experts that have earned a slot, where nobody fetches on demand."""
-        return NO_ORDERS
+        """Prefetch requests for absent experts that have earned a slot, where nobody fetches on demand."""
+        return NO_REQUESTS
 
     def ahead(self, n_drafted: int) -> int:
         """Tokens that the draft runs on beyond those that it proposes, for their routing; each takes its time."""
         return 0
 
-    def drafting(self, slots: Slots, draft_routing: Routing) -> None:
+    def on_draft_token(self, slots: Slots, draft_routing: Routing) -> None:
         """The draft goes on to its next token; draft_routing: [n_blocks, n, n_expert_used] of those so far."""
 
-    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         """The step of the last token and n_drafted drafted ones is about to run. draft_routing begins with these as far
         as the draft decoded them, and may go on with tokens beyond them."""
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         """routing: [n_blocks, n_tokens, n_expert_used] of the step, of which n_accepted drafted tokens were kept."""
 
-    def read(self, routing: Routing) -> None:
+    def on_prefill(self, routing: Routing) -> None:
         """routing: [n_blocks, n_tokens, n_expert_used] of the last tokens of a prompt, -1 where it is not known. Slots
         did not serve it; the text after it will ask for much the same."""
 
@@ -101,17 +101,17 @@ class Foreseeing(Policy):
     def quality(self) -> Quality | None:
         return self.source.quality if isinstance(self.source, Twin) else None
 
-    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         shown = None if draft_routing is None else draft_routing[:, :n_drafted]
-        slots.scores[:] = self.source.worth()
-        orders = prediction.orders(self.source.expect(shown))
-        slots.prefetch(orders, _native.NO_BUDGET if self.source.worth_fetching() else 0)
+        slots.scores[:] = self.source.scores()
+        requests = prediction.prefetch_requests(self.source.expect(shown))
+        slots.prefetch(requests, _native.NO_BUDGET if self.source.is_worth_fetching() else 0)
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         self.source.observe(routing)
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:
-        return prediction.admissions(self.source.worth(), slots.states())
+        return prediction.admissions(self.source.scores(), slots.states())
 
 
 class CpuMoe(Policy):

@@ -20,7 +20,7 @@ class Slots(Protocol):
     @property
     def scores(self) -> Scores: ...
 
-    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = ..., margin: float = ...) -> int:
+    def prefetch(self, requests: npt.NDArray[Any], byte_budget: int = ..., margin: float = ...) -> int:
         """margin: what the priorities of absent experts are less by."""
 
     def states(self) -> npt.NDArray[np.uint8]: ...

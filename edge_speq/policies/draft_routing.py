@@ -15,7 +15,7 @@ from edge_speq.core import Experts
 from edge_speq.policies.frequency import Frequency
 
 SMOOTHING = 0.95  # per step, of the share of predictions that came true
-WORTH_FETCHING = 0.5  # least such share that is worth bytes: below it most of them are wasted
+FETCH_PRECISION = 0.5  # least such share that is worth bytes: below it most of them are wasted
 
 
 @dataclass(slots=True)
@@ -84,8 +84,8 @@ class Twin(Frequency):
         expected: npt.NDArray[np.float32] = np.where(self._predicted, np.float32(self._right), np.float32(0))
         return expected
 
-    def worth_fetching(self) -> bool:
-        return self._right >= WORTH_FETCHING
+    def is_worth_fetching(self) -> bool:
+        return self._right >= FETCH_PRECISION
 
     def _set(self, routing: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         found = np.zeros(self._often.shape, dtype=bool)

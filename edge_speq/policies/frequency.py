@@ -32,7 +32,7 @@ class Frequency:
         often *= np.float32(self.decay)
         often[keys] += np.float32(1 - self.decay)  # once for a key that is there twice
 
-    def worth(self) -> npt.NDArray[np.float32]:
+    def scores(self) -> npt.NDArray[np.float32]:
         worth: npt.NDArray[np.float32] = self._often + self._last
         worth *= np.float32(0.5)
         return worth
@@ -40,5 +40,5 @@ class Frequency:
     def expect(self, draft_routing: npt.NDArray[np.int32] | None) -> npt.NDArray[np.float32] | None:
         return None
 
-    def worth_fetching(self) -> bool:
+    def is_worth_fetching(self) -> bool:
         return False

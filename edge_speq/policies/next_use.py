@@ -37,7 +37,7 @@ LEAST = 0.02  # chance of a demand in a step
 MOST_INSIDE, MOST_OUTSIDE = 0.97, 0.9
 SMOOTHING = 0.95  # per step, of the rates
 MARGIN = 1.0  # steps
-WORTH_FETCHING = 0.5
+FETCH_PRECISION = 0.5
 
 Marks = npt.NDArray[np.bool_]  # [n_blocks * n_expert]
 
@@ -50,7 +50,7 @@ class NextUse(Policy):
         super().__init__(setting)
         experts = setting.experts
         self._fetches, self._most_ahead = fetches, most_ahead
-        self._least = WORTH_FETCHING if fetches else math.inf  # share of what is foreseen that steps must have demanded
+        self._least = FETCH_PRECISION if fetches else math.inf  # least share of predictions that came true
         self.name = "waits" if fetches else "waits-keep"
         self.sees = "twin" if setting.has_twin else "counts"
         self._often = np.full(experts.total, experts.n_expert_used / max(1, experts.n_expert), dtype=np.float32)
@@ -81,7 +81,7 @@ class NextUse(Policy):
         self._judged, self._then, self._now = self._then, None, None
         return second if self._judged is first else first
 
-    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         then: Prediction | None = self._turn_over()
         width, most = n_drafted + 1, n_drafted + self.ahead(n_drafted)
         if draft_routing is not None and draft_routing.shape[1] > most:
@@ -96,14 +96,14 @@ class NextUse(Policy):
         if isinstance(slots, _native.Hook):  # the engine's: in one native call
             self._native.prefetch(slots, routing, width, now, then, self._least, MARGIN)
             return
-        orders = self._native.plan(routing, width, now, then, slots.scores)
+        requests = self._native.plan(routing, width, now, then, slots.scores)
         fetches = now is not None and now.rates.inside >= self._least
-        slots.prefetch(orders, _native.NO_BUDGET if fetches else 0, MARGIN)
+        slots.prefetch(requests, _native.NO_BUDGET if fetches else 0, MARGIN)
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:
         return prediction.admissions(self._often.reshape(slots.scores.shape), slots.states(), MARGIN)
 
-    def read(self, routing: Routing) -> None:
+    def on_prefill(self, routing: Routing) -> None:
         self._native.on_prefill(routing, self.setting.k_max + 1)
 
     def _foreseen_otherwise(self, slots: Slots) -> bool:

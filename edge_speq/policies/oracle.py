@@ -29,7 +29,7 @@ from edge_speq.policies.context import PolicyContext, Slots
 from edge_speq.policies.draft_routing import Quality
 from edge_speq.policies.learned.network_file import geometry
 from edge_speq.policies.next_use import MARGIN
-from edge_speq.policies.prediction import NO_ORDERS, Routing, Sets, order_of_each
+from edge_speq.policies.prediction import NO_REQUESTS, Routing, Sets, request_of_each
 from edge_speq.trace import Step, Trace
 
 RECORD = "edge-speq trace MODEL --temp 0 -o TRACE records one of the same text, --foresight TRACE gives it"
@@ -161,7 +161,7 @@ class Oracle(Policy):
     def __init__(self, setting: PolicyContext) -> None:
         super().__init__(setting)
         experts = setting.experts
-        self._sets, self._orders = Sets(experts), order_of_each(experts)
+        self._sets, self._orders = Sets(experts), request_of_each(experts)
         self._turn = np.repeat(np.arange(experts.n_blocks) / experts.n_blocks, experts.n_expert).astype(np.float32)
         self._tally = np.zeros((3, experts.n_blocks), dtype=np.int64)  # foreseen, demanded, both
         self._n_steps = self._n_tokens = 0  # that were foreseen, and tokens that foresight covered
@@ -186,7 +186,7 @@ class Oracle(Policy):
         self._recorded = Recorded(self.setting.experts, steps) if steps else None
         self._at, self._is_lost = 0, False
 
-    def read(self, routing: Routing) -> None:
+    def on_prefill(self, routing: Routing) -> None:
         """A prompt: the text goes on with the passage that it begins."""
         if self._recorded is None or not routing.shape[1]:
             return
@@ -196,15 +196,15 @@ class Oracle(Policy):
         else:
             self._at, self._is_lost = passage.begin, False
 
-    def verifying(self, tokens: Sequence[int]) -> None:
+    def on_verify_begin(self, tokens: Sequence[int]) -> None:
         self._tokens = tokens
 
-    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         self._foreseen = None
         found = None if self._recorded is None or self._is_lost else self._look_up(self._recorded)
         if self._recorded is None or found is None:
             slots.scores[:] = 0
-            slots.prefetch(NO_ORDERS, 0)
+            slots.prefetch(NO_REQUESTS, 0)
             return
         routing, n_text = found
         self._foreseen = self._sets.of(routing)
@@ -223,12 +223,12 @@ class Oracle(Policy):
         return None
 
     def _ordered(self, coming: npt.NDArray[np.bool_], wait: Waiting) -> npt.NDArray[Any]:
-        """Orders for what the coming step demands, then for what the step after it does, if the link has time."""
+        """Return requests for the experts of the coming step, then for those of the step after it."""
         now, then = np.flatnonzero(coming), np.flatnonzero(~coming & (wait == 1))
-        orders: npt.NDArray[Any] = self._orders[np.concatenate([now, then])]
-        orders["priority"][: len(now)] = wait[now]
-        orders["deadline"][len(now) :] = self.setting.experts.n_blocks
-        return orders
+        requests: npt.NDArray[Any] = self._orders[np.concatenate([now, then])]
+        requests["priority"][: len(now)] = wait[now]
+        requests["deadline"][len(now) :] = self.setting.experts.n_blocks
+        return requests
 
     def _lose(self, how: str) -> None:
         self._is_lost = True
@@ -239,7 +239,7 @@ class Oracle(Policy):
     def observe(self, routing: Routing, n_accepted: int) -> None:
         width, self._tokens = len(self._tokens), ()
         if routing.shape[1] != width:  # a narrow prompt
-            self.read(routing)
+            self.on_prefill(routing)
             return
         self._at += n_accepted + 1
         if self._foreseen is None:

@@ -17,7 +17,7 @@ from edge_speq.core import Experts
 from edge_speq.policies.draft_routing import Twin
 from edge_speq.policies.frequency import Frequency
 
-WORTH_ADMITTING = 0.3  # least worth of an expert that is fetched without being expected
+ADMISSION_SCORE = 0.3  # least worth of an expert that is fetched without being expected
 MOST_ADMITTED = 16  # a step
 HYSTERESIS = 0.25
 
@@ -32,7 +32,7 @@ class Foresight(Protocol):
         """routing: [n_blocks, n_tokens, n_expert_used] of one step of the target, drafted tokens that it rejected
         included: they were demanded as well."""
 
-    def worth(self) -> Scores:
+    def scores(self) -> Scores:
         """Chance that a step demands each expert, [n_blocks, n_expert]."""
 
     def expect(self, draft_routing: Routing | None) -> Scores | None:
@@ -41,7 +41,7 @@ class Foresight(Protocol):
         draft_routing: [n_blocks, n_tokens, n_expert_used] of the tokens that the step will verify.
         """
 
-    def worth_fetching(self) -> bool:
+    def is_worth_fetching(self) -> bool:
         """Whether expectations have been right often enough to spend bytes on them."""
 
 
@@ -55,20 +55,23 @@ def is_twin(target: Experts, draft: Experts | None) -> bool:
     return draft is not None and (draft.n_blocks, draft.n_expert) == (target.n_blocks, target.n_expert)
 
 
-def admissions(worth: Scores, states: npt.NDArray[np.uint8], margin: float = HYSTERESIS) -> npt.NDArray[Any]:
-    """Orders for absent experts that have earned a slot: the most worth first, whenever the link is free. They evict
-    only what is worth less by the margin, since a fetched expert has to be used some times to repay its transfer."""
-    block, expert = np.nonzero((states == 0) & (worth >= WORTH_ADMITTING))
-    most = np.argsort(-worth[block, expert], kind="stable")[:MOST_ADMITTED]
+def admissions(scores: Scores, states: npt.NDArray[np.uint8], margin: float = HYSTERESIS) -> npt.NDArray[Any]:
+    """Return prefetch requests for absent experts that have earned a slot, by falling score, for an idle link.
+
+    They evict only experts whose score is lower by the margin: a fetched expert must be used some times before its
+    transfer has paid.
+    """
+    block, expert = np.nonzero((states == 0) & (scores >= ADMISSION_SCORE))
+    most = np.argsort(-scores[block, expert], kind="stable")[:MOST_ADMITTED]
     out = np.zeros(len(most), dtype=_native.PREFETCH_REQUEST)
-    out["block"], out["expert"], out["deadline"] = block[most], expert[most], len(worth)
+    out["block"], out["expert"], out["deadline"] = block[most], expert[most], len(scores)
     out["priority"] = -margin
     return out
 
 
-def orders(expected: Scores | None) -> npt.NDArray[Any]:
-    """Orders (of _native.PREFETCH_REQUEST, [n]) for the experts that are expected at all: earliest block first, since
-    its deadline comes first, then by falling chance."""
+def prefetch_requests(expected: Scores | None) -> npt.NDArray[Any]:
+    """Return requests, [n] of _native.PREFETCH_REQUEST, for the experts that may be demanded: by block, since the
+    earliest block has the first deadline, then by falling chance."""
     if expected is None:
         return np.zeros(0, dtype=_native.PREFETCH_REQUEST)
     block, expert = np.nonzero(expected)
@@ -80,21 +83,21 @@ def orders(expected: Scores | None) -> npt.NDArray[Any]:
     return out
 
 
-def make_orders(block: npt.NDArray[Any], expert: npt.NDArray[Any], priority: Any) -> npt.NDArray[Any]:
-    """Orders with their own block as deadline."""
+def make_requests(block: npt.NDArray[Any], expert: npt.NDArray[Any], priority: Any) -> npt.NDArray[Any]:
+    """Prefetch requests with their own block as deadline."""
     out = np.empty(len(block), dtype=_native.PREFETCH_REQUEST)
     out["block"] = out["deadline"] = block
     out["expert"], out["priority"] = expert, priority
     return out
 
 
-def order_of_each(experts: Experts) -> npt.NDArray[Any]:
-    """An order for each expert of each block, to take orders from by key: block * n_expert + expert."""
+def request_of_each(experts: Experts) -> npt.NDArray[Any]:
+    """An order for each expert of each block, to take requests from by key: block * n_expert + expert."""
     block, expert = np.divmod(np.arange(experts.total), max(1, experts.n_expert))
-    return make_orders(block, expert, priority=0.0)
+    return make_requests(block, expert, priority=0.0)
 
 
-NO_ORDERS: npt.NDArray[Any] = np.zeros(0, dtype=_native.PREFETCH_REQUEST)
+NO_REQUESTS: npt.NDArray[Any] = np.zeros(0, dtype=_native.PREFETCH_REQUEST)
 
 
 class Sets:

@@ -21,7 +21,7 @@ from edge_speq.policies import prediction
 from edge_speq.policies.base import Policy
 from edge_speq.policies.context import PolicyContext, Slots
 from edge_speq.policies.frequency import Frequency
-from edge_speq.policies.prediction import NO_ORDERS, Routing
+from edge_speq.policies.prediction import NO_REQUESTS, Routing
 
 DECAYS = (0.95, 0.99)  # per step
 LAST = 0.2  # that the last step's demand counts on top
@@ -63,20 +63,20 @@ class SetDueling(Policy):
         super().resized(slots)
         self._resize_pools()
 
-    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         if self._admits:
-            slots.scores[:] = self._counts.worth()
+            slots.scores[:] = self._counts.scores()
         else:
             self._native.score(slots.scores)
-        slots.prefetch(NO_ORDERS, 0)
+        slots.prefetch(NO_REQUESTS, 0)
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:
         """Recency says nothing of experts that are in no slot: short-lived frequency does, counted from the first time
         on that it is asked for, which is before the first step or never, or, in `Auto`, once the twin is silent."""
         self._admits = True
-        return prediction.admissions(self._counts.worth(), slots.states())
+        return prediction.admissions(self._counts.scores(), slots.states())
 
-    def read(self, routing: Routing) -> None:
+    def on_prefill(self, routing: Routing) -> None:
         self._native.on_prefill(routing)
 
     def observe(self, routing: Routing, n_accepted: int) -> None:

@@ -15,7 +15,7 @@ from edge_speq.core import ExpertCounters
 from edge_speq.policies import registry as presets
 from edge_speq.policies.base import Policy
 from edge_speq.policies.context import PolicyContext
-from edge_speq.policies.prediction import NO_ORDERS
+from edge_speq.policies.prediction import NO_REQUESTS
 from edge_speq.simulate import steps
 from edge_speq.simulate.costs import StepCosts
 from edge_speq.simulate.placement import place
@@ -82,7 +82,7 @@ class Replay:
         for part, tokens in with_tokens(self._parts(recorded), recorded):
             if part.foresees:
                 self._read(part)
-                self._safely(self.policy.verifying, tokens)
+                self._safely(self.policy.on_verify_begin, tokens)
                 self._foresee(part)
             before = self.place.bytes_fetched
             ms = self._step(part)
@@ -102,7 +102,7 @@ class Replay:
 
     def _read(self, part: ReplayedStep) -> None:
         if part.read is not None:
-            self._safely(self.policy.read, part.read)
+            self._safely(self.policy.on_prefill, part.read)
 
     def _parts(self, recorded: Sequence[Step]) -> Iterable[ReplayedStep]:
         if self._governed and self.policy.governor is not None:
@@ -113,11 +113,11 @@ class Replay:
         if self._drafts and part.foreseen is not None and self.policy.reads_draft:
             for n in range(1, part.n_drafted + 1):
                 self.place.wait(round(1e6 * self.setting.draft_ms))
-                self._safely(self.policy.drafting, self.place, part.foreseen[:, :n])
+                self._safely(self.policy.on_draft_token, self.place, part.foreseen[:, :n])
         self._safely(self._foresee_soundly, part)
 
     def _foresee_soundly(self, part: ReplayedStep) -> None:
-        self.policy.foresee(self.place, part.foreseen if self.policy.reads_draft else None, part.n_drafted)
+        self.policy.plan_prefetch(self.place, part.foreseen if self.policy.reads_draft else None, part.n_drafted)
         if not np.isfinite(self.place.scores).all():
             raise ValueError("its scores are not finite")
 
@@ -167,7 +167,7 @@ class Replay:
             log.warning("policy %s failed, lru takes over: %s", self.name, self._failed)
             self.policy = Policy(self.setting)
             self.place.scores[:] = 0
-            self.place.prefetch(NO_ORDERS)
+            self.place.prefetch(NO_REQUESTS)
             return None
 
 

@@ -1,6 +1,6 @@
 """Which experts lie in slots, in Python: the rules of native/src/slots in deterministic mode, without bytes.
 
-The same routing, scores and orders give the same counters and states as the native hook with virtual time (a stateful
+The same routing, scores and requests give the same counters and states as the native hook with virtual time (a stateful
 test holds the two together), so policies can be replayed over recorded routing, and what only exists in replay
 (`Belady`) can be compared with what runs.
 
@@ -29,7 +29,7 @@ ABSENT, LOADING, RESIDENT, PINNED = range(4)
 
 
 @dataclass(slots=True)
-class Order:
+class PrefetchRequest:
     """An expert that the coming step is expected to use `priority` times; not begun once a step reaches `deadline`."""
 
     block: int
@@ -38,7 +38,7 @@ class Order:
     priority: float
 
 
-Orders = Sequence[Order] | npt.NDArray[Any]
+Requests = Sequence[PrefetchRequest] | npt.NDArray[Any]
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ class Residency:
         self._orders: list[tuple[Key, int, float]] = []  # the most urgent last: key, deadline, worth
         self._ordered_at = self._budget = 0
         self._flight: tuple[Key, int] | None = None  # and when it arrives
-        self._reached = self._last_block = -1  # since the orders came; in this step
+        self._reached = self._last_block = -1  # since the requests came; in this step
         self.now = self._link_free = 0  # nanoseconds
         self.steps = self.stall_ns = self.prefetched_used = 0
         self.hits = self.misses = self.late = self.fetched = self.cpu_computed = self.prefetched = 0
@@ -186,13 +186,13 @@ class Residency:
 
     # --- what foresight does ---------------------------------------------------------------------------
 
-    def prefetch(self, orders: Orders, byte_budget: int = NO_BUDGET, margin: float = 0.0) -> int:
-        """Takes over the scores and replaces the outstanding orders, given as Order or as an array of
+    def prefetch(self, requests: Requests, byte_budget: int = NO_BUDGET, margin: float = 0.0) -> int:
+        """Takes over the scores and replaces the outstanding requests, given as PrefetchRequest or as an array of
         _native.PREFETCH_REQUEST, most urgent first; how many were not yet in a slot. margin: what the priorities of
         these are less by."""
         scores = self._take_over_scores()
         self._expected = {}
-        rows = orders if isinstance(orders, np.ndarray) else _as_array(orders)
+        rows = requests if isinstance(requests, np.ndarray) else _as_array(requests)
         absent = self._expect(scores, rows, np.float32(margin))
         self._rebuild()
         self._orders = absent[::-1]
@@ -201,7 +201,7 @@ class Residency:
         return len(absent)
 
     def _expect(self, scores: Scores, rows: npt.NDArray[Any], margin: np.float32) -> list[tuple[Key, int, float]]:
-        """Notes what orders expect of experts in slots; the others."""
+        """Notes what requests expect of experts in slots; the others."""
         if not len(rows):
             return []
         keys = rows["block"].astype(np.intp) * self._experts.n_expert + rows["expert"]
@@ -358,8 +358,8 @@ def _finite(scores: Scores) -> Scores:
     return finite
 
 
-def _as_array(orders: Sequence[Order]) -> npt.NDArray[Any]:
-    return np.array([(o.block, o.expert, o.deadline, o.priority) for o in orders], dtype=PREFETCH_REQUEST)
+def _as_array(requests: Sequence[PrefetchRequest]) -> npt.NDArray[Any]:
+    return np.array([(o.block, o.expert, o.deadline, o.priority) for o in requests], dtype=PREFETCH_REQUEST)
 
 
 class Belady(Residency):

@@ -14,15 +14,15 @@ from typing import Any
 
 import jsonschema
 import pytest
+from support.schemas import schema
 
-import edge_speq as package
 from edge_speq import EdgeLlama, core
 from edge_speq.cli.main import demo as command
 from edge_speq.gguf import bundled
 from edge_speq.policies.context import PolicyContext
 from edge_speq.simulate.costs import StepCosts
 
-SCHEMA = json.loads((Path(package.__file__).parent / "schema" / "run.schema.json").read_text(encoding="utf-8"))
+SCHEMA = schema("run")
 COMMAND = [sys.executable, "-m", "edge_speq", "demo"]
 OWN = ("arm", "simulated_tok_per_s", "simulated")
 CLOCK = ("tok_per_s", "ttft_ms", "tpot_ms")  # of the real run

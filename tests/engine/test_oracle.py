@@ -22,6 +22,7 @@ from edge_speq.cli.main import main
 from edge_speq.policies import oracle
 from edge_speq.policies import registry as policies
 from edge_speq.policies.oracle import Oracle, Recorded
+from edge_speq.policies.published import draft_lengths
 from edge_speq.simulate.bounds import bounds
 from edge_speq.simulate.costs import StepCosts
 from edge_speq.simulate.replay import Replay
@@ -64,7 +65,7 @@ def test_governed_steps_are_found_in_the_text_as_well() -> None:
     recorded, made = text(23, 200, k=4, passages=2), setting(16, 4)
     outcome = Replay("oracle", made).run(recorded)
     policy = Oracle(made)
-    policy.governor = policies.governors.Fixed(1)
+    policy.governor = draft_lengths.Fixed(1)
     shorter = Replay(policy, made, governed=True).run(recorded)
     assert shorter.steps > outcome.steps and shorter.foreseen is not None
     assert (shorter.foreseen["precision"], shorter.foreseen["recall"]) == (1.0, 1.0)
@@ -74,8 +75,8 @@ def test_scores_are_minus_the_wait_and_orders_come_nearest_first() -> None:
     steps = [step_of([5], ids((0, 1))), step_of([6], ids((2, 3))), step_of([7], ids((4, 5))), step_of([8], ids((0, 2)))]
     policy, slots = Oracle(setting()), Seen()
     policy.begin_replay(steps)
-    policy.verifying([5])
-    policy.foresee(slots, None, 0)
+    policy.on_verify_begin([5])
+    policy.plan_prefetch(slots, None, 0)
     waits = [3, 5, 1, 1, 2, 2, 5]  # expert 1 never comes again: later than the last of four steps
     for block in range(4):
         np.testing.assert_allclose(slots.scores[block, :7], [-wait - block / 4 for wait in waits])
@@ -122,8 +123,8 @@ def test_a_prompt_says_which_passage_follows(caplog: pytest.LogCaptureFixture) -
     policy.begin_replay(steps)
     for prompt, found in ((asked[1], [8, 9]), (asked[0], [6, 7]), (asked[0][:, 1:], [6, 7]), (ids((0, 9)), [])):
         policy.observe(prompt, 0)
-        policy.verifying([5])
-        policy.foresee(slots, None, 0)
+        policy.on_verify_begin([5])
+        policy.plan_prefetch(slots, None, 0)
         assert slots.orders["expert"][slots.orders["deadline"] < 1].tolist() == found
         policy.observe(ids((1, 2)), 0)
     assert "begins with another prompt" in caplog.text and not slots.scores.any() and slots.budget == 0
@@ -226,20 +227,18 @@ def test_what_it_cannot_know_is_refused(
         with pytest.raises(EdgeError, match=cause) as caught, llm(model, policy="oracle", trace=path):
             pass
         assert "edge-speq trace" in caught.value.hint
-    for command in (["run", str(bundled[0])], ["bench", "-m", str(bundled[0])]):
-        assert main([*command, "--policy", "oracle", "--resident", "1/4"]) == 2
-        assert "needs a trace of the same text" in capsys.readouterr().err
-    assert main(["bench", "--policy", "oracle,learned", "--trace", str(recorded)]) == 2
-    assert "files of two kinds" in capsys.readouterr().err
+    assert main(["bench", "-m", str(bundled[0]), "--policy", "oracle", "--resident", "1/4"]) == 2
+    assert "needs a trace of the same text" in capsys.readouterr().err
+    assert main(["bench", "--policy", "lru", "--trace", str(recorded)]) == 2
+    assert "no policy reads --trace" in capsys.readouterr().err
+    assert main(["run", str(bundled[0]), "--policy", "oracle"]) == 2
+    assert "there to be compared" in capsys.readouterr().err
 
 
-def test_the_commands_take_a_trace(
-    bundled: tuple[Path, Path], recorded: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    asked = ["--policy", "oracle", "--trace", str(recorded), "--resident", "1/4", "--json"]
-    own = ["-p", prompts()[0], "--temp", "0", "-n", "24", "-c", "512", "-t", "1", "--draft-tokens", "0"]
-    assert main(["run", str(bundled[0]), *own, *asked]) == 0
-    made = json.loads(capfd.readouterr().out)
+def test_its_report_is_that_of_any_policy(bundled: tuple[Path, Path], recorded: Path) -> None:
+    with llm(bundled[0], policy="oracle", trace=recorded, resident="1/4", draft_tokens=0) as model:
+        text = texts(model, [prompts()[0]], max_tokens=24)[0]
+        made = json.loads(json.dumps({"text": text, **model.stats().to_dict()}))
     jsonschema.validate(made, schema("run"))
     assert made["experts"]["foresight"] == "trace" and made["experts"]["foreseen"]["recall"] == 1.0
 

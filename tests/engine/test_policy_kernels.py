@@ -149,14 +149,14 @@ def run(model: EdgeLlama, *, wraps: bool) -> tuple[list[Any], Any]:
     lookahead, hook, made = model._speculator, model._hook, []
     policy = lookahead._policy
     assert policy is not None and hook is not None
-    foresee, calls = policy.foresee, [_count(hook, name) for name in ("prefetch_next_use", "prefetch")]
+    foresee, calls = policy.plan_prefetch, [_count(hook, name) for name in ("prefetch_next_use", "prefetch")]
 
     def noted(slots: Any, *given: Any) -> None:
         made.append(hook.states())
         foresee(Wrapped(hook) if wraps else slots, *given)
         made.append(hook.scores.copy())
 
-    policy.foresee = noted  # type: ignore[method-assign]
+    policy.plan_prefetch = noted  # type: ignore[method-assign]
     texts(model, prompts()[:2])
     assert not lookahead.failures and [bool(n) for n in calls] == [not wraps, wraps]
     return made, hook.counters()

@@ -42,12 +42,12 @@ def test_whole_layers_are_sent_in_layer_order_as_far_as_slots_go() -> None:
     policy, slots = SpecMoeOff(made), Residency(EXPERTS, made.slots, link_bytes_per_s=10**9, block_ns=500)
     orders: list[Any] = []
     slots.prefetch = lambda given, byte_budget=0: orders.append(given) or len(given)  # type: ignore[method-assign,func-returns-value]
-    policy.foresee(slots, None, 0)
+    policy.plan_prefetch(slots, None, 0)
     assert [np.count_nonzero(orders[0]["block"] == block) for block in range(4)] == [16, 16, 4, 4]
     assert (np.diff(orders[0]["block"]) >= 0).all() and (orders[0]["deadline"] == orders[0]["block"]).all()
     slots.demand(0, [3, 5])
     slots.end_step()
-    policy.foresee(slots, None, 0)
+    policy.plan_prefetch(slots, None, 0)
     first = orders[1]["expert"][orders[1]["block"] == 0]
     assert set(first) == set(range(16)) - {3, 5}
     assert np.count_nonzero(orders[1]["block"] == 2) == 6  # absent ones fill up what slots can take

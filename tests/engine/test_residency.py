@@ -32,7 +32,7 @@ def make(n_slots: int = 5, blocks_per_transfer: int = 2) -> residency.Residency:
 
 
 def order(block: int, expert: int, priority: float = 1.0) -> residency.Order:
-    return residency.Order(block, expert, block, priority)
+    return residency.PrefetchRequest(block, expert, block, priority)
 
 
 def test_hits_misses_and_the_least_recently_used() -> None:
@@ -127,7 +127,7 @@ class Agreement(stateful.RuleBasedStateMachine):
         e = self.experts
         rows = [(b % e.n_blocks, x % e.n_expert, b % e.n_blocks + lead, p) for b, x, p in wanted]
         orders: Any = np.array(rows, dtype=_native.PREFETCH_REQUEST)
-        expected = self.model.prefetch([residency.Order(*row) for row in rows], budget)
+        expected = self.model.prefetch([residency.PrefetchRequest(*row) for row in rows], budget)
         assert self.hook.prefetch(orders, budget) == expected
 
     @stateful.rule(seed=st.integers(0, 2**32 - 1))

@@ -47,7 +47,7 @@ def misses(policy: policies.Policy, steps: np.ndarray, share: float, *, shows: b
     """shows: a draft that is always right."""
     slots = Residency(EXPERTS, setting(share).slots, link_bytes_per_s=10**9, block_ns=500)
     for routing in steps:
-        policy.foresee(slots, routing if shows else None, 0)
+        policy.plan_prefetch(slots, routing if shows else None, 0)
         for block, ids in enumerate(routing):
             slots.demand(block, ids.ravel().tolist())
         slots.end_step()
@@ -77,7 +77,7 @@ def test_a_prompt_says_what_is_wanted_often() -> None:
         duel = SetDueling(setting(1 / 4))
         misses(duel, (loops(400) + 13) % N_EXPERT, 1 / 4)  # another text
         if reads:
-            duel.read(np.concatenate(steps[:40], axis=1))
+            duel.on_prefill(np.concatenate(steps[:40], axis=1))
         found.append(misses(duel, steps[40:], 1 / 4))
     assert found[1] < 0.9 * found[0]
 
@@ -108,11 +108,11 @@ def test_where_nobody_fetches_on_demand_frequency_admits() -> None:
     slots = Residency(EXPERTS, setting(1 / 4).slots, link_bytes_per_s=10**9, block_ns=500)
     duel.admissions(slots)  # asked from the first step on
     for routing in loops(40):
-        duel.foresee(slots, None, 0)
+        duel.plan_prefetch(slots, None, 0)
         duel.observe(routing, 0)
     orders = duel.admissions(slots)
     assert {(0, 3), (0, 0)} <= {(int(block), int(expert)) for block, expert in orders[["block", "expert"]]}
-    duel.foresee(slots, None, 0)
+    duel.plan_prefetch(slots, None, 0)
     assert slots.scores.max() > 0.5
 
 

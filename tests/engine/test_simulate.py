@@ -27,7 +27,7 @@ from edge_speq.errors import EdgeError
 from edge_speq.policies import registry as policies
 from edge_speq.policies.base import Policy
 from edge_speq.policies.context import Slots
-from edge_speq.policies.prediction import Routing, make_orders
+from edge_speq.policies.prediction import Routing, make_requests
 from edge_speq.policies.published.draft_lengths import Fixed
 from edge_speq.simulate import costs, placement, report, steps, window_quality
 from edge_speq.simulate import slots as residency
@@ -172,7 +172,7 @@ class Raises(Policy):
         super().__init__(made)
         self._where, self._left = where, after
 
-    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         self._left -= 1
         if self._left < 0 and self._where == "scores":
             slots.scores[0, 0] = np.nan
@@ -275,7 +275,7 @@ def test_a_missing_first_token_is_stood_in_for() -> None:
 def test_transfers_go_on_while_the_draft_runs() -> None:
     made = setting()
     place = placement.place(policies.make("lru", made), made)
-    orders = make_orders(np.array([0, 0]), np.array([3, 5]), priority=1.0)
+    orders = make_requests(np.array([0, 0]), np.array([3, 5]), priority=1.0)
     place.prefetch(orders)
     place.wait(1400)  # ns: one of two experts of 1 us each has come
     place.demand(0, [3, 5])

@@ -64,16 +64,16 @@ def test_a_published_governor_chooses_lengths_that_are_not_fixed(
     for options in ({"draft_tokens": 1}, {"deterministic": True}):
         with llm(bundled[0], draft=twin, policy=policy, **options) as model:
             made = model._speculator._policy
-            assert made is not None and (made.governor is None) == (policy == "cascade" or "speculation" in options)
+            assert made is not None and (made.governor is None) == (policy == "cascade" or "draft_tokens" in options)
 
 
 def test_every_preset_can_be_asked_for() -> None:
     assert set(presets.PRESETS) <= set(POLICIES)
 
 
-@pytest.mark.parametrize(("policy", "compute"), [("moe-spac", "device"), ("moe-speq", "hybrid"), ("lru", "hybrid")])
-def test_where_a_published_system_computes_is_part_of_it(bundled: tuple[Path, Path], policy: str, compute: str) -> None:
-    with pytest.raises(EdgeError, match=policy), llm(bundled[0], policy=policy, compute=compute):
+@pytest.mark.parametrize(("policy", "on_miss"), [("moe-spac", "fetch"), ("moe-speq", "hybrid"), ("lru", "hybrid")])
+def test_where_a_published_system_computes_is_part_of_it(bundled: tuple[Path, Path], policy: str, on_miss: str) -> None:
+    with pytest.raises(EdgeError, match=policy), llm(bundled[0], policy=policy, on_miss=on_miss):
         pass
 
 
@@ -108,13 +108,13 @@ class Broken(Policy):
         self._fail("ahead")
         return 2
 
-    def drafting(self, slots: presets.Slots, draft_routing: Any) -> None:
-        self._fail("drafting")
+    def on_draft_token(self, slots: presets.Slots, draft_routing: Any) -> None:
+        self._fail("on_draft_token")
 
-    def foresee(self, slots: presets.Slots, draft_routing: Any, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: presets.Slots, draft_routing: Any, n_drafted: int) -> None:
         self._steps += 1
         slots.scores[:] = np.nan if self.where == "scores" and self._steps > 2 else self._steps
-        self._fail("foresee")
+        self._fail("plan_prefetch")
 
     def observe(self, routing: Any, *_: Any, **__: Any) -> None:
         self._fail("observe")
@@ -124,7 +124,7 @@ class Broken(Policy):
         return 2
 
 
-@pytest.mark.parametrize("where", ["ahead", "drafting", "foresee", "scores", "observe", "governor"])
+@pytest.mark.parametrize("where", ["ahead", "drafting", "plan_prefetch", "scores", "observe", "governor"])
 def test_a_policy_that_fails_costs_no_request(
     bundled: tuple[Path, Path],
     twin: Path,

@@ -23,7 +23,7 @@ from edge_speq.policies.draft_routing import Quality
 from edge_speq.policies.frequency import Frequency
 from edge_speq.policies.learned.network import Learned
 from edge_speq.policies.next_use import DECAY, MARGIN, Marks, NextUse
-from edge_speq.policies.prediction import Routing, Sets, order_of_each
+from edge_speq.policies.prediction import Routing, Sets, request_of_each
 
 Chances = npt.NDArray[np.float32]  # [n_blocks * n_expert]
 Keys = npt.NDArray[np.intp]
@@ -34,7 +34,7 @@ LOWEST, HIGHEST = np.float32(1e-4), np.float32(0.999)
 MOST_WASTED = 0.15  # of what would be fetched ahead; beyond that nothing is
 SMOOTHING = 0.97  # per step, of a source's error
 FORESEEN = np.float32(0.5)  # chance from which on an expert counts as foreseen
-WORTH_FETCHING = np.float32(0.7)  # and from which on it is fetched ahead
+FETCH_PRECISION = np.float32(0.7)  # and from which on it is fetched ahead
 
 
 class Reliability:
@@ -104,7 +104,7 @@ class Learning(NextUse):
         self.name, self.sees = "learned" if alone else "auto", "learned"
         experts = setting.experts
         self._learned, self._alone = Learned(setting.learned), alone
-        self._sets, self._orders = Sets(experts), order_of_each(experts)
+        self._sets, self._orders = Sets(experts), request_of_each(experts)
         turn = np.repeat(np.arange(experts.n_blocks) / experts.n_blocks, experts.n_expert)
         self._minus_turn = -turn.astype(np.float32)
         self._counts, self._may_count = Frequency(experts), not alone and not setting.has_twin
@@ -134,10 +134,10 @@ class Learning(NextUse):
         known = "twin" if self.setting.has_twin else "counts"
         return "learned" if self._alone else (known, "learned")[self.first.best]
 
-    def verifying(self, tokens: Sequence[int]) -> None:
+    def on_verify_begin(self, tokens: Sequence[int]) -> None:
         self._tokens = tokens
 
-    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         self._n_drafted, self._foreseen = n_drafted, None
         self._second_judged = self._sources[1]
         self._sources = ([], [])
@@ -190,16 +190,16 @@ class Learning(NextUse):
 
     def _order(self, slots: Slots, wait: Chances) -> None:
         if self._may_count and not self.first.best and not self.second.best:
-            slots.scores[:] = self._counts.worth()
+            slots.scores[:] = self._counts.scores()
             slots.prefetch(self._orders[:0], 0)
             return
         self._foreseen = self._chance >= FORESEEN
-        keys = np.flatnonzero(self._chance >= WORTH_FETCHING)
+        keys = np.flatnonzero(self._chance >= FETCH_PRECISION)
         self._absent = keys[slots.states().reshape(-1)[keys] == 0]
-        orders = self._orders[keys]
-        orders["priority"] = self._chance[keys] * wait[keys]
+        requests = self._orders[keys]
+        requests["priority"] = self._chance[keys] * wait[keys]
         fetches = self._fetches and self.wasted <= MOST_WASTED
-        slots.prefetch(orders, _native.NO_BUDGET if fetches else 0, MARGIN)
+        slots.prefetch(requests, _native.NO_BUDGET if fetches else 0, MARGIN)
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         came = self._sets.of(routing).astype(np.float32)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from edge_speq.policies.base import Policy
 from edge_speq.policies.context import PolicyContext, Slots
-from edge_speq.policies.prediction import NO_ORDERS, Routing, Sets, make_orders, order_of_each
+from edge_speq.policies.prediction import NO_REQUESTS, Routing, Sets, make_requests, request_of_each
 from edge_speq.policies.published.draft_lengths import Cascade, Roofline
 
 
@@ -25,7 +25,7 @@ class MoeSpeq(Policy):
     def __init__(self, setting: PolicyContext) -> None:
         super().__init__(setting)
         self.sees = "twin" if setting.has_twin else "none"
-        self._sets, self._orders = Sets(setting.experts), order_of_each(setting.experts)
+        self._sets, self._orders = Sets(setting.experts), request_of_each(setting.experts)
         self.roofline = Roofline(
             setting.k_max,
             draft_ms=setting.draft_ms,
@@ -39,27 +39,27 @@ class MoeSpeq(Policy):
         super().measured(draft_ms, block_ms)
         self.roofline.draft_ms, self.roofline.verify_ms = draft_ms, block_ms * self.setting.experts.n_blocks
 
-    def drafting(self, slots: Slots, draft_routing: Routing) -> None:
+    def on_draft_token(self, slots: Slots, draft_routing: Routing) -> None:
         n, k = draft_routing.shape[1], self.roofline.k()
         if n * 3 <= k:  # phase I
             return
         likely = math.ceil(self.SHARE * draft_routing.shape[2])  # ids come by falling gate weight
-        orders = self._buffer(self._sets.of(draft_routing[:, :, :likely]))
+        requests = self._buffer(self._sets.of(draft_routing[:, :, :likely]))
         budget = int(self.SHARE * self.setting.link_bytes_per_s * self.setting.draft_ms / 1e3)
-        slots.prefetch(orders, budget)
+        slots.prefetch(requests, budget)
 
-    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         if draft_routing is None:
-            slots.prefetch(NO_ORDERS)
+            slots.prefetch(NO_REQUESTS)
             return
         buffered = self._sets.of(draft_routing[:, :n_drafted])
         self._missing = int(np.count_nonzero(buffered & (slots.states().reshape(-1) == 0)))
         slots.prefetch(self._buffer(buffered))
 
     def _buffer(self, buffered: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-        orders = self._orders[buffered]
-        orders["priority"] = 1.0
-        return orders
+        requests = self._orders[buffered]
+        requests["priority"] = 1.0
+        return requests
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         self.roofline.missed(routing.shape[1] - 1, self._missing)
@@ -74,7 +74,7 @@ class SpMoe(Policy):
     def __init__(self, setting: PolicyContext) -> None:
         super().__init__(setting)
         self.sees = "twin" if setting.has_twin else "none"
-        self._sets, self._orders = Sets(setting.experts), order_of_each(setting.experts)
+        self._sets, self._orders = Sets(setting.experts), request_of_each(setting.experts)
 
     def cutoff(self, n_drafted: int) -> int:
         """L = min(M_free / (k M_expert), T_draft / (k t_io), layers), with k experts a layer: the slots hold them, and
@@ -84,14 +84,14 @@ class SpMoe(Policy):
         hidden = int(n_drafted * self.setting.draft_ms / (used * self.setting.transfer_ms))
         return max(1, min(fits, hidden, self.setting.experts.n_blocks))
 
-    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         if draft_routing is None or not n_drafted:
-            slots.prefetch(NO_ORDERS)
+            slots.prefetch(NO_REQUESTS)
             return
         wanted = self._sets.of(draft_routing[: self.cutoff(n_drafted), :n_drafted])
-        orders = self._orders[wanted & (slots.states().reshape(-1) == 0)]
-        orders["priority"] = 1e-3  # just enough to evict the least recently used
-        slots.prefetch(orders)
+        requests = self._orders[wanted & (slots.states().reshape(-1) == 0)]
+        requests["priority"] = 1e-3  # just enough to evict the least recently used
+        slots.prefetch(requests)
 
 
 class SpecMoeOff(Policy):
@@ -105,7 +105,7 @@ class SpecMoeOff(Policy):
     def __init__(self, setting: PolicyContext) -> None:
         super().__init__(setting)
         experts = setting.experts
-        self._orders = order_of_each(experts)
+        self._orders = request_of_each(experts)
         self._orders["priority"] = 1.0  # anything goes for it but what was ordered and is not used yet
         groups = sorted((block, g) for g, group in enumerate(experts.groups) for block in group.blocks)
         self._group = np.repeat([g for _, g in groups], experts.n_expert)
@@ -120,7 +120,7 @@ class SpecMoeOff(Policy):
         layer_ms = max(block_ms, experts.n_expert * self.setting.transfer_ms)
         self.roofline.draft_ms, self.roofline.verify_ms = draft_ms, layer_ms * experts.n_blocks
 
-    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         """Of each group as many absent experts as it has slots: more find no slot that is worth less."""
         absent = slots.states().reshape(-1) == 0
         for group, n_slots in enumerate(self.setting.slots):
@@ -152,12 +152,12 @@ class MoeSpac(Policy):
         down = ~up & (self._state - pairs >= self.DOWN)
         self._state = np.clip(self._state + up - down, 0, self.CAP)
 
-    def foresee(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         block, expert = np.nonzero(self._state >= self.THRESHOLD)
         level = self._state[block, expert]
         most = np.lexsort((block, -level))
         # a victim is below the threshold, so nothing that is queued goes for anything else
-        slots.prefetch(make_orders(block[most], expert[most], priority=float(self.THRESHOLD)))
+        slots.prefetch(make_requests(block[most], expert[most], priority=float(self.THRESHOLD)))
 
 
 class MoePrism(Policy):

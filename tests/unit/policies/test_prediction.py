@@ -29,13 +29,13 @@ def test_counts_weigh_how_often_and_how_lately_steps_demand_an_expert() -> None:
     counts = prediction.Frequency(TARGET)
     for step in range(400):
         counts.observe(routing(((0, 1 if step % 2 else 2), (2, 3)), ((0, 4), (2, 3))))
-    assert 0.99 < counts.worth()[0, 0] <= 1.0  # twice a step is one demand
-    np.testing.assert_allclose(counts.worth()[0, 1:3], [0.75, 0.25], atol=0.06)  # both in half of the steps
-    assert counts.worth()[0, 5] == 0
+    assert 0.99 < counts.scores()[0, 0] <= 1.0  # twice a step is one demand
+    np.testing.assert_allclose(counts.scores()[0, 1:3], [0.75, 0.25], atol=0.06)  # both in half of the steps
+    assert counts.scores()[0, 5] == 0
     assert counts.expect(routing(((0, 1), (2, 3)))) is None
     for _ in range(100):
         counts.observe(routing(((6, 7), (6, 7))))
-    assert counts.worth()[0, 0] < 1e-3
+    assert counts.scores()[0, 0] < 1e-3
 
 
 def test_the_twin_expects_what_the_draft_routed_as_surely_as_it_was_right() -> None:
@@ -52,23 +52,23 @@ def test_the_twin_expects_what_the_draft_routed_as_surely_as_it_was_right() -> N
     np.testing.assert_allclose(twin.expect(drafted)[0, 0], 0.5, atol=0.01)
     np.testing.assert_allclose(twin.quality.precision, [2 / 3, 1 / 3])
     np.testing.assert_allclose(twin.quality.recall, [1, 1 / 2])
-    assert twin.worth()[0, 0] > 0.9  # and it counts as well
+    assert twin.scores()[0, 0] > 0.9  # and it counts as well
 
 
 def test_a_twin_that_is_mostly_wrong_is_not_worth_bytes() -> None:
     twin = prediction.Twin(TARGET)
-    assert twin.worth_fetching()
+    assert twin.is_worth_fetching()
     for _ in range(100):
         twin.expect(routing(((0, 1), (0, 1))))
         twin.observe(routing(((2, 3), (0, 3))))
-    assert not twin.worth_fetching()
+    assert not twin.is_worth_fetching()
 
 
 def test_orders_come_by_block_then_by_chance() -> None:
     expected = np.zeros((2, 8), dtype=np.float32)
     expected[0, 3], expected[0, 5], expected[1, 0] = 0.25, 0.75, 1
-    assert prediction.orders(expected).tolist() == [(0, 5, 0, 0.75), (0, 3, 0, 0.25), (1, 0, 1, 1.0)]
-    assert len(prediction.orders(None)) == 0
+    assert prediction.prefetch_requests(expected).tolist() == [(0, 5, 0, 0.75), (0, 3, 0, 0.25), (1, 0, 1, 1.0)]
+    assert len(prediction.prefetch_requests(None)) == 0
 
 
 def test_an_admission_evicts_only_what_is_worth_clearly_less() -> None:

@@ -171,8 +171,8 @@ def test_slots_and_orders_stay_sound() -> None:
         for _ in range(60):
             k = int(random.integers(0, 3))
             seen = routing(random, 2 * k + 2, SMALL) if k else None
-            policy.verifying(random.integers(0, 30, k + 1).tolist())
-            policy.foresee(slots, seen, k)
+            policy.on_verify_begin(random.integers(0, 30, k + 1).tolist())
+            policy.plan_prefetch(slots, seen, k)
             assert np.isfinite(slots.scores).all()
             chosen = routing(random, k + 1)
             slots.step(chosen)

@@ -65,7 +65,7 @@ def test_waits_learns_how_far_a_draft_can_be_trusted() -> None:
 def test_waits_scores_are_minus_the_expected_wait() -> None:
     policy, slots = NextUse(setting()), Seen()
     policy.coming.inside = 0.9
-    policy.foresee(slots, ids((0, 1), (0, 2), (0, 3)), 2)  # nothing is known of the step after
+    policy.plan_prefetch(slots, ids((0, 1), (0, 2), (0, 3)), 2)  # nothing is known of the step after
     often = 2 / 16
     after = often + 0.2 * (0.9 - often)
     wait = 1 + (1 - after) / after
@@ -83,7 +83,7 @@ def test_waits_reckons_from_both_sets_what_it_says_of_every_expert() -> None:
         policy.observe(ids((step, step + 1), (2, 3)), 1)
     often, (coming, following) = policy._often.reshape(4, 16).copy(), (policy.coming, policy.following)
     coming.inside, coming.outside, following.inside, following.outside = 0.8, 0.7, 0.6, 0.5
-    policy.foresee(slots, ids((0, 1), (0, 2), (0, 3), (4, 5), (4, 1)), 2)
+    policy.plan_prefetch(slots, ids((0, 1), (0, 2), (0, 3), (4, 5), (4, 1)), 2)
     first, second = often * 0.7, np.full_like(often, np.nan)
     first[:, [0, 1, 2, 3]] = 0.8
     after = often + 0.2 * (first - often)
@@ -99,7 +99,7 @@ def test_waits_reckons_from_both_sets_what_it_says_of_every_expert() -> None:
 def test_waits_counts_its_foresight_however_long_it_runs() -> None:
     policy, slots = NextUse(setting()), Seen()
     for _ in range(600):  # more than a byte holds
-        policy.foresee(slots, ids((0, 1), (0, 2)), 1)
+        policy.plan_prefetch(slots, ids((0, 1), (0, 2)), 1)
         policy.observe(ids((0, 1), (1, 5)), 1)
     quality = policy.quality
     assert quality is not None and (quality.n_steps, quality.n_tokens) == (600, 1200)
@@ -110,7 +110,7 @@ def test_waits_counts_its_foresight_however_long_it_runs() -> None:
 def test_waits_does_not_fetch_for_a_draft_that_is_mostly_wrong() -> None:
     policy, slots = NextUse(setting()), Seen()
     policy.coming.inside = 0.4
-    policy.foresee(slots, ids((0, 1), (0, 2), (0, 3)), 2)
+    policy.plan_prefetch(slots, ids((0, 1), (0, 2), (0, 3)), 2)
     assert slots.budget == 0
 
 
@@ -125,7 +125,7 @@ def test_moe_spac_rises_by_up_and_falls_by_one() -> None:
     policy.observe(ids(*[(0, 2)] * 9), 0)
     assert policy._state[0, :3].tolist() == [5, 4, 1]
     slots = Seen()
-    policy.foresee(slots, NO_DRAFT, 0)
+    policy.plan_prefetch(slots, NO_DRAFT, 0)
     assert slots.orders["expert"].tolist() == [0] * 4 + [1] * 4 + [2] * 4  # the highest level first
     assert (slots.orders["priority"] == 1.0).all() and policy.hybrid
     policy.observe(ids(*[(0, 1)] * 4), 0)
@@ -137,10 +137,10 @@ def test_sp_moe_fetches_up_to_its_cutoff() -> None:
     policy, slots = SpMoe(made), Seen()
     # 2 tokens of 2 us hide 4 us: of 2 experts a layer at 1 us each, 2 layers
     assert policy.cutoff(2) == 2
-    policy.foresee(slots, ids((0, 1), (2, 3), (4, 5)), 2)
+    policy.plan_prefetch(slots, ids((0, 1), (2, 3), (4, 5)), 2)
     assert set(slots.orders["block"]) == {0, 1} and set(slots.orders["expert"]) == {0, 1, 2, 3}
     slots._states[0, 0] = 2
-    policy.foresee(slots, ids((0, 1), (2, 3)), 2)
+    policy.plan_prefetch(slots, ids((0, 1), (2, 3)), 2)
     assert len(slots.orders) == 7  # one is there
 
 
@@ -150,7 +150,7 @@ def test_sp_moe_fetches_no_more_layers_than_its_slots_hold() -> None:
     for n_slots, layers in ((2, 2), (3, 3), (12, 4)):
         policy, slots = SpMoe(setting(n_slots, 8)), Seen()
         assert policy.cutoff(8) == layers
-        policy.foresee(slots, drafted, 8)
+        policy.plan_prefetch(slots, drafted, 8)
         assert set(slots.orders["block"]) == set(range(layers))
 
 
@@ -158,11 +158,11 @@ def test_moe_speq_fetches_in_three_phases() -> None:
     policy, slots = MoeSpeq(setting(k_max=6)), Seen()
     policy.roofline._k = 6
     drafted = ids((0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11))
-    policy.drafting(slots, drafted[:, :2])
+    policy.on_draft_token(slots, drafted[:, :2])
     assert slots.orders is None  # the link is idle at first
-    policy.drafting(slots, drafted[:, :3])
+    policy.on_draft_token(slots, drafted[:, :3])
     assert set(slots.orders["expert"]) == {0, 2, 4} and slots.budget == 1000  # half of 2 us at 1 GB/s
-    policy.foresee(slots, drafted, 6)
+    policy.plan_prefetch(slots, drafted, 6)
     assert set(slots.orders["expert"]) == set(range(12)) and slots.budget > 2**60
 
 
@@ -254,7 +254,7 @@ def test_presets_do_nothing_strange_without_a_draft() -> None:
     for name in policies.PRESETS:
         policy, slots = policies.make(name, setting()), Seen()
         for _ in range(20):
-            policy.foresee(slots, None, 0)
+            policy.plan_prefetch(slots, None, 0)
             policy.observe(routing(random, 1), 0)
         assert np.isfinite(slots.scores).all()
         assert (slots.states() == ABSENT).all()
