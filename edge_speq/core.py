@@ -71,9 +71,9 @@ class MemoryUse:
 class Plan:
     """What goes where, decided before anything is allocated. `reason` is one sentence for the user."""
 
-    policy: str  # "slots", "cpu-moe" or "all"
+    placement: str  # "slots", "cpu-moe" or "all"
     slots: tuple[int, ...]  # of each expert group, empty without slots
-    k_max: int  # most draft tokens a step may verify
+    max_draft_tokens: int  # most draft tokens a step may verify
     slot_bytes: int = 0
     fixed_bytes: int = 0  # dense weights, KV, draft and compute buffers, as far as a budget needed them
     budget_bytes: int | None = None
@@ -83,7 +83,7 @@ class Plan:
     @property
     def max_width(self) -> int:
         """Tokens of the widest verify step: the last token and every drafted one."""
-        return self.k_max + 1
+        return self.max_draft_tokens + 1
 
 
 @dataclass(slots=True)
@@ -97,14 +97,14 @@ class Speculation:
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
-    def k_mean(self) -> float:
+    def mean_draft_tokens(self) -> float:
         return self.drafted / self.steps if self.steps else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertCounters:
-    """Events since the model was loaded, in graphs of at most k_max + 1 tokens: wider ones, prefill mostly, take
-    llama.cpp's stock path. Glossary meanings."""
+    """Events since the model was loaded, in graphs of at most max_draft_tokens + 1 tokens: wider ones, mostly prefill,
+    take llama.cpp's stock path. Glossary meanings."""
 
     total: int = 0
     slots: int = 0
@@ -182,7 +182,7 @@ class Stats:
             "ttft_ms": 1e3 * t.ttft_seconds,
             "tpot_ms": 1e3 / t.tok_per_s if t.tok_per_s else 0.0,
             "speculation": {
-                "k_mean": s.k_mean,
+                "mean_draft_tokens": s.mean_draft_tokens,
                 "drafted": s.drafted,
                 "accepted": s.accepted,
                 "acceptance": s.acceptance,

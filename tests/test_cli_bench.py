@@ -15,14 +15,14 @@ from typing import Any
 import jsonschema
 import pytest
 
+from edge_speq import schema
 from edge_speq.bench import output
 from edge_speq.bench.arms import Fleet
 from edge_speq.bench.runner import Bench
 from edge_speq.cli import bench, interrupt
 from edge_speq.cli.main import main, parser
-from edge_speq.gguf import bundled as demo
 
-SCHEMA = json.loads((Path(demo.__file__).parent / "schema" / "bench.schema.json").read_text(encoding="utf-8"))
+SCHEMA = schema.load("bench")
 QUICK = ("-p", "8", "-n", "6", "-r", "2", "-t", "1")
 CLASSES = ("prose", "code", "chat", "textbook")
 

@@ -13,11 +13,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from edge_speq import EdgeError, EdgeLlama
+from edge_speq import EdgeError, EdgeLlama, schema
 from edge_speq.cli.conversation import Conversation
-from edge_speq.gguf import bundled as demo
 
-SCHEMA = json.loads((Path(demo.__file__).parent / "schema" / "run.schema.json").read_text(encoding="utf-8"))
+SCHEMA = schema.load("run")
 
 
 def chat(said: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -12,13 +12,14 @@ from typing import Any
 import jsonschema
 import pytest
 
+from edge_speq import schema
 from edge_speq.cli import tune as command
 from edge_speq.cli.main import main, parser
 from edge_speq.gguf import bundled as demo
 
 MODEL = str(demo.path(demo.MODEL))
 CHOSEN = {"speculation": 1, "compute": "device", "n_threads": 1}
-SCHEMA = json.loads((Path(demo.__file__).parent / "schema" / "run.schema.json").read_text(encoding="utf-8"))
+SCHEMA = schema.load("run")
 
 
 def edge_speq(folder: Path, *arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from conftest import TinyModels
 from test_presets import Seen, ids
-from test_presets_live import schema
 from test_speculation import llm, prompts, texts
 from traces import EXPERTS, setting, text
 
@@ -22,6 +21,7 @@ from edge_speq.cli.main import main
 from edge_speq.policies import oracle
 from edge_speq.policies import registry as policies
 from edge_speq.policies.oracle import Oracle, Recorded
+from edge_speq.schema import load as schema
 from edge_speq.simulate.bounds import bounds
 from edge_speq.simulate.costs import StepCosts
 from edge_speq.simulate.replay import Replay

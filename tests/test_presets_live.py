@@ -21,21 +21,16 @@ from edge_speq.cli.main import main
 from edge_speq.convert.sub_experts import split
 from edge_speq.convert.sub_experts.options import SplitOptions
 from edge_speq.core import SLOT_POLICIES
-from edge_speq.gguf import bundled as demo
 from edge_speq.gguf.model import check_model
 from edge_speq.gguf.rewrite import Rewrite, Source
 from edge_speq.planning import survey
 from edge_speq.planning.sub_experts import ALL_USED
 from edge_speq.policies.published.draft_lengths import Roofline
 from edge_speq.policies.published.systems import SpecMoeOff
+from edge_speq.schema import load as schema
 from edge_speq.simulate.slots import Residency
 
-SCHEMAS = Path(demo.__file__).parent / "schema"
 KEY = "qwen3moe.expert_used_count"
-
-
-def schema(name: str) -> Any:
-    return json.loads((SCHEMAS / f"{name}.schema.json").read_text(encoding="utf-8"))
 
 
 # --- specmoeoff ----------------------------------------------------------------------------------------------
@@ -80,8 +75,8 @@ def test_specmoeoffs_governor_drafts_at_any_acceptance(bundled: tuple[Path, Path
         assert isinstance(policy, SpecMoeOff) and isinstance(policy.governor, Roofline)
         nominal = policy.roofline.draft_ms
         texts(model, prompts()[:2])
-        k_mean, k_max = model.stats().speculation.k_mean, model.stats().plan.k_max
-        assert 0.9 < k_mean <= k_max  # the last step of a text may have no room
+        mean, most = model.stats().speculation.mean_draft_tokens, model.stats().plan.max_draft_tokens
+        assert 0.9 < mean <= most  # the last step of a text may have no room
         assert nominal != policy.roofline.draft_ms == policy.setting.draft_ms  # this machine's, by now
         layer_ms = max(policy.setting.block_ms, policy.setting.experts.n_expert * policy.setting.transfer_ms)
         assert policy.roofline.verify_ms == layer_ms * policy.setting.experts.n_blocks

@@ -35,7 +35,7 @@ def applied(bundled: Pair, wanted: str | Path | None = "auto", **options: Any) -
     with contextlib.closing(EdgeLlama(str(bundled[0]), profile=wanted, **options)) as model:
         found = model.stats().profile
         if found is not None:
-            assert model._lookahead._governor.k_max == found["applied"].get("speculation", model._plan.k_max)
+            assert model._lookahead._governor.k_max == found["applied"].get("speculation", model._plan.max_draft_tokens)
         return None if found is None else found["applied"]
 
 

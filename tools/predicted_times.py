@@ -53,7 +53,7 @@ def recorded(options: argparse.Namespace, policy: str, share: str, k: int) -> tu
         model.write()
         plan = model._plan
         link = parse_rate(options.link) if options.link else 1
-        return steps, PolicyContext(model._experts, plan.slots, plan.k_max, link, 0.0, 0.0, has_twin=k > 0)
+        return steps, PolicyContext(model._experts, plan.slots, plan.max_draft_tokens, link, 0.0, 0.0, has_twin=k > 0)
 
 
 def narrow(steps: Steps) -> Steps:

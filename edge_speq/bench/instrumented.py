@@ -98,9 +98,9 @@ class InstrumentedLlama(EdgeLlama):
         """Share of the routed-expert bytes that lie on the compute device; None for a dense model."""
         if not self._experts.n_expert:
             return None
-        if self._plan.policy == "slots":
+        if self._plan.placement == "slots":
             return self._plan.resident
-        return 0.0 if self._plan.policy == "cpu-moe" and self.device.is_gpu else 1.0
+        return 0.0 if self._plan.placement == "cpu-moe" and self.device.is_gpu else 1.0
 
     def is_mapped(self) -> bool:
         return bool(self.model_params.load_mode != llama_cpp.LLAMA_LOAD_MODE_NONE)

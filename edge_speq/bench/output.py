@@ -51,7 +51,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         ("backend", lambda r: str(r["backends"]), True),
         ("threads", lambda r: str(r["n_threads"]), False),
         ("policy", lambda r: f"{r['policy']}{' (lossy)' if r['lossy'] else ''}", True),
-        ("K", lambda r: str(r["speculation"]), False),
+        ("K", lambda r: str(r["draft_tokens"]), False),
         ("resident", lambda r: _number(r["resident_fraction"], ".2f"), False),
         ("device MiB", lambda r: f"{r['used_bytes'] / 2**20:.1f}{' over' if r['over_budget'] else ''}", False),
         ("test", lambda r: str(r["test"]), False),

@@ -148,7 +148,7 @@ class Recorder(EdgeLlama):
             "is_twin": self._is_twin(),
             "experts": dataclasses.asdict(self._experts),
             "draft_experts": None if self._draft_experts is None else dataclasses.asdict(self._draft_experts),
-            "k_max": self._plan.k_max,
+            "k_max": self._plan.max_draft_tokens,
             "plan": dataclasses.asdict(self._plan),
             "policy": self._wanted.policy,
             "hybrid": self._wanted.hybrid,

@@ -138,7 +138,7 @@ def _edge_keys(result: ArmResult, facts: Facts, settings: BenchSettings, budget:
         "placement": facts.placement,
         "lossy": facts.lossy,
         "draft": Path(settings.draft).name if drafts and settings.draft is not None else None,
-        "speculation": result.arm.speculation,
+        "draft_tokens": result.arm.speculation,
         "resident": None,
         "resident_fraction": share,
         "used_bytes": facts.used_bytes,
@@ -158,7 +158,7 @@ def _edge_keys(result: ArmResult, facts: Facts, settings: BenchSettings, budget:
         else None,
         "outputs_match": result.verdict.match,
         "first_difference": result.verdict.first_difference,
-        "tie_gap": None if result.verdict.tie_gap == math.inf else result.verdict.tie_gap,
+        "logit_gap": None if result.verdict.logit_gap == math.inf else result.verdict.logit_gap,
         "baseline": settings.baseline,
         "speedup": None,
         "deterministic": settings.deterministic,
@@ -190,7 +190,7 @@ def _events(result: ArmResult) -> Row:
         "drafted": drafted,
         "accepted": accepted,
         "acceptance": accepted / drafted if drafted else None,
-        "k_mean": drafted / steps if (steps := sum(s.n_steps for s in result.samples)) else None,
+        "mean_draft_tokens": drafted / steps if (steps := sum(s.n_steps for s in result.samples)) else None,
     }
 
 

@@ -139,8 +139,8 @@ class _NotLoadedError(Exception):
 def summarize_plan(wanted: LoadRequest, found: Survey, decided: Plan, n_ctx: int) -> dict[str, Any]:
     experts, on_gpu = found.experts, wanted.device.is_gpu
     slots = decided.slots or (0,) * len(experts.groups)
-    resident = experts.total_bytes if decided.policy == "all" and on_gpu else decided.slot_bytes
-    drafts = (wanted.draft is not None or wanted.guesses.itself) and decided.k_max > 0  # a plan may do without
+    resident = experts.total_bytes if decided.placement == "all" and on_gpu else decided.slot_bytes
+    drafts = (wanted.draft is not None or wanted.guesses.itself) and decided.max_draft_tokens > 0  # may do without
     fixed = found.target.total + (found.draft.total if drafts else 0)
     # the routing leaves and padding that a plan counts besides what was surveyed
     overhead = decided.fixed_bytes - fixed if decided.fixed_bytes else 0
@@ -226,7 +226,7 @@ def _estimated(estimate: dict[str, Any] | None) -> list[str]:
     has = "" if laptop["ram_bytes"] is None else f" of {_mib(laptop['ram_bytes'])}"
     lines = [f"RAM        {_mib(estimate['ram_needed_bytes'])}{has} with 2 GiB for everything else"]
     if each is None:
-        return [*lines, f"estimate   none: {estimate['why_not']}"]
+        return [*lines, f"estimate   none: {estimate['unavailable_reason']}"]
     link = f"{laptop['link_bytes_per_s'] / 1e9:g} GB/s"
     lines += [
         f"ESTIMATE   not measured: {each['method']}, {link}, computing as long as half of the experts' transfers take",
@@ -260,10 +260,10 @@ def _parts(summary: dict[str, Any]) -> list[str]:
 
 
 def _experts(summary: dict[str, Any]) -> list[str]:
-    policy, groups = summary["plan"]["policy"], summary["groups"]
-    if policy != "slots":
+    placement, groups = summary["plan"]["placement"], summary["groups"]
+    if placement != "slots":
         total = _mib(sum(group["n_experts"] * group["expert_bytes"] for group in groups))
-        where = {"all": "all resident", "cpu-moe": "computed on the CPU"}[policy]
+        where = {"all": "all resident", "cpu-moe": "computed on the CPU"}[placement]
         return [f"experts    {total}, {where}"] if groups else []
     return [
         f"{'experts' if group is groups[0] else '':10} {group['slots']} of {group['n_experts']} in slots, "
@@ -275,7 +275,7 @@ def _experts(summary: dict[str, Any]) -> list[str]:
 def _speculation(summary: dict[str, Any]) -> str:
     if summary["draft"] is None:
         return "none"
-    k = summary["plan"]["k_max"]
+    k = summary["plan"]["max_draft_tokens"]
     return f"up to {k} tokens a step" if k else "not loaded: the slots would be too few"
 
 

@@ -136,7 +136,7 @@ def report(stats: Stats) -> str:
         f"plan       {stats.plan.reason}",
         *_profile(stats),
     ]
-    if e.hits is not None and stats.plan.policy == "slots":
+    if e.hits is not None and stats.plan.placement == "slots":
         rate = f"{100 * e.hit_rate:.1f} %" if e.hit_rate is not None else "no demands"
         lines += [
             f"experts    {e.hits} hits, {e.misses} misses ({rate} hits; {e.late} late), stalled {e.stall_ms:.0f} ms",
@@ -152,7 +152,7 @@ def report(stats: Stats) -> str:
     if s.drafted:
         lines.append(
             f"draft      {s.accepted} of {s.drafted} draft tokens accepted ({100 * s.acceptance:.1f} %), "
-            f"{s.k_mean:.1f} drafted a step"
+            f"{s.mean_draft_tokens:.1f} drafted a step"
         )
     budget = f" of {_mib(stats.plan.budget_bytes)}" if stats.plan.budget_bytes is not None else ""
     lines.append(f"memory     {_mib(stats.used_bytes)}{budget} on the compute device, mapped files not counted")

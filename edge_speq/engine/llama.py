@@ -181,21 +181,21 @@ class EdgeLlama(Resizable):
         )
         self._experts, self._plan = found.experts, survey.decide(wanted, found)
         log.info("plan: %s", self._plan.reason)
-        if self._plan.policy == "slots" and self.lora_path is not None:
+        if self._plan.placement == "slots" and self.lora_path is not None:
             raise EdgeError("slots do not serve LoRA adapters", "use policy all or cpu-moe", usage=True)
-        if self._plan.policy == "slots" and context_params.embeddings:
+        if self._plan.placement == "slots" and context_params.embeddings:
             raise EdgeError("slots do not serve embeddings", "use policy all or cpu-moe", usage=True)
-        slots, mode = self._plan.policy == "slots", model_params.load_mode
+        slots, mode = self._plan.placement == "slots", model_params.load_mode
         may_page_lock = slots and self._may_page_lock and mode == llama_cpp.LLAMA_LOAD_MODE_MMAP and self.device.is_gpu
         if may_page_lock and engine.fits_in_memory(self._experts.total_bytes):
             model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         if slots and model_params.load_mode in IN_MEMORY:
             engine.pin_experts(self._keep_alive)
-        elif self._plan.policy == "all":
+        elif self._plan.placement == "all":
             model_params.tensor_buft_overrides = None
 
     def _model_loaded(self) -> None:
-        if self._plan.policy == "slots":
+        if self._plan.placement == "slots":
             # a laptop's block computes about half as long as one of its experts travels
             block_ns = int(5e8 * self._experts.groups[0].expert_bytes / self._link) if self._deterministic else 0
             compute, threads = self._compute, self.context_params.n_threads
@@ -218,7 +218,7 @@ class EdgeLlama(Resizable):
         return wanted.compute
 
     def _look_ahead(self) -> None:
-        k_max = self._plan.k_max
+        k_max = self._plan.max_draft_tokens
         if k_max and (self._is_recurrent or self._is_hybrid):
             log.warning("the model's recurrent state cannot be rolled back: speculation is off")
             k_max = 0
@@ -400,7 +400,7 @@ class EdgeLlama(Resizable):
             policy=self._lookahead.policy,
             policy_failures=self._lookahead.failures,
             profile=self._profile,
-            lossy=bool(survey.losses(self._wanted, self._experts, self._plan.k_max)),
+            lossy=bool(survey.losses(self._wanted, self._experts, self._plan.max_draft_tokens)),
         )
 
     def __getstate__(self) -> dict[str, Any]:

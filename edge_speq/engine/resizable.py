@@ -94,5 +94,5 @@ class Resizable(TargetContext):
                 raise
             finally:
                 self._plan, self._slot_bytes = made, self._hook.slot_bytes()
-                self._lookahead.limit(made.k_max)
+                self._lookahead.limit(made.max_draft_tokens)
                 self._lookahead.resized(made.slots)

@@ -20,7 +20,7 @@ def snapshot(worker: Worker, name: str) -> dict[str, Any]:
         "n_ctx": llm.n_ctx(),
         "requests": {"served": served, "waiting": waiting},
         "link_bytes_per_s": llm._link or None,  # known where it is emulated
-        "has_draft": stats.plan.k_max > 0,
+        "has_draft": stats.plan.max_draft_tokens > 0,
         "steps": s.steps,
         "residency": rows,
     } | stats.to_dict()

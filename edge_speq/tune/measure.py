@@ -101,9 +101,9 @@ class Gauge(Recorder):
 
     def _configure(self, model_params: Any, context_params: Any) -> None:
         super()._configure(model_params, context_params)
-        if self._must_draft and not self._plan.k_max:
+        if self._must_draft and not self._plan.max_draft_tokens:
             raise EdgeError(self._plan.reason, "give more memory, or another draft")
-        self._wanted = dataclasses.replace(self._wanted, speculation=self._plan.k_max)
+        self._wanted = dataclasses.replace(self._wanted, speculation=self._plan.max_draft_tokens)
 
     def limit(self, k: int) -> None:
         self._lookahead.limit(k)
@@ -160,7 +160,7 @@ def tokens_of(llm: EdgeLlama, texts: Sequence[str], length: int) -> list[list[in
 def draft_bytes(llm: EdgeLlama) -> int:
     """Of the draft on the compute device: what it holds itself, or a twin's experts, which the hook holds."""
     own = llm._lookahead.memory_used() - (llm._hook.bytes_held() if llm._hook is not None else 0)
-    return own + (llm._wanted.guesses.memory.total if llm._plan.k_max else 0)
+    return own + (llm._wanted.guesses.memory.total if llm._plan.max_draft_tokens else 0)
 
 
 def trial(model: str, options: dict[str, Any], texts: Sequence[str], n: int, seconds: float) -> Trial:
@@ -180,8 +180,8 @@ def worth(llm: EdgeLlama, done: Live) -> Worth:
     plan, foreseen = llm.stats().plan, llm.stats().foreseen or {}
     return Worth(
         draft_bytes=draft_bytes(llm),
-        resident=1.0 if plan.policy == "all" else plan.resident,
-        k=plan.k_max,
+        resident=1.0 if plan.placement == "all" else plan.resident,
+        k=plan.max_draft_tokens,
         acceptance=done.accepted / done.drafted if done.drafted else None,
         tokens_per_step=done.tokens_per_step,
         precision=foreseen.get("precision"),
