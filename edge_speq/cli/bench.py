@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_speq import system
 from edge_speq.cli import interrupt
+from edge_speq.cli.progress import Line
 from edge_speq.core import POLICIES
 from edge_speq.errors import EdgeError
 from edge_speq.gguf import bundled as demo
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LLAMA_CPP_LOG = logging.getLogger("edge_speq.llama_cpp")
 DEFAULT_POLICIES = "auto,device,lru,cpu-moe,all"
 CHOICES = (*POLICIES, "device", "hybrid", "hybrid-ahead")  # auto with that compute
-FORMATS = ("md", "csv", "json", "jsonl", "sql")
+FORMATS = ("md", "csv", "json", "jsonl")
 LOAD_MODES = ("auto", "mmap", "none")
 RANGES = "Lists (1,2) and ranges (0-512+128, 1-64*2) make a matrix"
 
@@ -79,17 +79,17 @@ def bench(options: argparse.Namespace) -> int:
     from edge_speq.bench.output import FORMATS
     from edge_speq.bench.runner import Series
 
-    progress, made = Progress(), list[Any]()
-    series = Series(wanted, shares, progress)
+    line, made = Line(name="bench"), list[Any]()
+    series = Series(wanted, shares, _timed(line))
     try:
         with interrupt.handler(lambda *_: _stop(series), at_once=lambda: _stop_at_once(series)):
             for rows in _finished(series):
                 made += rows
                 if options.output == "jsonl" and rows:
-                    progress.done()
+                    line.erase()
                     print(FORMATS["jsonl"](rows), flush=True)
     finally:
-        progress.done()
+        line.erase()
         LLAMA_CPP_LOG.setLevel(logging.NOTSET)
     if made and options.output != "jsonl":
         print(FORMATS[options.output](made))
@@ -120,22 +120,10 @@ def _stop_at_once(job: Series) -> None:
     job.stop()
 
 
-class Progress:
-    """What is measured now and seconds since the start, on stderr: one line that changes on a terminal, a line for each
-    turn elsewhere."""
-
-    def __init__(self) -> None:
-        self._on_terminal = sys.stderr.isatty()
-        self._started = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        text = f"{time.monotonic() - self._started:.1f} s: {text}"
-        sys.stderr.write(f"\r\x1b[K{text}" if self._on_terminal else f"bench: {text}\n")
-        sys.stderr.flush()
-
-    def done(self) -> None:
-        if self._on_terminal:
-            sys.stderr.write(interrupt.ERASE_LINE.decode())
+def _timed(line: Line) -> Callable[[str], None]:
+    """Return a function that shows what is measured and the seconds since the start."""
+    started = time.monotonic()
+    return lambda text: line.say(f"{time.monotonic() - started:.1f} s: {text}")
 
 
 # --- options ---------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from edge_speq import system as machine
 from edge_speq.errors import EdgeError
 from edge_speq.gguf import bundled as demo
 from edge_speq.gguf import model as gguf_model
+from edge_speq.units import format_bytes, format_rate
 
 MIN_DISK = 1 << 30  # bytes
 MIN_MEMORY = 1 << 30
@@ -138,7 +139,7 @@ def backends() -> Iterator[Finding]:
         yield module(path, warnings)
     found = _native.devices()
     for device in found:
-        text = f"{device}: {_gib(device.free_bytes)} of {_gib(device.total_bytes)} free"
+        text = f"{device}: {format_bytes(device.free_bytes)} of {format_bytes(device.total_bytes)} free"
         yield Finding("device", "ok", text, values=dataclasses.asdict(device))
     if not any(device.is_gpu for device in found):
         remedy = "put a ggml backend module beside the installed libraries or name it in EDGE_SPEQ_BACKENDS"
@@ -196,7 +197,7 @@ def memory() -> Finding:
         return Finding("memory", "ok", "unknown on this system")
     total, available = found
     values = {"total_bytes": total, "available_bytes": available}
-    text = f"{_gib(available)} of {_gib(total)} available"
+    text = f"{format_bytes(available)} of {format_bytes(total)} available"
     if available < MIN_MEMORY:
         return Finding("memory", "warn", text, "close other programs: models are read through the page cache", values)
     return Finding("memory", "ok", text, values=values)
@@ -206,7 +207,7 @@ def locked_memory() -> Finding:
     limit = machine.locked_memory_limit()
     if limit is None:
         return Finding("memlock", "ok", "no such limit on this system")
-    text = "unlimited" if limit < 0 else f"{limit / 2**20:g} MiB"
+    text = "unlimited" if limit < 0 else f"{format_bytes(limit)}"
     note = "" if limit < 0 else ": use_mlock is bound by it, page-locked buffers of a GPU driver are not"
     return Finding("memlock", "ok", text + note, values={"limit_bytes": None if limit < 0 else limit})
 
@@ -216,7 +217,7 @@ def page_locked() -> Finding:
     most = machine.most_page_locked()
     if most is None:
         return Finding("pinned", "ok", "unknown on this system: models are mapped")
-    text = f"experts of up to {_gib(most)} are read into page-locked memory for a GPU, larger ones are mapped"
+    text = f"experts of up to {format_bytes(most)} are read into page-locked memory for a GPU, larger ones are mapped"
     if sys.platform == "win32":
         text += "; Windows grants a driver about half of the RAM"
     return Finding("pinned", "ok", text, values={"most_bytes": most})
@@ -238,7 +239,7 @@ def disk_rate(model: str | None) -> Finding:
         return Finding("disk speed", "warn", f"not measured: {error}", "name a file that can be read")
     if rate is None:
         return Finding("disk speed", "ok", "not measured: this system keeps what it has read")
-    text = f"{rate.bytes_per_s / 1e9:.2f} GB/s, {rate.n_bytes / 2**20:.0f} MiB of {path.name} read"
+    text = f"{format_rate(rate.bytes_per_s)}, {format_bytes(rate.n_bytes)} of {path.name} read"
     values = {"bytes_per_s": rate.bytes_per_s, "n_bytes": rate.n_bytes}
     return Finding("disk speed", "ok", text, values=values)
 
@@ -255,7 +256,7 @@ def link_rate(model: str | None) -> Finding:
     except EdgeError as error:
         return Finding("link speed", "warn", f"not measured: {error.message}", error.hint or "name another MODEL")
     small = "" if rate.n_bytes >= LARGE_EXPERT else "; name a MODEL with larger ones, which go faster"
-    text = f"{rate.bytes_per_s / 1e9:.2f} GB/s with experts of {rate.n_bytes / 2**10:.0f} KiB{small}"
+    text = f"{format_rate(rate.bytes_per_s)} with experts of {format_bytes(rate.n_bytes)}{small}"
     return Finding("link speed", "ok", text, values={"bytes_per_s": rate.bytes_per_s, "expert_bytes": rate.n_bytes})
 
 
@@ -284,7 +285,7 @@ def bundled_models() -> Iterator[Finding]:
         except EdgeError as error:
             yield Finding("demo", "warn", error.message, error.hint)
         else:
-            yield Finding("demo", "ok", f"{name}, {file.size / 2**20:.1f} MiB", values={"size_bytes": file.size})
+            yield Finding("demo", "ok", f"{name}, {format_bytes(file.size)}", values={"size_bytes": file.size})
 
 
 def disk() -> Finding:
@@ -293,7 +294,7 @@ def disk() -> Finding:
     with contextlib.suppress(EdgeError):
         folder = demo.path(demo.MODEL).parent
     usage = shutil.disk_usage(folder)
-    text = f"{_gib(usage.free)} of {_gib(usage.total)} free in the model folder"
+    text = f"{format_bytes(usage.free)} of {format_bytes(usage.total)} free in the model folder"
     values = {"free_bytes": usage.free, "total_bytes": usage.total}
     if usage.free < MIN_DISK:
         return Finding("disk", "warn", text, "make room: models take gigabytes", values)
@@ -317,7 +318,3 @@ def _captured(name: str) -> Iterator[list[str]]:
     finally:
         logger.propagate = propagate
         logger.removeHandler(handler)
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB"

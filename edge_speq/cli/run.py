@@ -15,6 +15,7 @@ from edge_speq.cli import arguments, interrupt
 from edge_speq.core import Stats
 from edge_speq.errors import EdgeError
 from edge_speq.gguf import bundled as demo
+from edge_speq.units import format_bytes
 
 if TYPE_CHECKING:
     from edge_speq.cli.live_view import View
@@ -141,8 +142,8 @@ def report(stats: Stats) -> str:
         lines += [
             f"experts    {e.hits} hits, {e.misses} misses ({rate} hits; {e.late} late), stalled {e.stall_ms:.0f} ms",
             *([f"cpu        {e.cpu_computed} misses computed in {e.cpu_ms:.0f} ms"] if e.cpu_computed else []),
-            f"transfers  {_mib(e.bytes_fetched)} fetched: {e.fetched} on demand, {e.prefetched} prefetched "
-            f"({stats.foresight}) of which {e.prefetched_used} used; {_mib(e.bytes_wasted)} wasted",
+            f"transfers  {format_bytes(e.bytes_fetched)} fetched: {e.fetched} on demand, {e.prefetched} prefetched "
+            f"({stats.foresight}) of which {e.prefetched_used} used; {format_bytes(e.bytes_wasted)} wasted",
         ]
     if stats.foreseen is not None:
         f = stats.foreseen
@@ -154,8 +155,8 @@ def report(stats: Stats) -> str:
             f"draft      {s.accepted} of {s.drafted} draft tokens accepted ({100 * s.acceptance:.1f} %), "
             f"{s.mean_draft_tokens:.1f} drafted a step"
         )
-    budget = f" of {_mib(stats.plan.budget_bytes)}" if stats.plan.budget_bytes is not None else ""
-    lines.append(f"memory     {_mib(stats.used_bytes)}{budget} on the compute device, mapped files not counted")
+    budget = f" of {format_bytes(stats.plan.budget_bytes)}" if stats.plan.budget_bytes is not None else ""
+    lines.append(f"memory     {format_bytes(stats.used_bytes)}{budget} on the compute device, mapped files not counted")
     return "\n".join(lines)
 
 
@@ -164,7 +165,3 @@ def _profile(stats: Stats) -> list[str]:
         return []
     applied = ", ".join(f"{name}={value}" for name, value in stats.profile["applied"].items())
     return [f"profile    {applied or 'nothing left to fill in'} ({stats.profile['path']})"]
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"
