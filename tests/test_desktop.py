@@ -21,7 +21,7 @@ try:
     from PySide6.QtTest import QTest
     from PySide6.QtWidgets import QApplication
 except ImportError as error:  # also where a library of the system is missing
-    pytest.skip(f"needs PySide6 (pip install 'edge-speq[desktop]'): {error}", allow_module_level=True)
+    pytest.skip(f"needs PySide6 (pip install PySide6-Essentials): {error}", allow_module_level=True)
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "desktop_chat.py"
 

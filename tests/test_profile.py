@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,15 @@ def test_a_folder_that_cannot_be_made_is_an_error(
     with pytest.raises(EdgeError, match="cannot make the folder"):
         stored(bundled)
     assert applied(bundled) is None
+
+
+def test_the_folder_of_profiles_is_the_system_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(profile.FOLDER_VARIABLE, str(tmp_path / "named"))
+    assert profile.folder() == tmp_path / "named" / "profiles"
+    monkeypatch.delenv(profile.FOLDER_VARIABLE)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("APPDATA", str(tmp_path))
+    if sys.platform in ("linux", "win32"):
+        assert profile.folder() == tmp_path / "edge_speq" / "profiles"
+    else:
+        assert profile.folder() == Path.home() / "Library" / "Application Support" / "edge_speq" / "profiles"

@@ -1,4 +1,4 @@
-"""Draws what was measured: docs/images/*.svg. Needs matplotlib (pip install 'edge-speq[plot]').
+"""Draws what was measured: docs/images/*.svg. Needs matplotlib: pip install matplotlib
 
     python tools/bench_plot.py speed docs/measurements/FILE.json... -o docs/images/speed.svg   # of edge-speq bench
     python tools/bench_plot.py layers RECORD.json -o docs/images/layers.svg                    # of tools/step_record.py
@@ -24,6 +24,7 @@ from typing import Any
 from bench_report import Group, Row, Spread, groups, read
 
 from edge_speq.errors import EdgeError
+from edge_speq.system import install_hint
 from edge_speq.units import parse_share
 
 COLOURS = {"auto": "tab:blue", "device": "tab:cyan", "hybrid": "tab:purple", "lfru": "tab:green", "lru": "tab:orange",
@@ -42,7 +43,7 @@ def pyplot() -> Any:
     try:
         import matplotlib  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
-        raise EdgeError("plots need matplotlib", "pip install 'edge-speq[plot]'") from error
+        raise EdgeError("plots need matplotlib", install_hint("plot")) from error
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "edge-speq"  # the same file for the same figures
     from matplotlib import pyplot as made  # type: ignore[import-not-found,unused-ignore]

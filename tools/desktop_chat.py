@@ -4,7 +4,7 @@
     python tools/desktop_chat.py model.gguf --draft draft.gguf --resident 1/4 --isolation process
 
 Nothing that takes time runs on the window's thread: replies come from a thread each, and figures, other budgets and
-closing are taken care of by another one. Needs PySide6: pip install 'edge-speq[desktop]'
+closing are taken care of by another one. Needs PySide6: pip install PySide6-Essentials
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from edge_speq import EdgeError, Plan, Session, Stats
 from edge_speq.gguf import bundled as demo
 from edge_speq.session.subprocess.freeze import freeze_support
+from edge_speq.system import install_hint
 
 try:
     from PySide6.QtCore import QObject, Qt, QTimer, Signal
@@ -40,7 +41,7 @@ try:
         QWidget,
     )
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing}\nhint: pip install 'edge-speq[desktop]'")
+    sys.exit(f"error: {missing}\nhint: {install_hint('desktop')}")
 
 SHARES = ("1/8", "1/4", "1/2", "3/4", "1")
 POLL_MS = 400  # between two looks at the figures

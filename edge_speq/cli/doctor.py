@@ -33,6 +33,9 @@ MIN_DISK = 1 << 30  # bytes
 MIN_MEMORY = 1 << 30
 LARGE_EXPERT = 1 << 20
 NOT_MODULES = re.compile(r"(lib)?ggml-(base|cpu)\b")  # linked in
+CUDA_RUNTIME = re.compile(rb"lib(?:cudart|cublas)\.so\.(\d+)")
+CUDA_DRIVERS = ((13, 580), (12, 525), (0, 450))  # major version of CUDA, the oldest driver branch that runs it (Linux)
+MOST_OF_A_MODULE = 64 << 20
 EXTRAS = {  # of pyproject.toml, with what is imported of them
     "serve": ("fastapi", "uvicorn"),
     "convert": ("torch", "transformers", "safetensors", "sentencepiece", "google.protobuf", "yaml", "tqdm", "requests"),
@@ -224,8 +227,40 @@ def page_locked() -> Finding:
 
 
 def driver() -> Finding:
+    """Find GPU drivers and, if a CUDA backend is present, whether the NVIDIA driver is new enough for it."""
     found = machine.gpu_drivers()
-    return Finding("driver", "ok", ", ".join(found) or "none that this system tells of", values={"modules": found})
+    installed, cuda = machine.nvidia_driver(), cuda_version()
+    needed = None if cuda is None else next(driver for version, driver in CUDA_DRIVERS if cuda >= version)
+    values = {"modules": found, "nvidia_driver": installed, "cuda": cuda, "needed_driver": needed}
+    text = ", ".join(found) or "none that this system tells of"
+    if cuda is None:
+        return Finding("driver", "ok", text, values=values)
+    text += f"; the CUDA {cuda} backend needs an NVIDIA driver of at least {needed}"
+    if installed is None:
+        return Finding("driver", "warn", f"{text}, none found", f"install NVIDIA driver {needed} or newer", values)
+    if int(installed.partition(".")[0]) < (needed or 0):
+        text += f", this one is {installed}"
+        return Finding("driver", "warn", text, f"install NVIDIA driver {needed} or newer", values)
+    return Finding("driver", "ok", text, values=values)
+
+
+def cuda_version() -> int | None:
+    """Return the major version of CUDA that a backend module is linked to, None without such a module."""
+    try:
+        modules = [path for path in backend_modules() if "cuda" in path.name]
+    except Exception:  # whatever a broken installation raises while it is imported
+        return None
+    found = [int(match[1]) for path in modules for match in CUDA_RUNTIME.finditer(_start_of(path))]
+    return max(found, default=None)
+
+
+def _start_of(path: Path) -> bytes:
+    """Return the first bytes of a library, where the linker puts the names of those that it needs."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MOST_OF_A_MODULE)
+    except OSError:
+        return b""
 
 
 def disk_rate(model: str | None) -> Finding:
@@ -265,7 +300,7 @@ def extras() -> Iterator[Finding]:
         missing = [module for module in modules if not _importable(module)]
         values = {"extra": name, "missing": missing}
         if missing:
-            text, remedy = f"{name}: {', '.join(missing)} missing", f"pip install 'edge-speq[{name}]'"
+            text, remedy = f"{name}: {', '.join(missing)} missing", machine.install_hint(name)
             yield Finding("optional", "note", text, remedy, values)
         else:
             yield Finding("optional", "ok", f"{name}: installed", values=values)
