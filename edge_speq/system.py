@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -86,9 +85,11 @@ def install_hint(extra: str) -> str:
 
     It names the packages: `edge-speq[serve]` cannot be installed by name while the package is on no index.
     """
+    from importlib import metadata  # lazily: it takes as long as the rest of `edge-speq --help`
+
     found = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        lines = importlib.metadata.requires("edge-speq") or []
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        lines = metadata.requires("edge-speq") or []
         names = [line.partition(";")[0].strip() for line in lines if found.search(line)]
         if names:
             return f"pip install {' '.join(_quoted(name) for name in names)}"

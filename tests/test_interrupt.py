@@ -58,7 +58,7 @@ def python(code: str) -> subprocess.Popen[str]:
 
 def test_a_long_native_call_is_not_waited_for() -> None:
     code = (
-        "import hashlib; from edge_speq import interrupt; interrupt.leave_at_once(); print(flush=True); "
+        "import hashlib; from edge_speq.cli import interrupt; interrupt.leave_at_once(); print(flush=True); "
         "hashlib.pbkdf2_hmac('sha256', b'', b'', 400_000_000)"  # minutes, without the interpreter's lock
     )
     with python(code) as process:
@@ -74,7 +74,7 @@ def test_a_long_native_call_is_not_waited_for() -> None:
 
 def test_what_is_done_is_not_interrupted() -> None:
     code = (
-        "import os, signal; from edge_speq import interrupt; interrupt.leave_at_once(); interrupt.never_again(); "
+        "import os, signal; from edge_speq.cli import interrupt; interrupt.leave_at_once(); interrupt.never_again(); "
         "os.kill(os.getpid(), signal.SIGINT); print('done')"
     )
     with python(code) as process:
@@ -84,7 +84,7 @@ def test_what_is_done_is_not_interrupted() -> None:
 
 def test_a_command_started_in_the_background_ignores_ctrl_c() -> None:
     code = (
-        "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from edge_speq import interrupt; "
+        "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from edge_speq.cli import interrupt; "
         "interrupt.leave_at_once(); os.kill(os.getpid(), signal.SIGINT); print('going on')"
     )
     with python(code) as process:
