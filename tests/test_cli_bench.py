@@ -103,7 +103,7 @@ def test_the_table_is_aligned(rows: list[dict[str, Any]]) -> None:
 
 
 def test_nothing_finished_prints_nothing() -> None:
-    assert [form([]) for form in output.FORMATS.values()] == ["", "", "[]", "", ""]
+    assert [form([]) for form in output.FORMATS.values()] == ["", "", "[]", ""]
 
 
 @pytest.mark.parametrize(

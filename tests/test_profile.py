@@ -159,8 +159,5 @@ def test_the_folder_of_profiles_is_the_system_s(tmp_path: Path, monkeypatch: pyt
     assert profile.folder() == tmp_path / "named" / "profiles"
     monkeypatch.delenv(profile.FOLDER_VARIABLE)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.setenv("APPDATA", str(tmp_path))
-    if sys.platform in ("linux", "win32"):
-        assert profile.folder() == tmp_path / "edge_speq" / "profiles"
-    else:
-        assert profile.folder() == Path.home() / "Library" / "Application Support" / "edge_speq" / "profiles"
+    base = {"win32": Path.home() / "AppData" / "Roaming", "darwin": Path.home() / "Library" / "Application Support"}
+    assert profile.folder() == base.get(sys.platform, tmp_path) / "edge_speq" / "profiles"

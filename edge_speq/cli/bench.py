@@ -97,7 +97,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def _finished(series: Series) -> Iterator[list[Any]]:
-    """The rows of each share."""
+    """Yield the rows of each share."""
     from edge_speq.bench import rows
 
     memory = system.memory()
@@ -107,7 +107,7 @@ def _finished(series: Series) -> Iterator[list[Any]]:
 
 
 def _stop(job: Series) -> None:
-    """The first Ctrl-C ends the rounds, the next one everything."""
+    """End the rounds at the first Ctrl-C, and the command at the second."""
     if job.interrupted:
         raise KeyboardInterrupt
     job.interrupted = True
@@ -115,7 +115,7 @@ def _stop(job: Series) -> None:
 
 
 def _stop_at_once(job: Series) -> None:
-    """Also called in another thread while the main one decodes. What llama.cpp says of the ended graph is no news."""
+    """Stop the running graph. Called in another thread while the main one decodes; llama.cpp's messages are dropped."""
     LLAMA_CPP_LOG.setLevel(logging.CRITICAL)
     job.stop()
 

@@ -1,4 +1,4 @@
-"""edge-speq doctor: whether this installation and this machine can run models, and what to do where they cannot.
+"""edge-speq doctor: check that this installation and this machine can run models, and say what to do if not.
 
 Measuring takes a second or two; with a MODEL also as long as loading it does.
 """
@@ -47,8 +47,11 @@ EXTRAS = {  # of pyproject.toml, with what is imported of them
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`status` is ok, note (something optional is missing), warn (usable, but) or fail (not usable); `remedy` says what
-    to do about all but the first."""
+    """One check.
+
+    `status` is ok, note (an optional part is missing), warn (usable, with a drawback) or fail (not usable). `remedy`
+    says what to do about it, except for ok.
+    """
 
     name: str
     status: str
@@ -113,7 +116,7 @@ def python() -> Finding:
 
 
 def native_build() -> Finding:
-    """The llama-cpp-python that is installed: whether it is the patched build, built from the header beside it."""
+    """Check that the installed llama-cpp-python is the patched build and was built from the header beside it."""
     reinstall = "install the patched build that comes with edge_speq: pip install ./native ."
     try:
         import llama_cpp
@@ -130,7 +133,7 @@ def native_build() -> Finding:
 
 
 def backends() -> Iterator[Finding]:
-    """Backend modules, and the devices that they and the linked backends offer."""
+    """Check backend modules, and list the devices that they and the linked backends offer."""
     from edge_speq import _native
 
     with _captured("edge_speq") as warnings:
@@ -150,7 +153,7 @@ def backends() -> Iterator[Finding]:
 
 
 def backend_modules() -> list[Path]:
-    """Those beside the installed libraries, and those that EDGE_SPEQ_BACKENDS names."""
+    """Return the modules beside the installed libraries and those that EDGE_SPEQ_BACKENDS names."""
     import llama_cpp
 
     named = [Path(name) for name in os.environ.get("EDGE_SPEQ_BACKENDS", "").split(os.pathsep) if name]
@@ -160,7 +163,7 @@ def backend_modules() -> list[Path]:
 
 
 def module(path: Path, warnings: list[str]) -> Finding:
-    """Whether a backend module loads; the dynamic linker says why not, else llama.cpp's own words do."""
+    """Check that a backend module loads. If not, quote the dynamic linker or llama.cpp's log."""
     remedy = "install the driver or runtime library that it names, or build the module from this llama.cpp"
     try:
         ctypes.CDLL(str(path))
@@ -177,8 +180,11 @@ def instruction_sets() -> Finding:
 
 
 def built_for(info: str) -> Finding:
-    """What ggml says of itself. Its CUDA backend launches each kernel by itself unless it was built with graphs, which
-    llama.cpp's own build does and a build of ggml alone does not: 1.7 times the time per token where all fits."""
+    """Check how ggml was built, from its own description.
+
+    A CUDA backend without CUDA graphs launches each kernel separately, which slows each token down. llama.cpp's build
+    enables them; a build of ggml alone does not.
+    """
     found = re.findall(r"(\w+) = 1\b", info)
     text, values = ", ".join(found) or "no instruction set extensions", {"features": found}
     if re.search(r"\bCUDA\b", info) and "USE_GRAPHS" not in found:
@@ -216,7 +222,7 @@ def locked_memory() -> Finding:
 
 
 def page_locked() -> Finding:
-    """How large the experts of a model may be for the fast way to a GPU."""
+    """Report the largest total size of experts that is read into page-locked memory."""
     most = machine.most_page_locked()
     if most is None:
         return Finding("pinned", "ok", "unknown on this system: models are mapped")
@@ -264,7 +270,7 @@ def _start_of(path: Path) -> bytes:
 
 
 def disk_rate(model: str | None) -> Finding:
-    """Of reading the model."""
+    """Measure the rate of reading the model from disk."""
     from edge_speq.tune import link_speed
 
     try:
@@ -280,7 +286,7 @@ def disk_rate(model: str | None) -> Finding:
 
 
 def link_rate(model: str | None) -> Finding:
-    """Of experts on their way to the GPU."""
+    """Measure the rate of expert transfers to the GPU."""
     from edge_speq.tune import link_speed
 
     if not link_speed.has_link():
@@ -324,7 +330,7 @@ def bundled_models() -> Iterator[Finding]:
 
 
 def disk() -> Finding:
-    """Of the folder with the bundled models, else of the one that we are in."""
+    """Check the free space of the folder with the bundled models, or of the current folder."""
     folder = Path.cwd()
     with contextlib.suppress(EdgeError):
         folder = demo.path(demo.MODEL).parent
@@ -338,7 +344,7 @@ def disk() -> Finding:
 
 @contextlib.contextmanager
 def _captured(name: str) -> Iterator[list[str]]:
-    """The warnings of a logger while the block runs, kept from the screen."""
+    """Collect the warnings of a logger while the block runs, and keep them off the screen."""
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""edge-speq inspect: what a GGUF file holds, and whether it may be loaded. Reads the header only."""
+"""edge-speq inspect: show what a GGUF file holds and whether it can be loaded. Reads only the header."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def role(tensor: Tensor) -> str:
 
 
 def expert_groups(file: GGUFFile) -> list[dict[str, Any]]:
-    """Blocks whose experts agree in types and shapes, as core.ExpertGroup, in the order of their first block."""
+    """Return groups of blocks whose experts agree in types and shapes, in the order of their first block."""
     blocks: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for tensor in file.tensors.values():
         match = EXPERTS.fullmatch(tensor.name)

@@ -70,7 +70,7 @@ def _view(options: argparse.Namespace) -> View:
 
 @contextlib.contextmanager
 def _steps_file(path: str | None) -> Iterator[TextIO | None]:
-    """Written line by line, so that what is there is whole when the command is interrupted."""
+    """Open the file of steps. It is written line by line: an interrupted command leaves whole lines."""
     if path is None:
         yield None
         return
@@ -83,7 +83,7 @@ def _steps_file(path: str | None) -> Iterator[TextIO | None]:
 
 
 def _watched(llm: EdgeLlama, options: argparse.Namespace, view: View) -> str:
-    """generate() with the view; where both would be on one screen the view has it, and the text comes after it."""
+    """Generate with the view. If text and view share a terminal, the text is printed after the view."""
     view.llm = llm
     hidden = view.on_terminal and sys.stdout.isatty() and not options.json
     if not hidden:
@@ -129,6 +129,7 @@ def _generate(llm: EdgeLlama, options: argparse.Namespace, view: View | None, *,
 
 
 def report(stats: Stats) -> str:
+    """Return speed, plan, expert events, foresight, draft and memory, as lines."""
     t, s, e = stats.timing, stats.speculation, stats.experts
     lines = [
         "",

@@ -1,5 +1,7 @@
-"""edge-speq tune: the parameters that are fastest for a model on this machine, stored for later runs; with --learn
-foresight, trained on traces."""
+"""edge-speq tune: find the fastest parameters for a model on this machine and store them for later runs.
+
+With --learn it trains a predictor of experts on traces instead.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,7 @@ def _require_model(model: str, traces: list[Trace]) -> None:
 
 
 def learned(made: Weights) -> str:
-    """What it was trained on and how good it is, for people."""
+    """Return what a predictor was trained on and its precision and recall, as lines."""
     held, meta = made.meta["held_out"], made.meta
     knows = "tokens alone" if made.draft is None else "tokens and the draft's routing"
     return "\n".join(

@@ -73,7 +73,7 @@ def quantize(options: argparse.Namespace) -> int:
 
 
 def _raised(options: argparse.Namespace, importance: Any) -> tuple[dict[int, float] | None, dict[int, str]]:
-    """Sensitivity by block, and the type of the blocks that get a better one."""
+    """Measure the sensitivity of each block, and choose the blocks that get more bits."""
     from edge_speq.convert.evaluation import reader
     from edge_speq.convert.quantization import sensitivity, types
 
