@@ -185,6 +185,24 @@ def test_a_terminal_shows_it_before_the_text(command: list[str]) -> None:
         assert "loading" not in terminal.text
 
 
+def test_ctrl_c_leaves_no_line_and_the_cursor() -> None:
+    pytest.importorskip("termios")
+    from terminal import Terminal
+
+    code = (
+        "import time; from edge_speq.cli import interrupt; interrupt.leave_at_once()\n"
+        "from edge_speq.cli.progress import Line\n"
+        "with Line(name='tune') as line: line.say('measuring'); time.sleep(60)"
+    )
+    with Terminal("-c", code) as terminal:
+        before = terminal.read_until("measuring")
+        terminal.interrupt()
+        assert terminal.wait() == 130
+        assert terminal.is_unchanged()
+        assert visible(before + "measuring" + terminal.text) == []
+        assert terminal.text.endswith("\x1b[?25h")
+
+
 def test_json_shows_none() -> None:
     pytest.importorskip("termios")
     from terminal import Terminal

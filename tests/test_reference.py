@@ -13,6 +13,7 @@ import pytest
 
 from edge_speq import schema
 from edge_speq.cli.convert import VERBS
+from edge_speq.schema.outputs import OUTPUTS
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP = {"run", "chat", "serve", "plan", "bench", "convert", "inspect", "doctor", "trace", "simulate", "tune"}
@@ -59,7 +60,7 @@ def test_every_key_has_a_row(pages: dict[str, Any]) -> None:
         return rows
 
     page = pages["json_reference"]()
-    for name in ("run", "plan", "bench"):
+    for name in OUTPUTS:
         found = schema.load(name)
         text = section(page, found["title"])
         assert [key for key in keys(found.get("items", found)) if f"\n| `{key}` | " not in text] == []

@@ -19,6 +19,7 @@ UNITS = (  # the first that a key ends in
     ("_ns", "ns"),
     ("_ts", "tokens/s"),
     ("_tokens", "tokens"),
+    ("seconds", "s"),
 )
 Command = tuple[str, argparse.ArgumentParser]
 
@@ -160,6 +161,8 @@ def _keys(schema: dict[str, Any], prefix: str) -> Iterator[str]:
 def _type(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return ", ".join(f"`{'null' if value is None else str(value).lower()}`" for value in schema["enum"])
+    if not schema:
+        return "any"
     names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     text = " or ".join(names)
     if "items" in schema:

@@ -10,6 +10,6 @@ FOLDER = Path(__file__).parent
 
 
 def load(name: str) -> dict[str, Any]:
-    """Return the stored schema of an output: "run", "plan" or "bench"."""
+    """Return the stored schema of an output: "run", "step", "plan", "bench", "inspect" or "doctor"."""
     found: dict[str, Any] = json.loads((FOLDER / f"{name}.schema.json").read_text(encoding="utf-8"))
     return found

@@ -24,7 +24,7 @@ FIELD = re.compile(r"    (\w+): [^#]*?(?:  # (?P<text>.*?))?(?:  # type: .*)?$")
 
 
 def schemas() -> dict[str, dict[str, Any]]:
-    """Return the schema of each output: "run", "plan", "bench"."""
+    """Return the schema of each output, by its name."""
     return {name: _output(name, cls) for name, cls in OUTPUTS.items()}
 
 
@@ -72,6 +72,8 @@ def _schema(hint: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is typing.Annotated:
         pairs = {key: list(value) if isinstance(value, tuple) else value for key, value in hint.__metadata__}
         return {key: value for key, value in (_schema(hint.__origin__) | pairs).items() if value is not None}
+    if hint is Any:
+        return {}
     if hint in SCALARS:
         return dict(SCALARS[hint])
     return _object(hint) if dataclasses.is_dataclass(hint) else _composed(hint)

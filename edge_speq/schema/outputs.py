@@ -7,7 +7,7 @@ except in classes with OPTIONAL.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from edge_speq.core import POLICIES, ExpertCounters, ExpertGroup, MemoryUse, Placement, Plan, Share
 
@@ -314,5 +314,94 @@ class BenchRow:
     emulation: str | None  # what stands in for another machine; null for this machine as it is
 
 
-OUTPUTS: dict[str, type] = {"run": Run, "plan": PlanReport, "bench": BenchRow}
+# --- step log, inspect, doctor -----------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """One line of the step log: a verify step, or the decoding of a prompt. Expert events are since the line before."""
+
+    TITLE: ClassVar[str] = "edge-speq run --step-log"
+    tokens: int  # tokens that the target decoded: the last ones of the text and the drafted ones
+    drafted: int  # draft tokens proposed
+    accepted: int  # draft tokens kept
+    hits: int | None  # demands served from a slot; null without slots
+    misses: int | None  # all other demands; null without slots
+    fetched: int  # misses that waited for a transfer
+    cpu_computed: int | None  # misses that the CPU computed
+    bytes_fetched: int  # bytes moved into slots
+    stall_ms: float  # time that the model's computation waited for experts
+    cpu_ms: float  # time that the CPU computed missing experts
+    seconds: float  # drafting and verifying, without the sampler and the consumer of the text
+    is_prompt: bool  # whether the step decoded a prompt
+
+
+@dataclass
+class InspectedGroup:
+    """Blocks whose experts agree in types and shapes."""
+
+    types: dict[str, str]  # tensor type of each part of an expert: gate, up, gate_up, down
+    n_blocks: int  # blocks of the group
+    n_experts: int  # over all its blocks
+    expert_bytes: int  # all parts of one expert
+
+
+@dataclass
+class InspectedExperts:
+    """The routed experts."""
+
+    n_expert: int | None  # experts per block; null for a dense model
+    n_expert_used: int | None  # experts per token and block; null for a dense model
+    total_bytes: int  # all routed experts
+    groups: list[InspectedGroup]  # blocks whose experts agree in types and shapes
+
+
+@dataclass
+class Inspected:
+    """What a GGUF file holds, from its header."""
+
+    TITLE: ClassVar[str] = "edge-speq inspect --json"
+    files: list[str]  # paths of all parts
+    gguf_version: int  # version of the format
+    size_bytes: int  # size of all parts
+    architecture: str | None  # llama.cpp's name of the architecture; null if the file has none
+    name: str | None  # name of the model; null if the file has none
+    context_length: int | None  # tokens of context that the model was trained for; null if unknown
+    n_layer: int | None  # number of blocks; null if unknown
+    n_vocab: int | None  # tokens of the vocabulary; null without one
+    n_tensors: int  # number of tensors
+    experts: InspectedExperts
+    dense_bytes: int  # all tensors except routed experts
+    bytes_by_role_and_type: dict[str, dict[str, int]]  # bytes of each tensor type, for each role of tensors
+
+
+@dataclass
+class Finding:
+    """One check of edge-speq doctor."""
+
+    name: str  # what was checked
+    # ok; note: an optional part is missing; warn: usable, with a drawback; fail: not usable
+    status: Literal["ok", "note", "warn", "fail"]
+    text: str  # the result for people
+    remedy: str  # what to do about it; empty for ok
+    values: dict[str, Any]  # the numbers of text, by name
+
+
+@dataclass
+class Diagnosis:
+    """Whether this installation and this machine can run models."""
+
+    TITLE: ClassVar[str] = "edge-speq doctor --json"
+    usable: bool  # false if a check failed
+    findings: list[Finding]  # all checks, in order
+
+
+OUTPUTS: dict[str, type] = {
+    "run": Run,
+    "step": Step,
+    "plan": PlanReport,
+    "bench": BenchRow,
+    "inspect": Inspected,
+    "doctor": Diagnosis,
+}
 MANY = ("bench",)  # printed as arrays
