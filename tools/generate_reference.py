@@ -70,22 +70,33 @@ def options_page() -> str:
         flags = ", ".join(f"`{flag}`" for flag in option.flags) or "none"
         help_text = option.help.replace("|", "\\|")
         rows.append(f"| `{name}` | {flags} | `{DEFAULTS[name]}` | {option.unit or '-'} | {help_text} |")
-    return (
-        "# Options of a load\n\n"
-        f"<!-- {NOTE} from edge_speq/planning/load_request.py -->\n\n"
-        "`EdgeLlama` and `Session` take these keywords and every keyword of `llama_cpp.Llama`. An unknown keyword is an\n"
-        "`EdgeError` that names the nearest known one. Sizes and rates need a unit: `8GiB`, `500MB`, `32G` (GiB),\n"
-        "`12.5GB/s`; in Python an `int` is a number of bytes. [The commands](cli.md) list the options that each one takes.\n\n"
-        + "\n".join(rows)
-        + "\n"
-    )
+    return f"""# Options of a load
+
+<!-- {NOTE} from edge_speq/planning/load_request.py -->
+
+`EdgeLlama` and `Session` take these keywords and every keyword of `llama_cpp.Llama`. An unknown keyword is an
+`EdgeError` that names the nearest known one. Sizes and rates need a unit: `8GiB`, `500MB`, `32G` (GiB), `12.5GB/s`.
+In Python an `int` is a number of bytes. [The commands](cli.md) list the options that each one takes.
+
+{chr(10).join(rows)}
+"""
 
 
 def generated() -> dict[Path, str]:
     """Return the text of each generated file, by its path."""
+    import reference_pages
+
+    from edge_speq.schema import generate
+
     return {
         ROOT / "edge_speq" / "planning" / "load_options.py": load_options(),
         ROOT / "docs" / "reference" / "options.md": options_page(),
+        ROOT / "docs" / "reference" / "cli.md": reference_pages.cli_reference(),
+        ROOT / "docs" / "reference" / "json.md": reference_pages.json_reference(),
+        **{
+            ROOT / "edge_speq" / "schema" / f"{name}.schema.json": generate.dumps(schema)
+            for name, schema in generate.schemas().items()
+        },
     }
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_speq import system
 from edge_speq.cli import arguments, interrupt
+from edge_speq.cli.progress import Line
 from edge_speq.core import ON_MISS, POLICIES
 from edge_speq.errors import EdgeError
 from edge_speq.gguf import bundled as demo
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LLAMA_CPP_LOG = logging.getLogger("edge_speq.llama_cpp")
 DEFAULT_POLICIES = "auto,lru,cpu-moe,all"
 DEFAULT_ON_MISS = "auto,fetch"
-FORMATS = ("md", "csv", "json", "jsonl", "sql")
+FORMATS = ("md", "csv", "json", "jsonl")
 LOAD_MODES = ("auto", "mmap", "none")
 RANGES = "Lists (1,2) and ranges (0-512+128, 1-64*2) make a matrix"
 
@@ -88,17 +88,17 @@ def bench(options: argparse.Namespace) -> int:
     from edge_speq.bench.output import FORMATS
     from edge_speq.bench.runner import Series
 
-    progress, made = Progress(), list[Any]()
-    series = Series(wanted, shares, progress)
+    line, made = Line(name="bench"), list[Any]()
+    series = Series(wanted, shares, _timed(line))
     try:
         with interrupt.handler(lambda *_: _stop(series), at_once=lambda: _stop_at_once(series)):
             for rows in _finished(series):
                 made += rows
                 if options.output == "jsonl" and rows:
-                    progress.done()
+                    line.erase()
                     print(FORMATS["jsonl"](rows), flush=True)
     finally:
-        progress.done()
+        line.erase()
         LLAMA_CPP_LOG.setLevel(logging.NOTSET)
     if made and options.output != "jsonl":
         print(FORMATS[options.output](made))
@@ -106,7 +106,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def _finished(series: Series) -> Iterator[list[Any]]:
-    """The rows of each share."""
+    """Yield the rows of each share."""
     from edge_speq.bench import rows
 
     memory = system.memory()
@@ -116,7 +116,7 @@ def _finished(series: Series) -> Iterator[list[Any]]:
 
 
 def _stop(job: Series) -> None:
-    """The first Ctrl-C ends the rounds, the next one everything."""
+    """End the rounds at the first Ctrl-C, and the command at the second."""
     if job.interrupted:
         raise KeyboardInterrupt
     job.interrupted = True
@@ -124,27 +124,15 @@ def _stop(job: Series) -> None:
 
 
 def _stop_at_once(job: Series) -> None:
-    """Also called in another thread while the main one decodes. What llama.cpp says of the ended graph is no news."""
+    """Stop the running graph. Called in another thread while the main one decodes; llama.cpp's messages are dropped."""
     LLAMA_CPP_LOG.setLevel(logging.CRITICAL)
     job.stop()
 
 
-class Progress:
-    """What is measured now and seconds since the start, on stderr: one line that changes on a terminal, a line for each
-    turn elsewhere."""
-
-    def __init__(self) -> None:
-        self._on_terminal = sys.stderr.isatty()
-        self._started = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        text = f"{time.monotonic() - self._started:.1f} s: {text}"
-        sys.stderr.write(f"\r\x1b[K{text}" if self._on_terminal else f"bench: {text}\n")
-        sys.stderr.flush()
-
-    def done(self) -> None:
-        if self._on_terminal:
-            sys.stderr.write(interrupt.ERASE_LINE.decode())
+def _timed(line: Line) -> Callable[[str], None]:
+    """Return a function that shows what is measured and the seconds since the start."""
+    started = time.monotonic()
+    return lambda text: line.say(f"{time.monotonic() - started:.1f} s: {text}")
 
 
 # --- options ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_speq.cli import arguments, interrupt
 from edge_speq.errors import EdgeError
+from edge_speq.system import install_hint
 
 if TYPE_CHECKING:
     from edge_speq.server.serving import Server
@@ -53,7 +54,7 @@ def serve(options: argparse.Namespace) -> int:
         from edge_speq.server import listener as listeners
         from edge_speq.server.serving import Server
     except ModuleNotFoundError as error:
-        raise EdgeError(f"the server needs {error.name}", "pip install 'edge-speq[serve]'") from error
+        raise EdgeError(f"the server needs {error.name}", install_hint("serve")) from error
     with contextlib.closing(listeners.listen(settings)) as listener:
         url = listeners.url(listener, settings.host)
         _say(f"listening on {url}, loading {settings.name}")

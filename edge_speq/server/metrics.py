@@ -66,6 +66,6 @@ def _drafts(stats: Stats) -> Iterator[Row]:
     yield "edge_speq_drafted_tokens_total", "counter", "Draft tokens proposed.", s.drafted
     yield "edge_speq_accepted_tokens_total", "counter", "Draft tokens kept.", s.accepted
     yield "edge_speq_acceptance", "gauge", "Accepted over drafted tokens.", s.acceptance
-    yield "edge_speq_k_mean", "gauge", "Draft tokens a step.", s.k_mean
+    yield "edge_speq_mean_draft_tokens", "gauge", "Draft tokens a step.", s.mean_draft_tokens
     yield "edge_speq_used_bytes", "gauge", "Memory in use on the compute device.", stats.used_bytes
     yield "edge_speq_budget_bytes", "gauge", "Its ceiling.", stats.plan.budget_bytes

@@ -19,7 +19,7 @@ def snapshot(name: str, session: Session, stats: Stats, rows: list[str] | None) 
         "n_ctx": session.facts.n_ctx,
         "requests": {"served": served, "waiting": waiting},
         "link_bytes_per_s": session.facts.link_bytes_per_s,
-        "has_draft": stats.plan.k_max > 0,
+        "has_draft": stats.plan.max_draft_tokens > 0,
         "steps": stats.speculation.steps,
         "residency": rows,
     } | stats.to_dict()

@@ -299,7 +299,7 @@ def test_a_verdict_gets_no_better() -> None:
     assert (verdict.match, verdict.first_difference) == ("near tie", 7)
     verdict.add(9, 2 * compare.NEAR_TIE)
     verdict.add(3, 0.0)
-    assert (verdict.match, verdict.first_difference, verdict.tie_gap) == (False, 3, 2 * compare.NEAR_TIE)
+    assert (verdict.match, verdict.first_difference, verdict.logit_gap) == (False, 3, 2 * compare.NEAR_TIE)
 
 
 def test_what_was_not_asked_counts_as_different() -> None:
@@ -309,7 +309,7 @@ def test_what_was_not_asked_counts_as_different() -> None:
     judge.compare([[1, 3]], other)
     judge.settle(None)
     assert same.match is True
-    assert (other.match, other.first_difference, other.tie_gap) == (False, 1, math.inf)
+    assert (other.match, other.first_difference, other.logit_gap) == (False, 1, math.inf)
 
 
 @pytest.fixture
@@ -340,7 +340,7 @@ def test_no_speed_up_is_printed_of_another_text(bundled: tuple[Path, Path]) -> N
     right, bad = made
     assert (right["outputs_match"], right["speedup"]) == (True, 1.0)
     assert (bad["outputs_match"], bad["first_difference"], bad["speedup"]) == (False, 3, None)
-    assert bad["tie_gap"] > compare.NEAR_TIE
+    assert bad["logit_gap"] > compare.NEAR_TIE
     line = next(text for text in output.markdown(made).splitlines() if "| cpu-moe" in text)
     assert "n/a" in line and "DIFFERS" in line
 
@@ -352,8 +352,8 @@ def test_the_gap_of_what_the_reference_wrote_itself_is_none(bundled: tuple[Path,
         sample = runner.measure(model, chosen.cases[0], chosen.texts)
         passage = sample.passages[0]
         for at in (0, 5):
-            assert compare.gap(model, passage.reading, passage.output, at, passage.output[at]) == 0.0
-            assert compare.gap(model, passage.reading, passage.output, at, passage.output[at] + 1) > 0.0
+            assert compare.logit_gap(model, passage.reading, passage.output, at, passage.output[at]) == 0.0
+            assert compare.logit_gap(model, passage.reading, passage.output, at, passage.output[at] + 1) > 0.0
 
 
 # --- statistics ----------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import sys
 from pathlib import Path
@@ -11,40 +10,14 @@ import pytest
 from support.command import edge_speq
 
 from edge_speq import progress as watch
+from edge_speq.cli import progress
 from edge_speq.cli.convert import VERBS
-from edge_speq.cli.convert_verbs import common
-
-
-def test_progress_shows_percent_rate_and_time_left() -> None:
-    now, terminal = [0.0], io.StringIO()
-    with common.Meter(terminal, "writing", clock=lambda: now[0]) as meter:
-        for second in range(5):
-            now[0] = float(second)
-            meter(second * 50_000_000, 1_000_000_000)
-        now[0] += common.PERIOD / 2
-        meter(999_999_999, 1_000_000_000)  # too soon to be seen
-    shown = terminal.getvalue()
-    assert shown.split("\r\x1b[K")[1:] == [
-        "writing 5 % of 1.00 GB, 50.0 MB/s, 0:19 left",
-        "writing 10 % of 1.00 GB, 50.0 MB/s, 0:18 left",
-        "writing 15 % of 1.00 GB, 50.0 MB/s, 0:17 left",
-        "writing 20 % of 1.00 GB, 50.0 MB/s, 0:16 left",
-        "",
-    ]
-
-
-def test_what_is_fast_shows_nothing() -> None:
-    terminal = io.StringIO()
-    with common.Meter(terminal, "writing", clock=lambda: 0.0) as meter:
-        meter(1, 2)
-    assert terminal.getvalue() == ""
 
 
 def test_numbers_are_for_people() -> None:
-    assert common.describe(30, 60, 10.0, "tokens") == "50 % of 60 tokens, 3.0/s, 0:10 left"
-    assert common.describe(0, 0, 0.0) == "0 % of 0 B, 0 B/s"
-    assert [common.clock(seconds) for seconds in (59.6, 61, 3725)] == ["1:00", "1:01", "1:02:05"]
-    assert [common.size(n) for n in (999, 1500, 2e6, 3.5e9)] == ["999 B", "1.5 kB", "2.0 MB", "3.50 GB"]
+    assert progress.describe(30, 60, 10.0, "tokens") == "50 % of 60 tokens, 3.0/s, 0:10 left"
+    assert progress.describe(0, 0, 0.0) == "0 % of 0 B, 0 B/s"
+    assert [progress.clock(seconds) for seconds in (59.6, 61, 3725)] == ["1:00", "1:01", "1:02:05"]
 
 
 def test_growth_of_a_file_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +34,7 @@ def test_growth_of_a_file_is_progress(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals there")
 def test_a_terminal_has_one_line_that_is_gone_afterwards(bundled: tuple[Path, Path], tmp_path: Path) -> None:
+    from support.screen import visible
     from support.terminal import Terminal
 
     out = str(tmp_path / "out.gguf")
@@ -69,8 +43,8 @@ def test_a_terminal_has_one_line_that_is_gone_afterwards(bundled: tuple[Path, Pa
     with Terminal("-m", "edge_speq", *arguments) as terminal:
         assert terminal.wait() == 0
         shown = terminal.text
-    assert re.search(r"\r\x1b\[Kmeasuring blocks \d+ % of 6 blocks, [\d.]+/s, \d+:\d\d left", shown)
-    lines = [line.rpartition("\x1b[K")[2].strip() for line in shown.strip().split("\r\n")]
+    assert re.search(r"measuring blocks \d+ % of 6 blocks, [\d.]+/s, \d+:\d\d left", shown)
+    lines = visible(shown)
     assert lines[0].startswith(f"{out}: ") and len(lines) == 8
 
 
@@ -81,7 +55,7 @@ def test_every_verb_has_help_json_and_a_dry_run_where_it_writes() -> None:
         assert re.search(rf"^ +{name}\b", listed, re.MULTILINE)
         text = edge_speq("convert", name, "--help").stdout
         assert "--json" in text
-        assert ("--dry-run" in text and "--force" in text) or name in ("verify", "inspect")
+        assert ("--dry-run" in text and "--force" in text) or name == "verify"
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from edge_speq import EdgeError
@@ -159,7 +164,12 @@ def test_a_full_disk_and_little_memory_are_warnings(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_unknown_system_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise NotImplementedError
+
     monkeypatch.setattr(machine, "_read", lambda _: "")
+    monkeypatch.setattr(psutil, "virtual_memory", unknown)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
     assert machine.memory() is None
     assert machine.cores() is None
     assert machine.cpu_model()
@@ -167,11 +177,9 @@ def test_an_unknown_system_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_container_s_limit_bounds_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {
-        "/proc/meminfo": "MemTotal: 8388608 kB\nMemAvailable: 6291456 kB\n",
-        "/sys/fs/cgroup/memory.max": "1073741824\n",
-        "/sys/fs/cgroup/memory.current": "268435456\n",
-    }
+    files = {"/sys/fs/cgroup/memory.max": "1073741824\n", "/sys/fs/cgroup/memory.current": "268435456\n"}
+    found = types.SimpleNamespace(total=8 << 30, available=6 << 30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
     monkeypatch.setattr(machine, "_read", lambda path: files.get(path, ""))
     assert machine.memory() == (1 << 30, 768 << 20)
     files["/sys/fs/cgroup/memory.max"] = "max\n"
@@ -265,15 +273,55 @@ def test_the_extras_are_those_of_the_package() -> None:
 def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "EXTRAS", {"serve": ("json", "no_such_module"), "plot": ("json",)})
     serve, plot = doctor.extras()
-    assert (serve.status, serve.remedy) == ("note", "pip install 'edge-speq[serve]'")
+    assert (serve.status, serve.remedy) == ("note", machine.install_hint("serve"))
     assert serve.values == {"extra": "serve", "missing": ["no_such_module"]}
     assert (plot.status, plot.remedy) == ("ok", "")
+
+
+def test_install_hints_name_packages() -> None:
+    """The package is on no index: `pip install edge-speq[serve]` would fail."""
+    pip, install, *packages = shlex.split(machine.install_hint("serve"))
+    names = [re.split(r"[<>=!~]", package)[0] for package in packages]
+    assert (pip, install) == ("pip", "install") and {"fastapi", "uvicorn"} <= set(names)
+    assert all(importlib.metadata.version(name) for name in names)
+
+
+def test_a_hint_without_an_installed_package_names_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: str) -> None:
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    assert machine.install_hint("serve") == 'pip install ".[serve]"'
 
 
 def test_drivers_are_named_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_dir", lambda path: path.name in ("nvidia", "xe"))
     monkeypatch.setattr(machine, "_read", lambda path: "570.1\n" if "nvidia" in path else "")
     assert doctor.driver().text == "nvidia 570.1, xe"
+
+
+@pytest.mark.parametrize(
+    ("needs", "installed", "status", "needed"),
+    [
+        ("libcudart.so.13", "580.95.05", "ok", 580),
+        ("libcudart.so.13", "575.64", "warn", 580),
+        ("libcudart.so.12", "575.64", "ok", 525),
+        ("libcublas.so.12", "", "warn", 525),
+        ("libvulkan.so.1", "", "ok", None),
+    ],
+)
+def test_the_driver_is_compared_with_what_the_backend_needs(
+    needs: str, installed: str, status: str, needed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / f"libggml-{'cuda' if 'cu' in needs else 'vulkan'}.so"
+    module.write_bytes(b"\x7fELF\0" + needs.encode() + b"\0libc.so.6\0")
+    monkeypatch.setattr(doctor, "backend_modules", lambda: [module])
+    monkeypatch.setattr(machine, "_read", lambda path: installed if "nvidia" in path else "")
+    finding = doctor.driver()
+    assert (finding.status, finding.values["needed_driver"]) == (status, needed)
+    assert finding.values["nvidia_driver"] == (installed or None)
+    if needed is not None:
+        assert status == "ok" or (str(needed) in finding.remedy and str(needed) in finding.text)
 
 
 def test_a_cuda_module_without_graphs_is_named() -> None:

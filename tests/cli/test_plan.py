@@ -81,7 +81,7 @@ def test_tiny_models_of_several_groups(capsys: pytest.CaptureFixture[str], tiny)
 def test_a_dense_model_has_no_groups(capsys: pytest.CaptureFixture[str], tiny) -> None:
     summary = planned(capsys, str(tiny.dense()), "-c", "256")
     assert summary["groups"] == []
-    assert summary["plan"]["policy"] == "all"
+    assert summary["plan"]["placement"] == "all"
     assert summary["draft"] is None
 
 
@@ -115,7 +115,7 @@ def test_the_report_names_every_part(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["plan", "--vram-budget", "45MiB", "-c", "512"]) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    for word in ("in slots", "dense", "KV", "compute", "routing", "sum", "of a budget of 45.00 MiB", "tokens a step"):
+    for word in ("in slots", "dense", "KV", "compute", "routing", "sum", "of a budget of 45.0 MiB", "tokens a step"):
         assert word in said.out
     if planned(capsys)["device"]["is_gpu"]:
         assert "mapped" not in said.out
@@ -148,7 +148,7 @@ def test_the_impossible_is_refused_with_the_nearest_possible(
 def test_the_smallest_possible_budget_is_possible(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "-c", "512", "--vram-budget", "2MiB"])
     smallest = capsys.readouterr().err.split("budget here is ")[1].split(",")[0].split()[0]
-    assert planned(capsys, "-c", "512", "--vram-budget", smallest)["plan"]["policy"] == "slots"
+    assert planned(capsys, "-c", "512", "--vram-budget", smallest)["plan"]["placement"] == "slots"
 
 
 def test_the_plan_is_described_as_in_run() -> None:
@@ -184,7 +184,7 @@ def test_a_laptop_is_a_gpu_that_is_not_here(capsys: pytest.CaptureFixture[str]) 
     for name in ("target", "draft"):  # on a GPU weights count, also where this machine only maps them
         assert memory[name]["model_bytes"] > 2 << 20
     assert memory["total_bytes"] <= memory["budget_bytes"] == 45 << 20
-    assert summary["plan"]["policy"] == "slots"
+    assert summary["plan"]["placement"] == "slots"
 
 
 def test_large_experts_are_to_be_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,9 +248,9 @@ def test_real_routing_repeats_itself(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_what_is_not_known_is_not_estimated(capsys: pytest.CaptureFixture[str], options: str, why: str) -> None:
     estimate = planned(capsys, *options.split(), "-c", "512")["estimate"]
     assert estimate["per_token"] is None
-    assert why in estimate["why_not"]
+    assert why in estimate["unavailable_reason"]
     assert main(["plan", *options.split(), "-c", "512"]) == 0
-    assert f"estimate   none: {estimate['why_not']}" in capsys.readouterr().out
+    assert f"estimate   none: {estimate['unavailable_reason']}" in capsys.readouterr().out
 
 
 def test_the_report_calls_it_an_estimate(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,13 +49,13 @@ def test_json_follows_the_schema_and_repeats_for_a_seed() -> None:
     assert first["experts"]["slots"] <= first["experts"]["total"] / 2
     assert first["experts"]["hits"] + first["experts"]["misses"] > 0
     assert first["speculation"]["drafted"] > 0
-    assert first["memory"]["plan"]["policy"] == "slots"
+    assert first["memory"]["plan"]["placement"] == "slots"
 
 
 @pytest.mark.parametrize("policy", ["lru", "cpu-moe", "all"])
 def test_every_policy_reports_itself(policy: str) -> None:
     report = run_json("-n", "8", "--policy", policy)
-    assert report["memory"]["plan"]["policy"] == {"lru": "slots"}.get(policy, policy)
+    assert report["memory"]["plan"]["placement"] == {"lru": "slots"}.get(policy, policy)
     assert (report["experts"]["hits"] is None) == (policy != "lru")  # without slots nobody observes demands
     assert report["experts"]["prefetched"] == 0
 
@@ -66,7 +66,7 @@ def test_a_budget_is_kept() -> None:
     budget = half["memory"]["used_bytes"]
     bound = run_json("-n", "8", "-c", "512", "--vram-budget", f"{budget}B")
     assert bound["memory"]["budget_bytes"] == budget
-    assert bound["memory"]["plan"]["policy"] == "slots"
+    assert bound["memory"]["plan"]["placement"] == "slots"
     assert bound["memory"]["used_bytes"] <= budget
     assert half["experts"]["slots"] * 0.9 < bound["experts"]["slots"] <= half["experts"]["slots"]
 

@@ -272,7 +272,3 @@ def test_verify_compares(bundled: tuple[Path, Path], twins: dict[str, Path]) -> 
     assert done.returncode == 0 and "sound" in done.stdout
     done = edge_speq("convert", "verify", __file__)
     assert done.returncode == 2 and "not a GGUF file" in done.stderr
-
-
-def test_inspect_is_the_command_of_that_name(bundled: tuple[Path, Path]) -> None:
-    assert edge_speq("convert", "inspect", str(bundled[1])).stdout == edge_speq("inspect", str(bundled[1])).stdout != ""

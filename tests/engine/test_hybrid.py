@@ -62,7 +62,7 @@ def test_text_is_that_of_compute_device_and_slots_may_be_few(bundled: tuple[Path
         ) as model:
             assert speculation.texts(model, prompts) == expected
             stats = model.stats()
-            assert stats.plan.k_max == 4
+            assert stats.plan.max_draft_tokens == 4
             assert stats.experts.fetched <= stats.experts.late  # those that were under way, and waited for
             assert stats.experts.cpu_computed + stats.experts.fetched == stats.experts.misses
             assert stats.experts.hits  # what earned a slot was fetched meanwhile
@@ -74,7 +74,7 @@ def test_slots_shrink_while_the_cpu_computes(bundled: tuple[Path, Path]) -> None
         bundled[0], draft=bundled[1], resident="1/2", on_miss="hybrid", next_layer_prefetch=False
     ) as model:
         expected = speculation.texts(model, ["Once upon a time"])
-        assert model.resize(resident="1/16").k_max == 4
+        assert model.resize(resident="1/16").max_draft_tokens == 4
         assert speculation.texts(model, ["Once upon a time"]) == expected
 
 

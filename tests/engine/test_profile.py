@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def applied(bundled: Pair, wanted: str | Path | None = "auto", **options: Any) -
     with contextlib.closing(EdgeLlama(str(bundled[0]), profile=wanted, **options)) as model:
         found = model.stats().profile
         if found is not None:
-            assert model._speculator._governor.k_max == found["applied"].get("draft_tokens", model._plan.k_max)
+            assert model._speculator._governor.k_max == found["applied"].get(
+                "draft_tokens", model._plan.max_draft_tokens
+            )
         return None if found is None else found["applied"]
 
 
@@ -151,3 +154,12 @@ def test_a_folder_that_cannot_be_made_is_an_error(
     with pytest.raises(EdgeError, match="cannot make the folder"):
         stored(bundled)
     assert applied(bundled) is None
+
+
+def test_the_folder_of_profiles_is_the_system_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(profile.FOLDER_VARIABLE, str(tmp_path / "named"))
+    assert profile.folder() == tmp_path / "named" / "profiles"
+    monkeypatch.delenv(profile.FOLDER_VARIABLE)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    base = {"win32": Path.home() / "AppData" / "Roaming", "darwin": Path.home() / "Library" / "Application Support"}
+    assert profile.folder() == base.get(sys.platform, tmp_path) / "edge_speq" / "profiles"

@@ -75,8 +75,8 @@ def test_specmoeoffs_governor_drafts_at_any_acceptance(bundled: tuple[Path, Path
         assert isinstance(policy, SpecMoeOff) and isinstance(policy.governor, Roofline)
         nominal = policy.roofline.draft_ms
         texts(model, prompts()[:2])
-        k_mean, k_max = model.stats().speculation.k_mean, model.stats().plan.k_max
-        assert 0.9 < k_mean <= k_max  # the last step of a text may have no room
+        mean, most = model.stats().speculation.mean_draft_tokens, model.stats().plan.max_draft_tokens
+        assert 0.9 < mean <= most  # the last step of a text may have no room
         assert nominal != policy.roofline.draft_ms == policy.setting.draft_ms  # this machine's, by now
         layer_ms = max(policy.setting.block_ms, policy.setting.experts.n_expert * policy.setting.transfer_ms)
         assert policy.roofline.verify_ms == layer_ms * policy.setting.experts.n_blocks

@@ -35,13 +35,13 @@ def test_slots_shrink_and_grow_between_requests(pair: EdgeLlama) -> None:
     before, expected = pair.memory_used(), text(pair)
     half = pair.stats().plan
     small = pair.resize(resident="1/4")
-    assert (small.slot_bytes, small.k_max) < (half.slot_bytes, half.k_max)
+    assert (small.slot_bytes, small.max_draft_tokens) < (half.slot_bytes, half.max_draft_tokens)
     assert pair.memory_used() == before - (half.slot_bytes - small.slot_bytes)
     assert text(pair) == expected
     stats = pair.stats()
     assert stats.plan == small
     assert stats.experts.slots == sum(small.slots)
-    assert pair.resize(resident=1.0).k_max == half.k_max  # the routing has room for no more
+    assert pair.resize(resident=1.0).max_draft_tokens == half.max_draft_tokens  # the routing has room for no more
     assert text(pair) == expected
     assert pair.resize(vram_budget=before).slot_bytes <= half.slot_bytes
     assert pair.memory_used() <= before

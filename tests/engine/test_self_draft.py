@@ -72,7 +72,7 @@ def test_twins_share_all_but_their_experts(bundled: tuple[Path, Path], experts_o
 def test_a_budget_counts_the_experts(bundled: tuple[Path, Path], experts_only: Path) -> None:
     with speculation.llm(bundled[0], draft=experts_only, resident=None, vram_budget="40MiB") as model:
         stats = model.stats()
-        assert stats.plan.policy == "slots"
+        assert stats.plan.placement == "slots"
         assert stats.used_bytes <= 40 << 20
     with pytest.raises(EdgeError, match="smallest possible budget"):
         EdgeLlama(str(bundled[0]), draft=experts_only, draft_tokens=2, n_ctx=512, vram_budget="20MiB")
@@ -184,8 +184,8 @@ def test_slots_of_other_counts_serve_it(bundled: tuple[Path, Path], draft: str) 
 def test_a_model_without_slots_does_not_draft_for_itself(bundled: tuple[Path, Path], draft: str) -> None:
     with speculation.llm(bundled[0], draft=draft, resident=None) as model:  # everything fits
         stats = model.stats()
-        assert stats.plan.policy == "all"
-        assert stats.plan.k_max == 0
+        assert stats.plan.placement == "all"
+        assert stats.plan.max_draft_tokens == 0
         assert "cannot draft for itself" in stats.plan.reason
     with pytest.raises(EdgeError, match="has no slots"):
         EdgeLlama(str(bundled[0]), draft=draft, policy="cpu-moe", n_ctx=128)

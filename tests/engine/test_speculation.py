@@ -177,7 +177,7 @@ def test_auto_does_without_a_draft_that_leaves_too_few_slots(bundled: tuple[Path
     with llm(target, draft=draft, resident="1/2", vram_budget=budget) as model:
         stats = model.stats()
         text = texts(model, prompts()[:1])
-    assert stats.plan.k_max == 0
+    assert stats.plan.max_draft_tokens == 0
     assert "with a draft the slots would be too few" in stats.plan.reason
     assert plan.fixed_bytes - draft_bytes < stats.used_bytes <= budget
     with llm(target) as plain:

@@ -58,7 +58,7 @@ def test_a_published_governor_chooses_lengths_that_are_not_fixed(
         made = model._speculator._policy
         assert made is not None and isinstance(made.governor, governor)
         assert texts(model, prompts()[:3]) == expected
-        assert 0 < model.stats().speculation.k_mean <= model.stats().plan.k_max
+        assert 0 < model.stats().speculation.mean_draft_tokens <= model.stats().plan.max_draft_tokens
         if policy == "moe-speq":  # its costs are this machine's by now
             assert isinstance(made.governor, Roofline) and made.governor.draft_ms == made.setting.draft_ms > 0
     for options in ({"draft_tokens": 1}, {"deterministic": True}):

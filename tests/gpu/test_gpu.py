@@ -374,6 +374,6 @@ def test_a_gpu_budget_is_kept(bundled: tuple[Path, Path]) -> None:
     with speculation.llm(target, draft=draft, resident=None, vram_budget=budget) as model:
         speculation.texts(model, ["Once"])
         stats = model.stats()
-    assert stats.plan.policy == "slots"
+    assert stats.plan.placement == "slots"
     assert 0.3 < stats.plan.resident < 0.34
     assert budget * 0.95 < stats.used_bytes <= budget

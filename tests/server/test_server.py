@@ -327,7 +327,7 @@ def test_metrics_are_the_librarys_counters(server: Running) -> None:
         "edge_speq_expert_bytes_fetched_total": stats.experts.bytes_fetched,
         "edge_speq_expert_slots": stats.experts.slots,
         "edge_speq_acceptance": stats.speculation.acceptance,
-        "edge_speq_k_mean": stats.speculation.k_mean,
+        "edge_speq_mean_draft_tokens": stats.speculation.mean_draft_tokens,
     }.items():
         assert float(values[name]) == pytest.approx(value), name
     assert stats.experts.hits and stats.experts.misses

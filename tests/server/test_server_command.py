@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from edge_speq.system import install_hint
+
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
@@ -140,4 +142,4 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError('No module', name='uvicorn')\n")
     done = serve(PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     assert done.returncode == 1
-    assert done.stderr == "error: the server needs uvicorn\nhint: pip install 'edge-speq[serve]'\n"
+    assert done.stderr == f"error: the server needs uvicorn\nhint: {install_hint('serve')}\n"

@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from edge_speq.schema import load as schema
 
-import edge_speq
-
-
-def schema(name: str) -> Any:
-    """That of run, plan or bench."""
-    path = Path(edge_speq.__file__).parent / "schema" / f"{name}.schema.json"
-    return json.loads(path.read_text(encoding="utf-8"))
+__all__ = ["schema"]

@@ -24,7 +24,11 @@ class Terminal:
         self._before = termios.tcgetattr(self._screen)
         self.text = ""
         self._process = subprocess.Popen(
-            [sys.executable, *arguments], stdin=self._screen, stdout=self._screen, stderr=self._screen
+            [sys.executable, *arguments],
+            stdin=self._screen,
+            stdout=self._screen,
+            stderr=self._screen,
+            env=os.environ | {"TERM": "xterm-256color"},  # not what the tests themselves run in
         )
 
     def __enter__(self) -> Terminal:

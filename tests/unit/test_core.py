@@ -68,4 +68,4 @@ def test_ratios_follow_the_glossary() -> None:
     assert ExpertCounters(hits=0, misses=0).hit_rate is None
     assert ExpertCounters(hits=None, misses=None).hit_rate is None
     speculation = Speculation(steps=10, drafted=40, accepted=30)
-    assert (speculation.acceptance, speculation.k_mean) == (0.75, 4.0)
+    assert (speculation.acceptance, speculation.mean_draft_tokens) == (0.75, 4.0)

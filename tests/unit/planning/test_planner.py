@@ -31,7 +31,7 @@ def make(experts: Experts = TALES, **options: object):
 
 def test_resident_share_becomes_slots_of_each_group() -> None:
     made = make(TWO_GROUPS, resident=0.75)
-    assert (made.policy, made.slots) == ("slots", (30, 18))
+    assert (made.placement, made.slots) == ("slots", (30, 18))
     assert made.slot_bytes == 30 * 1000 + 18 * 1500
     assert made.resident == pytest.approx(0.75, abs=0.03)
 
@@ -72,15 +72,15 @@ def test_an_automatic_budget_leaves_half_a_gibibyte_to_others() -> None:
 
 
 def test_auto_speculation_shrinks_to_what_the_slots_allow() -> None:
-    assert make(resident=0.5).k_max == 4
-    assert make(resident=1 / 8).k_max == 4  # 24 slots: 4 * 5 + 1
-    assert make(resident=1 / 12).k_max == 2  # 16 slots: 4 * 3 + 1
+    assert make(resident=0.5).max_draft_tokens == 4
+    assert make(resident=1 / 8).max_draft_tokens == 4  # 24 slots: 4 * 5 + 1
+    assert make(resident=1 / 12).max_draft_tokens == 2  # 16 slots: 4 * 3 + 1
 
 
 def test_a_small_group_keeps_its_floor_at_small_shares() -> None:
     lopsided = Experts(6, 32, 4, (ExpertGroup(5, 160, 1000), ExpertGroup(1, 32, 1000)))
     made = make(lopsided, resident=0.25, draft_tokens=4)
-    assert made.k_max == 4
+    assert made.max_draft_tokens == 4
     assert made.slots[1] >= 21
     assert sum(made.slots) <= 48
 
@@ -88,17 +88,17 @@ def test_a_small_group_keeps_its_floor_at_small_shares() -> None:
 def test_auto_speculation_takes_little_from_other_groups() -> None:
     """Room for five tokens in the small group would be a quarter of the large one's slots, whether it drafts or not."""
     lopsided = Experts(6, 32, 4, (ExpertGroup(5, 160, 1000), ExpertGroup(1, 32, 1000)))
-    assert make(lopsided, resident=0.25).k_max == 1  # 9 of 8
+    assert make(lopsided, resident=0.25).max_draft_tokens == 1  # 9 of 8
     assert make(lopsided, resident=0.25).slots == (39, 9)
-    assert make(lopsided, resident=0.53).k_max == 3  # 17 of 17
-    assert make(lopsided, resident=0.75).k_max == 4
+    assert make(lopsided, resident=0.53).max_draft_tokens == 3  # 17 of 17
+    assert make(lopsided, resident=0.75).max_draft_tokens == 4
 
 
 def test_asked_for_speculation_is_refused_with_the_share_it_needs() -> None:
     with pytest.raises(EdgeError, match=r"2.29 MiB for slots are too few: .* 8 draft tokens needs 33 slots") as error:
         make(resident=1 / 8, draft_tokens=8)
     assert "resident of at least 0.172" in error.value.hint
-    assert make(resident=0.172, draft_tokens=8).k_max == 8
+    assert make(resident=0.172, draft_tokens=8).max_draft_tokens == 8
 
 
 def test_an_impossible_budget_names_the_smallest_possible_one() -> None:
@@ -106,27 +106,27 @@ def test_an_impossible_budget_names_the_smallest_possible_one() -> None:
         make(budget_bytes=6_000_000, fixed_bytes=5_900_000)
     assert "smallest possible budget here is 7MiB" in error.value.hint
     smallest = 7 << 20
-    assert make(budget_bytes=smallest, fixed_bytes=5_900_000).policy == "slots"
+    assert make(budget_bytes=smallest, fixed_bytes=5_900_000).placement == "slots"
 
 
 def test_no_slots_where_nothing_bounds_them_or_everything_fits() -> None:
-    assert make().policy == "all"
-    assert make(budget_bytes=1 << 40).policy == "all"
-    assert make(DENSE, resident=0.5).policy == "all"
-    assert make(policy="cpu-moe", resident=0.5).policy == "cpu-moe"
+    assert make().placement == "all"
+    assert make(budget_bytes=1 << 40).placement == "all"
+    assert make(DENSE, resident=0.5).placement == "all"
+    assert make(policy="cpu-moe", resident=0.5).placement == "cpu-moe"
     assert make(policy="lru", resident=1.0).slots == (192,)
 
 
 def test_experts_that_the_hook_does_not_know_stay_on_the_cpu() -> None:
     unknown = Experts(0, 32, 0, ())
     made = make(unknown, resident=0.5)
-    assert made.policy == "cpu-moe"
+    assert made.placement == "cpu-moe"
     assert "does not know" in made.reason
-    assert make(unknown, policy="all").policy == "all"
+    assert make(unknown, policy="all").placement == "all"
 
 
 def test_without_a_draft_nothing_is_speculated() -> None:
-    assert make(resident=0.5, has_draft=False, draft_tokens=4).k_max == 0
+    assert make(resident=0.5, has_draft=False, draft_tokens=4).max_draft_tokens == 0
 
 
 def test_auto_drops_a_draft_that_leaves_too_few_slots() -> None:
@@ -134,28 +134,28 @@ def test_auto_drops_a_draft_that_leaves_too_few_slots() -> None:
     budget = 5_000_000 + 9 * 100_000
     bounds = {"budget_bytes": budget, "fixed_bytes": 5_000_000, "draft_bytes": 1_500_000}
     made = make(**bounds)
-    assert (made.policy, made.k_max) == ("slots", 0)
+    assert (made.placement, made.max_draft_tokens) == ("slots", 0)
     assert made.slots == (23,)
     assert made.fixed_bytes + made.slot_bytes <= budget
     assert "with a draft the slots would be too few" in made.reason
-    assert make(**(bounds | {"fixed_bytes": 4_900_000})).k_max == 1  # with a little more room it stays
+    assert make(**(bounds | {"fixed_bytes": 4_900_000})).max_draft_tokens == 1  # with a little more room it stays
     with pytest.raises(EdgeError, match="4 draft tokens"):
         make(**bounds, draft_tokens=4)  # asked for, it is not dropped
 
 
 def test_auto_drops_the_draft_where_even_one_token_is_too_wide() -> None:
     made = make(resident=1 / 32)  # 6 slots: the floor of a single token is 5, of two 9
-    assert (made.policy, made.k_max, made.slots) == ("slots", 0, (6,))
+    assert (made.placement, made.max_draft_tokens, made.slots) == ("slots", 0, (6,))
     assert "with a draft" in made.reason
-    assert make(resident=1 / 20).k_max == 1
+    assert make(resident=1 / 20).max_draft_tokens == 1
 
 
 def test_no_slots_on_a_device_that_shares_the_machines_memory() -> None:
     made = make(budget_bytes=1_000_000, fixed_bytes=100_000, shared_memory=True)
-    assert (made.policy, made.k_max) == ("cpu-moe", 4)
+    assert (made.placement, made.max_draft_tokens) == ("cpu-moe", 4)
     assert "no memory of its own" in made.reason
-    assert make(budget_bytes=1 << 40, shared_memory=True).policy == "all"
-    assert make(policy="lru", resident=0.5, shared_memory=True).policy == "slots"
+    assert make(budget_bytes=1 << 40, shared_memory=True).placement == "all"
+    assert make(policy="lru", resident=0.5, shared_memory=True).placement == "slots"
 
 
 @given(
@@ -174,6 +174,6 @@ def test_a_plan_never_exceeds_its_bounds_or_undercuts_the_floor(n_expert, n_bloc
         assert "resident of at least" in error.hint
         return
     assert made.slot_bytes <= share * experts.total_bytes + 1e-6
-    floor = min(_native.slot_floor(experts, made.k_max + 1), experts.groups[0].n_experts)
+    floor = min(_native.slot_floor(experts, made.max_draft_tokens + 1), experts.groups[0].n_experts)
     assert made.slots[0] >= floor
-    assert k is None or made.k_max == k
+    assert k is None or made.max_draft_tokens == k

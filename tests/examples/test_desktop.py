@@ -21,9 +21,9 @@ try:
     from PySide6.QtTest import QTest
     from PySide6.QtWidgets import QApplication
 except ImportError as error:  # also where a library of the system is missing
-    pytest.skip(f"needs PySide6 (pip install 'edge-speq[desktop]'): {error}", allow_module_level=True)
+    pytest.skip(f"needs PySide6 (pip install PySide6-Essentials): {error}", allow_module_level=True)
 
-TOOL = Path(__file__).resolve().parent.parent / "examples" / "desktop_chat.py"
+TOOL = Path(__file__).resolve().parents[2] / "examples" / "desktop_chat.py"
 
 
 @pytest.fixture(scope="module")
