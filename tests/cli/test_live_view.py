@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from screen import Screen
+from support.screen import Screen
 
 from edge_speq.cli import heatmap
 from edge_speq.cli.live_view import View
@@ -48,7 +48,7 @@ def test_a_pipe_gets_lines_without_escapes() -> None:
 
 def test_the_figures_are_those_of_the_last_steps() -> None:
     stream = io.StringIO()
-    view = View(stream, name="m.gguf", link="4GB/s")
+    view = View(stream, name="m.gguf", link_bytes_per_s=4_000_000_000)
     view.step(record(is_prompt=True, tokens=20, drafted=0, accepted=0, seconds=5.0))
     for _ in range(2):
         view.step(record())
