@@ -125,23 +125,25 @@ def test_text_comes_first_and_then_the_table(cache: Path, first: Rows) -> None:
     done = edge_speq_demo(cache)
     assert time.monotonic() - started < 60
     assert done.stderr == ""  # the draft's experts are there already
-    assert done.stdout.startswith("simulated laptop: link 429 MB/s")
+    assert done.stdout.startswith("Simulated laptop: 1/4 of the experts in slots. An expert takes 0.21 ms")
     assert done.stdout.count(bundled.PROMPT + first[0]["text"]) == 1
     table = done.stdout.split(first[0]["text"])[1]
     lines = [line for line in table.splitlines() if line]
-    assert "simulated tok/s" in lines[0]
-    for line, row in zip(lines[2:5], first, strict=True):
-        assert line.split()[:3] == [row["arm"], str(row["experts"]["hits"]), str(row["experts"]["misses"])]
-        assert line.endswith(f" {row['simulated_tok_per_s']:.1f}")
-    assert [line.split(":")[0] for line in lines[5:8]] == [row["arm"] for row in first]
-    assert lines[8] == "All rows wrote the same text."
-    assert lines[9].endswith(command.NEXT)
+    assert lines[0].split()[-2:] == ["simulated", "speed"]
+    for line, row in zip(lines[1:4], first, strict=True):
+        assert line.split()[:2] == [row["arm"], str(row["experts"]["hits"])]
+        assert f" {row['experts']['misses']} " in line
+        assert line.endswith(f" {row['simulated_tok_per_s']:.0f} tok/s")
+    explained = [line.split()[0] for line in lines[4:] if not line.startswith(" ")]
+    assert explained[:3] == [row["arm"] for row in first]
+    assert lines[-2] == "All three wrote the same text."
+    assert lines[-1].endswith(command.NEXT)
 
 
 def test_another_text_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     made = []
 
-    def run(arm: command.Arm, machine: command.Laptop, *, shows: bool) -> Any:
+    def run(arm: command.DemoArm, machine: command.SimulatedLaptop, *, shows: bool) -> Any:
         stats = core.Stats(
             core.Timing(), core.Speculation(), core.ExpertCounters(), core.Plan("slots", (), 0), 0, *"abcd"
         )
@@ -164,7 +166,7 @@ def test_ctrl_c_ends_it(cache: Path) -> None:
     ) as process:
         try:
             assert process.stdout is not None and process.stderr is not None
-            assert process.stdout.readline().startswith("simulated laptop")
+            assert process.stdout.readline().startswith("Simulated laptop")
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 130
             assert "Traceback" not in process.stderr.read()

@@ -56,7 +56,7 @@ def test_the_figures_are_those_of_the_last_steps() -> None:
         "speed": "20.0 tok/s",
         "draft": "K 2.0, 50 % accepted",
         "experts": "75.0 % hits",
-        "throttle_link": "2.00 GB/s (50 % of 4.0), stalled 25 % of the time",
+        "link": "2.00 GB/s (50 % of 4.0), stalled 25 % of the time",
     }
     view.step(record(cpu_computed=3))
     assert "1.0 a step on the CPU" in dict(view._figures())["experts"]
