@@ -45,8 +45,7 @@ DRAFT_COSTS = (0.02, 0.1, 0.3, 1.0)  # of a draft token, in steps without a draf
 SHAPES = ((1, 0.05), (1, 0.6), (8, 0.05))  # a block's computing in halves of a transfer; what a token more adds to it
 PLACES = (("1/4", 0.25, 4), ("1/2", 0.5, 8))  # share in slots, K
 FIXED = (0, 1, 2, 3, 4, 6, 8)
-MEDIAN_OF_BEST, MOST_OF_BEST, SHARE_OF_CASES = 0.97, 0.95, 0.75  # bounds that a test holds the stored rows to
-LEAST_OF_NONE, LEAST_OF_BEST = 0.97, 0.85
+MOST_OF_BEST = 0.95  # a case within 5 % of the best
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 # these say which experts have earned a slot
 OWN_POLICIES = ("auto", "lfru", "twin", "waits", "waits-keep", "learned", "oracle")
@@ -22,14 +22,19 @@ POLICIES = (*SLOT_POLICIES, "cpu-moe", "all")
 ON_MISS = ("auto", "fetch", "hybrid")
 
 
+# types with (keyword, value) pairs of JSON schema
+Share = Annotated[float, ("minimum", 0), ("maximum", 1)]
+Placement = Annotated[str, ("enum", ("slots", "cpu-moe", "all"))]
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertGroup:
     """Blocks whose expert weights agree in type and shape, so that one slot can hold any of them."""
 
-    n_blocks: int
-    n_experts: int  # over all blocks
+    n_blocks: int  # blocks of the group
+    n_experts: int  # over all its blocks
     expert_bytes: int  # gate, up and down of one expert
-    blocks: tuple[int, ...] = ()  # which ones
+    blocks: tuple[int, ...] = ()  # which blocks, in layer order
 
     @property
     def total_bytes(self) -> int:
@@ -56,11 +61,11 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Bytes that one context and its model hold on the compute device; mapped file pages not counted."""
+    """Bytes that one context and its model hold on the compute device; mapped file pages are not counted."""
 
-    model_bytes: int = 0
-    context_bytes: int = 0
-    compute_bytes: int = 0
+    model_bytes: int = 0  # weights, except the target's routed experts
+    context_bytes: int = 0  # KV cache
+    compute_bytes: int = 0  # compute buffers
 
     @property
     def total(self) -> int:
@@ -69,57 +74,61 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What goes where, decided before anything is allocated. `reason` is one sentence for the user."""
+    """Where the experts go, decided before anything is allocated."""
 
-    policy: str  # "slots", "cpu-moe" or "all"
-    slots: tuple[int, ...]  # of each expert group, empty without slots
-    k_max: int  # most draft tokens a step may verify
-    slot_bytes: int = 0
-    fixed_bytes: int = 0  # dense weights, KV, draft and compute buffers, as far as a budget needed them
-    budget_bytes: int | None = None
-    resident: float | None = None  # share of the expert bytes that the slots hold
-    reason: str = ""
+    placement: Placement  # slots on the compute device, on the CPU, or all on the device
+    slots: tuple[Annotated[int, ("minimum", 1)], ...]  # slots of each expert group; empty without slots
+    max_draft_tokens: int  # most draft tokens that one step verifies
+    slot_bytes: int = 0  # of all slots
+    # dense weights, KV cache, draft and compute buffers; 0 without a budget, which alone needs it
+    fixed_bytes: int = 0
+    budget_bytes: int | None = None  # ceiling on the compute device; null if nothing bounds it
+    resident: Share | None = None  # share of the expert bytes that the slots hold; null without slots
+    reason: str = ""  # the decision in one sentence
 
     @property
     def max_width(self) -> int:
         """Tokens of the widest verify step: the last token and every drafted one."""
-        return self.k_max + 1
+        return self.max_draft_tokens + 1
 
 
 @dataclass(slots=True)
 class Speculation:
-    steps: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    steps: int = 0  # verify steps
+    drafted: int = 0  # draft tokens proposed
+    accepted: int = 0  # draft tokens kept; the bonus token is not counted
 
     @property
     def acceptance(self) -> float:
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
-    def k_mean(self) -> float:
+    def mean_draft_tokens(self) -> float:
         return self.drafted / self.steps if self.steps else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertCounters:
-    """Events since the model was loaded, in graphs of at most k_max + 1 tokens: wider ones, prefill mostly, take
-    llama.cpp's stock path. Glossary meanings."""
+    """Expert events since the model was loaded, of graphs of at most max_draft_tokens + 1 tokens.
 
-    total: int = 0
-    slots: int = 0
-    hits: int | None = 0  # None: the policy has no slots, demands are not observed
-    misses: int | None = 0
-    late: int = 0
-    cpu_computed: int | None = 0
-    fetched: int = 0
-    prefetched: int = 0
-    prefetched_used: int = 0
-    bytes_fetched: int = 0
-    bytes_wasted: int = 0
-    stall_ms: float = 0.0
-    cpu_ms: float = 0.0  # that the CPU computed missing experts
-    failed: int = 0  # transfers that failed: prefetches dropped, demands that ended a step
+    Wider graphs, mostly prefill, take llama.cpp's stock path.
+    """
+
+    total: int = 0  # routed experts of the model, over all blocks
+    slots: int = 0  # experts that the compute device can hold at once; 0 without slots
+    # demands whose expert was in a slot, complete, when its layer was reached; null without slots
+    hits: int | None = 0
+    misses: int | None = 0  # all other demands; null without slots
+    late: int = 0  # misses whose transfer was already in flight
+    cpu_computed: int | None = 0  # misses that the CPU computed
+    fetched: int = 0  # misses that waited for a transfer
+    prefetched: int = 0  # transfers that a prediction started
+    prefetched_used: int = 0  # prefetches demanded at least once before eviction or the end
+    bytes_fetched: int = 0  # all bytes moved into slots
+    bytes_wasted: int = 0  # bytes of prefetches that were never used
+    stall_ms: float = 0.0  # time that the model's computation waited for experts
+    cpu_ms: float = 0.0  # time that the CPU computed missing experts
+    failed: int = 0  # failed transfers: a prefetch is dropped, a demand ends the step
 
     @property
     def hit_rate(self) -> float | None:
@@ -182,7 +191,7 @@ class Stats:
             "ttft_ms": 1e3 * t.ttft_seconds,
             "tpot_ms": 1e3 / t.tok_per_s if t.tok_per_s else 0.0,
             "speculation": {
-                "k_mean": s.k_mean,
+                "mean_draft_tokens": s.mean_draft_tokens,
                 "drafted": s.drafted,
                 "accepted": s.accepted,
                 "acceptance": s.acceptance,

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that are done and the bytes in total, as often as is convenient."""
+"""Called with the bytes done and the bytes in total, as often as is convenient."""
 
 
 def silent(done: int, total: int) -> None:
-    """The Progress of whoever does not watch."""
+    """Ignore progress."""
 
 
 PERIOD = 0.2  # seconds
@@ -20,7 +20,7 @@ PERIOD = 0.2  # seconds
 
 @contextlib.contextmanager
 def growth(path: Path, total: int, progress: Progress) -> Iterator[None]:
-    """Calls progress from a thread as long as the block runs."""
+    """Report the growing size of a file from a thread while the block runs."""
     if progress is silent:
         yield
         return

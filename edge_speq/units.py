@@ -1,4 +1,4 @@
-"""Values as people write them: sizes, rates, shares, draft tokens. Bytes and rates need a unit."""
+"""Values as people write and read them: sizes, rates, shares, draft tokens. Bytes and rates need a unit."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ _UNITS = {"b": 1}
 _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
 _UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
 _UNITS |= {p: 1024 ** (i + 1) for i, p in enumerate("kmgt")}  # 32G, as llama.cpp and Docker read it
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Return a size in binary units, as memory is counted: "999 B", "1.5 KiB", "2.0 MiB", "3.50 GiB"."""
+    return _scaled(n_bytes, 1024, ("B", "KiB", "MiB", "GiB"))
+
+
+def format_rate(bytes_per_s: float) -> str:
+    """Return a rate in decimal units, as links are sold: "500.0 MB/s", "12.50 GB/s"."""
+    return _scaled(bytes_per_s, 1000, ("B/s", "kB/s", "MB/s", "GB/s"))
+
+
+def _scaled(value: float, step: int, names: tuple[str, str, str, str]) -> str:
+    for name, digits in zip(names[:3], (0, 1, 1), strict=True):
+        if float(f"{value:.{digits}f}") < step:  # as it is shown: never "1024.0 MiB"
+            return f"{value:.{digits}f} {name}"
+        value /= step
+    return f"{value:.2f} {names[3]}"
 
 
 def parse_bytes(value: str | int, name: str = "") -> int:

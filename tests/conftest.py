@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests share the cores: a spinning thread stops the others
 
@@ -18,9 +16,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # commands of tests find no profile of whoever runs them
 os.environ["EDGE_SPEQ_CONFIG"] = str(Path(__file__).parent / "data" / "no-config")
 
-import llama_cpp
 import pytest
-import tiny_models
+from support.tiny_models import TinyModels
 
 from edge_speq import _native
 from edge_speq.convert.quantization import draft
@@ -59,43 +56,6 @@ def _quiet() -> None:
 def bundled() -> tuple[Path, Path]:
     """The bundled target and draft."""
     return demo.path(demo.MODEL), demo.path(demo.DRAFT)
-
-
-class TinyModels:
-    """Writes each tiny model once, at first use, and quantizes it."""
-
-    types = {  # noqa: RUF012
-        "F16": None,
-        "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-        "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-        "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
-        "Q2_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K,
-        "MXFP4": llama_cpp.LLAMA_FTYPE_MOSTLY_MXFP4_MOE,
-        "IQ4_XS": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_XS,
-        "IQ3_S": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ3_S,
-        "IQ2_XS": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ2_XS,
-    }
-    with_importance = ("IQ2_XS",)
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def moe(self, arch: tiny_models.Arch, kind: str = "F16", **options: Any) -> Path:
-        name = "-".join([arch, *(f"{key}_{value}" for key, value in options.items())])
-        return self._make(name, kind, partial(tiny_models.write_tiny, arch=arch, **{"n_layer": 4} | options))
-
-    def dense(self, vocab: tiny_models.Vocab = "bytes") -> Path:
-        return self._make(f"dense-{vocab}", "F16", partial(tiny_models.write_tiny_dense, vocab=vocab))
-
-    def _make(self, name: str, kind: str, write: partial[Path]) -> Path:
-        path = self._folder / f"{name}.{kind}.gguf"
-        if not path.exists():
-            if kind == "F16":
-                write(path)
-            else:
-                whole = self._make(name, "F16", write)
-                tiny_models.quantize(whole, path, self.types[kind], importance=kind in self.with_importance)
-        return path
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ import inflate_check
 from inflate import InflateError, Times
 
 if TYPE_CHECKING:
-    from conftest import TinyModels
+    from support.tiny_models import TinyModels
 
 N_TOKENS = 48
 

@@ -51,7 +51,7 @@ def test_a_shape_runs_from_slots(tmp_path: Path, tool: Tool, name: str, n_expert
         (made,) = texts(model, [text], 8)
         stats = model.stats()
     assert all(0 <= token < tool["N_VOCAB"] for token in made)
-    assert stats.plan.policy == "slots"
+    assert stats.plan.placement == "slots"
     assert stats.experts.total == 3 * n_expert
     assert (stats.experts.hits or 0) + (stats.experts.misses or 0) >= 7 * 3 * n_used
 

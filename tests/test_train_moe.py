@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_checkpoint import write_tokenizer
+from support.tiny_checkpoint import write_tokenizer
 
 torch = pytest.importorskip("torch", reason="needs torch, of the extra edge-speq[convert]")
 RECIPES = Path(__file__).resolve().parent.parent / "models" / "recipes"

@@ -61,9 +61,43 @@ def _stock_type(name: str) -> str:
     return text if re.fullmatch(r"(int|float|str|bool)( \| None)?", text) else "Any"
 
 
+def options_page() -> str:
+    """Return docs/reference/options.md: every option of LoadRequest, from its table."""
+    from edge_speq.planning.load_request import DEFAULTS, OPTIONS
+
+    rows = ["| keyword of EdgeLlama | command line | default | unit | meaning |", "|---|---|---|---|---|"]
+    for name, option in OPTIONS.items():
+        flags = ", ".join(f"`{flag}`" for flag in option.flags) or "none"
+        help_text = option.help.replace("|", "\\|")
+        rows.append(f"| `{name}` | {flags} | `{DEFAULTS[name]}` | {option.unit or '-'} | {help_text} |")
+    return f"""# Options of a load
+
+<!-- {NOTE} from edge_speq/planning/load_request.py -->
+
+`EdgeLlama` and `Session` take these keywords and every keyword of `llama_cpp.Llama`. An unknown keyword is an
+`EdgeError` that names the nearest known one. Sizes and rates need a unit: `8GiB`, `500MB`, `32G` (GiB), `12.5GB/s`.
+In Python an `int` is a number of bytes. [The commands](cli.md) list the options that each one takes.
+
+{chr(10).join(rows)}
+"""
+
+
 def generated() -> dict[Path, str]:
     """Return the text of each generated file, by its path."""
-    return {ROOT / "edge_speq" / "planning" / "load_options.py": load_options()}
+    import reference_pages
+
+    from edge_speq.schema import generate
+
+    return {
+        ROOT / "edge_speq" / "planning" / "load_options.py": load_options(),
+        ROOT / "docs" / "reference" / "options.md": options_page(),
+        ROOT / "docs" / "reference" / "cli.md": reference_pages.cli_reference(),
+        ROOT / "docs" / "reference" / "json.md": reference_pages.json_reference(),
+        **{
+            ROOT / "edge_speq" / "schema" / f"{name}.schema.json": generate.dumps(schema)
+            for name, schema in generate.schemas().items()
+        },
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

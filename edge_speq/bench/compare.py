@@ -18,13 +18,13 @@ class Verdict:
 
     match: bool | str = True  # "near tie" where every first difference was one
     first_difference: int | None = None  # least position in a generated text at which two differed
-    tie_gap: float | None = None  # greatest distance, in logits of the reference, of two tokens picked there
+    logit_gap: float | None = None  # greatest distance, in logits of the reference, of two tokens picked there
     # (infinite where the benchmark ended before it was known)
 
     def add(self, position: int, gap: float) -> None:
         self.first_difference = position if self.first_difference is None else min(position, self.first_difference)
-        self.tie_gap = gap if self.tie_gap is None else max(gap, self.tie_gap)
-        self.match = "near tie" if self.tie_gap <= NEAR_TIE else False
+        self.logit_gap = gap if self.logit_gap is None else max(gap, self.logit_gap)
+        self.match = "near tie" if self.logit_gap <= NEAR_TIE else False
 
 
 def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
@@ -52,12 +52,12 @@ class Judge:
         for verdict, read, expected, at, token in self._open:
             key = (id(read), at, token)
             if key not in self._gaps and reference is not None:
-                self._gaps[key] = gap(reference(), read, expected, at, token)
+                self._gaps[key] = logit_gap(reference(), read, expected, at, token)
             verdict.add(at, self._gaps.get(key, math.inf))
         self._open = []
 
 
-def gap(reference: InstrumentedLlama, read: Reading, expected: list[int], at: int, token: int) -> float:
+def logit_gap(reference: InstrumentedLlama, read: Reading, expected: list[int], at: int, token: int) -> float:
     """How far, in the reference's logits, token lies behind what the reference wrote at a position."""
     reference.reset()
     for part in (read.before, read.prompt, *([t] for t in expected[:at])):

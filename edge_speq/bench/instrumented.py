@@ -126,9 +126,9 @@ class InstrumentedLlama(ModelHandle):
         """Return the share of the routed-expert bytes that lie on the compute device; None for a dense model."""
         if not self.llm.experts.n_expert:
             return None
-        if self.llm.plan.policy == "slots":
+        if self.llm.plan.placement == "slots":
             return self.llm.plan.resident
-        return 0.0 if self.llm.plan.policy == "cpu-moe" and self.llm.device.is_gpu else 1.0
+        return 0.0 if self.llm.plan.placement == "cpu-moe" and self.llm.device.is_gpu else 1.0
 
 
 class StockPlacement(StepTimer):

@@ -1,4 +1,4 @@
-"""Rows as md, csv, json, jsonl and sql, in llama-bench's forms."""
+"""Rows as md, csv, json and jsonl, in the formats of llama-bench."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from edge_speq.bench.rows import NESTED, Row
-
-TABLE = "edge_speq_bench"
+from edge_speq.units import format_bytes
 
 Column = tuple[str, Callable[[Row], str], bool]  # heading, cell, aligned to the left
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table with the columns of llama-bench and those of ours that say something, and below it what was used."""
+    """Return a table with the columns of llama-bench and ours, and below it the hardware and settings."""
     if not rows:
         return ""
     emulation = rows[0]["emulation"]
@@ -46,12 +44,12 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     emulated = f" ({first['emulation']})" if first["emulation"] else ""
     columns: list[Column] = [
         ("model", lambda r: str(r["model_type"]), True),
-        ("size", lambda r: _size(r["model_size"]), False),
+        ("size", lambda r: format_bytes(r["model_size"]), False),
         ("params", lambda r: _count(r["model_n_params"]), False),
         ("backend", lambda r: str(r["backends"]), True),
         ("threads", lambda r: str(r["n_threads"]), False),
         ("policy", lambda r: f"{r['policy']}{' (lossy)' if r['lossy'] else ''}", True),
-        ("K", lambda r: str(r["speculation"]), False),
+        ("K", lambda r: str(r["draft_tokens"]), False),
         ("resident", lambda r: _number(r["resident_fraction"], ".2f"), False),
         ("device MiB", lambda r: f"{r['used_bytes'] / 2**20:.1f}{' over' if r['over_budget'] else ''}", False),
         ("test", lambda r: str(r["test"]), False),
@@ -69,7 +67,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
 def _footer(rows: Sequence[Row]) -> list[str]:
     first = rows[0]
     hardware = ", ".join(text for text in (first["cpu_info"], first["gpu_info"], first["gpu_driver"]) if text)
-    ram = "" if first["ram_bytes"] is None else f", {_size(first['ram_bytes'])} RAM"
+    ram = "" if first["ram_bytes"] is None else f", {format_bytes(first['ram_bytes'])} RAM"
     lines = [
         f"build: {first['build_commit']} (edge_speq {first['edge_speq_version']})",
         f"hardware: {hardware}{ram}",
@@ -82,7 +80,7 @@ def _footer(rows: Sequence[Row]) -> list[str]:
 
 
 def _budgets(rows: Sequence[Row]) -> str:
-    budgets = {row["resident"]: f"{row['budget_bytes'] / 2**20:.1f} MiB" for row in rows}
+    budgets = {row["resident"]: format_bytes(row["budget_bytes"]) for row in rows}
     if len(budgets) == 1:
         return f"{next(iter(budgets.values()))} for every row"
     return ", ".join(f"{size} at {share}" for share, size in budgets.items())
@@ -105,42 +103,12 @@ def as_jsonl(rows: Sequence[Row]) -> str:
     return "\n".join(json.dumps(row) for row in rows)
 
 
-def as_sql(rows: Sequence[Row]) -> str:
-    """CREATE TABLE and an INSERT a row. The table is not llama-bench's own, whose columns are others."""
-    if not rows:
-        return ""
-    fields = _fields(rows)
-    types = ",\n".join(f"  {name} {_sql_type([row[name] for row in rows])}" for name in fields)
-    inserts = [
-        f"INSERT INTO {TABLE} ({', '.join(fields)}) VALUES ({', '.join(_sql(row[name]) for name in fields)});"
-        for row in rows
-    ]
-    return "\n".join([f"CREATE TABLE IF NOT EXISTS {TABLE} (", types, ");", "", *inserts])
-
-
 def _fields(rows: Sequence[Row]) -> list[str]:
     return [name for name in (rows[0] if rows else ()) if name not in NESTED]
 
 
-def _sql_type(values: list[Any]) -> str:
-    found = {type(value) for value in values if value is not None}
-    return "REAL" if float in found else "TEXT" if str in found else "INTEGER" if found else "NUMERIC"
-
-
-def _sql(value: Any) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, str):
-        return "'" + value.replace("'", "''") + "'"
-    return str(int(value)) if isinstance(value, bool) else repr(value)
-
-
 def _number(value: float | None, form: str) -> str:
     return "n/a" if value is None else format(value, form)
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.2f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.2f} GiB"
 
 
 def _count(n: int) -> str:
@@ -152,5 +120,4 @@ FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {
     "csv": as_csv,
     "json": as_json,
     "jsonl": as_jsonl,
-    "sql": as_sql,
 }

@@ -164,7 +164,7 @@ class Recorder(ModelHandle):
             "is_twin": self.is_twin,
             "experts": dataclasses.asdict(llm.experts),
             "draft_experts": None if draft_experts is None else dataclasses.asdict(draft_experts),
-            "k_max": llm.plan.k_max,
+            "k_max": llm.plan.max_draft_tokens,
             "plan": dataclasses.asdict(llm.plan),
             "policy": llm.request.policy,
             "hybrid": llm.request.hybrid,

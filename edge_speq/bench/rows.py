@@ -159,7 +159,7 @@ def _edge_keys(result: ArmResult, facts: Facts, settings: BenchSettings, budget:
         else None,
         "outputs_match": result.verdict.match,
         "first_difference": result.verdict.first_difference,
-        "tie_gap": None if result.verdict.tie_gap == math.inf else result.verdict.tie_gap,
+        "logit_gap": None if result.verdict.logit_gap == math.inf else result.verdict.logit_gap,
         "baseline": settings.baseline,
         "speedup": None,
         "deterministic": settings.deterministic,
@@ -191,7 +191,7 @@ def _events(result: ArmResult) -> Row:
         "drafted": drafted,
         "accepted": accepted,
         "acceptance": accepted / drafted if drafted else None,
-        "k_mean": drafted / steps if (steps := sum(s.n_steps for s in result.samples)) else None,
+        "mean_draft_tokens": drafted / steps if (steps := sum(s.n_steps for s in result.samples)) else None,
     }
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_speq import system
 from edge_speq.cli import arguments, interrupt
+from edge_speq.cli.progress import Line
 from edge_speq.core import ON_MISS, POLICIES
 from edge_speq.errors import EdgeError
 from edge_speq.gguf import bundled as demo
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LLAMA_CPP_LOG = logging.getLogger("edge_speq.llama_cpp")
 DEFAULT_POLICIES = "auto,lru,cpu-moe,all"
 DEFAULT_ON_MISS = "auto,fetch"
-FORMATS = ("md", "csv", "json", "jsonl", "sql")
+FORMATS = ("md", "csv", "json", "jsonl")
 LOAD_MODES = ("auto", "mmap", "none")
 RANGES = "Lists (1,2) and ranges (0-512+128, 1-64*2) make a matrix"
 
@@ -64,12 +64,11 @@ def _add_tests(p: argparse.ArgumentParser) -> None:
 
 
 def _add_competitors(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--policy", metavar="LIST", default=DEFAULT_POLICIES, help=f"{', '.join(POLICIES)} (%(default)s)")
+    p.add_argument("--policy", metavar="LIST", help=f"{', '.join(POLICIES)} ({DEFAULT_POLICIES})")
     p.add_argument(
         "--on-miss",
         metavar="LIST",
-        default=DEFAULT_ON_MISS,
-        help=f"{', '.join(ON_MISS)}: ways to serve misses under policies that are not published systems (%(default)s)",
+        help=f"ways to serve misses: {', '.join(ON_MISS)} ({DEFAULT_ON_MISS}; auto if --policy is given)",
     )
     arguments.add_option(p, "next_layer_prefetch")
     arguments.add_option(p, "predictor")
@@ -88,17 +87,17 @@ def bench(options: argparse.Namespace) -> int:
     from edge_speq.bench.output import FORMATS
     from edge_speq.bench.runner import Series
 
-    progress, made = Progress(), list[Any]()
-    series = Series(wanted, shares, progress)
+    line, made = Line(name="bench"), list[Any]()
+    series = Series(wanted, shares, _timed(line))
     try:
         with interrupt.handler(lambda *_: _stop(series), at_once=lambda: _stop_at_once(series)):
             for rows in _finished(series):
                 made += rows
                 if options.output == "jsonl" and rows:
-                    progress.done()
+                    line.erase()
                     print(FORMATS["jsonl"](rows), flush=True)
     finally:
-        progress.done()
+        line.erase()
         LLAMA_CPP_LOG.setLevel(logging.NOTSET)
     if made and options.output != "jsonl":
         print(FORMATS[options.output](made))
@@ -106,7 +105,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def _finished(series: Series) -> Iterator[list[Any]]:
-    """The rows of each share."""
+    """Yield the rows of each share."""
     from edge_speq.bench import rows
 
     memory = system.memory()
@@ -116,7 +115,7 @@ def _finished(series: Series) -> Iterator[list[Any]]:
 
 
 def _stop(job: Series) -> None:
-    """The first Ctrl-C ends the rounds, the next one everything."""
+    """End the rounds at the first Ctrl-C, and the command at the second."""
     if job.interrupted:
         raise KeyboardInterrupt
     job.interrupted = True
@@ -124,27 +123,15 @@ def _stop(job: Series) -> None:
 
 
 def _stop_at_once(job: Series) -> None:
-    """Also called in another thread while the main one decodes. What llama.cpp says of the ended graph is no news."""
+    """Stop the running graph. Called in another thread while the main one decodes; llama.cpp's messages are dropped."""
     LLAMA_CPP_LOG.setLevel(logging.CRITICAL)
     job.stop()
 
 
-class Progress:
-    """What is measured now and seconds since the start, on stderr: one line that changes on a terminal, a line for each
-    turn elsewhere."""
-
-    def __init__(self) -> None:
-        self._on_terminal = sys.stderr.isatty()
-        self._started = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        text = f"{time.monotonic() - self._started:.1f} s: {text}"
-        sys.stderr.write(f"\r\x1b[K{text}" if self._on_terminal else f"bench: {text}\n")
-        sys.stderr.flush()
-
-    def done(self) -> None:
-        if self._on_terminal:
-            sys.stderr.write(interrupt.ERASE_LINE.decode())
+def _timed(line: Line) -> Callable[[str], None]:
+    """Return a function that shows what is measured and the seconds since the start."""
+    started = time.monotonic()
+    return lambda text: line.say(f"{time.monotonic() - started:.1f} s: {text}")
 
 
 # --- options ---------------------------------------------------------------------------------------------
@@ -157,7 +144,8 @@ def settings(options: argparse.Namespace) -> BenchSettings:
     arguments.settle_model(options)
     emulated = emulation(options.emulate)
     model, draft = _models(options)
-    policies = _list(options.policy, "policy")
+    policies = _list(options.policy or DEFAULT_POLICIES, "policy")
+    on_miss = options.on_miss or (DEFAULT_ON_MISS if options.policy is None else "auto")
     drafts = dict.fromkeys(OPTIONS["draft_tokens"].parse(k) for k in _list(options.draft_tokens, "draft_tokens"))
     if options.throttle_link is not None and "link" in emulated:
         raise EdgeError("--throttle-link and --emulate link are both given", "leave one of them out", usage=True)
@@ -175,7 +163,7 @@ def settings(options: argparse.Namespace) -> BenchSettings:
         vram_budget=options.vram_budget,
         baseline=_baseline(options.baseline, policies),
         throttle_link=link,
-        on_miss=tuple(_list(options.on_miss, "on_miss")),
+        on_miss=tuple(_list(on_miss, "on_miss")),
         next_layer_prefetch=options.next_layer_prefetch,
         deterministic=options.deterministic,
         emulation=",".join(f"{key}={value}" for key, value in emulated.items()) or None,

@@ -6,9 +6,9 @@ import argparse
 from typing import Any
 
 from edge_speq.cli import interrupt
-from edge_speq.cli.convert_verbs import draft, hf, imatrix, inspect, pack, quantize, split, verify
+from edge_speq.cli.convert_verbs import draft, hf, imatrix, pack, quantize, split, verify
 
-VERBS: tuple[Any, ...] = (hf, quantize, imatrix, draft, split, pack, verify, inspect)
+VERBS: tuple[Any, ...] = (hf, quantize, imatrix, draft, split, pack, verify)
 
 
 def add_parser(commands: Any) -> None:

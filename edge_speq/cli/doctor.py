@@ -1,4 +1,4 @@
-"""edge-speq doctor: whether this installation and this machine can run models, and what to do where they cannot.
+"""edge-speq doctor: check that this installation and this machine can run models, and say what to do if not.
 
 Measuring takes a second or two; with a MODEL also as long as loading it does.
 """
@@ -27,13 +27,17 @@ from edge_speq import system as machine
 from edge_speq.errors import EdgeError
 from edge_speq.gguf import bundled as demo
 from edge_speq.gguf import model as gguf_model
+from edge_speq.units import format_bytes, format_rate
 
 MIN_DISK = 1 << 30  # bytes
 MIN_MEMORY = 1 << 30
 LARGE_EXPERT = 1 << 20
 NOT_MODULES = re.compile(r"(lib)?ggml-(base|cpu)\b")  # linked in
+CUDA_RUNTIME = re.compile(rb"lib(?:cudart|cublas)\.so\.(\d+)")
+CUDA_DRIVERS = ((13, 580), (12, 525), (0, 450))  # major version of CUDA, the oldest driver branch that runs it (Linux)
+MOST_OF_A_MODULE = 64 << 20
 EXTRAS = {  # of pyproject.toml, with what is imported of them
-    "serve": ("fastapi", "uvicorn"),
+    "serve": ("fastapi", "uvicorn", "starlette", "sse_starlette"),
     "convert": ("torch", "transformers", "safetensors", "sentencepiece", "google.protobuf", "yaml", "tqdm", "requests"),
     "train": ("torch",),
     "plot": ("matplotlib",),
@@ -43,8 +47,11 @@ EXTRAS = {  # of pyproject.toml, with what is imported of them
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`status` is ok, note (something optional is missing), warn (usable, but) or fail (not usable); `remedy` says what
-    to do about all but the first."""
+    """One check.
+
+    `status` is ok, note (an optional part is missing), warn (usable, with a drawback) or fail (not usable). `remedy`
+    says what to do about it, except for ok.
+    """
 
     name: str
     status: str
@@ -109,7 +116,7 @@ def python() -> Finding:
 
 
 def native_build() -> Finding:
-    """The llama-cpp-python that is installed: whether it is the patched build, built from the header beside it."""
+    """Check that the installed llama-cpp-python is the patched build and was built from the header beside it."""
     reinstall = "install the patched build that comes with edge_speq: pip install ./native ."
     try:
         import llama_cpp
@@ -126,7 +133,7 @@ def native_build() -> Finding:
 
 
 def backends() -> Iterator[Finding]:
-    """Backend modules, and the devices that they and the linked backends offer."""
+    """Check backend modules, and list the devices that they and the linked backends offer."""
     from edge_speq import _native
 
     with _captured("edge_speq") as warnings:
@@ -138,7 +145,7 @@ def backends() -> Iterator[Finding]:
         yield module(path, warnings)
     found = _native.devices()
     for device in found:
-        text = f"{device}: {_gib(device.free_bytes)} of {_gib(device.total_bytes)} free"
+        text = f"{device}: {format_bytes(device.free_bytes)} of {format_bytes(device.total_bytes)} free"
         yield Finding("device", "ok", text, values=dataclasses.asdict(device))
     if not any(device.is_gpu for device in found):
         remedy = "put a ggml backend module beside the installed libraries or name it in EDGE_SPEQ_BACKENDS"
@@ -146,7 +153,7 @@ def backends() -> Iterator[Finding]:
 
 
 def backend_modules() -> list[Path]:
-    """Those beside the installed libraries, and those that EDGE_SPEQ_BACKENDS names."""
+    """Return the modules beside the installed libraries and those that EDGE_SPEQ_BACKENDS names."""
     import llama_cpp
 
     named = [Path(name) for name in os.environ.get("EDGE_SPEQ_BACKENDS", "").split(os.pathsep) if name]
@@ -156,7 +163,7 @@ def backend_modules() -> list[Path]:
 
 
 def module(path: Path, warnings: list[str]) -> Finding:
-    """Whether a backend module loads; the dynamic linker says why not, else llama.cpp's own words do."""
+    """Check that a backend module loads. If not, quote the dynamic linker or llama.cpp's log."""
     remedy = "install the driver or runtime library that it names, or build the module from this llama.cpp"
     try:
         ctypes.CDLL(str(path))
@@ -173,8 +180,11 @@ def instruction_sets() -> Finding:
 
 
 def built_for(info: str) -> Finding:
-    """What ggml says of itself. Its CUDA backend launches each kernel by itself unless it was built with graphs, which
-    llama.cpp's own build does and a build of ggml alone does not: 1.7 times the time per token where all fits."""
+    """Check how ggml was built, from its own description.
+
+    A CUDA backend without CUDA graphs launches each kernel separately, which slows each token down. llama.cpp's build
+    enables them; a build of ggml alone does not.
+    """
     found = re.findall(r"(\w+) = 1\b", info)
     text, values = ", ".join(found) or "no instruction set extensions", {"features": found}
     if re.search(r"\bCUDA\b", info) and "USE_GRAPHS" not in found:
@@ -196,7 +206,7 @@ def memory() -> Finding:
         return Finding("memory", "ok", "unknown on this system")
     total, available = found
     values = {"total_bytes": total, "available_bytes": available}
-    text = f"{_gib(available)} of {_gib(total)} available"
+    text = f"{format_bytes(available)} of {format_bytes(total)} available"
     if available < MIN_MEMORY:
         return Finding("memory", "warn", text, "close other programs: models are read through the page cache", values)
     return Finding("memory", "ok", text, values=values)
@@ -206,29 +216,61 @@ def locked_memory() -> Finding:
     limit = machine.locked_memory_limit()
     if limit is None:
         return Finding("memlock", "ok", "no such limit on this system")
-    text = "unlimited" if limit < 0 else f"{limit / 2**20:g} MiB"
+    text = "unlimited" if limit < 0 else f"{format_bytes(limit)}"
     note = "" if limit < 0 else ": use_mlock is bound by it, page-locked buffers of a GPU driver are not"
     return Finding("memlock", "ok", text + note, values={"limit_bytes": None if limit < 0 else limit})
 
 
 def page_locked() -> Finding:
-    """How large the experts of a model may be for the fast way to a GPU."""
+    """Report the largest total size of experts that is read into page-locked memory."""
     most = machine.most_page_locked()
     if most is None:
         return Finding("pinned", "ok", "unknown on this system: models are mapped")
-    text = f"experts of up to {_gib(most)} are read into page-locked memory for a GPU, larger ones are mapped"
+    text = f"experts of up to {format_bytes(most)} are read into page-locked memory for a GPU, larger ones are mapped"
     if sys.platform == "win32":
         text += "; Windows grants a driver about half of the RAM"
     return Finding("pinned", "ok", text, values={"most_bytes": most})
 
 
 def driver() -> Finding:
+    """Find GPU drivers and, if a CUDA backend is present, whether the NVIDIA driver is new enough for it."""
     found = machine.gpu_drivers()
-    return Finding("driver", "ok", ", ".join(found) or "none that this system tells of", values={"modules": found})
+    installed, cuda = machine.nvidia_driver(), cuda_version()
+    needed = None if cuda is None else next(driver for version, driver in CUDA_DRIVERS if cuda >= version)
+    values = {"modules": found, "nvidia_driver": installed, "cuda": cuda, "needed_driver": needed}
+    text = ", ".join(found) or "none that this system tells of"
+    if cuda is None:
+        return Finding("driver", "ok", text, values=values)
+    text += f"; the CUDA {cuda} backend needs an NVIDIA driver of at least {needed}"
+    if installed is None:
+        return Finding("driver", "warn", f"{text}, none found", f"install NVIDIA driver {needed} or newer", values)
+    if int(installed.partition(".")[0]) < (needed or 0):
+        text += f", this one is {installed}"
+        return Finding("driver", "warn", text, f"install NVIDIA driver {needed} or newer", values)
+    return Finding("driver", "ok", text, values=values)
+
+
+def cuda_version() -> int | None:
+    """Return the major version of CUDA that a backend module is linked to, None without such a module."""
+    try:
+        modules = [path for path in backend_modules() if "cuda" in path.name]
+    except Exception:  # whatever a broken installation raises while it is imported
+        return None
+    found = [int(match[1]) for path in modules for match in CUDA_RUNTIME.finditer(_start_of(path))]
+    return max(found, default=None)
+
+
+def _start_of(path: Path) -> bytes:
+    """Return the first bytes of a library, where the linker puts the names of those that it needs."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MOST_OF_A_MODULE)
+    except OSError:
+        return b""
 
 
 def disk_rate(model: str | None) -> Finding:
-    """Of reading the model."""
+    """Measure the rate of reading the model from disk."""
     from edge_speq.tune import link_speed
 
     try:
@@ -238,13 +280,13 @@ def disk_rate(model: str | None) -> Finding:
         return Finding("disk speed", "warn", f"not measured: {error}", "name a file that can be read")
     if rate is None:
         return Finding("disk speed", "ok", "not measured: this system keeps what it has read")
-    text = f"{rate.bytes_per_s / 1e9:.2f} GB/s, {rate.n_bytes / 2**20:.0f} MiB of {path.name} read"
+    text = f"{format_rate(rate.bytes_per_s)}, {format_bytes(rate.n_bytes)} of {path.name} read"
     values = {"bytes_per_s": rate.bytes_per_s, "n_bytes": rate.n_bytes}
     return Finding("disk speed", "ok", text, values=values)
 
 
 def link_rate(model: str | None) -> Finding:
-    """Of experts on their way to the GPU."""
+    """Measure the rate of expert transfers to the GPU."""
     from edge_speq.tune import link_speed
 
     if not link_speed.has_link():
@@ -255,7 +297,7 @@ def link_rate(model: str | None) -> Finding:
     except EdgeError as error:
         return Finding("link speed", "warn", f"not measured: {error.message}", error.hint or "name another MODEL")
     small = "" if rate.n_bytes >= LARGE_EXPERT else "; name a MODEL with larger ones, which go faster"
-    text = f"{rate.bytes_per_s / 1e9:.2f} GB/s with experts of {rate.n_bytes / 2**10:.0f} KiB{small}"
+    text = f"{format_rate(rate.bytes_per_s)} with experts of {format_bytes(rate.n_bytes)}{small}"
     return Finding("link speed", "ok", text, values={"bytes_per_s": rate.bytes_per_s, "expert_bytes": rate.n_bytes})
 
 
@@ -264,7 +306,7 @@ def extras() -> Iterator[Finding]:
         missing = [module for module in modules if not _importable(module)]
         values = {"extra": name, "missing": missing}
         if missing:
-            text, remedy = f"{name}: {', '.join(missing)} missing", f"pip install 'edge-speq[{name}]'"
+            text, remedy = f"{name}: {', '.join(missing)} missing", machine.install_hint(name)
             yield Finding("optional", "note", text, remedy, values)
         else:
             yield Finding("optional", "ok", f"{name}: installed", values=values)
@@ -284,16 +326,16 @@ def bundled_models() -> Iterator[Finding]:
         except EdgeError as error:
             yield Finding("demo", "warn", error.message, error.hint)
         else:
-            yield Finding("demo", "ok", f"{name}, {file.size / 2**20:.1f} MiB", values={"size_bytes": file.size})
+            yield Finding("demo", "ok", f"{name}, {format_bytes(file.size)}", values={"size_bytes": file.size})
 
 
 def disk() -> Finding:
-    """Of the folder with the bundled models, else of the one that we are in."""
+    """Check the free space of the folder with the bundled models, or of the current folder."""
     folder = Path.cwd()
     with contextlib.suppress(EdgeError):
         folder = demo.path(demo.MODEL).parent
     usage = shutil.disk_usage(folder)
-    text = f"{_gib(usage.free)} of {_gib(usage.total)} free in the model folder"
+    text = f"{format_bytes(usage.free)} of {format_bytes(usage.total)} free in the model folder"
     values = {"free_bytes": usage.free, "total_bytes": usage.total}
     if usage.free < MIN_DISK:
         return Finding("disk", "warn", text, "make room: models take gigabytes", values)
@@ -302,7 +344,7 @@ def disk() -> Finding:
 
 @contextlib.contextmanager
 def _captured(name: str) -> Iterator[list[str]]:
-    """The warnings of a logger while the block runs, kept from the screen."""
+    """Collect the warnings of a logger while the block runs, and keep them off the screen."""
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -317,7 +359,3 @@ def _captured(name: str) -> Iterator[list[str]]:
     finally:
         logger.propagate = propagate
         logger.removeHandler(handler)
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB"

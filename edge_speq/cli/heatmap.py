@@ -1,39 +1,47 @@
-"""Which experts lie in slots, as lines of a terminal: a row for each block, a cell for each expert, coloured by use."""
+"""A map of resident experts for a terminal: a row per block, a cell per expert, coloured by demand."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 Grid = npt.NDArray[Any]  # [n_blocks, n_expert]
 
 FILLED, PLAIN = "·░▒▓█", ".-+=#"  # by the share of a cell's experts that is resident: none, up to thirds, all
 LOADING, PLAIN_LOADING = "↓", "v"
-COLOURS = (240, 67, 72, 214, 203)  # of xterm's 256: never demanded of late, to in nearly every step
+COLOURS = (240, 67, 72, 214, 203)  # of xterm's 256: from not demanded in recent steps to demanded in nearly every step
 HOT = 0.75  # of the steps
 FADING = 0.9  # of the heat in one step
 RESIDENT = 2  # and above, in Hook.states()
 
 
 class Heat:
-    """In what share of the last steps each expert was demanded, recent ones counting more."""
+    """Share of recent steps that demanded each expert; it decays exponentially."""
 
     def __init__(self, n_blocks: int, n_expert: int) -> None:
         self.share: Grid = np.zeros((n_blocks, n_expert), dtype=np.float32)
         self._blocks = np.arange(n_blocks)[:, None, None]
 
     def add(self, routing: Grid) -> None:
-        """routing: [n_blocks, n_tokens, n_expert_used], of one step."""
+        """Add a step. routing: [n_blocks, n_tokens, n_expert_used]."""
         demanded = np.zeros_like(self.share)
         demanded[self._blocks, routing] = 1.0
         self.share += (demanded - self.share) * (1 - FADING)
 
 
-def rows(states: Grid, heat: Grid, *, height: int, width: int, plain: bool, coloured: bool) -> list[str]:
-    """At most height lines of at most width columns; blocks and experts that do not fit share a cell."""
+def rows(states: Grid, heat: Grid, *, height: int, width: int, plain: bool) -> list[Text]:
+    """Return at most height lines of at most width columns; blocks and experts that do not fit share a cell.
+
+    plain: with ASCII characters alone. The console drops colours that its terminal does not have.
+    """
+    from rich.text import Text
+
     n_blocks, n_expert = states.shape
     label = len(f"{n_blocks - 1}-{n_blocks - 1}") if n_blocks > height else len(str(n_blocks - 1))
     tall, wide = math.ceil(n_blocks / max(1, height)), math.ceil(n_expert / max(1, width - label - 1))
@@ -45,13 +53,13 @@ def rows(states: Grid, heat: Grid, *, height: int, width: int, plain: bool, colo
         first, last = row * tall, min(n_blocks, (row + 1) * tall) - 1
         name = f"{first}-{last}" if last > first else str(first)
         glyphs = [_glyph(share, moves, plain) for share, moves in zip(resident[row], loading[row], strict=True)]
-        cells = _coloured(glyphs, warm[row]) if coloured else "".join(glyphs)
-        lines.append(f"{name:>{label}} {cells}")
+        styles = [f"color({COLOURS[_level(float(value))]})" for value in warm[row]]
+        lines.append(Text.assemble(f"{name:>{label}} ", *zip(glyphs, styles, strict=True)))
     return lines
 
 
 def _shared(grid: Grid, tall: int, wide: int) -> Grid:
-    """Means of cells of tall x wide."""
+    """Return the means of cells of tall x wide."""
     values = grid.astype(np.float32)
     ones = np.ones_like(values)
     down, right = np.arange(0, values.shape[0], tall), np.arange(0, values.shape[1], wide)
@@ -67,12 +75,5 @@ def _glyph(share: float, loading: bool, plain: bool) -> str:
     return (PLAIN if plain else FILLED)[level]
 
 
-def _coloured(glyphs: list[str], warm: Grid) -> str:
-    text, before = [], None
-    for glyph, value in zip(glyphs, warm, strict=True):
-        level = min(4, math.ceil(4 * float(value) / HOT)) if value > 0.01 else 0
-        if level != before:
-            text.append(f"\x1b[38;5;{COLOURS[level]}m")
-            before = level
-        text.append(glyph)
-    return "".join(text) + "\x1b[0m"
+def _level(share: float) -> int:
+    return min(4, math.ceil(4 * share / HOT)) if share > 0.01 else 0

@@ -1,4 +1,4 @@
-"""edge-speq inspect: what a GGUF file holds, and whether it may be loaded. Reads the header only."""
+"""edge-speq inspect: show what a GGUF file holds and whether it can be loaded. Reads only the header."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from edge_speq.gguf.container import TOKENS, GGUFFile, Tensor
 from edge_speq.gguf.model import EXPERTS, architecture, check_model, hyperparameter
+from edge_speq.units import format_bytes
 
 PARTS = ("gate", "up", "gate_up", "down")  # of one expert
 ROLES = {"router": ("ffn_gate_inp.",), "attention": ("attn_",), "shared expert": ("shexp", "chexps")}
@@ -68,7 +69,7 @@ def role(tensor: Tensor) -> str:
 
 
 def expert_groups(file: GGUFFile) -> list[dict[str, Any]]:
-    """Blocks whose experts agree in types and shapes, as core.ExpertGroup, in the order of their first block."""
+    """Return groups of blocks whose experts agree in types and shapes, in the order of their first block."""
     blocks: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for tensor in file.tensors.values():
         match = EXPERTS.fullmatch(tensor.name)
@@ -97,25 +98,23 @@ def report(summary: dict[str, Any]) -> str:
     lines = [
         f"model      {_printable(s['name'] or 'unnamed')}, architecture {s['architecture']}, {s['n_layer']} layers, "
         f"context {s['context_length']}, {s['n_vocab'] or 'no'} tokens in the vocabulary",
-        f"file       {_mib(s['size_bytes'])} in {n_files} file{'s' * (n_files > 1)}, GGUF v{s['gguf_version']}, "
-        f"{s['n_tensors']} tensors",
-        f"dense      {_mib(s['dense_bytes'])}",
+        f"file       {format_bytes(s['size_bytes'])} in {n_files} file{'s' * (n_files > 1)}, "
+        f"GGUF v{s['gguf_version']}, {s['n_tensors']} tensors",
+        f"dense      {format_bytes(s['dense_bytes'])}",
     ]
     if e["groups"]:
         used = f"{e['n_expert_used']} of {e['n_expert']} experts a token and block"
-        lines.append(f"experts    {_mib(e['total_bytes'])}, {used}")
+        lines.append(f"experts    {format_bytes(e['total_bytes'])}, {used}")
     for group in e["groups"]:
         types = ", ".join(f"{part} {kind}" for part, kind in group["types"].items())
-        lines.append(f"           {group['n_blocks']} blocks with {_mib(group['expert_bytes'])} an expert: {types}")
+        lines.append(
+            f"           {group['n_blocks']} blocks with {format_bytes(group['expert_bytes'])} an expert: {types}"
+        )
     for kind, counts in s["bytes_by_role_and_type"].items():
-        types = ", ".join(f"{_mib(n_bytes)} {name}" for name, n_bytes in counts.items())
+        types = ", ".join(f"{format_bytes(n_bytes)} {name}" for name, n_bytes in counts.items())
         lines.append(f"{'types' if kind == next(iter(s['bytes_by_role_and_type'])) else '':10} {kind}: {types}")
     return "\n".join(lines)
 
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.2f} MiB"

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 EXIT_CODE = 130
-ERASE_LINE = b"\r\x1b[K"
+ERASE_LINE = b"\r\x1b[2K\x1b[?25h"  # and show the cursor, which rich hides
 NEW_LINE = b"\n"
 
 _last_words = b""  # for the terminal, when the cursor is in the middle of a line

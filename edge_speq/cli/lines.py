@@ -1,4 +1,4 @@
-"""The messages that a user types or pipes into a chat."""
+"""Messages that a user types or pipes into a chat."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ QUOTES = '"""'
 
 
 class Lines:
-    """Messages from stdin. On a terminal there are prompts, and where the replies go to the same terminal, editing
-    and history; prompts are never part of stdout when that is data."""
+    """Reads messages from stdin.
+
+    A terminal gets prompts. It also gets editing and history if the replies go to the same terminal. Prompts are never
+    written to stdout when stdout is data.
+    """
 
     def __init__(self, *, data: bool) -> None:
         self.typed = sys.stdin.isatty()
@@ -23,7 +26,7 @@ class Lines:
             sys.stdin.reconfigure(errors="replace")
 
     def read(self, prompt: str = ">>> ") -> str:
-        """One line. Raises EOFError at the end."""
+        """Return one line. Raises EOFError at the end."""
         if self._editing:
             return input(prompt)
         if self.typed:
@@ -34,7 +37,7 @@ class Lines:
         return line.rstrip("\r\n")
 
     def message(self) -> tuple[str, bool]:
-        '''A message, and whether it stood between """, where it may have several lines. Raises EOFError at the end.'''
+        '''Return a message and whether it stood between """, which allows several lines. Raises EOFError at the end.'''
         line = self.read()
         if not line.startswith(QUOTES):
             return line, False

@@ -1,30 +1,35 @@
-"""What a model does while it writes, on stderr: a screen of a terminal, or else a plain line a second."""
+"""Residency, link and draft of a model while it generates, on stderr: a screen on a terminal, else a line a second."""
 
 from __future__ import annotations
 
 import codecs
 import collections
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from edge_speq.cli import heatmap, interrupt
+from edge_speq.cli.console import console, is_terminal
 from edge_speq.engine.step_records import StepRecord
 
 if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.text import Text
+
     from edge_speq.engine.llama import EdgeLlama
 
-SCREEN = "\x1b[?1049h\x1b[?25l\x1b[2J"  # the other screen, without a cursor
-RESTORE = "\x1b[0m\x1b[?25h\x1b[?1049l"
+RESTORE = "\x1b[0m\x1b[?25h\x1b[?1049l"  # what an interrupted process writes: colours, cursor, the first screen
 FRAME_SECONDS, LINE_SECONDS = 0.1, 1.0
 WINDOW = 32  # steps that the figures are of
 TEXT_LINES = 4
 
 
 class View:
-    """Give `step` as on_step and `text` each piece that is written; `llm` as soon as it is loaded."""
+    """Shows a model at work.
+
+    Pass `step` as on_step, call `text` with each piece of text, and set `llm` once the model is loaded.
+    """
 
     def __init__(
         self,
@@ -35,30 +40,42 @@ class View:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.llm: EdgeLlama | None = None
-        self.on_terminal = stream.isatty()
+        self.on_terminal = stream.isatty() and is_terminal(stream)
         self._stream, self._name, self._clock = stream, name, clock
         self._link = link_bytes_per_s
         self._plain = not _can_write(stream, heatmap.FILLED + heatmap.LOADING)
-        self._coloured = "NO_COLOR" not in os.environ
         self._recent: collections.deque[StepRecord] = collections.deque(maxlen=WINDOW)
         self._heat: heatmap.Heat | None = None
         self._text = ""
         self._n_steps = self._n_tokens = 0
         self._shown_at = -1e9
+        self._live: Live | None = None
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """On a terminal the screen is the view's while the block runs, also where an exception or Ctrl-C ends it."""
+        """Show the view while the block runs. A terminal's screen is restored also after an exception or Ctrl-C."""
         if not self.on_terminal:
             yield
             self._show()
             return
+        from rich.live import Live
+        from rich.text import Text
+
         interrupt.last_words(RESTORE.encode())
-        self._write(SCREEN)
+        live = Live(
+            Text(),
+            console=console(self._stream),
+            screen=True,
+            auto_refresh=False,
+            redirect_stdout=False,  # stdout is data
+            redirect_stderr=False,
+        )
         try:
-            yield
+            with live:
+                self._live = live
+                yield
         finally:
-            self._write(RESTORE)
+            self._live = None
             interrupt.last_words(b"")
 
     def text(self, piece: str) -> None:
@@ -87,34 +104,37 @@ class View:
             self._heat.add(routing)
 
     def _show(self) -> None:
-        if not self.on_terminal:
-            figures = ", ".join(text for _, text in self._figures())
-            self._write(f"step {self._n_steps}: {figures}\n")
+        if self._live is None:
+            self._stream.write(f"step {self._n_steps}: {', '.join(text for _, text in self._figures())}\n")
+            self._stream.flush()
             return
-        size = os.get_terminal_size(self._stream.fileno())
-        frame = self.frame(size.columns or 80, size.lines or 24)  # 0 where the terminal does not know
-        self._write("\x1b[H" + "".join(f"{line}\x1b[K\r\n" for line in frame[:-1]) + f"{frame[-1]}\x1b[K\x1b[J")
+        from rich.console import Group
+
+        size = self._live.console.size
+        self._live.update(Group(*self.frame(size.width, size.height)), refresh=True)
 
     # --- what is shown ---------------------------------------------------------------------------------
 
-    def frame(self, width: int, height: int) -> list[str]:
-        """At most height lines of at most width columns."""
+    def frame(self, width: int, height: int) -> list[Text]:
+        """Return at most height lines of at most width columns."""
+        from rich.text import Text
+
         head = f"edge-speq  {self._name}  step {self._n_steps}, {self._n_tokens} tokens"
         lines = [head, *(f"{name:8} {text}" for name, text in self._figures())]
-        lines = [line[:width] for line in lines]
-        lines += self._map(width, height - len(lines) - TEXT_LINES - 2)
-        return [*lines, "", *_tail(self._text, width, TEXT_LINES)][: max(1, height)]
+        rows = self._map(width, height - len(lines) - TEXT_LINES - 2)
+        cut = [Text(line[:width]) for line in lines]
+        return [*cut, *rows, Text(), *map(Text, _tail(self._text, width, TEXT_LINES))][: max(1, height)]
 
-    def _map(self, width: int, height: int) -> list[str]:
+    def _map(self, width: int, height: int) -> list[Text]:
+        from rich.text import Text
+
         states = self.llm.residency() if self.llm is not None else None
         if states is None or self._heat is None or height < 1:
             return []
-        shape: dict[str, Any] = {"height": height, "width": width}
-        rows = heatmap.rows(states, self._heat.share, plain=self._plain, coloured=self._coloured, **shape)
-        return ["", *rows]
+        return [Text(), *heatmap.rows(states, self._heat.share, height=height, width=width, plain=self._plain)]
 
     def _figures(self) -> list[tuple[str, str]]:
-        """Of the last steps."""
+        """Return names and figures of the last steps."""
         recent = list(self._recent)
         seconds = sum(step.seconds for step in recent)
         drafted, accepted = sum(step.drafted for step in recent), sum(step.accepted for step in recent)
@@ -137,15 +157,14 @@ class View:
         rate = n_bytes / seconds if seconds else 0.0
         use = f" ({100 * rate / self._link:.0f} % of {self._link / 1e9:.1f})" if self._link else ""
         waits = f", stalled {100 * stalled / seconds:.0f} % of the time" if seconds else ""
-        return [("experts", served), ("link", f"{rate / 1e9:.2f} GB/s{use}{waits}")]
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        return [
+            ("experts", served),
+            ("link", f"{rate / 1e9:.2f} GB/s{use}{waits}"),
+        ]
 
 
 def _tail(text: str, width: int, n: int) -> list[str]:
-    """The last n lines of a text, wrapped; nothing in them moves the cursor."""
+    """Return the last n lines of a text, wrapped; nothing in them moves the cursor."""
     lines: list[str] = []
     for line in text.split("\n")[-n:]:
         clean = "".join(c if c.isprintable() else " " for c in line)

@@ -13,7 +13,7 @@ from edge_speq.cli import arguments
 from edge_speq.cli.inspect import summarize
 from edge_speq.errors import EdgeError
 from edge_speq.gguf.model import EXPERTS, check_model
-from edge_speq.units import parse_bytes, parse_rate
+from edge_speq.units import format_bytes, format_rate, parse_bytes, parse_rate
 
 if TYPE_CHECKING:
     from edge_speq.core import Plan
@@ -121,8 +121,8 @@ def _estimate(
 def summarize_plan(wanted: ResolvedRequest, found: Survey, decided: Plan, n_ctx: int) -> dict[str, Any]:
     experts, on_gpu = found.experts, wanted.device.is_gpu
     slots = decided.slots or (0,) * len(experts.groups)
-    resident = experts.total_bytes if decided.policy == "all" and on_gpu else decided.slot_bytes
-    drafts = (wanted.draft is not None or wanted.draft_spec.itself) and decided.k_max > 0  # a plan may do without
+    resident = experts.total_bytes if decided.placement == "all" and on_gpu else decided.slot_bytes
+    drafts = (wanted.draft is not None or wanted.draft_spec.itself) and decided.max_draft_tokens > 0  # may do without
     fixed = found.target.total + (found.draft.total if drafts else 0)
     # the routing leaves and padding that a plan counts besides what was surveyed
     overhead = decided.fixed_bytes - fixed if decided.fixed_bytes else 0
@@ -154,8 +154,8 @@ def _advice(expert_bytes: int) -> str | None:
     if parts == 1:
         return None
     return (
-        f"experts of {_mib(expert_bytes)} are too large for CPU and link to share one that is missing: cut them with "
-        f"edge-speq convert split --sub-experts {parts} --no-profile"
+        f"experts of {format_bytes(expert_bytes)} are too large for CPU and link to share one that is missing: "
+        f"cut them with edge-speq convert split --sub-experts {parts} --no-profile"
     )
 
 
@@ -186,14 +186,14 @@ def _memory(used: Any) -> dict[str, int]:
 def report(summary: dict[str, Any]) -> str:
     device, memory, decided = summary["device"], summary["memory"], summary["plan"]
     where = "" if device["is_gpu"] else f"; {NO_GPU}"
-    bound = "no budget" if memory["budget_bytes"] is None else f"of a budget of {_mib(memory['budget_bytes'])}"
+    bound = "no budget" if memory["budget_bytes"] is None else f"of a budget of {format_bytes(memory['budget_bytes'])}"
     lines = [
         f"plan       {decided['reason']}",
-        f"device     {device['name']} ({device['description']}), {_mib(device['free_bytes'])} of "
-        f"{_mib(device['total_bytes'])} free{where}",
+        f"device     {device['name']} ({device['description']}), {format_bytes(device['free_bytes'])} of "
+        f"{format_bytes(device['total_bytes'])} free{where}",
         *_parts(summary),
         *_experts(summary),
-        f"sum        {_mib(memory['total_bytes'])}, {bound}",
+        f"sum        {format_bytes(memory['total_bytes'])}, {bound}",
         f"draft      {_speculation(summary)}",
         *([f"advice     {summary['advice']}"] if summary["advice"] else []),
         *_estimated(summary["estimate"]),
@@ -205,14 +205,14 @@ def _estimated(estimate: dict[str, Any] | None) -> list[str]:
     if estimate is None:
         return []
     laptop, each = estimate["laptop"], estimate["per_token"]
-    has = "" if laptop["ram_bytes"] is None else f" of {_mib(laptop['ram_bytes'])}"
-    lines = [f"RAM        {_mib(estimate['ram_needed_bytes'])}{has} with 2 GiB for everything else"]
+    has = "" if laptop["ram_bytes"] is None else f" of {format_bytes(laptop['ram_bytes'])}"
+    lines = [f"RAM        {format_bytes(estimate['ram_needed_bytes'])}{has} with 2 GiB for everything else"]
     if each is None:
-        return [*lines, f"estimate   none: {estimate['why_not']}"]
-    link = f"{laptop['link_bytes_per_s'] / 1e9:g} GB/s"
+        return [*lines, f"estimate   none: {estimate['unavailable_reason']}"]
+    link = format_rate(laptop["link_bytes_per_s"])
     lines += [
         f"ESTIMATE   not measured: {each['method']}, {link}, computing as long as half of the experts' transfers take",
-        f"per token  {_mib(each['bytes_fetched'])} fetched of {_mib(each['bytes_demanded'])} demanded",
+        f"per token  {format_bytes(each['bytes_fetched'])} fetched of {format_bytes(each['bytes_demanded'])} demanded",
         f"time       {each['total_ms']:.2f} ms: {each['computing_ms']:.2f} computing, {each['waiting_ms']:.2f} waiting",
         f"instead    {each['hybrid_ms']:.2f} ms with hybrid, {each['cpu_moe_ms']:.2f} ms with cpu-moe, "
         f"{laptop['n_threads']} threads",
@@ -227,29 +227,30 @@ def _parts(summary: dict[str, Any]) -> list[str]:
     memory, lines = summary["memory"], []
     names = {"dense": "model_bytes", "KV": "context_bytes", "compute": "compute_bytes"}
     for name, key in names.items():
-        parts = [f"{_mib(memory['target'][key])} target"]
+        parts = [f"{format_bytes(memory['target'][key])} target"]
         if memory["draft"] is not None:
-            parts.append(f"{_mib(memory['draft'][key])} draft")
+            parts.append(f"{format_bytes(memory['draft'][key])} draft")
         if name == "dense" and not summary["device"]["is_gpu"]:
             files = [summary["model"]["dense_bytes"]]
             if memory["draft"] is not None and summary["draft"]["dense_bytes"]:  # what is copied is counted
                 files.append(summary["draft"]["dense_bytes"] + summary["draft"]["expert_bytes"])
-            parts.append(f"{' and '.join(_mib(n) for n in files)} not counted")
+            parts.append(f"{' and '.join(format_bytes(n) for n in files)} not counted")
         lines.append(f"{name:10} {', '.join(parts)}")
     if memory["overhead_bytes"]:
-        lines.append(f"routing    {_mib(memory['overhead_bytes'])} with padding")
+        lines.append(f"routing    {format_bytes(memory['overhead_bytes'])} with padding")
     return lines
 
 
 def _experts(summary: dict[str, Any]) -> list[str]:
-    policy, groups = summary["plan"]["policy"], summary["groups"]
-    if policy != "slots":
-        total = _mib(sum(group["n_experts"] * group["expert_bytes"] for group in groups))
-        where = {"all": "all resident", "cpu-moe": "computed on the CPU"}[policy]
+    placement, groups = summary["plan"]["placement"], summary["groups"]
+    if placement != "slots":
+        total = format_bytes(sum(group["n_experts"] * group["expert_bytes"] for group in groups))
+        where = {"all": "all resident", "cpu-moe": "computed on the CPU"}[placement]
         return [f"experts    {total}, {where}"] if groups else []
     return [
         f"{'experts' if group is groups[0] else '':10} {group['slots']} of {group['n_experts']} in slots, "
-        f"{_mib(group['slot_bytes'])}: {group['n_blocks']} blocks with {_mib(group['expert_bytes'])} an expert"
+        f"{format_bytes(group['slot_bytes'])}: {group['n_blocks']} blocks with "
+        f"{format_bytes(group['expert_bytes'])} an expert"
         for group in groups
     ]
 
@@ -257,9 +258,5 @@ def _experts(summary: dict[str, Any]) -> list[str]:
 def _speculation(summary: dict[str, Any]) -> str:
     if summary["draft"] is None:
         return "none"
-    k = summary["plan"]["k_max"]
+    k = summary["plan"]["max_draft_tokens"]
     return f"up to {k} tokens a step" if k else "not loaded: the slots would be too few"
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.2f} MiB"

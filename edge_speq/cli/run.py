@@ -15,6 +15,7 @@ from edge_speq.cli import arguments, interrupt
 from edge_speq.core import Stats
 from edge_speq.errors import EdgeError
 from edge_speq.gguf import bundled as demo
+from edge_speq.units import format_bytes
 
 if TYPE_CHECKING:
     from edge_speq.cli.live_view import View
@@ -69,7 +70,7 @@ def _view(options: argparse.Namespace) -> View:
 
 @contextlib.contextmanager
 def _steps_file(path: str | None) -> Iterator[TextIO | None]:
-    """Written line by line, so that what is there is whole when the command is interrupted."""
+    """Open the file of steps. It is written line by line: an interrupted command leaves whole lines."""
     if path is None:
         yield None
         return
@@ -82,7 +83,7 @@ def _steps_file(path: str | None) -> Iterator[TextIO | None]:
 
 
 def _watched(llm: EdgeLlama, options: argparse.Namespace, view: View) -> str:
-    """generate() with the view; where both would be on one screen the view has it, and the text comes after it."""
+    """Generate with the view. If text and view share a terminal, the text is printed after the view."""
     view.llm = llm
     hidden = view.on_terminal and sys.stdout.isatty() and not options.json
     if not hidden:
@@ -128,6 +129,7 @@ def _generate(llm: EdgeLlama, options: argparse.Namespace, view: View | None, *,
 
 
 def report(stats: Stats) -> str:
+    """Return speed, plan, expert events, foresight, draft and memory, as lines."""
     t, s, e = stats.timing, stats.speculation, stats.experts
     lines = [
         "",
@@ -136,13 +138,13 @@ def report(stats: Stats) -> str:
         f"plan       {stats.plan.reason}",
         *_profile(stats),
     ]
-    if e.hits is not None and stats.plan.policy == "slots":
+    if e.hits is not None and stats.plan.placement == "slots":
         rate = f"{100 * e.hit_rate:.1f} %" if e.hit_rate is not None else "no demands"
         lines += [
             f"experts    {e.hits} hits, {e.misses} misses ({rate} hits; {e.late} late), stalled {e.stall_ms:.0f} ms",
             *([f"cpu        {e.cpu_computed} misses computed in {e.cpu_ms:.0f} ms"] if e.cpu_computed else []),
-            f"transfers  {_mib(e.bytes_fetched)} fetched: {e.fetched} on demand, {e.prefetched} prefetched "
-            f"({stats.foresight}) of which {e.prefetched_used} used; {_mib(e.bytes_wasted)} wasted",
+            f"transfers  {format_bytes(e.bytes_fetched)} fetched: {e.fetched} on demand, {e.prefetched} prefetched "
+            f"({stats.foresight}) of which {e.prefetched_used} used; {format_bytes(e.bytes_wasted)} wasted",
         ]
     if stats.foreseen is not None:
         f = stats.foreseen
@@ -152,10 +154,10 @@ def report(stats: Stats) -> str:
     if s.drafted:
         lines.append(
             f"draft      {s.accepted} of {s.drafted} draft tokens accepted ({100 * s.acceptance:.1f} %), "
-            f"{s.k_mean:.1f} drafted a step"
+            f"{s.mean_draft_tokens:.1f} drafted a step"
         )
-    budget = f" of {_mib(stats.plan.budget_bytes)}" if stats.plan.budget_bytes is not None else ""
-    lines.append(f"memory     {_mib(stats.used_bytes)}{budget} on the compute device, mapped files not counted")
+    budget = f" of {format_bytes(stats.plan.budget_bytes)}" if stats.plan.budget_bytes is not None else ""
+    lines.append(f"memory     {format_bytes(stats.used_bytes)}{budget} on the compute device, mapped files not counted")
     return "\n".join(lines)
 
 
@@ -164,7 +166,3 @@ def _profile(stats: Stats) -> list[str]:
         return []
     applied = ", ".join(f"{name}={value}" for name, value in stats.profile["applied"].items())
     return [f"profile    {applied or 'nothing left to fill in'} ({stats.profile['path']})"]
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"

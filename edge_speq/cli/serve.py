@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from edge_speq.cli import arguments, interrupt
 from edge_speq.errors import EdgeError
+from edge_speq.system import install_hint
 
 if TYPE_CHECKING:
-    from edge_speq.server.model import Progress, ServedModel
     from edge_speq.server.serving import Server
     from edge_speq.server.settings import ServerSettings
+    from edge_speq.session.session import Session
 
 HOST, PORT, QUEUE = "127.0.0.1", 8080, 32
 KEY_VARIABLE = "EDGE_SPEQ_API_KEY"
@@ -53,13 +54,14 @@ def serve(options: argparse.Namespace) -> int:
         from edge_speq.server import listener as listeners
         from edge_speq.server.serving import Server
     except ModuleNotFoundError as error:
-        raise EdgeError(f"the server needs {error.name}", "pip install 'edge-speq[serve]'") from error
+        raise EdgeError(f"the server needs {error.name}", install_hint("serve")) from error
     with contextlib.closing(listeners.listen(settings)) as listener:
         url = listeners.url(listener, settings.host)
         _say(f"listening on {url}, loading {settings.name}")
-        server = Server(lambda progress: _open(options, progress), settings, lambda: _ready(options, settings, url))
+        session = _open(options, settings)
+        server = Server(session, settings, lambda: _ready(options, settings, url))
         # llama.cpp calls a graph that was cancelled an error
-        logging.getLogger("edge_speq.llama_cpp").addFilter(lambda _: options.verbose or not server.worker.is_cancelling)
+        logging.getLogger("edge_speq.llama_cpp").addFilter(lambda _: options.verbose or not session.is_cancelling)
         with _signals(server) as received:
             server.run(listener)
     return interrupt.EXIT_CODE if received == [signal.SIGINT] else 0
@@ -84,14 +86,14 @@ def _api_key(options: argparse.Namespace) -> str | None:
         raise EdgeError(f"cannot read {options.api_key_file}: {error}", "it must be a text file", usage=True) from error
 
 
-def _open(options: argparse.Namespace, progress: Progress) -> ServedModel:
-    """In the model's thread."""
-    from edge_speq.server.model import ServedModel
+def _open(options: argparse.Namespace, settings: ServerSettings) -> Session:
+    """Return a session that begins to load."""
+    from edge_speq.server.service import open_session
 
     given = arguments.edge_options(options) | arguments.llama_options(options)
     if options.chat_format is not None:
         given["chat_format"] = _known_format(options.chat_format)
-    return ServedModel(options.model, progress, **given)
+    return open_session(options.model, settings, **given)
 
 
 def _known_format(name: str) -> str:

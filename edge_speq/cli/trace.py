@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_speq.cli import arguments, interrupt
 from edge_speq.errors import EdgeError
+from edge_speq.units import format_bytes
 
 if TYPE_CHECKING:
     from edge_speq.bench.recorder import Recorder
@@ -143,4 +144,4 @@ def _report(options: argparse.Namespace, meta: dict[str, Any], n_steps: int, *, 
         print(json.dumps(about | {"speculation": meta["speculation"], "counters": meta["counters"]}))
         return
     ended = "" if complete else ", interrupted"
-    print(f"{options.out}: {n_steps} steps, {n_bytes / 2**10:.0f} KiB{ended}", file=sys.stderr)
+    print(f"{options.out}: {n_steps} steps, {format_bytes(n_bytes)}{ended}", file=sys.stderr)

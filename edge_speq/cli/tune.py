@@ -1,5 +1,7 @@
-"""edge-speq tune: the parameters that are fastest for a model on this machine, stored for later runs; with --learn
-foresight, trained on traces."""
+"""edge-speq tune: find the fastest parameters for a model on this machine and store them for later runs.
+
+With --learn it trains a predictor of experts on traces instead.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_speq.cli import arguments, interrupt
+from edge_speq.cli import arguments
+from edge_speq.cli.console import table
+from edge_speq.cli.progress import Line
 from edge_speq.errors import EdgeError
+from edge_speq.units import format_rate
 
 if TYPE_CHECKING:
     from edge_speq.planning.profile import TuneProfile
@@ -66,8 +71,8 @@ def tune(options: argparse.Namespace) -> int:
     arguments.with_demo_defaults(options)
     bounds = {"resident": options.resident, "vram_budget": options.vram_budget}
     wanted = TuneOptions(options.model, options.draft, bounds, arguments.llama_options(options), options.seconds)
-    with _Progress(quiet=options.json) as say:
-        found = choose_draft.Choice(wanted, several, say).run() if chooses else Tuner(wanted, say).run()
+    with Line(name="tune", quiet=options.json) as line:
+        found = choose_draft.Choice(wanted, several, line.say).run() if chooses else Tuner(wanted, line.say).run()
     path = None if options.dry_run else profiles.store(found)
     summary = {"profile": None if path is None else str(path), **dataclasses.asdict(found)}
     print(json.dumps(summary) if options.json else report(found))
@@ -90,8 +95,8 @@ def learn(options: argparse.Namespace) -> int:
     traces = [trace.read(path) for path in options.learn]
     if options.model is not None:
         _require_model(options.model, traces)
-    with _Progress(quiet=options.json) as say:
-        made = training.learn(traces, seed=options.seed, say=say)
+    with Line(name="tune", quiet=options.json) as line:
+        made = training.learn(traces, seed=options.seed, say=line.say)
     network_file.write(made, options.out)
     print(json.dumps({"foresight": str(options.out), **made.meta}) if options.json else learned(made))
     if not options.json:
@@ -114,7 +119,7 @@ def _require_model(model: str, traces: list[Trace]) -> None:
 
 
 def learned(made: Weights) -> str:
-    """What it was trained on and how good it is, for people."""
+    """Return what a predictor was trained on and its precision and recall, as lines."""
     held, meta = made.meta["held_out"], made.meta
     knows = "tokens alone" if made.draft is None else "tokens and the draft's routing"
     return "\n".join(
@@ -126,31 +131,8 @@ def learned(made: Weights) -> str:
     )
 
 
-class _Progress:
-    """What is being done: on a terminal in a line that is gone afterwards, else a line each."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._on_terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> _Progress:
-        if self._on_terminal and not self._quiet:
-            interrupt.last_words(interrupt.ERASE_LINE)
-        return self
-
-    def __call__(self, text: str) -> None:
-        if not self._quiet:
-            line = f"\r\x1b[K{text}" if self._on_terminal else f"tune: {text}\n"
-            print(line, end="", file=sys.stderr, flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self._on_terminal and not self._quiet:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-            interrupt.last_words(b"")
-
-
 def report(found: TuneProfile) -> str:
-    """Costs, candidates, and what came of it, for people."""
+    """Return costs, candidates, measurements and the choice, as lines."""
     costs, results = found.found["costs"], found.found
     widths = ", ".join(f"{ms:.2f} of {width}" for width, ms in costs["base_ms"].items())
     lines = [f"steps      {widths} tokens, in ms without stalls, {costs['overhead_ms']:.2f} ms more a token"]
@@ -158,7 +140,7 @@ def report(found: TuneProfile) -> str:
         accepted = ", ".join(f"{100 * share:.0f} %" for share in costs["accepted"])
         lines.append(f"draft      {costs['draft_ms']:.2f} ms a token; the first 1, 2, ... are kept in {accepted}")
     if costs["link_bytes_per_s"]:
-        lines.append(f"link       {costs['link_bytes_per_s'] / 1e9:.2f} GB/s on demand")
+        lines.append(f"link       {format_rate(costs['link_bytes_per_s'])} on demand")
     if costs["hybrid"]:
         hybrid = costs["hybrid"]
         lines.append(f"hybrid     {1e3 * hybrid['miss_ms']:.0f} us a miss, {hybrid['miss_ratio']:.2f} times as many")
@@ -185,16 +167,13 @@ def _checked(one: dict[str, Any]) -> str:
 
 
 def _drafts(rows: list[dict[str, Any]]) -> list[str]:
-    """A table of those that fit: what each takes, guesses and foresees, and the fastest run with it. What was left out
-    has a line of its own."""
+    """Return a table of the drafts that fit: size, acceptance, foresight, and the fastest run with each.
+
+    A draft that was left out has a line of its own.
+    """
     heads = ("draft", "MiB", "slots", "K", "accepted", "tokens", "precision", "recall", "predicted", "runs K", "hits")
     cells = [(*heads, "tok/s"), *(_cells(row) for row in rows if row["left_out"] is None)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines: list[str] = []
-    for name, *figures in cells:
-        right = "  ".join(f"{text:>{width}}" for text, width in zip(figures, widths[1:], strict=True))
-        lines.append(f"{'' if lines else 'drafts':10} {name:{widths[0]}}  {right}")
-    return lines
+    return [f"{'' if i else 'drafts':10} {line}" for i, line in enumerate(table(cells))]
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def is_file(draft: str | Path | None) -> bool:
 def require_slots(plan: Plan, asked: str) -> str:
     """A model drafts for itself through its slots' hook: what to say where it has none. Raises EdgeError where such a
     policy was asked for."""
-    if plan.policy == asked:
+    if plan.placement == asked:
         message = f"policy {asked} has no slots, which a model that drafts for itself needs"
         raise EdgeError(message, "name a draft model, or leave the policy out", usage=True)
     return f"{plan.reason}; without slots it cannot draft for itself"

@@ -129,17 +129,17 @@ class EdgeLlama(Resizable):
         )
         self._experts, self._plan = found.experts, survey.decide(wanted, found)
         log.info("plan: %s", self._plan.reason)
-        if self._plan.policy == "slots" and self.lora_path is not None:
+        if self._plan.placement == "slots" and self.lora_path is not None:
             raise EdgeError("slots do not serve LoRA adapters", "use policy all or cpu-moe", usage=True)
-        if self._plan.policy == "slots" and context_params.embeddings:
+        if self._plan.placement == "slots" and context_params.embeddings:
             raise EdgeError("slots do not serve embeddings", "use policy all or cpu-moe", usage=True)
-        slots, mode = self._plan.policy == "slots", model_params.load_mode
+        slots, mode = self._plan.placement == "slots", model_params.load_mode
         may_page_lock = slots and self._may_page_lock and mode == llama_cpp.LLAMA_LOAD_MODE_MMAP and self.device.is_gpu
         if may_page_lock and loading.fits_in_memory(self._experts.total_bytes):
             model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         if slots and model_params.load_mode in IN_MEMORY:
             loading.pin_experts(self._keep_alive)
-        elif self._plan.policy == "all":
+        elif self._plan.placement == "all":
             model_params.tensor_buft_overrides = None
         if self._progress is not None:
             self._progress.attach(wanted, model_params, self._draft_params)
@@ -148,7 +148,7 @@ class EdgeLlama(Resizable):
             self._observer.on_load(NativeLoad(wanted, self._experts, self._plan, *native))
 
     def _model_loaded(self) -> None:
-        if self._plan.policy != "slots":
+        if self._plan.placement != "slots":
             if self._observer is not None and self._observer.needs_routing and self._experts.n_blocks:
                 self._watching = _native.Hook(
                     self._model.model, self._experts, self._plan.max_width, reads_prefill=True
@@ -187,7 +187,7 @@ class EdgeLlama(Resizable):
         return self._request.draft_tokens is not None or observed
 
     def _look_ahead(self) -> None:
-        k_max = self._plan.k_max
+        k_max = self._plan.max_draft_tokens
         if k_max and (self._is_recurrent or self._is_hybrid):
             log.warning("the model's recurrent state cannot be rolled back: speculation is off")
             k_max = 0
@@ -373,7 +373,7 @@ class EdgeLlama(Resizable):
             policy=self._speculator.policy,
             policy_failures=self._speculator.failures,
             profile=self._profile,
-            lossy=bool(survey.losses(self._request, self._experts, self._plan.k_max)),
+            lossy=bool(survey.losses(self._request, self._experts, self._plan.max_draft_tokens)),
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class Resizable(TargetContext):
     def draft_bytes(self) -> int:
         """Return the bytes of the draft on the compute device, or of the expert copies that the model drafts with."""
         own = self._speculator.memory_used() - (self._hook.bytes_held() if self._hook is not None else 0)
-        return own + (self._request.draft_spec.memory.total if self._plan.k_max else 0)
+        return own + (self._request.draft_spec.memory.total if self._plan.max_draft_tokens else 0)
 
     def limit_draft_tokens(self, most: int) -> None:
         """Draft at most so many tokens a step from now on."""
@@ -198,5 +198,5 @@ class Resizable(TargetContext):
                 raise
             finally:
                 self._plan, self._slot_bytes = made, self._hook.slot_bytes()
-                self._speculator.limit(made.k_max)
+                self._speculator.limit(made.max_draft_tokens)
                 self._speculator.resized(made.slots)

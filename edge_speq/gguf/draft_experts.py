@@ -16,7 +16,7 @@ from edge_speq.gguf.container import TYPES, GGUFFile
 from edge_speq.gguf.model import EXPERTS, ROUTER, hyperparameter
 
 KIND, EXPERTS_ONLY = "edge_speq.kind", "twin-experts"
-ROUTERS_HASH = "edge_speq.engine.context.routers_sha256"
+ROUTERS_HASH = "edge_speq.target.routers_sha256"
 ROLES = {"up": 0, "gate": 1, "down": 2, "gate_up": 3}  # EDGE_ROLE_...
 
 

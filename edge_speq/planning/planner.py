@@ -110,7 +110,7 @@ def other_slots(
         has_draft=k_loaded > 0,
         hybrid=hybrid,
     )
-    return dataclasses.replace(made, k_max=min(made.k_max, k_loaded))
+    return dataclasses.replace(made, max_draft_tokens=min(made.max_draft_tokens, k_loaded))
 
 
 def _without_slots(experts: Experts, policy: str, share: float | None, shared_memory: bool) -> tuple[str, str] | None:

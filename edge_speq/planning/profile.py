@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,17 +62,12 @@ class TuneProfile:
 
 
 def folder() -> Path:
-    """Where profiles are; EDGE_SPEQ_CONFIG moves it."""
-    named = os.environ.get(FOLDER_VARIABLE)
-    if named:
+    """Return the folder of stored profiles. The environment variable EDGE_SPEQ_CONFIG moves it."""
+    if named := os.environ.get(FOLDER_VARIABLE):
         return Path(named) / "profiles"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return base / "edge_speq" / "profiles"
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir("edge_speq", appauthor=False, roaming=True)) / "profiles"
 
 
 def key(model: str | Path, draft: str | Path | None) -> Key:

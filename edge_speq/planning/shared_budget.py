@@ -12,6 +12,7 @@ from edge_speq import _native
 from edge_speq.core import Experts, Plan
 from edge_speq.errors import EdgeError
 from edge_speq.planning import planner
+from edge_speq.units import format_bytes
 
 
 class Member(Protocol):
@@ -102,7 +103,7 @@ class Budget:
         spare = self.bytes - sum(other.fixed_bytes for other in seats)
         if spare < 0:
             raise EdgeError(
-                f"the shared budget of {self.bytes / 2**20:.1f} MiB is {-spare / 2**20:.1f} MiB short of another model",
+                f"the shared budget of {format_bytes(self.bytes)} is {format_bytes(-spare)} short of another model",
                 "close a model, or share a larger budget",
             )
         return seat.fixed_bytes + spare * seat.experts_bytes // max(1, sum(other.experts_bytes for other in seats))

@@ -168,9 +168,9 @@ def decide(wanted: ResolvedRequest, found: Survey) -> Plan:
         shared_memory=not wanted.is_bounded and wanted.device.is_integrated,
         hybrid=wanted.hybrid,
     )
-    if wanted.draft_spec.itself and made.policy != "slots":
-        made = dataclasses.replace(made, k_max=0, reason=spec.require_slots(made, wanted.policy))
-    lossy = losses(wanted, found.experts, made.k_max)
+    if wanted.draft_spec.itself and made.placement != "slots":
+        made = dataclasses.replace(made, max_draft_tokens=0, reason=spec.require_slots(made, wanted.policy))
+    lossy = losses(wanted, found.experts, made.max_draft_tokens)
     if not lossy:
         return made
     log.warning("policy %s is %s", policy, lossy)

@@ -1,1 +1,1 @@
-"""An HTTP server with OpenAI's interface on one EdgeLlama: docs/server.md. Needs the extra `serve`."""
+"""An HTTP server with OpenAI's interface on one Session: docs/guide/server.md. Needs the extra `serve`."""

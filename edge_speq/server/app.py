@@ -1,4 +1,4 @@
-"""The routes."""
+"""The routes of the HTTP application."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from edge_speq.server.answers import Answer
 from edge_speq.server.body import read
 from edge_speq.server.errors import ApiError
 from edge_speq.server.guard import Guard
-from edge_speq.server.job import Job
 from edge_speq.server.requests import ChatRequest, CompletionRequest
+from edge_speq.server.service import ModelService
 from edge_speq.server.settings import ServerSettings
-from edge_speq.server.worker import Worker
 
 PAGE = Path(__file__).parent / "page"
 PAGE_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
@@ -31,10 +30,10 @@ PAGE_HEADERS = {
 }
 
 
-def create(worker: Worker, settings: ServerSettings) -> Any:
-    """The ASGI application."""
+def create(service: ModelService, settings: ServerSettings) -> Any:
+    """Return the ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts from elsewhere
-    routes = Routes(worker, settings)
+    routes = Routes(service, settings)
     for path in ("/v1/chat/completions", "/chat/completions"):
         app.add_api_route(path, routes.chat, methods=["POST"], response_model=None)
     for path in ("/v1/completions", "/completions"):
@@ -59,23 +58,22 @@ def create(worker: Worker, settings: ServerSettings) -> Any:
 
 
 class Routes:
-    def __init__(self, worker: Worker, settings: ServerSettings) -> None:
-        self._worker, self._settings = worker, settings
+    def __init__(self, service: ModelService, settings: ServerSettings) -> None:
+        self._service, self._settings = service, settings
         self._started = int(time.time())
         self._files = {name: (PAGE / name).read_bytes() for name in PAGE_TYPES}
 
     async def chat(self, request: Request) -> Response:
         body = await read(request, ChatRequest)
-        return self._submit(work.chat(body, self._settings.name), body)
+        return self._answer(body, work.chat, body.arguments(), body.schemas())
 
     async def completion(self, request: Request) -> Response:
         body = await read(request, CompletionRequest)
-        return self._submit(work.completion(body, self._settings.name), body)
+        return self._answer(body, work.completion, body.arguments())
 
-    def _submit(self, what: Any, body: ChatRequest | CompletionRequest) -> Response:
-        job = Job(what)
-        self._worker.submit(job)
-        return Answer(self._worker, job, stream=body.stream, usage=body.wants_usage)
+    def _answer(self, body: ChatRequest | CompletionRequest, function: Any, arguments: Any, *more: Any) -> Response:
+        parts = self._service.submit(function, arguments | {"model": self._settings.name}, *more)
+        return Answer(parts, stream=body.stream, usage=body.wants_usage)
 
     async def models(self) -> Response:
         return JSONResponse({"object": "list", "data": [self._model()]})
@@ -89,14 +87,17 @@ class Routes:
         return {"id": self._settings.name, "object": "model", "created": self._started, "owned_by": "edge-speq"}
 
     async def health(self) -> Response:
-        self._worker.require_ready()
+        self._service.require_ready()
         return JSONResponse({"status": "ok"})
 
     async def metrics(self) -> Response:
-        return PlainTextResponse(metrics.text(self._worker), media_type=metrics.CONTENT_TYPE)
+        text = metrics.text(await self._service.stats(), self._service.session)
+        return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
 
     async def residency(self) -> Response:
-        return JSONResponse(view.snapshot(self._worker, self._settings.name), headers={"cache-control": "no-store"})
+        stats, rows = await self._service.stats(), await self._service.residency()
+        seen = view.snapshot(self._settings.name, self._service.session, stats, rows)
+        return JSONResponse(seen, headers={"cache-control": "no-store"})
 
     async def page(self) -> Response:
         return await self.page_file("index.html")

@@ -1,4 +1,4 @@
-"""A request's body, read and checked."""
+"""Read and check the body of a request."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Kind = TypeVar("Kind")
 
 
 async def read(request: Any, kind: type[Kind]) -> Kind:
-    """The body as one of the kinds in requests.py. Raises ApiError.
+    """Return the body as one of the kinds in requests.py. Raises ApiError.
 
-    Pydantic parses it, not Python: json.loads calls itself for each level of a deep body, and a garbage collection that
-    happens to run down there cannot call what frees native memory (RecursionError in __del__).
+    Pydantic parses it, not Python: json.loads recurses into a deep body, and a garbage collection that happens to run
+    there fails to free native memory (RecursionError in __del__).
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":  # other sites' pages may send anything else without asking

@@ -1,4 +1,4 @@
-"""One client's connection: uvicorn's, with an end to clients that send nothing, read nothing, or are too many."""
+"""One client's connection: uvicorn's protocol with limits for idle, unread and surplus connections."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn is not seen by m
         self._say(ApiError(400, msg, closes=True))
 
     def _watch(self) -> None:
-        """Between requests a client has header_seconds for the next one's head, or uvicorn's time to begin with it."""
+        """Give the client header_seconds for the head of its next request, unless uvicorn's keep-alive timer runs."""
         served = self.cycle is not None and not self.cycle.response_complete
         if served or self.transport.is_closing() or self.timeout_keep_alive_task is not None:
             self._forget_deadline()
@@ -76,7 +76,7 @@ class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn is not seen by m
             self._stalled = None
 
     def _say(self, error: ApiError) -> None:
-        """An answer to what is no request yet, and the end of the connection."""
+        """Answer with an error before there is a request, and close the connection."""
         body = json.dumps(error.body()).encode()
         headers = error.headers | {"content-type": "application/json", "content-length": str(len(body))}
         try:
@@ -93,5 +93,5 @@ class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn is not seen by m
 
 
 def limited(settings: ServerSettings) -> type[Connection]:
-    """Connections with these limits: uvicorn makes them itself, and passes nothing on."""
+    """Return a class of connections with these limits: uvicorn makes the instances and passes no arguments on."""
     return type("LimitedConnection", (Connection,), {"settings": settings})

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's interface has them: a status, and {"error": {message, type, param, code}}."""
+"""Errors in the form of OpenAI's interface: a status, and {"error": {message, type, param, code}}."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ log = logging.getLogger("edge_speq.server")
 
 
 class ApiError(HTTPException):  # type: ignore[misc]  # starlette is not seen by mypy
-    """What a client is told; starlette's own kind, which FastAPI lets through where it reads a body.
+    """An error for the client. FastAPI lets starlette's HTTPException through while it reads a body.
 
-    `retry_after` is in seconds; `closes` ends the connection, whose body is not read.
+    `retry_after` is in seconds. `closes` ends the connection without reading the request's body.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ApiError(HTTPException):  # type: ignore[misc]  # starlette is not seen by
 
 
 def of_request(error: BaseException) -> ApiError:
-    """For what went wrong before the first token: it was in the request, or in what its chat template makes of it."""
+    """Return the error for a failure before the first token: the request or its chat template caused it."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, MemoryError):
@@ -63,7 +63,7 @@ def of_request(error: BaseException) -> ApiError:
 
 
 def of_model(error: BaseException) -> ApiError:
-    """For what went wrong afterwards."""
+    """Return the error for a failure after the first token, and log it."""
     if isinstance(error, ApiError):
         return error
     log.error("a request failed", exc_info=error)
@@ -71,8 +71,8 @@ def of_model(error: BaseException) -> ApiError:
 
 
 def of_validation(problems: Sequence[Any]) -> ApiError:
-    """For what pydantic found; the first problem names the parameter. The values are not repeated."""
+    """Return the error for pydantic's problems. The first one names the parameter; no value is repeated."""
     first = problems[0]
-    where = [str(part) for part in first["loc"] if not re.search(r"^str$|\[", str(part))]  # kinds
+    where = [str(part) for part in first["loc"] if not re.search(r"^str$|\[", str(part))]  # names of types
     param = ".".join(where) or None
     return ApiError(400, f"{param}: {first['msg']}" if param else f"the body: {first['msg']}", param=param)

@@ -1,5 +1,7 @@
-"""JSON schemas of strangers, checked before llama_cpp's converter writes their repetitions out. The grammar that it
-makes is checked by edge_speq/grammar."""
+"""Check the JSON schemas of clients before llama_cpp's converter expands their repetitions.
+
+runtime/grammar.py checks the grammar that the converter makes.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,10 @@ COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
 
 
 def require_schema(schema: dict[str, Any]) -> None:
-    """Raises EdgeError for a schema that llama_cpp cannot turn into a grammar; its handlers would silently let any
-    JSON through."""
+    """Refuse a schema that llama_cpp cannot turn into a grammar: its handlers would accept any JSON instead.
+
+    Raises EdgeError.
+    """
     try:
         _require_small(schema)
         json_schema_to_gbnf(json.dumps(schema))

@@ -1,4 +1,4 @@
-"""What stands before every request: who may ask, and how much may be sent.
+"""The checks before every request: who may ask, and how much may be sent.
 
 An ASGI middleware, so that nothing of a body is read for a client without the key.
 """
@@ -7,29 +7,35 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import json
-import re
 from typing import Any
+
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from edge_speq.server.errors import ApiError
 from edge_speq.server.settings import ServerSettings
 
 PUBLIC = ("/", "/health", "/v1/health")
 PUBLIC_FOLDER = "/page/"
-HEADERS = [(b"x-content-type-options", b"nosniff")]
+TRUSTED = 204  # the status that _trusted sends
+LOOPBACK = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 
 
 class Guard:
+    """Checks the host, the key and the size of a request, then hands it to the application."""
+
     def __init__(self, app: Any, settings: ServerSettings) -> None:
         self._app, self._settings = app, settings
+        host = settings.host.lower()
+        hosts = [*LOOPBACK, f"[{host}]" if ":" in host else host]
+        self._hosts = TrustedHostMiddleware(_trusted, allowed_hosts=hosts, www_redirect=False)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
         headers = {name: value for name, value in scope["headers"]}  # noqa: C416  # the last one of each name
         try:
-            self._check_host(headers.get(b"host", b""))
+            await self._check_host(scope, headers.get(b"host", b""))
             self._check_key(scope["path"], headers.get(b"authorization", b""))
             self._check_length(headers.get(b"content-length", b"0"))
         except ApiError as error:
@@ -37,13 +43,24 @@ class Guard:
             return
         await self._app(scope, _Body(receive, self._settings), send)
 
-    def _check_host(self, host: bytes) -> None:
-        """Without a key only pages of this machine may ask: a name that a stranger's DNS points here is refused."""
-        if self._settings.api_key is not None:
+    async def _check_host(self, scope: Any, host: bytes) -> None:
+        """Refuse names other than this machine's unless there is a key. Otherwise a web page could reach the server
+        through a DNS name that points here.
+
+        starlette's middleware decides. The answer is ours: its own is a 400 in plain text, OpenAI's clients read JSON.
+        """
+        if self._settings.api_key is not None or not host:
             return
-        name = re.sub(r":\d*$", "", host.decode("latin-1")).strip("[]").lower()
-        if name not in ("", "localhost", self._settings.host.lower()) and not _is_loopback(name):
-            raise ApiError(403, f"{name[:100]!r} is no name of this machine: other names need an API key", closes=True)
+        trusted: list[bool] = []
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                trusted.append(message["status"] == TRUSTED)
+
+        await self._hosts(scope, None, send)
+        if trusted != [True]:
+            name = host.decode("latin-1")[:100]
+            raise ApiError(403, f"{name!r} is no name of this machine: other names need an API key", closes=True)
 
     def _check_key(self, path: str, given: bytes) -> None:
         key = self._settings.api_key
@@ -62,7 +79,7 @@ class Guard:
 
 
 class _Body:
-    """The request's body, as long as it is small and comes soon enough."""
+    """A request's body, which must be small and come soon enough."""
 
     def __init__(self, receive: Any, settings: ServerSettings) -> None:
         self._receive, self._settings = receive, settings
@@ -70,7 +87,7 @@ class _Body:
         self._deadline: float | None = asyncio.get_running_loop().time() + settings.body_seconds
 
     async def __call__(self) -> Any:
-        if self._deadline is None:  # what is left to come is the client's going away
+        if self._deadline is None:  # only the client's going away is left to come
             return await self._receive()
         try:
             left = self._deadline - asyncio.get_running_loop().time()
@@ -91,11 +108,9 @@ def _too_large(settings: ServerSettings) -> ApiError:
     return ApiError(413, f"the body has more than {settings.max_body} bytes", closes=True)
 
 
-def _is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name.endswith(".localhost")
+async def _trusted(_scope: Any, _receive: Any, send: Any) -> None:
+    """Stand in for the application behind the middleware that checks hosts."""
+    await send({"type": "http.response.start", "status": TRUSTED})
 
 
 async def _refuse(error: ApiError, send: Any) -> None:

@@ -10,12 +10,15 @@ from edge_speq.errors import EdgeError
 from edge_speq.server.settings import ServerSettings
 
 BACKLOG = 128
-IDLE, INTERVAL, PROBES = 60, 15, 4  # seconds, seconds, probes: when a client whose machine is gone is noticed
+IDLE, INTERVAL, PROBES = 60, 15, 4  # seconds, seconds, probes of TCP keep-alive
 
 
 def listen(settings: ServerSettings) -> socket.socket:
-    """A listening socket on the settings' host and port. Raises EdgeError when the port is taken or the host is not
-    this machine's, and when others could reach it without a key."""
+    """Return a listening socket on the settings' host and port.
+
+    Raises EdgeError when the port is taken, when the host is not this machine's, and when others could reach it
+    without a key.
+    """
     family, address = _resolve(settings.host, settings.port)
     if settings.api_key is None and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
         raise EdgeError(
@@ -43,7 +46,7 @@ def listen(settings: ServerSettings) -> socket.socket:
 
 
 def url(listener: socket.socket, host: str) -> str:
-    """Where a browser on this machine finds the server."""
+    """Return the URL of the server for a browser on this machine."""
     address, port = listener.getsockname()[:2]
     if ipaddress.ip_address(address.partition("%")[0]).is_unspecified:
         host = socket.gethostname()
@@ -60,7 +63,7 @@ def _resolve(host: str, port: int) -> tuple[int, Any]:
 
 
 def _keep_alive(listener: socket.socket) -> None:
-    """Accepted sockets inherit it: a client whose machine went away without a word is noticed after two minutes."""
+    """Have accepted sockets notice after two minutes that a client's machine has disappeared."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", IDLE), ("TCP_KEEPINTVL", INTERVAL), ("TCP_KEEPCNT", PROBES)):
         if hasattr(socket, name):

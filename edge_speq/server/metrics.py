@@ -1,20 +1,21 @@
-"""What happened, as Prometheus reads it: under llama.cpp's server's names where it has one."""
+"""Counters in the format of Prometheus, under the names of llama.cpp's server where it has one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from edge_speq.core import Stats
-from edge_speq.server.worker import Worker
+from edge_speq.session.requests import RequestCounts
+from edge_speq.session.session import Session
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 Row = tuple[str, str, str, float | None]  # name, counter or gauge, help, value; None: not observed under this policy
 
 
-def text(worker: Worker) -> str:
-    stats = worker.require_ready().stats()
-    rows = [*_llama_cpp(worker, stats), *_requests(worker), *_experts(stats), *_drafts(stats)]
+def text(stats: Stats, session: Session) -> str:
+    counts = session.counts()
+    rows = [*_llama_cpp(stats, counts, session.workload()), *_requests(counts), *_experts(stats), *_drafts(stats)]
     return "".join(
         f"# HELP {name} {help_}\n# TYPE {name} {kind}\n{name} {value:.17g}\n"
         for name, kind, help_, value in rows
@@ -22,10 +23,9 @@ def text(worker: Worker) -> str:
     )
 
 
-def _llama_cpp(worker: Worker, stats: Stats) -> Iterator[Row]:
-    served, waiting = worker.load()
-    t = stats.timing
-    prompt = worker.counts.prompt_seconds
+def _llama_cpp(stats: Stats, counts: RequestCounts, workload: tuple[int, int]) -> Iterator[Row]:
+    t, prompt = stats.timing, counts.prompt_seconds
+    served, waiting = workload
     yield "llamacpp:prompt_tokens_total", "counter", "Prompt tokens, reused ones included.", t.n_prompt
     yield "llamacpp:prompt_seconds_total", "counter", "Seconds until the first token.", prompt
     yield "llamacpp:tokens_predicted_total", "counter", "Generated tokens.", t.n_generated
@@ -36,8 +36,7 @@ def _llama_cpp(worker: Worker, stats: Stats) -> Iterator[Row]:
     yield "llamacpp:requests_deferred", "gauge", "Requests that wait.", waiting
 
 
-def _requests(worker: Worker) -> Iterator[Row]:
-    c = worker.counts
+def _requests(c: RequestCounts) -> Iterator[Row]:
     yield "edge_speq_requests_finished_total", "counter", "Requests that were answered.", c.finished
     yield "edge_speq_requests_abandoned_total", "counter", "Requests whose client went away.", c.abandoned
     yield "edge_speq_requests_refused_total", "counter", "Requests that found the queue full.", c.refused
@@ -50,7 +49,7 @@ def _experts(stats: Stats) -> Iterator[Row]:
     yield "edge_speq_expert_slots", "gauge", "Experts that the compute device can hold at once.", e.slots
     yield "edge_speq_expert_hits_total", "counter", "Demands whose expert was in a slot.", e.hits
     yield "edge_speq_expert_misses_total", "counter", "All other demands.", e.misses
-    yield "edge_speq_expert_late_total", "counter", "Misses whose transfer was under way.", e.late
+    yield "edge_speq_expert_late_total", "counter", "Misses whose transfer was in flight.", e.late
     yield "edge_speq_expert_cpu_computed_total", "counter", "Misses that the CPU computed.", e.cpu_computed
     yield "edge_speq_expert_fetched_total", "counter", "Misses that a transfer served.", e.fetched
     yield "edge_speq_expert_prefetched_total", "counter", "Transfers begun by foresight.", e.prefetched
@@ -67,6 +66,6 @@ def _drafts(stats: Stats) -> Iterator[Row]:
     yield "edge_speq_drafted_tokens_total", "counter", "Draft tokens proposed.", s.drafted
     yield "edge_speq_accepted_tokens_total", "counter", "Draft tokens kept.", s.accepted
     yield "edge_speq_acceptance", "gauge", "Accepted over drafted tokens.", s.acceptance
-    yield "edge_speq_k_mean", "gauge", "Draft tokens a step.", s.k_mean
+    yield "edge_speq_mean_draft_tokens", "gauge", "Draft tokens a step.", s.mean_draft_tokens
     yield "edge_speq_used_bytes", "gauge", "Memory in use on the compute device.", stats.used_bytes
     yield "edge_speq_budget_bytes", "gauge", "Its ceiling.", stats.plan.budget_bytes

@@ -1,7 +1,7 @@
-"""What clients may ask for, as arguments of llama_cpp.Llama's methods.
+"""The fields of requests, and the arguments of llama_cpp.Llama's methods that they become.
 
-What a client leaves out is left to the library, so that answers are those of the same call there. Unknown fields are
-ignored, as OpenAI's own clients expect; known ones that would change the answer and cannot be served are refused.
+A missing field keeps the library's default, so answers equal those of the same call there. Unknown fields are ignored,
+as OpenAI's clients expect. Known fields that would change the answer and are not supported are refused.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class StreamOptions(_Strict):
 
 
 class _Request(_Strict):
-    """What both kinds of requests have."""
+    """The fields of both kinds of requests."""
 
     model: str | None = None
     stream: bool = False
@@ -79,7 +79,7 @@ class _Request(_Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def _arguments(self, *left_out: str) -> dict[str, Any]:
-        """What the client gave, and a seed where it gave none: llama_cpp.Llama would use the same one every time."""
+        """Return the given fields, with a random seed by default: llama_cpp.Llama would always use the same one."""
         given: dict[str, Any] = self.model_dump(exclude_none=True, exclude={"model", "stream_options", "n", *left_out})
         if given.get("seed", -1) < 0:
             given["seed"] = random.randrange(MAX_SEED)
@@ -94,7 +94,7 @@ class CompletionRequest(_Request):
     best_of: int | None = Field(None, ge=1, le=1)
 
     def arguments(self) -> dict[str, Any]:
-        """For llama_cpp.Llama.create_completion."""
+        """Return the arguments of llama_cpp.Llama.create_completion."""
         return self._arguments("best_of", "logprobs")
 
 
@@ -124,7 +124,7 @@ class Message(_Strict):
     function_call: CalledFunction | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As chat templates of text models read it: the content is one text, and there is always one."""
+        """Return the message as chat templates of text models read it: its content is one text, perhaps empty."""
         parts = self.content if isinstance(self.content, list) else []
         message: dict[str, Any] = self.model_dump(exclude_none=True)
         message["content"] = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
@@ -192,7 +192,7 @@ class ChatRequest(_Request):
             self.tool_choice = NamedTool(type="function", function=Named(name=names[0]))
 
     def arguments(self) -> dict[str, Any]:
-        """For llama_cpp.Llama.create_chat_completion."""
+        """Return the arguments of llama_cpp.Llama.create_chat_completion."""
         given = self._arguments("messages", "response_format", "max_completion_tokens", "logprobs", "top_logprobs")
         given["messages"] = [message.plain() for message in self.messages]
         if self.max_completion_tokens is not None:
@@ -202,7 +202,7 @@ class ChatRequest(_Request):
         return given
 
     def schemas(self) -> list[dict[str, Any]]:
-        """The JSON schemas that an answer may have to follow."""
+        """Return the JSON schemas that an answer may have to follow."""
         found = [tool.function.parameters for tool in self.tools or []]
         found += [function.parameters for function in self.functions or []]
         if self.response_format is not None and "schema" in (plain := self.response_format.plain()):

@@ -1,57 +1,58 @@
-"""The server's life: it listens, loads, serves, and ends when it is told to."""
+"""The server from start to end: listen, wait for the model, serve, stop when told to."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import uvicorn
 
 from edge_speq.server import app, connection
-from edge_speq.server.model import Progress, ServedModel
+from edge_speq.server.service import ModelService
 from edge_speq.server.settings import ServerSettings
-from edge_speq.server.worker import Worker
+from edge_speq.session.session import Session
 
 KEEP_ALIVE = 15  # seconds that a connection may be idle between two requests
 
-log = logging.getLogger("edge_speq.server")
-
 
 class _Server(uvicorn.Server):  # type: ignore[misc]  # uvicorn is not seen by mypy
-    def __init__(self, config: uvicorn.Config, ends: Callable[[], None]) -> None:
+    """uvicorn's server, with a coroutine to run meanwhile and a function to call when it begins to stop."""
+
+    def __init__(self, config: uvicorn.Config, beside: Callable[[], Coroutine[Any, Any, None]], ends: Any) -> None:
         super().__init__(config)
-        self._ends = ends
+        self._beside, self._ends = beside, ends
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._task = asyncio.create_task(self._beside())  # the loop alone would not keep it alive
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._ends()  # those that wait must not wait for their turn
+        self._ends()  # waiting requests end now
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are the command's business: uvicorn would raise them again at the end."""
+        """Leave signals to the command: uvicorn would raise them again at the end."""
         yield
 
 
 class Server:
-    """Serves what open_model loads. `run` blocks; `stop` ends it, from any thread and from a signal handler: nothing
-    new is accepted then, what waits is refused, and the request that is served has the settings' grace.
+    """Serves a session, which may still be loading, and closes it at the end.
 
-    `ready` is called, in the model's thread, when the model is loaded.
+    `run` blocks. `stop` ends it, from any thread and from a signal handler: new and waiting requests are refused, and
+    the running request has the settings' grace to end. `ready` is called on the thread of `run` when the model is
+    loaded.
     """
 
-    def __init__(
-        self,
-        open_model: Callable[[Progress], ServedModel],
-        settings: ServerSettings,
-        ready: Callable[[], Any] = lambda: None,
-    ) -> None:
-        self._settings, self._ready = settings, ready
-        self.worker = Worker(open_model, settings.n_waiting, self._changed)
+    def __init__(self, session: Session, settings: ServerSettings, ready: Callable[[], Any] = lambda: None) -> None:
+        self._ready, self._told_to_stop = ready, False
+        self._load_error: Exception | None = None
+        self._service = ModelService(session)
         config = uvicorn.Config(
-            app.create(self.worker, settings),
+            app.create(self._service, settings),
             http=connection.limited(settings),
             ws="none",
             lifespan="off",
@@ -62,26 +63,31 @@ class Server:
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=int(settings.grace_seconds) + 2,
         )
-        self._server = _Server(config, lambda: self.worker.stop(settings.grace_seconds))
-        self._told_to_stop = False
+        self._server = _Server(config, self._load, lambda: self._service.stop(settings.grace_seconds))
 
     def run(self, listener: socket.socket) -> None:
-        """Until stop(). Raises EdgeError when the model cannot be loaded."""
-        self.worker.start()
+        """Serve until `stop` is called. Raises what loading the model raised."""
         try:
             self._server.run(sockets=[listener])
         finally:
-            self.worker.stop(0.0)
-            self.worker.join()
-        if not self._told_to_stop:
-            self.worker.require_loaded()
+            self._service.close()
+        if self._load_error is not None and not self._told_to_stop:
+            raise self._load_error
 
     def stop(self) -> None:
         self._told_to_stop = True
         self._server.should_exit = True
 
-    def _changed(self) -> None:
-        if self.worker.error is not None:
+    @property
+    def n_connections(self) -> int:
+        """Return the number of clients that are connected."""
+        return len(self._server.server_state.connections)
+
+    async def _load(self) -> None:
+        try:
+            await self._service.loaded()
+        except Exception as error:
+            self._load_error = error
             self._server.should_exit = True
         else:
             self._ready()

@@ -1,4 +1,4 @@
-"""What a server is told when it starts, and its limits."""
+"""The settings of a server and its limits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edge_speq.errors import EdgeError
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Sizes are bytes, times seconds. Raises EdgeError for what cannot be served."""
+    """Sizes are in bytes, times in seconds. Raises EdgeError for impossible values."""
 
     name: str  # of the model, as clients see it
     host: str = "127.0.0.1"
@@ -21,7 +21,7 @@ class ServerSettings:
     header_seconds: float = 20.0  # that a client may take to send a request's head
     body_seconds: float = 30.0  # and its body
     stall_seconds: float = 60.0  # that a client may leave a full buffer unread
-    grace_seconds: float = 10.0  # that the request which is served may take to end when the server stops
+    grace_seconds: float = 10.0  # that the running request has to end when the server stops
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

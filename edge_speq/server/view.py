@@ -1,26 +1,25 @@
-"""What the page shows: the residency map and the counters behind it, one snapshot."""
+"""A snapshot for the page: the residency map and the counters behind it."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from edge_speq.server.worker import Worker
+from edge_speq.core import Stats
+from edge_speq.session.session import Session
 
 
-def snapshot(worker: Worker, name: str) -> dict[str, Any]:
-    """Counters run since the model was loaded; the page takes differences over `seconds`, a clock that only runs on."""
-    llm = worker.require_ready()
-    stats, rows = llm.stats(), llm.residency_rows()
-    served, waiting = worker.load()
-    s = stats.speculation
+def snapshot(name: str, session: Session, stats: Stats, rows: list[str] | None) -> dict[str, Any]:
+    """Return the snapshot. Counters run since the model was loaded; the page takes differences over `seconds`, a clock
+    that never jumps."""
+    served, waiting = session.workload()
     return {
         "model": name,
         "seconds": time.monotonic(),
-        "n_ctx": llm.n_ctx(),
+        "n_ctx": session.facts.n_ctx,
         "requests": {"served": served, "waiting": waiting},
-        "link_bytes_per_s": llm.link_bytes_per_s,  # known where it is emulated
-        "has_draft": stats.plan.k_max > 0,
-        "steps": s.steps,
+        "link_bytes_per_s": session.facts.link_bytes_per_s,
+        "has_draft": stats.plan.max_draft_tokens > 0,
+        "steps": stats.speculation.steps,
         "residency": rows,
     } | stats.to_dict()

@@ -1,48 +1,49 @@
-"""What a request has the model do: a call of llama_cpp.Llama's own method, with nothing added but the model's name."""
+"""The calls that requests become: llama_cpp.Llama's own methods, with nothing added but the model's name.
+
+The functions run where the model is, perhaps in another process: arguments and items are plain data.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_speq.errors import EdgeError
 from edge_speq.server import grammars
-from edge_speq.server.job import Work
-from edge_speq.server.model import ServedModel
-from edge_speq.server.requests import ChatRequest, CompletionRequest
+from edge_speq.server.usage import TokenUsage, counted
+
+if TYPE_CHECKING:
+    from edge_speq.engine.llama import EdgeLlama
 
 CHOOSING = "chatml-function-calling"
 
-
-def completion(request: CompletionRequest, name: str) -> Work:
-    """Yields the answer, or its chunks."""
-    arguments = request.arguments() | {"model": name}
-
-    def work(llm: ServedModel) -> Generator[dict[str, Any], None, None]:
-        _require_biases(llm, arguments)
-        yield from _parts(llm.create_completion(**arguments))
-
-    return work
+Part = dict[str, Any] | TokenUsage  # the answer or its chunks, then the usage
+Parts = Generator[Part, None, None]
 
 
-def chat(request: ChatRequest, name: str) -> Work:
-    """Yields the answer, or its chunks."""
-    arguments = request.arguments() | {"model": name}
-    schemas = request.schemas()
-
-    def work(llm: ServedModel) -> Generator[dict[str, Any], None, None]:
-        _require_biases(llm, arguments)
-        for schema in schemas:
-            grammars.require_schema(schema)
-        seen: set[tuple[int, int]] = set()
-        for part in _parts(_chat(llm, arguments)):
-            yield _named_once(part, seen) if request.stream else part
-
-    return work
+def completion(llm: EdgeLlama, arguments: dict[str, Any]) -> Parts:
+    """Yield a completion or its chunks, then its usage. The arguments are those of llm.create_completion."""
+    _require_tokens(llm, arguments)
+    with counted(llm) as usage, contextlib.closing(_parts(llm.create_completion(**arguments))) as parts:
+        yield from parts
+    yield usage
 
 
-def _chat(llm: ServedModel, arguments: dict[str, Any]) -> Any:
-    """The one handler that lets the model choose a tool does so only when asked, and cannot stream then."""
+def chat(llm: EdgeLlama, arguments: dict[str, Any], schemas: list[dict[str, Any]]) -> Parts:
+    """Yield a chat completion or its chunks, then its usage. `schemas` are the JSON schemas in the arguments."""
+    _require_tokens(llm, arguments)
+    for schema in schemas:
+        grammars.require_schema(schema)
+    seen: set[tuple[int, int]] = set()
+    with counted(llm) as usage, contextlib.closing(_parts(_chat(llm, arguments))) as parts:
+        for part in parts:
+            yield _named_once(part, seen) if arguments["stream"] else part
+    yield usage
+
+
+def _chat(llm: EdgeLlama, arguments: dict[str, Any]) -> Any:
+    """Answer a chat. The one handler that lets the model choose a tool does so only when asked, and cannot stream."""
     if llm.chat_format == CHOOSING and arguments.get("tools"):
         arguments = {"tool_choice": "auto"} | arguments
         if arguments["stream"] and arguments["tool_choice"] == "auto":
@@ -51,7 +52,7 @@ def _chat(llm: ServedModel, arguments: dict[str, Any]) -> Any:
 
 
 def _chunks(answer: Any) -> Iterator[dict[str, Any]]:
-    """A whole answer as two chunks of a stream: what was said, and why it ended."""
+    """Yield a whole answer as two chunks of a stream: the message, and the reason why it ended."""
     (choice,) = answer["choices"]
     calls = [{"index": i} | call for i, call in enumerate(choice["message"].get("tool_calls") or [])]
     said = {"role": "assistant", "content": choice["message"]["content"]} | ({"tool_calls": calls} if calls else {})
@@ -60,23 +61,31 @@ def _chunks(answer: Any) -> Iterator[dict[str, Any]]:
         yield head | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]}
 
 
-def _parts(answer: Any) -> Iterator[dict[str, Any]]:
-    """An answer is one part; the chunks of a stream come through a generator, which ends with the one that reads it."""
+def _parts(answer: Any) -> Generator[dict[str, Any], None, None]:
+    """Yield a whole answer, or the chunks of a stream."""
     if isinstance(answer, dict):
         yield answer
     else:
         yield from answer
 
 
-def _require_biases(llm: ServedModel, arguments: dict[str, Any]) -> None:
-    """llama_cpp would raise an IndexError from a callback of the sampler."""
-    if any(token >= llm.n_vocab() for token in arguments.get("logit_bias", ())):
-        raise EdgeError(f"logit_bias names a token that is not below {llm.n_vocab()}")
+def _require_tokens(llm: EdgeLlama, arguments: dict[str, Any]) -> None:
+    """Refuse tokens outside the vocabulary: in a prompt they end the process, in logit_bias they raise an IndexError
+    inside a callback of the sampler. Raises EdgeError."""
+    n_vocab = llm.n_vocab()
+    if any(token >= n_vocab for token in arguments.get("logit_bias", ())):
+        raise EdgeError(f"logit_bias names a token that is not below {n_vocab}")
+    prompt = arguments.get("prompt")
+    if isinstance(prompt, list) and any(not 0 <= token < n_vocab for token in prompt):
+        raise EdgeError(f"a token of the prompt is not below {n_vocab}, the size of the vocabulary")
 
 
 def _named_once(chunk: dict[str, Any], seen: set[tuple[int, int]]) -> dict[str, Any]:
-    """OpenAI's clients join the texts of a tool call's chunks; llama_cpp repeats id and name in each, and adds the call
-    in the form of 2023, which would then count twice."""
+    """Keep a tool call's id and name in its first chunk only.
+
+    OpenAI's clients join the texts of a call's chunks. llama_cpp repeats id and name in each, and adds the call in the
+    form of 2023, which would then count twice.
+    """
     for choice in chunk["choices"]:
         delta = choice["delta"]
         calls = delta.get("tool_calls")

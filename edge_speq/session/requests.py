@@ -1,4 +1,4 @@
-"""A request to a session, and what is left of it for who asked: a reply that is waited for, or a stream of pieces."""
+"""A request to a session: the state that the engine's thread and the reader share, its counts and its errors."""
 
 from __future__ import annotations
 
@@ -7,25 +7,72 @@ import collections
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from edge_speq.errors import EdgeError
 
-T = TypeVar("T")
 CANCELLED = "cancelled"  # as edge_speq.runtime.cancellation says; that module imports llama_cpp
 CAPACITY = 256  # items that a reader may be behind
 PATIENCE = 30.0  # seconds that the engine waits for a reader who is that far behind
 WAKE = 0.5  # seconds: on Windows Ctrl-C is seen between two waits, not in one
-DROP = 0.05  # seconds that dropping a handle may wait
 END = object()
+
+
+class SessionClosed(EdgeError):
+    """The session is closed, or about to close: it takes no request any more."""
+
+
+class QueueFull(EdgeError):
+    """As many requests wait as the session allows."""
+
+    def __init__(self, n_waiting: int, seconds: float) -> None:
+        super().__init__(f"{n_waiting} requests wait already", "try again later")
+        self.seconds = seconds  # until there may be room, estimated from the requests before
+
+
+class EngineDied(EdgeError):
+    """The process of an isolated session has ended by itself."""
+
+
+def again(error: EdgeError) -> EdgeError:
+    """Return a copy of the error, since every raise adds its own traceback."""
+    return type(error)(error.message, error.hint, usage=error.usage)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestUsage:
+    """Tokens that the model has read and generated for one request, end-of-text tokens included."""
+
+    n_prompt: int
+    n_generated: int
+    ttft_seconds: float  # until the first token; 0 when none was generated
+
+
+@dataclass(slots=True)
+class RequestCounts:
+    """Requests since the session was opened, by how they ended. Loading the model is not among them."""
+
+    finished: int = 0
+    abandoned: int = 0  # cancelled by the reader or by closing the session
+    refused: int = 0  # by a full queue
+    failed: int = 0
+    prompt_seconds: float = 0.0  # until the first token, summed over all requests that had one
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Properties of a loaded model that do not change."""
+
+    n_ctx: int  # tokens
+    link_bytes_per_s: float | None  # of a throttled link; None: not throttled
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCall:
-    """What is to be done with the model: a method's name, or a function whose first argument is the model."""
+    """A call of the model: a method's name, or a function whose first argument is the model."""
 
     function: str | Callable[..., Any]
     args: tuple[Any, ...] = ()
@@ -40,24 +87,31 @@ class ModelCall:
 class Sink(Protocol):
     """A request as the engine sees it."""
 
+    usage: RequestUsage | None  # set by the engine before it returns or raises
+
     @property
     def call(self) -> ModelCall | None:
-        """What is asked, None for loading the model."""
+        """Return the call to run, None for loading the model."""
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody wants the rest."""
+        """Return whether the reader has given the request up."""
 
     def put(self, item: Any) -> None:
-        """Hands an item over, waiting for room. Raises EdgeError when nobody wants it."""
+        """Hand an item to the reader; wait for room. Raises EdgeError when the request is over."""
 
 
 class SessionRequest:
-    """What the engine's thread and the reader's share. `call` is None for loading the model."""
+    """The state that the engine's thread and the reader's thread share. `call` is None for loading the model.
 
-    def __init__(self, call: ModelCall | None, capacity: int = CAPACITY, patience: float = PATIENCE) -> None:
+    A capacity of None keeps every item until it is read.
+    """
+
+    def __init__(self, call: ModelCall | None, capacity: int | None = CAPACITY, patience: float = PATIENCE) -> None:
         self.call = call
         self.is_load = call is None
+        self.usage: RequestUsage | None = None
+        self.latest: Any = None  # the item that was put last
         self.interrupt: Callable[[SessionRequest, float], None] = lambda *_: None  # ends the engine's work on it
         self._capacity, self._patience = capacity, patience
         self._changed = threading.Condition()  # reentrant: a handle may be collected, and cancel, anywhere
@@ -83,16 +137,17 @@ class SessionRequest:
             if self._is_over:
                 raise EdgeError(CANCELLED)
             self._items.append(item)
+            self.latest = item
             self._notify()
 
     def _has_room(self) -> bool:
-        return self._is_over or len(self._items) < self._capacity
+        return self._is_over or self._capacity is None or len(self._items) < self._capacity
 
     def end(self, value: Any = None) -> None:
         self._finish(value, None)
 
     def fail(self, error: BaseException) -> None:
-        """The reader gets this error after the items that there are. No effect on what is over."""
+        """Raise this error in the reader after the items that it has not read. No effect on a request that is over."""
         self._finish(None, error)
 
     def _finish(self, value: Any, error: BaseException | None) -> None:
@@ -111,8 +166,10 @@ class SessionRequest:
     # --- the reader's side -----------------------------------------------------------------------------
 
     def cancel(self, error: EdgeError | None = None, timeout: float = -1) -> None:
-        """Whoever reads gets the error at once, and no more items; the engine is told to stop, unless that takes more
-        than the timeout: it then stops at the next item."""
+        """Raise the error in the reader at once, drop its items, and tell the engine to stop.
+
+        If telling the engine takes more than `timeout` seconds, it stops at its next item instead.
+        """
         with self._changed:
             if self._is_over:
                 return
@@ -121,7 +178,7 @@ class SessionRequest:
         self.interrupt(self, timeout)
 
     def next(self, timeout: float | None = None) -> Any:
-        """The next item, END after the last. Raises what the request ended with, or TimeoutError."""
+        """Return the next item, END after the last. Raises the error of the request, or TimeoutError."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             while not self._has_news():
@@ -132,7 +189,7 @@ class SessionRequest:
             return self._take()
 
     async def next_async(self) -> Any:
-        """The same for asyncio. A task that is cancelled here cancels the request."""
+        """Return the next item as `next` does, for asyncio. Cancelling the task that waits cancels the request."""
         loop = asyncio.get_running_loop()
         try:
             while True:
@@ -171,113 +228,3 @@ class SessionRequest:
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-class _Handle:
-    """Who drops the handle drops the request."""
-
-    def __init__(self, request: SessionRequest) -> None:
-        self._request = request
-
-    @property
-    def done(self) -> bool:
-        return self._request.is_over
-
-    def cancel(self) -> None:
-        """From any thread, at any time: before its turn or while the engine works on it. Reading ends with
-        EdgeError("cancelled"), other requests are untouched. No effect on what is done."""
-        self._request.cancel()
-
-    close = cancel
-
-    async def aclose(self) -> None:
-        self.cancel()
-
-    def __del__(self) -> None:
-        if "_request" in self.__dict__:  # collected anywhere, perhaps under a lock that the engine waits for
-            self._request.cancel(timeout=DROP)
-
-
-class Reply(_Handle, Generic[T]):
-    """The result of a request that is under way: `reply.result()` or `await reply`."""
-
-    def result(self, timeout: float | None = None) -> T:
-        """Waits for it. Raises what the request ended with, or TimeoutError after so many seconds: it goes on then."""
-        self._request.next(timeout)
-        value: T = self._request.value
-        return value
-
-    def __await__(self) -> Generator[Any, Any, T]:
-        return self._awaited().__await__()
-
-    async def _awaited(self) -> T:
-        await self._request.next_async()
-        value: T = self._request.value
-        return value
-
-    def __enter__(self) -> Reply[T]:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
-
-
-class Stream(_Handle, Generic[T]):
-    """The items of a request, while they are made: `for item in stream` or `async for item in stream`.
-
-    The engine runs ahead of the reader by a bounded number of items, then it pauses; a reader who does not come back
-    gets an EdgeError, so that those who wait for their turn get theirs. Dropping the stream cancels the request; a
-    `with` or `async with` block does it for certain.
-    """
-
-    def _convert(self, item: Any) -> T | None:
-        """An item of the request as the reader wants it, None to pass over it."""
-        converted: T = item
-        return converted
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        while (item := self._request.next()) is not END:
-            if (converted := self._convert(item)) is not None:
-                return converted
-        raise StopIteration
-
-    def __aiter__(self) -> AsyncIterator[T]:
-        return self
-
-    async def __anext__(self) -> T:
-        while (item := await self._request.next_async()) is not END:
-            if (converted := self._convert(item)) is not None:
-                return converted
-        raise StopAsyncIteration
-
-    def result(self) -> None:
-        """Passes over what is left. Raises what the request ended with."""
-        for _ in self:
-            pass
-
-    def __enter__(self) -> Stream[T]:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
-
-    async def __aenter__(self) -> Stream[T]:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.cancel()
-
-
-class TextStream(Stream[str]):
-    """The pieces of a completion's text."""
-
-    finish_reason: str | None = None  # "stop" or "length", once the stream has ended by itself
-
-    def _convert(self, item: Any) -> str | None:
-        choice = item["choices"][0]
-        self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        piece = choice["text"] if "text" in choice else choice["delta"].get("content")
-        return piece or None

@@ -55,10 +55,10 @@ class _Cost:
 def estimate(experts: Experts, plan: Plan, laptop: Laptop, trace: Trace | None, draft_share: float) -> dict[str, Any]:
     """draft_share: what a drafted token reads of what one of the target's does. Raises EdgeError for a trace of
     another model, or one whose steps are wider than the slots serve."""
-    ram = experts.total_bytes + SYSTEM_BYTES if plan.policy != "all" else SYSTEM_BYTES
+    ram = experts.total_bytes + SYSTEM_BYTES if plan.placement != "all" else SYSTEM_BYTES
     fits = None if laptop.ram_bytes is None else ram <= laptop.ram_bytes
-    why_not = _why_not(plan, fits)
-    cost = None if why_not else _cost(experts, plan, laptop, trace, draft_share)
+    unavailable_reason = _unavailable_reason(plan, fits)
+    cost = None if unavailable_reason else _cost(experts, plan, laptop, trace, draft_share)
     return {
         "laptop": {
             "vram_bytes": laptop.vram_bytes,
@@ -68,14 +68,14 @@ def estimate(experts: Experts, plan: Plan, laptop: Laptop, trace: Trace | None, 
         },
         "ram_needed_bytes": ram,
         "fits_in_ram": fits,
-        "why_not": why_not,
+        "unavailable_reason": unavailable_reason,
         "per_token": None if cost is None else _per_token(cost, laptop),
     }
 
 
-def _why_not(plan: Plan, fits: bool | None) -> str | None:
+def _unavailable_reason(plan: Plan, fits: bool | None) -> str | None:
     """The reason for which there are no figures."""
-    if plan.policy == "all":
+    if plan.placement == "all":
         return "nothing is fetched: the GPU's own speed decides, which is not known here"
     if fits is False:
         return "the experts do not fit in RAM: the disk decides, which is not known here"
@@ -102,13 +102,13 @@ def _per_token(cost: _Cost, laptop: Laptop) -> dict[str, Any]:
 def _cost(experts: Experts, plan: Plan, laptop: Laptop, trace: Trace | None, draft_share: float) -> _Cost:
     slots = plan.slots or (0,) * len(experts.groups)
     block_ms = 5e2 * experts.groups[0].expert_bytes / laptop.link_bytes_per_s
-    if trace is not None and plan.policy == "slots":
+    if trace is not None and plan.placement == "slots":
         return _replayed(experts, plan, laptop, trace, block_ms, draft_share)
     demanded = [group.n_blocks * experts.n_expert_used * group.expert_bytes for group in experts.groups]
     missing = [1 - n / group.n_experts for n, group in zip(slots, experts.groups, strict=True)]
     fetched = sum(n * share for n, share in zip(demanded, missing, strict=True))
     waiting = 1e3 * fetched / laptop.link_bytes_per_s
-    if plan.policy == "cpu-moe":
+    if plan.placement == "cpu-moe":
         fetched, waiting = 0.0, 1e3 * sum(demanded) / laptop.cpu_bytes_per_s
     return _Cost(EVEN, sum(demanded), fetched, block_ms * experts.n_blocks, waiting)
 
@@ -122,10 +122,10 @@ def _replayed(experts: Experts, plan: Plan, laptop: Laptop, trace: Trace, block_
     theirs = trace.experts
     if ours != (theirs.n_blocks, theirs.n_expert, theirs.n_expert_used, theirs.total_bytes):
         raise EdgeError(f"{trace.path} is of another model", "record this one: edge-speq trace MODEL", usage=True)
-    if trace.k_max > plan.k_max:
+    if trace.k_max > plan.max_draft_tokens:
         raise EdgeError(
-            f"{trace.path} drafts {trace.k_max} tokens a step, the plan {plan.k_max}",
-            f"record it with --speculation {plan.k_max}, or plan with its draft",
+            f"{trace.path} drafts {trace.k_max} tokens a step, the plan {plan.max_draft_tokens}",
+            f"record it with --speculation {plan.max_draft_tokens}, or plan with its draft",
         )
     draft_ms = draft_share * block_ms * experts.n_blocks
     has_twin = bool(trace.meta.get("is_twin"))

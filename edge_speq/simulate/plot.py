@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_speq.errors import EdgeError
+from edge_speq.system import install_hint
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -14,7 +15,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     try:
         import matplotlib  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
-        raise EdgeError("--plot needs matplotlib", "pip install 'edge-speq[plot]'") from error
+        raise EdgeError("--plot needs matplotlib", install_hint("plot")) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
 

@@ -49,7 +49,7 @@ class ReplayOutcome:
         return 1e3 * self.tokens / self.ms if self.ms else 0.0
 
     @property
-    def k_mean(self) -> float:
+    def mean_draft_tokens(self) -> float:
         return self.drafted / self.steps if self.steps else 0.0
 
 

@@ -138,7 +138,7 @@ def _row(outcome: ReplayOutcome, lru: ReplayOutcome, best: Bounds) -> Row:
         "read_gap": _closed(lru.counters.bytes_fetched, c.bytes_fetched, best.belady.bytes_fetched),
         "steps": outcome.steps,
         "tokens": outcome.tokens,
-        "k_mean": outcome.k_mean,
+        "mean_draft_tokens": outcome.mean_draft_tokens,
         "acceptance": outcome.accepted / outcome.drafted if outcome.drafted else 0.0,
         "tok_per_s": outcome.tok_per_s,
         "bound_fraction": outcome.tok_per_s / best.tok_per_s if best.tok_per_s else None,
@@ -178,7 +178,7 @@ def markdown(rows: Sequence[Row]) -> str:
             f"| {row['trace']} | {row['domain']} | {row['resident']:.3g} | {row['k']} | {name} "
             f"| {_share(row['hit_rate'])} | {row['misses']} | {_share(row['miss_gap'])} | {_share(row['read_gap'])} "
             f"| {row['bytes_fetched'] / 1e6:.0f} | {_share(wasted)} | {_foreseen(row)} | {row['stall_ms']:.1f} "
-            f"| {row['k_mean']:.2f} | {row['tok_per_s']:.0f} "
+            f"| {row['mean_draft_tokens']:.2f} | {row['tok_per_s']:.0f} "
             f"| {_share(row['bound_fraction'])} |"
         )
     failed = [f"\n{row['policy']} failed and lru took over: {row['failed']}" for row in rows if row["failed"]]

@@ -102,7 +102,7 @@ class GaugeWriter(StepWriter):
 
     def on_load(self, load: NativeLoad) -> None:
         super().on_load(load)
-        if self._must_draft and not load.plan.k_max:
+        if self._must_draft and not load.plan.max_draft_tokens:
             raise EdgeError(load.plan.reason, "give more memory, or another draft")
 
 
@@ -186,8 +186,8 @@ def worth(llm: EdgeLlama | Gauge, done: Live) -> Worth:
     plan, foreseen = llm.stats().plan, llm.stats().foreseen or {}
     return Worth(
         draft_bytes=llm.draft_bytes(),
-        resident=1.0 if plan.policy == "all" else plan.resident,
-        k=plan.k_max,
+        resident=1.0 if plan.placement == "all" else plan.resident,
+        k=plan.max_draft_tokens,
         acceptance=done.accepted / done.drafted if done.drafted else None,
         tokens_per_step=done.tokens_per_step,
         precision=foreseen.get("precision"),

@@ -158,7 +158,7 @@ class Tuner:
     ) -> Measured:
         """drafting, alone: the steps of text with the draft and without. live: the latter as a whole. steps: the former
         as recorded, none where the model routes nothing."""
-        k_max, default = llm.stats().plan.k_max, llm.n_threads
+        k_max, default = llm.stats().plan.max_draft_tokens, llm.n_threads
         self._say("steps of each width")
         prompt = min(len(text) // 2, PROMPT_TOKENS // 2)
         widths = {w: llm.width(text, prompt, w, default, self._share_of_time(0.015)) for w in range(1, k_max + 2)}
@@ -197,12 +197,18 @@ class Tuner:
 
     def _setting(self, llm: Gauge, measured: Measured) -> PolicyContext | None:
         plan = llm.stats().plan
-        if plan.policy != "slots":
+        if plan.placement != "slots":
             return None
         block_ms = measured.base_ms[1] / max(1, llm.experts.n_blocks)
         link = round(measured.link_bytes_per_s or measured.order_bytes_per_s or LINK_FALLBACK)
         return PolicyContext(
-            llm.experts, plan.slots, plan.k_max, link, block_ms, measured.draft_ms, has_twin=bool(llm.is_twin)
+            llm.experts,
+            plan.slots,
+            plan.max_draft_tokens,
+            link,
+            block_ms,
+            measured.draft_ms,
+            has_twin=bool(llm.is_twin),
         )
 
     def _alone(self, llm: Gauge, resident: float) -> float:

@@ -24,9 +24,9 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tiny_models
 from attacks.bad_gguf import Parts
 from attacks.mutants import mutant
+from support import tiny_models
 
 from edge_speq.gguf.container import GGUFError
 from edge_speq.gguf.model import check_model

@@ -10,6 +10,7 @@ from typing import Any
 from edge_speq.cli.convert_verbs import common
 from edge_speq.convert.quantization.types import FTYPES
 from edge_speq.errors import EdgeError
+from edge_speq.units import format_bytes
 
 
 def add_parser(verbs: Any) -> None:
@@ -72,7 +73,7 @@ def quantize(options: argparse.Namespace) -> int:
 
 
 def _raised(options: argparse.Namespace, importance: Any) -> tuple[dict[int, float] | None, dict[int, str]]:
-    """Sensitivity by block, and the type of the blocks that get a better one."""
+    """Measure the sensitivity of each block, and choose the blocks that get more bits."""
     from edge_speq.convert.evaluation import reader
     from edge_speq.convert.quantization import sensitivity, types
 
@@ -98,7 +99,7 @@ def _raised(options: argparse.Namespace, importance: Any) -> tuple[dict[int, flo
 
 
 def report(summary: dict[str, Any]) -> str:
-    types = ", ".join(f"{common.size(n)} {kind}" for kind, n in summary["bytes_by_type"].items())
+    types = ", ".join(f"{format_bytes(n)} {kind}" for kind, n in summary["bytes_by_type"].items())
     lines = [f"{common.written(summary)}: {types}"]
     if summary["fell_back"]:
         lines.append(f"{summary['fell_back']} tensors have rows that do not fit the type and got another one")

@@ -10,6 +10,7 @@ from typing import Any
 from edge_speq.cli.convert_verbs import common
 from edge_speq.convert.sub_experts.options import SplitOptions
 from edge_speq.errors import EdgeError
+from edge_speq.units import format_bytes
 
 REQUANTIZED = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
@@ -83,7 +84,7 @@ def _spare(options: argparse.Namespace) -> int:
 def report(s: dict[str, Any]) -> str:
     lines = [
         f"{common.written(s)}: {s['n_expert']} experts of {s['n_ff']} neurons, {s['n_expert_used']} a token, "
-        f"{common.size(s['sub_expert_bytes'])} each; the source has {common.size(s['source_bytes'])}"
+        f"{format_bytes(s['sub_expert_bytes'])} each; the source has {format_bytes(s['source_bytes'])}"
     ]
     if s["n_expert_used"] < s["n_expert_used_full"]:
         lines.append(f"lossy: {s['n_expert_used']} of the {s['n_expert_used_full']} with which it is what it was")
@@ -100,6 +101,6 @@ def report(s: dict[str, Any]) -> str:
         lines.append("    k   bytes a token   perplexity  " + "".join(f"{c:>10}" for c in s["points"][0]["by_class"]))
         for point in s["points"]:
             classes = "".join(f"{value:10.2f}" for value in point["by_class"].values())
-            size = common.size(point["bytes_per_token"])
+            size = format_bytes(point["bytes_per_token"])
             lines.append(f"{point['n_expert_used']:5} {size:>15} {point['perplexity']:12.3f}  {classes}")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from typing import Any
 
 from edge_speq.cli import arguments
 from edge_speq.cli.convert_verbs import common
+from edge_speq.units import format_bytes
 
 
 def add_parser(verbs: Any) -> None:
@@ -75,6 +76,6 @@ def report(summary: dict[str, Any]) -> str:
 
 def _line(file: dict[str, Any]) -> str:
     return (
-        f"{file['files'][0]}: sound, {common.size(file['size_bytes'])}, {file['n_tensors']} tensors, "
+        f"{file['files'][0]}: sound, {format_bytes(file['size_bytes'])}, {file['n_tensors']} tensors, "
         f"content {file['content_sha256'][:16]}"
     )

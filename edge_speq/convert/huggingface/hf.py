@@ -26,10 +26,10 @@ from edge_speq.errors import EdgeError
 from edge_speq.gguf import atomic
 from edge_speq.gguf import model as gguf_model
 from edge_speq.progress import Progress, silent
+from edge_speq.system import install_hint
 
 OWN_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")  # that the converter writes itself
 PACKAGES = ("torch", "transformers", "safetensors", "sentencepiece", "yaml", "tqdm", "requests")
-EXTRA = "pip install 'edge-speq[convert]'"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
@@ -116,7 +116,7 @@ def _checked(folder: Path) -> Path:
         raise EdgeError(f"{folder} holds no config.json", "give the folder of a Hugging Face checkpoint", usage=True)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise EdgeError(f"llama.cpp's converter needs {', '.join(missing)}", EXTRA)
+        raise EdgeError(f"llama.cpp's converter needs {', '.join(missing)}", install_hint("convert"))
     return folder.resolve()
 
 
@@ -166,7 +166,7 @@ def _run(order: dict[str, Any], temporary: Path, target: Path, progress: Progres
             elif "tokenizer" in result:
                 told.tokenizer = result["tokenizer"]
             elif "missing" in result:
-                raise EdgeError(f"llama.cpp's converter needs {result['missing']}", EXTRA)
+                raise EdgeError(f"llama.cpp's converter needs {result['missing']}", install_hint("convert"))
             elif "error" in result:
                 atomic.require_space(temporary, target)
                 raise EdgeError(f"llama.cpp's converter failed: {result['error']}", "its log has more: --verbose")

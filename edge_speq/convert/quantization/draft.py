@@ -20,7 +20,7 @@ from edge_speq.gguf import model as gguf_model
 from edge_speq.gguf.container import GGUFFile
 from edge_speq.progress import Progress, silent
 
-TARGET_HASH = "edge_speq.engine.context.content_sha256"  # layout.content_hash of the target
+TARGET_HASH = "edge_speq.target.content_sha256"  # layout.content_hash of the target
 CALIBRATION = 16384  # tokens of text for an importance matrix
 
 

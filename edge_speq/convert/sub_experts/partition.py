@@ -15,9 +15,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from edge_speq.convert.sub_experts.options import ITERATIONS
+
 T0, ALPHA = 100.0, 0.995
 UNIT = 1e-4  # of an expert's total activation: what a temperature of 1 means
-ITERATIONS = 10_000
 
 Floats = npt.NDArray[np.float32]
 Parts = npt.NDArray[np.int64]  # [n_expert, n_units]: the part of each unit

@@ -65,6 +65,7 @@ async function* events(response) {
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
+      if (part.startsWith(":")) continue; // a ping
       const data = part.replace(/^data: /, "");
       if (data === "[DONE]") return;
       yield JSON.parse(data);
@@ -155,7 +156,7 @@ function figures(now) {
     ["Slots", `${e.slots}`, `of ${e.total} experts`],
   );
   if (now.has_draft) rows.push(
-    ["K", steps ? (drafted / steps).toFixed(1) : s.k_mean.toFixed(1), `mean ${s.k_mean.toFixed(1)}`],
+    ["K", steps ? (drafted / steps).toFixed(1) : s.mean_draft_tokens.toFixed(1), `mean ${s.mean_draft_tokens.toFixed(1)}`],
     ["Acceptance", percent(s.accepted, s.drafted), drafted ? `now ${percent(since((x) => x.speculation.accepted), drafted)}` : `${s.drafted} drafted`],
   );
   rows.push(["Memory", size(now.memory.used_bytes), now.memory.budget_bytes ? `of ${size(now.memory.budget_bytes)}` : "no budget"]);

@@ -1,1 +1,1 @@
-"""The engine of a session in a process of its own."""
+"""The engine of a session in a child process."""

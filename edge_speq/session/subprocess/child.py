@@ -1,4 +1,4 @@
-"""The process that holds the engine: it obeys what comes in on stdin, answers on stdout, and dies with its parent."""
+"""The child process that holds the engine. It reads messages on stdin, answers on stdout, and dies with its parent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edge_speq.errors import EdgeError
-from edge_speq.session.requests import ModelCall
+from edge_speq.session import model_thread
+from edge_speq.session.requests import ModelCall, RequestUsage
 from edge_speq.session.subprocess.wire import Channel, loads, portable
 
 WINDOW = 64  # items that the child may be ahead of what the parent has taken
@@ -24,10 +25,11 @@ MORE_LIKELY_KILLED = "500"  # of Linux's out-of-memory killer, where 0 is the pa
 
 
 class Remainder:
-    """A request on its way: a reply.Sink whose items go to the parent."""
+    """The child's side of a request: a requests.Sink whose items go to the parent."""
 
     def __init__(self, number: int, call: ModelCall | None, channel: Channel) -> None:
         self.number, self.call = number, call
+        self.usage: RequestUsage | None = None
         self._channel = channel
         self._changed = threading.Condition()
         self._n_ahead = 0
@@ -57,7 +59,7 @@ class Remainder:
 
 
 class Child:
-    """One engine. Calls run on the main thread, cancellations on the one that reads, the rest on a third."""
+    """One engine. Calls run on the thread of `run`, cancellations on the one that reads, the rest on a third."""
 
     def __init__(self, channel: Channel) -> None:
         from edge_speq.session.in_process import InProcess
@@ -95,13 +97,16 @@ class Child:
             self._current = request
         try:
             value = self._engine.run(request) if request.call is not None else self._engine.load(request)
-            self._settle(request)
+            self._finish(request)
             self._channel.send("end", request.number, value)
         except BaseException as error:
-            self._settle(request)
+            self._finish(request)
             self._channel.send("error", request.number, portable(error))
 
-    def _settle(self, request: Remainder) -> None:
+    def _finish(self, request: Remainder) -> None:
+        if request.usage is not None:
+            self._channel.send("usage", request.number, request.usage)
+            request.usage = None
         with self._lock:
             self._current = None
             self._requests.pop(request.number, None)
@@ -116,11 +121,11 @@ class Child:
     def _read(self) -> None:
         try:
             while True:
-                self._obey(*self._channel.receive())
+                self._handle(*self._channel.receive())
         except (EOFError, OSError):
-            os._exit(0)  # the parent is gone, or has had enough: nothing here is worth a delay
+            os._exit(0)  # the parent has exited or closed the pipe: nothing here is worth a delay
 
-    def _obey(self, kind: str, number: int, content: bytes) -> None:
+    def _handle(self, kind: str, number: int, content: bytes) -> None:
         try:
             asked = loads(content)
         except EdgeError as error:
@@ -158,11 +163,19 @@ class Child:
 
 
 def main() -> NoReturn:
-    """The child's whole life."""
+    """Run the child. Never returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent to decide about
+    thread = threading.Thread(target=_live, name="edge_speq engine")
+    model_thread.start(thread)
+    thread.join()
+    os._exit(1)
+
+
+def _live() -> NoReturn:
     code = 1
     try:
         channel = private_channel()
-        stay_humble()
+        protect_parent()
         channel.greet()
         Child(channel).run()
         code = 0
@@ -178,7 +191,7 @@ def main() -> NoReturn:
 
 
 def private_channel() -> Channel:
-    """stdin and stdout under other numbers: whoever prints, prints to stderr, which the parent logs."""
+    """Return stdin and stdout under other numbers. Printed text goes to stderr, which the parent logs."""
     channel = Channel(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"))
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -187,9 +200,8 @@ def private_channel() -> Channel:
     return channel
 
 
-def stay_humble() -> None:
-    """What goes wrong here must not be felt in the application."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent to decide about
+def protect_parent() -> None:
+    """Keep failures of this process from disturbing the application."""
     if sys.platform != "win32":
         import resource
 
@@ -201,7 +213,7 @@ def stay_humble() -> None:
 
 
 def _watch_parent(parent: int) -> None:
-    """stdin ends with the parent, unless a fork of the parent has kept it open."""
+    """End with the parent: a fork of the parent may keep stdin open."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(0)
@@ -218,7 +230,7 @@ class _Forward(logging.Handler):
 
 
 def route_log(channel: Channel, level: int) -> None:
-    """The package's log to the parent, as far as it listens."""
+    """Send the package's log to the parent, from this level on."""
     log = logging.getLogger("edge_speq")
     log.addHandler(_Forward(channel))
     log.setLevel(level)

@@ -1,7 +1,7 @@
-"""The engine of a session in a process of its own: `Session(model, isolation="process")`.
+"""How the child is started, also in a frozen application.
 
-`wire` is what the two processes speak, `process` the child as the parent sees it, `remote` the session's engine on top
-of that, and `child` the other side.
+`wire` defines the messages, `process` is the parent's handle of the child, `remote` the session's engine on top of it,
+and `child` the other side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FLAG = "--edge-speq-engine"  # the first argument of a frozen application that i
 
 
 def command() -> list[str]:
-    """What starts the child. The application's own main module is not imported there."""
+    """Return the command that starts the child, which does not import the application's main module."""
     if getattr(sys, "frozen", False):
         return [sys.executable, FLAG]
     code = "import json,sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -24,8 +24,11 @@ def command() -> list[str]:
 
 
 def freeze_support() -> None:
-    """Call it first in a frozen application: where the process is to be the child, it does not return. PyInstaller does
-    it by itself with the hook in edge_speq/_pyinstaller; without freezing it does nothing."""
+    """Become the child if this process was started as one; then it does not return.
+
+    Call it first in a frozen application. PyInstaller does so with the hook in edge_speq/_pyinstaller. Without freezing
+    it does nothing.
+    """
     if getattr(sys, "frozen", False) and sys.argv[1:2] == [FLAG]:
         from edge_speq.session.subprocess import child
 

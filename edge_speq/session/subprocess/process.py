@@ -1,4 +1,4 @@
-"""The child as its parent sees it: started, spoken with, buried."""
+"""Parent-side handle of the engine subprocess: start it, exchange messages with it, reap it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import threading
 from typing import Any, BinaryIO, cast
 
 from edge_speq.errors import EdgeError
+from edge_speq.session.requests import EngineDied, SessionClosed, again
 from edge_speq.session.subprocess import freeze, wire
 
 AGAIN = "the next request starts it again"
@@ -27,7 +28,7 @@ Answer = tuple[str, Any]  # a message's kind and content
 
 
 class Process:
-    """A child and the threads that listen to it. What it says about a request waits in that request's inbox."""
+    """A child and the threads that listen to it. Messages about a request wait in that request's inbox."""
 
     def __init__(self) -> None:
         self._popen = subprocess.Popen(
@@ -64,7 +65,7 @@ class Process:
     # --- speaking --------------------------------------------------------------------------------------
 
     def open(self, kind: str, content: Any) -> int:
-        """Sends something that is answered, and returns its number. Raises EdgeError."""
+        """Send a message that is answered, and return its number. Raises EdgeError for what cannot be pickled."""
         number = next(self._numbers)
         with self._changed:
             self._inboxes[number] = collections.deque()
@@ -76,20 +77,20 @@ class Process:
         return number
 
     def send(self, kind: str, number: int, content: Any = None) -> None:
-        """Raises EdgeError for what cannot be sent. A child that is gone shows when it is listened to."""
+        """Send a message. Raises EdgeError for what cannot be pickled. A dead child shows when it is listened to."""
         with contextlib.suppress(OSError, ValueError):  # ValueError: closed
             self._channel.send(kind, number, content)
 
     def hear(self, number: int, timeout: float | None = None) -> Answer | None:
-        """The next answer, None after so many seconds. Raises EdgeError once the child is dead and all that it has said
-        is heard."""
+        """Return the next answer, None after `timeout` seconds. Raises EdgeError once the child is dead and the inbox
+        is empty."""
         with self._changed:
             inbox = self._inboxes[number]
             self._changed.wait_for(lambda: inbox or self._death, timeout)
             if inbox:
                 return inbox.popleft()
             if self._death is not None:
-                raise EdgeError(self._death.message, self._death.hint)
+                raise again(self._death)
             return None
 
     def forget(self, number: int) -> None:
@@ -97,7 +98,7 @@ class Process:
             self._inboxes.pop(number, None)
 
     def nudge(self, number: int) -> None:
-        """Has whoever hears this request look up."""
+        """Wake the thread that listens for this request."""
         with self._changed:
             if number in self._inboxes:
                 self._inboxes[number].append(("nudge", None))
@@ -115,7 +116,7 @@ class Process:
         except (EOFError, OSError, ValueError):
             pass
         finally:
-            self._bury()
+            self._reap()
 
     def _sort(self, kind: str, number: int, content: bytes) -> None:
         if kind == "log":
@@ -139,8 +140,8 @@ class Process:
                     self._words.append(text)
                     log.info("%s", text)
 
-    def _bury(self) -> None:
-        """Nothing is to be heard any more: the process is gone, or as good as gone."""
+    def _reap(self) -> None:
+        """Wait for the process, whose output has ended, and note how it died."""
         try:
             code = self._popen.wait(DYING)
         except subprocess.TimeoutExpired:
@@ -149,7 +150,7 @@ class Process:
         self._ears[0].join(0.2)  # a debugger that the child has started may keep stderr open
         self._channel.close()
         with self._changed:
-            self._death = EdgeError("the session is closed") if self._closing else obituary(code, list(self._words))
+            self._death = SessionClosed("the session is closed") if self._closing else obituary(code, list(self._words))
             self._changed.notify_all()
         if not self._closing:
             log.error("%s", self._death.message)
@@ -157,7 +158,7 @@ class Process:
     # --- ending ----------------------------------------------------------------------------------------
 
     def close(self, timeout: float) -> None:
-        """Asks it to end, kills it if it has not after so many seconds, and returns when it has."""
+        """Ask the child to end, kill it after `timeout` seconds, and return when it has ended."""
         self._closing = True
         self.send("close", 0)
         self._ears[1].join(timeout)
@@ -165,7 +166,7 @@ class Process:
         self._ears[1].join()
 
     def kill(self) -> None:
-        """At once, by whatever thread."""
+        """Kill the child at once, from any thread."""
         self._closing = True
         with self._changed:
             if self._death is None and self._popen.poll() is None:
@@ -173,12 +174,12 @@ class Process:
 
 
 def environment() -> dict[str, str]:
-    """The child's: an abort of ggml's is not to wait for a debugger that prints a backtrace (ggml.c)."""
+    """Return the child's environment: an abort in ggml must not wait for a debugger's backtrace (ggml.c)."""
     return {"GGML_NO_BACKTRACE": "1"} | dict(os.environ)
 
 
-def obituary(code: int, words: list[str]) -> EdgeError:
-    """What the application is told: how the child ended, and what it said last."""
+def obituary(code: int, words: list[str]) -> EngineDied:
+    """Return the error for the application: how the child ended, and what it printed last."""
     how = f"ended with exit code {code}"
     if code < 0:
         name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
@@ -186,5 +187,5 @@ def obituary(code: int, words: list[str]) -> EdgeError:
     said = next((line for line in words if "GGML_ASSERT" in line or "ggml_abort" in line), words[-1] if words else "")
     message = f"the engine's process {how}" + (f": {said}" if said else "")
     if sys.platform != "win32" and code == -signal.SIGKILL:
-        return EdgeError(message, f"the system does that when no memory is left; {AGAIN}")
-    return EdgeError(message, AGAIN)
+        return EngineDied(message, f"the system does that when no memory is left; {AGAIN}")
+    return EngineDied(message, AGAIN)

@@ -10,7 +10,7 @@ from typing import Any
 
 from edge_speq.core import Plan, Stats
 from edge_speq.errors import EdgeError
-from edge_speq.session.requests import CANCELLED, Sink
+from edge_speq.session.requests import CANCELLED, ModelFacts, RequestUsage, SessionClosed, Sink
 from edge_speq.session.subprocess import wire
 from edge_speq.session.subprocess.process import Answer, Process
 
@@ -21,10 +21,10 @@ log = logging.getLogger("edge_speq")
 
 
 class RemoteEngine:
-    """What Local is, with the model elsewhere: every way in which that process can end is an EdgeError."""
+    """The counterpart of InProcess whose model is in a child. Every way in which the child can end is an EdgeError."""
 
     def __init__(self, model: Path, options: dict[str, Any]) -> None:
-        wire.dumps(options)  # what cannot be sent is said at once
+        wire.dumps(options)  # what cannot be sent is refused at once
         self._model, self._options = str(model), options
         self._process: Process | None = None
         self._number = -1  # of the request that runs
@@ -33,20 +33,21 @@ class RemoteEngine:
 
     # --- the session's thread --------------------------------------------------------------------------
 
-    def load(self, sink: Sink) -> None:
+    def load(self, sink: Sink) -> ModelFacts:
         process = self._start()
         try:
-            self._exchange(process, sink, "load", (self._model, self._options, _level()))
+            facts: ModelFacts = self._exchange(process, sink, "load", (self._model, self._options, _level()))
         except BaseException:
             process.kill()  # also the load that was cancelled: nothing there is worth waiting for
             process.close(GRACE)
             raise
         self._is_loaded = True
+        return facts
 
     def _start(self) -> Process:
         with self._lock:
             if self._is_killed:
-                raise EdgeError("the session is closed")
+                raise SessionClosed("the session is closed")
             self._is_loaded = False
             self._process = Process()
             return self._process
@@ -59,14 +60,14 @@ class RemoteEngine:
         return self._exchange(self._process, sink, "call", (sink.call, _level()))
 
     def _exchange(self, process: Process, sink: Sink, kind: str, content: Any) -> Any:
-        """Sends a request, hands over its items and returns its value. Returns and raises only when the child is done
-        with it or dead."""
+        """Send a request, hand its items to the sink and return its value. Returns and raises only when the child has
+        finished the request or is dead."""
         number = self._number = process.open(kind, content)
         try:
             outcome, result = self._listen(process, sink, number)
         except BaseException:
             if kind != "load":  # that child is killed
-                self._stop(process, number)
+                self._stop(process, sink, number)
             raise
         finally:
             process.forget(number)
@@ -75,7 +76,7 @@ class RemoteEngine:
         return result
 
     def _listen(self, process: Process, sink: Sink, number: int) -> Answer:
-        """How the child ends the request. Raises EdgeError when the reader does, or when the child dies."""
+        """Return how the child ended the request. Raises EdgeError when the reader gave it up or the child died."""
         while not sink.is_over:
             kind, content = process.hear(number) or ("nudge", None)
             if kind in ("end", "error"):
@@ -83,14 +84,19 @@ class RemoteEngine:
             if kind == "item":
                 sink.put(content)
                 process.send("taken", number, 1)
+            elif kind == "usage":
+                sink.usage = content
         raise EdgeError(CANCELLED)
 
-    def _stop(self, process: Process, number: int) -> None:
-        """Cancels a request and waits until the child has let go of it, or is dead."""
+    def _stop(self, process: Process, sink: Sink, number: int) -> None:
+        """Cancel a request and wait until the child has finished it or is dead."""
         process.send("cancel", number)
+        kind = "nudge"
         with contextlib.suppress(EdgeError):
-            while (process.hear(number) or ("nudge",))[0] in ("nudge", "item"):
-                pass
+            while kind not in ("end", "error"):
+                kind, content = process.hear(number) or ("nudge", None)
+                if kind == "usage":
+                    sink.usage = content
 
     def close(self) -> None:
         with self._lock:
@@ -102,7 +108,7 @@ class RemoteEngine:
     # --- any thread ------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Only wakes the session's thread, which then finds the request over: nothing here waits."""
+        """Wake the session's thread, which then finds the request over: nothing here waits."""
         if self._process is not None:
             self._process.nudge(self._number)
 
@@ -115,6 +121,10 @@ class RemoteEngine:
     def stats(self) -> Stats:
         stats: Stats = self._ask("stats", {}, ANSWER)
         return stats
+
+    def residency(self) -> list[str] | None:
+        rows: list[str] | None = self._ask("residency", {}, ANSWER)
+        return rows
 
     def resize(self, **bounds: Any) -> Plan:
         plan: Plan = self._ask("resize", bounds, None)
@@ -139,10 +149,11 @@ class RemoteEngine:
 
 
 class _Quiet:
-    """A request that waits for a child to be started again: it hears nothing of that."""
+    """A sink for loading again: the request that waits for it does not see the load's items."""
 
     def __init__(self, sink: Sink) -> None:
         self.call = None
+        self.usage: RequestUsage | None = None
         self._sink = sink
 
     @property
@@ -150,7 +161,7 @@ class _Quiet:
         return self._sink.is_over
 
     def put(self, item: Any) -> None:
-        """The fraction that is loaded is nobody's."""
+        """Drop the fraction that is loaded."""
 
 
 def _level() -> int:

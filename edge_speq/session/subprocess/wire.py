@@ -1,7 +1,7 @@
 """Messages between the two processes: a length, and a pickle of (kind, number, pickled content).
 
-The content is a pickle of its own, so that one that cannot be read still tells which request it belongs to. Both ends
-are the same installation, and the child was started by the parent: pickle is safe here.
+The content is pickled separately, so that unreadable content still names the request it belongs to. Both ends
+are the same installation, and the parent started the child: pickle is safe here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from edge_speq.errors import EdgeError
 
-MAGIC = b"edge_speq engine 1\n"  # before the child's first message; what comes earlier was printed by somebody
+MAGIC = b"edge_speq engine 1\n"  # before the child's first message; anything earlier was printed by a library
 LENGTH = struct.Struct("<Q")
 
 Message = tuple[str, int, bytes]
@@ -33,7 +33,7 @@ class Channel:
             self._writing.flush()
 
     def await_greeting(self) -> bytes:
-        """Returns what was printed before it. Raises EOFError."""
+        """Read up to the greeting and return what was printed before it. Raises EOFError."""
         text = b""
         while not text.endswith(MAGIC):
             line = self._reading.readline()
@@ -43,14 +43,14 @@ class Channel:
         return text.removesuffix(MAGIC)
 
     def send(self, kind: str, number: int, content: Any = None) -> None:
-        """Raises EdgeError for what cannot be pickled, and OSError when nobody is there any more."""
+        """Send a message. Raises EdgeError if the content cannot be pickled, OSError if the other end has exited."""
         data = pickle.dumps((kind, number, dumps(content)), pickle.HIGHEST_PROTOCOL)
         with self._lock:
             self._writing.write(LENGTH.pack(len(data)) + data)
             self._writing.flush()
 
     def receive(self) -> Message:
-        """Raises EOFError when the other end is gone."""
+        """Return the next message. Raises EOFError when the other end has exited."""
         (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
         message: Message = pickle.loads(self._exactly(length))
         return message
@@ -89,7 +89,7 @@ def loads(content: bytes) -> Any:
 
 
 def portable(error: BaseException) -> BaseException:
-    """The error as it survives the way, an EdgeError in its place where it would not."""
+    """Return the error itself if it survives pickling, otherwise an EdgeError with its text."""
     try:
         copy = pickle.loads(pickle.dumps(error))
         assert type(copy) is type(error) and str(copy) == str(error)

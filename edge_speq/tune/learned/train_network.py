@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edge_speq.errors import EdgeError
 from edge_speq.policies.learned.network_file import VERSION, Geometry, Weights, geometry_hash
+from edge_speq.system import install_hint
 from edge_speq.trace import Trace
 from edge_speq.tune.learned.training_set import Samples, gather, geometries, split
 
@@ -66,7 +67,7 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise EdgeError("learning needs torch", "pip install 'edge-speq[train]'") from error
+        raise EdgeError("learning needs torch", install_hint("train")) from error
     return torch
 
 
