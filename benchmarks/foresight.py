@@ -46,13 +46,13 @@ def measure(target: str, twin: str | None, share: str, k: int, kept_by: str) -> 
     options |= {"draft": twin, "resident": share, "policy": POLICIES[kept_by], "draft_tokens": k}
     with contextlib.closing(InstrumentedLlama(target, **options)) as model, model.watch() as steps:
         if kept_by == "waits +1":
-            model.limit_lookahead(1)
+            model.llm.limit_lookahead(1)
         texts: list[Any] = [
             model.create_completion(prompt, max_tokens=N_TOKENS, temperature=0.8, seed=1)["choices"][0]["text"]
             for prompt in held_out()
         ]
-        stats, quality = model.stats(), model.foresight_quality()
-        experts, slots = model.experts, stats.plan.slots
+        stats, quality = model.llm.stats(), model.llm.foresight_quality()
+        experts, slots = model.llm.experts, stats.plan.slots
     routings, e = [step.routing for step in steps if step.routing is not None], stats.experts
     row: Row = {
         "hits": e.hits,

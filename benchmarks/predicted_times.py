@@ -52,9 +52,9 @@ def recorded(options: argparse.Namespace, policy: str, share: str, k: int) -> tu
             model.begin_passage(index)
             model.create_completion(prompt.text, max_tokens=options.n_tokens, temperature=0.0)
         model.write()
-        plan = model.plan
+        plan = model.llm.plan
         link = parse_rate(options.link) if options.link else 1
-        return steps, PolicyContext(model.experts, plan.slots, plan.k_max, link, 0.0, 0.0, has_twin=k > 0)
+        return steps, PolicyContext(model.llm.experts, plan.slots, plan.max_draft_tokens, link, 0.0, 0.0, has_twin=k > 0)
 
 
 class Fit:

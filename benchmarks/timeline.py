@@ -69,12 +69,12 @@ def record(model: InstrumentedLlama, n_steps: int) -> dict[str, Any]:
             next(stream)
         with profiled(events):
             next(stream)  # the profiler's own first time
-            model.spans(record=n_steps * 8 * model.experts.n_blocks)
+            model.llm.spans(record=n_steps * 8 * model.llm.experts.n_blocks)
             for _ in range(n_steps):
                 began = time.time_ns()
                 next(stream)
                 steps.append((began, time.time_ns()))
-    spans, offset = model.spans(), time.time_ns() - time.monotonic_ns()
+    spans, offset = model.llm.spans(), time.time_ns() - time.monotonic_ns()
     zero, until = steps[0][0], steps[-1][1]
 
     def ms(begin: float, end: float) -> Span:
