@@ -75,21 +75,16 @@ def isolated(experts: Experts, name: str, k: int) -> Row:
         mine = np.ascontiguousarray(line[:, at : at + width])
         before.append(_us(lambda seen=seen: policy.plan_prefetch(slots, seen, k)))  # type: ignore[misc]
         after.append(_us(lambda mine=mine: policy.observe(mine, k)))  # type: ignore[misc]
-    return _row(experts, name, k, before[WARM_UP:], after[WARM_UP:])
+    both = sorted(b + a for b, a in zip(before[WARM_UP:], after[WARM_UP:], strict=True))
+    made = {"experts": f"{experts.n_blocks} x {experts.n_expert}", "policy": name, "tokens": width}
+    made |= {"before_us": statistics.median(before[WARM_UP:]), "after_us": statistics.median(after[WARM_UP:])}
+    return made | {"sum_us": statistics.median(both), "slow_us": both[len(both) * 9 // 10]}
 
 
 def _us(act: Callable[[], object]) -> float:
     started = time.perf_counter_ns()
     act()
     return (time.perf_counter_ns() - started) / 1e3
-
-
-def _row(experts: Experts, name: str, k: int, before: list[float], after: list[float]) -> Row:
-    both = sorted(b + a for b, a in zip(before, after, strict=False))
-    size = f"{experts.n_blocks} x {experts.n_expert}"
-    made = {"experts": size, "policy": name, "tokens": k + 1}
-    made |= {f"{what}_us": statistics.median(times) for what, times in (("before", before), ("after", after))}
-    return made | {"sum_us": statistics.median(both), "slow_us": both[len(both) * 9 // 10]}
 
 
 def table(rows: list[Row]) -> str:

@@ -54,7 +54,8 @@ def recorded(options: argparse.Namespace, policy: str, share: str, k: int) -> tu
         model.write()
         plan = model.llm.plan
         link = parse_rate(options.link) if options.link else 1
-        return steps, PolicyContext(model.llm.experts, plan.slots, plan.max_draft_tokens, link, 0.0, 0.0, has_twin=k > 0)
+        known = (model.llm.experts, plan.slots, plan.max_draft_tokens, link)
+        return steps, PolicyContext(*known, 0.0, 0.0, has_twin=k > 0)
 
 
 class Fit:
