@@ -1,4 +1,4 @@
-"""The pictures of docs/images, drawn from benchmarks/results. Drawing needs matplotlib: pip install 'edge-speq[plot]'.
+"""The pictures of docs/images, drawn from benchmarks/results. Drawing needs matplotlib.
 
 Each SVG ends with a digest of the results that it shows, so that a picture of other results is found without drawing.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.registry import RESULTS, ROOT, read
 from benchmarks.speed import Group, groups
 from benchmarks.tables import Row, Spread
+from edge_speq import system
 from edge_speq.errors import EdgeError
 from edge_speq.units import parse_share
 
@@ -49,7 +50,7 @@ def pyplot() -> Any:
     try:
         import matplotlib  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
-        raise EdgeError("plots need matplotlib", "pip install 'edge-speq[plot]'") from error
+        raise EdgeError("plots need matplotlib", system.install_hint("plot")) from error
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "edge-speq"  # the same file for the same figures
     from matplotlib import pyplot as made  # type: ignore[import-not-found,unused-ignore]

@@ -1,4 +1,4 @@
-"""Each preset does what its paper says, on routing small enough to follow; docs/reference/policies.md names them all."""
+"""Each preset does what its paper says, on routing small enough to follow."""
 
 from __future__ import annotations
 
