@@ -10,7 +10,11 @@ from edge_speq.cli.bench import emulation
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model")
-    parser.add_argument("--policy", default="auto,lru", help="policies with slots; auto+fetch and auto+hybrid say how auto serves misses")
+    parser.add_argument(
+        "--policy",
+        default="auto,lru",
+        help="policies with slots; auto+fetch and auto+hybrid say how auto serves misses",
+    )
     parser.add_argument("--resident", default="1/4")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--emulate", help="link=12.5GB/s,threads=6")

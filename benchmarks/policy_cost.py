@@ -97,7 +97,7 @@ def live(model: Path, draft: Path | None, resident: str, tokens: int, k: int) ->
         native = [_timed(lookahead._hook, called) for called in ("prefetch_waits", "prefetch", "states")]
         llm.create_completion(PROMPT, max_tokens=tokens, temperature=0)
         assert lookahead._policy is not None and not lookahead.failures
-        experts = lookahead._policy.setting.experts
+        experts = lookahead._policy.context.experts
     skipped = min(WARM_UP, len(before) // 4)
     native_us = sum(statistics.median(times[skipped:]) for times in native if times)
     made = _row("engine", experts, "waits" if k else "auto", k, before[skipped:], after[skipped:])

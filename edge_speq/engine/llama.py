@@ -219,12 +219,12 @@ class EdgeLlama(Resizable):
         link, learned = self._link or LAPTOP_LINK, self._learned
         if learned is not None:
             learned.require(self._experts, None if draft is None else draft.experts)
-        setting = PolicyContext.nominal(
+        context = PolicyContext.nominal(
             self._experts, self._plan.slots, k_max, link, learned, has_twin=has_twin, known=self._recorded
         )
         fixed, clock = self._has_fixed_length, not self._deterministic
         limited = self._options.latency_limit_ms is not None
-        policy = presets.live(self._request.policy, setting, is_fixed=fixed, has_clock=clock, is_limited=limited)
+        policy = presets.live(self._request.policy, context, is_fixed=fixed, has_clock=clock, is_limited=limited)
         if self._hook is not None:
             self._hook.use_budget(policy.expert_budget)
             self._hook.admit_from_prefill(policy.reads_prompts)

@@ -76,7 +76,7 @@ class Speculator:
         self._admits, self._virtual, self._n_vocab = admits, virtual, n_vocab
         self._k_max = governor.k_max
         if self._policy is not None:
-            governor.expect(roofline(self._policy.setting))
+            governor.expect(roofline(self._policy.context))
         me = weakref.ref(self)  # else the two would wait for the garbage collector, and with them a draft
         governor.unread = lambda: 0 if (own := me()) is None else own._unread()
         self._text: Text = np.zeros(0, dtype=np.intc)  # before the step
@@ -255,7 +255,7 @@ class Speculator:
         waited = self._seconds_waited() - self._waited
         if self._looks_further:
             self.depth.observe(self._n_drafted, self._draft_seconds + waited)
-        own = (seconds - self._draft_seconds - waited) / self._policy.setting.experts.n_blocks
+        own = (seconds - self._draft_seconds - waited) / self._policy.context.experts.n_blocks
         self._n_measured += 1
         weight = max(1 - SMOOTHING, 1 / self._n_measured)
         self._draft_ms += weight * (1e3 * self._draft_seconds / self._n_drafted - self._draft_ms)
@@ -282,7 +282,7 @@ class Speculator:
         assert self._policy is not None and self._hook is not None
         log.warning("policy %s failed, lru takes over: %s", self._policy.name, reason)
         self.failures += 1
-        self._policy = Policy(self._policy.setting)
+        self._policy = Policy(self._policy.context)
         self._hook.scores[:] = 0
         self._hook.prefetch(NO_REQUESTS)
 

@@ -20,10 +20,10 @@ ALONE_AFTER = 8  # steps without routing in a row
 
 
 class Auto(NextUse):
-    def __init__(self, setting: PolicyContext) -> None:
-        super().__init__(setting)
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
         self.name = "auto"
-        self._alone = SetDueling(setting)
+        self._alone = SetDueling(context)
         self._n_alone = 0  # steps without routing in a row, the coming one included
         self._n_foreseen = 0  # steps with routing before them
 

@@ -30,14 +30,14 @@ class Policy:
     split = 1  # parts that a slot's experts are in; ids of `demanded` are then those of parts
     place = "slots"  # or "stream": a layer's experts are all sent for each step; "cpu": none ever is
 
-    def __init__(self, setting: PolicyContext) -> None:
-        self.setting = setting
+    def __init__(self, context: PolicyContext) -> None:
+        self.context = context
         self.governor: DraftLengthRule | None = None  # None: as many drafted tokens as the caller likes
 
     @property
     def reads_draft(self) -> bool:
         """Whether it can make something of the draft's routing."""
-        return self.setting.has_twin
+        return self.context.has_twin
 
     @property
     def quality(self) -> Quality | None:
@@ -52,7 +52,7 @@ class Policy:
 
     def resized(self, slots: tuple[int, ...]) -> None:
         """The slots of each group are others from now on."""
-        self.setting = dataclasses.replace(self.setting, slots=slots)
+        self.context = dataclasses.replace(self.context, slots=slots)
 
     @property
     def expert_budget(self) -> int:
@@ -61,7 +61,7 @@ class Policy:
 
     def measured(self, draft_ms: float, block_ms: float) -> None:
         """What this machine takes for a drafted token and a block."""
-        self.setting = dataclasses.replace(self.setting, draft_ms=draft_ms, block_ms=block_ms)
+        self.context = dataclasses.replace(self.context, draft_ms=draft_ms, block_ms=block_ms)
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:
         """Prefetch requests for absent experts that have earned a slot, where nobody fetches on demand."""
@@ -93,8 +93,8 @@ class Policy:
 class Foreseeing(Policy):
     """A predictor of edge_speq.policies.prediction as a policy."""
 
-    def __init__(self, setting: PolicyContext, name: str, source: prediction.Foresight) -> None:
-        super().__init__(setting)
+    def __init__(self, context: PolicyContext, name: str, source: prediction.Foresight) -> None:
+        super().__init__(context)
         self.name, self.source, self.sees = name, source, source.name
 
     @property

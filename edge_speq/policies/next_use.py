@@ -46,13 +46,13 @@ class NextUse(Policy):
     name = "waits"
     reads_prompts = True
 
-    def __init__(self, setting: PolicyContext, *, fetches: bool = True, most_ahead: int | None = None) -> None:
-        super().__init__(setting)
-        experts = setting.experts
+    def __init__(self, context: PolicyContext, *, fetches: bool = True, most_ahead: int | None = None) -> None:
+        super().__init__(context)
+        experts = context.experts
         self._fetches, self._most_ahead = fetches, most_ahead
         self._least = FETCH_PRECISION if fetches else math.inf  # least share of predictions that came true
         self.name = "waits" if fetches else "waits-keep"
-        self.sees = "twin" if setting.has_twin else "counts"
+        self.sees = "twin" if context.has_twin else "counts"
         self._often = np.full(experts.total, experts.n_expert_used / max(1, experts.n_expert), dtype=np.float32)
         self._native = policy_kernels.NextUseKernel(experts, DECAY, LEAST, self._often)
         most = MOST_INSIDE, MOST_OUTSIDE
@@ -104,7 +104,7 @@ class NextUse(Policy):
         return prediction.admissions(self._often.reshape(slots.scores.shape), slots.states(), MARGIN)
 
     def on_prefill(self, routing: Routing) -> None:
-        self._native.on_prefill(routing, self.setting.k_max + 1)
+        self._native.on_prefill(routing, self.context.k_max + 1)
 
     def _foreseen_otherwise(self, slots: Slots) -> bool:
         """Whether something else has written scores for a step without routing."""

@@ -158,10 +158,10 @@ class Oracle(Policy):
     sees = "trace"
     reads_prompts = True  # by which it finds their passages
 
-    def __init__(self, setting: PolicyContext) -> None:
-        super().__init__(setting)
-        experts = setting.experts
-        self._sets, self._orders = Sets(experts), request_of_each(experts)
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        experts = context.experts
+        self._sets, self._requests = Sets(experts), request_of_each(experts)
         self._turn = np.repeat(np.arange(experts.n_blocks) / experts.n_blocks, experts.n_expert).astype(np.float32)
         self._tally = np.zeros((3, experts.n_blocks), dtype=np.int64)  # foreseen, demanded, both
         self._n_steps = self._n_tokens = 0  # that were foreseen, and tokens that foresight covered
@@ -169,9 +169,9 @@ class Oracle(Policy):
         self._at, self._is_lost, self._has_warned = 0, False, False
         self._tokens: Sequence[int] = ()  # of the step that runs
         self._foreseen: npt.NDArray[np.bool_] | None = None
-        if setting.known is not None:
-            require(setting.known, experts)
-            self.begin_replay(setting.known.steps)
+        if context.known is not None:
+            require(context.known, experts)
+            self.begin_replay(context.known.steps)
 
     @property
     def reads_draft(self) -> bool:
@@ -183,7 +183,7 @@ class Oracle(Policy):
         return Quality(predicted, demanded, correct, self._n_tokens, self._n_steps)
 
     def begin_replay(self, steps: Sequence[Step]) -> None:
-        self._recorded = Recorded(self.setting.experts, steps) if steps else None
+        self._recorded = Recorded(self.context.experts, steps) if steps else None
         self._at, self._is_lost = 0, False
 
     def on_prefill(self, routing: Routing) -> None:
@@ -225,9 +225,9 @@ class Oracle(Policy):
     def _ordered(self, coming: npt.NDArray[np.bool_], wait: Waiting) -> npt.NDArray[Any]:
         """Return requests for the experts of the coming step, then for those of the step after it."""
         now, then = np.flatnonzero(coming), np.flatnonzero(~coming & (wait == 1))
-        requests: npt.NDArray[Any] = self._orders[np.concatenate([now, then])]
+        requests: npt.NDArray[Any] = self._requests[np.concatenate([now, then])]
         requests["priority"][: len(now)] = wait[now]
-        requests["deadline"][len(now) :] = self.setting.experts.n_blocks
+        requests["deadline"][len(now) :] = self.context.experts.n_blocks
         return requests
 
     def _lose(self, how: str) -> None:

@@ -27,28 +27,28 @@ from edge_speq.units import require_choice
 log = logging.getLogger("edge_speq")
 
 
-def _auto(setting: PolicyContext) -> Policy:
-    if setting.learned is not None:
-        return Learning(setting)
-    return Auto(setting) if setting.has_twin else SetDueling(setting)
+def _auto(context: PolicyContext) -> Policy:
+    if context.learned is not None:
+        return Learning(context)
+    return Auto(context) if context.has_twin else SetDueling(context)
 
 
-def _twin(setting: PolicyContext) -> Policy:
-    experts = setting.experts
-    return Foreseeing(setting, "twin", prediction.choose(experts, experts if setting.has_twin else None))
+def _twin(context: PolicyContext) -> Policy:
+    experts = context.experts
+    return Foreseeing(context, "twin", prediction.choose(experts, experts if context.has_twin else None))
 
 
-def _lfru(setting: PolicyContext) -> Policy:
-    return Foreseeing(setting, "lfru", prediction.choose(setting.experts, None))
+def _lfru(context: PolicyContext) -> Policy:
+    return Foreseeing(context, "lfru", prediction.choose(context.experts, None))
 
 
-def _waits_keep(setting: PolicyContext) -> Policy:
-    return NextUse(setting, fetches=False)
+def _waits_keep(context: PolicyContext) -> Policy:
+    return NextUse(context, fetches=False)
 
 
-def _learned(setting: PolicyContext) -> Policy:
+def _learned(context: PolicyContext) -> Policy:
     """Without a file it can only count; who takes its name from a user refuses that."""
-    made: Policy = Learning(setting, alone=True) if setting.learned is not None else _lfru(setting)
+    made: Policy = Learning(context, alone=True) if context.learned is not None else _lfru(context)
     made.name = "learned"
     return made
 
@@ -73,18 +73,18 @@ PRESETS: dict[str, Callable[[PolicyContext], Policy]] = {
 }
 
 
-def make(name: str, setting: PolicyContext) -> Policy:
+def make(name: str, context: PolicyContext) -> Policy:
     """The policy of that name. Raises EdgeError for another name."""
     require_choice("policy", name, tuple(PRESETS))
-    return PRESETS[name](setting)
+    return PRESETS[name](context)
 
 
-def live(name: str, setting: PolicyContext, *, is_fixed: bool, has_clock: bool, is_limited: bool = False) -> Policy:
+def live(name: str, context: PolicyContext, *, is_fixed: bool, has_clock: bool, is_limited: bool = False) -> Policy:
     """That policy for the engine: without its own governor where the draft length is fixed, or where it would follow
     a clock and there is none. Raises EdgeError for another name, and for one whose governor knows no latency limit
     where the engine `is_limited` by one."""
-    policy = make(name, setting)
-    if policy.needs_twin and not setting.has_twin:
+    policy = make(name, context)
+    if policy.needs_twin and not context.has_twin:
         log.warning("policy %s looks at the routing of a low-bit copy as draft: without one it is lru", policy.name)
     if policy.governor is not None and (is_fixed or (policy.governor.is_timed and not has_clock)):
         policy.governor = None

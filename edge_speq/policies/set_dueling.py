@@ -35,9 +35,9 @@ class SetDueling(Policy):
     sees = "counts"
     reads_prompts = True
 
-    def __init__(self, setting: PolicyContext) -> None:
-        super().__init__(setting)
-        experts = setting.experts
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        experts = context.experts
         stride = max(1, -(-experts.total // SAMPLE))
         given = {"last": LAST, "smoothing": SMOOTHING, "hysteresis": HYSTERESIS}
         self._native = policy_kernels.SetDuelingKernel(experts, stride, DECAYS, **given)
@@ -54,8 +54,8 @@ class SetDueling(Policy):
 
     def _resize_pools(self) -> None:
         """In proportion to the slots."""
-        experts = self.setting.experts
-        size = sum(self.setting.slots) * self._native.n_sampled // max(1, experts.total)
+        experts = self.context.experts
+        size = sum(self.context.slots) * self._native.n_sampled // max(1, experts.total)
         for pool in self._pools:
             pool.size = max(experts.n_expert_used, size)
 

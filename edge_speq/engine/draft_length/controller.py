@@ -45,7 +45,10 @@ HOPE = 1.0  # standard deviations in favour of one
 SHARE, CREDIT = 0.015, 1.5  # of all seconds, that trials may cost; and steps' worth of that to begin with
 GLANCES = 0.0075  # of all seconds, that trials may have cost for a glance to begin: it seldom changes anything
 TRIAL_LOSS, GLANCE_LOSS = 1.0, 4.0  # steps' worth that one trial may cost, as expected; and a glance
-SLUMP, TRIAL_SLUMP = 4.0, 1.0  # steps' worth that drafting may really lose: while a length is in force, in one trial
+DRAWDOWN, TRIAL_DRAWDOWN = (
+    4.0,
+    1.0,
+)  # steps' worth that drafting may really lose: while a length is in force, in one trial
 GLANCE = 24  # tokens of text, that a draft may have to read at most for a trial to begin without a glance
 UNSAID = 32  # steps of a trial, from which on it ends where the draft says nothing
 STEADY = 2.0  # standard deviations of a step's seconds that a latency limit leaves room for
@@ -63,7 +66,7 @@ class DraftLengthController:
         self.k_max = k_max
         self.is_timed = timed
         self._fixed, self._limit_ms = fixed, latency_limit_ms
-        self.acceptance, self.pace, self.voice = Acceptance(k_max), StepCost(k_max), ProposalRate()
+        self.acceptance, self.step_cost, self.proposal_rate = Acceptance(k_max), StepCost(k_max), ProposalRate()
         self.unread: Callable[[], int] = lambda: 0  # tokens of text that the draft would have to read now
         self.glances = False  # the draft need not read the text: only what the next step takes is asked
         self._set = 0  # the length in force
@@ -74,7 +77,7 @@ class DraftLengthController:
         self._failed = False  # the last trial of a draft did
         self._last = self._last_asked = -1  # tokens drafted in the step before, and asked for
         self._seconds = self._lost = self._trial_lost = 0.0
-        self._slump = 0.0  # seconds that drafting really lost in this trial, or since it is in force
+        self._drawdown = 0.0  # seconds that drafting really lost in this trial, or since it is in force
         self._is_first = False  # step of a text: a draft in force reads the text, as it has to in any case
         self._glanced = False  # and there was hope
         self._reading = 0  # tokens that the draft reads in the next step
@@ -86,7 +89,7 @@ class DraftLengthController:
 
     def expect(self, relative: Sequence[float]) -> None:
         """Seconds of steps with 0, 1, ... drafted tokens, relative to the first, as far as costs are known."""
-        self.pace.expect(relative)
+        self.step_cost.expect(relative)
 
     def begin(self) -> None:
         """A new text."""
@@ -129,16 +132,16 @@ class DraftLengthController:
 
     @property
     def _longest(self) -> int:
-        return len(self.pace.tested) - 1
+        return len(self.step_cost.tested) - 1
 
     def _values(self) -> list[float]:
         """Logarithms of tokens a second, by length that is asked for."""
-        return self.voice.values(self.acceptance.tokens(), self.pace.logarithms)
+        return self.proposal_rate.values(self.acceptance.tokens(), self.step_cost.logarithms)
 
     def _measure(self, k: int, asked: int, accepted: int, seconds: float) -> None:
         settled = k == self._last
         if asked:
-            self._hear(k, asked, seconds)
+            self._update_proposal_rate(k, asked, seconds)
         own = self._charge_trial(k, accepted, seconds) if asked == self._trying else seconds
         reads = self._is_first and self._trying is None
         if (asked or self._last > 0) and not reads:
@@ -151,7 +154,7 @@ class DraftLengthController:
         self._add(seconds)
         self._n += k == self._trying
         if self._n_summed >= self._due:
-            self._look(k, asked)
+            self._consider_trial(k, asked)
 
     def _add(self, seconds: float) -> None:
         self._seconds += seconds
@@ -160,18 +163,18 @@ class DraftLengthController:
         self._squares += seconds * seconds
         self._n_summed += 1
 
-    def _hear(self, k: int, asked: int, seconds: float) -> None:
+    def _update_proposal_rate(self, k: int, asked: int, seconds: float) -> None:
         """What a step in which the draft was asked says of its voice."""
-        self.voice.heard(spoke=k > 0)
+        self.proposal_rate.heard(spoke=k > 0)
         if asked == self._last_asked and (k > 0) != (self._last > 0):
-            step = exp(self.pace.logarithms[0])
-            self.voice.changed((seconds - exp(self.pace.logarithms[k])) / step)
+            step = exp(self.step_cost.logarithms[0])
+            self.proposal_rate.changed((seconds - exp(self.step_cost.logarithms[k])) / step)
 
-    def _look(self, k: int, asked: int) -> None:
+    def _consider_trial(self, k: int, asked: int) -> None:
         n = self._n_summed
         if not asked:
-            self.voice.unheard(n)
-        self.pace.observe(k, self._sum / n, n, self._squares / n)
+            self.proposal_rate.unheard(n)
+        self.step_cost.observe(k, self._sum / n, n, self._squares / n)
         if self._trying is None:
             self._choose()
         elif k == self._trying or self._n_asked > UNSAID:
@@ -191,7 +194,9 @@ class DraftLengthController:
             return 1
         if self._trying is not None and not k:
             return max(1, UNSAID + 1 - self._n_asked)
-        most, known = (WHILE_DRAFTING, self.pace.tested[k] // LONG) if k else (AT_ONCE, self.pace.tested[0] // FIRST)
+        most, known = (
+            (WHILE_DRAFTING, self.step_cost.tested[k] // LONG) if k else (AT_ONCE, self.step_cost.tested[0] // FIRST)
+        )
         if self._trying is None and (wait := self._wait()) > 0:
             most = min(WHILE_WAITING, ceil(wait))
         return max(1, min(most, known))
@@ -199,10 +204,10 @@ class DraftLengthController:
     def _charge(self, asked: int, accepted: int, seconds: float) -> None:
         """What a step took longer than no draft would have for as many tokens. The step after drafts counts: its graph
         is built anew. Gains make up for losses, but are not saved up."""
-        step = exp(self.pace.logarithms[0])
-        self._slump = max(0.0, self._slump + seconds - (1 + accepted) * step)
-        most = SLUMP if self._trying is None else TRIAL_SLUMP
-        if asked and not self.glances and self._slump > step * most:
+        step = exp(self.step_cost.logarithms[0])
+        self._drawdown = max(0.0, self._drawdown + seconds - (1 + accepted) * step)
+        most = DRAWDOWN if self._trying is None else TRIAL_DRAWDOWN
+        if asked and not self.glances and self._drawdown > step * most:
             self._give_up()
 
     def _give_up(self) -> None:
@@ -217,7 +222,7 @@ class DraftLengthController:
         glance nothing is expected of the draft, and what was accepted counts. Its seconds without those to begin."""
         assert self._trying is not None
         self._n_asked += 1
-        value, usual = self._values(), exp(self.pace.logarithms[k])
+        value, usual = self._values(), exp(self.step_cost.logarithms[k])
         if self._n_asked == 1 and not self._set:
             self._begins(max(0.0, seconds - usual))
             seconds = min(seconds, usual)
@@ -237,35 +242,35 @@ class DraftLengthController:
 
     def _gains(self) -> tuple[list[float], list[float]]:
         """By length: what it gains over the one in force, as a logarithm, and how doubtful that is."""
-        value, share = self._values(), self.voice.share
+        value, share = self._values(), self.proposal_rate.share
         base = value[self._set]
-        pairs = zip(self.pace.doubt(self._set), self.acceptance.doubt(), strict=False)
-        doubt = [share * hypot(pace, tokens) for pace, tokens in pairs]
+        pairs = zip(self.step_cost.doubt(self._set), self.acceptance.doubt(), strict=False)
+        doubt = [share * hypot(step_cost, tokens) for step_cost, tokens in pairs]
         allowed = self._allowed()
         return [v - base if k in allowed else -inf for k, v in enumerate(value)], doubt
 
     def _allowed(self) -> Sequence[int]:
         """Lengths of at most twice what was tried, that keep the limit. No draft is always allowed."""
-        tried = max((k for k, n in enumerate(self.pace.tested) if n), default=0)
+        tried = max((k for k, n in enumerate(self.step_cost.tested) if n), default=0)
         allowed = range(min(self._longest, self.k_max, max(1, 2 * tried)) + 1)
         if self._limit_ms is None:
             return allowed
-        most = self._limit_ms / (1e3 * (1 + STEADY * self.pace.noise**0.5))
-        return [k for k in allowed if not k or exp(self.pace.logarithms[k]) <= most]
+        most = self._limit_ms / (1e3 * (1 + STEADY * self.step_cost.noise**0.5))
+        return [k for k in allowed if not k or exp(self.step_cost.logarithms[k]) <= most]
 
     # --- test and set ------------------------------------------------------------------------------------
 
     def _choose(self) -> None:
         """Leaves the length in force, or begins a trial of another one."""
-        if self.pace.tested[0] < FIRST or self._wait() > 0:
+        if self.step_cost.tested[0] < FIRST or self._wait() > 0:
             return
         gain, doubt = self._gains()
         if not isfinite(gain[self._set]):
-            self._put(gain.index(max(gain)))
+            self._commit(gain.index(max(gain)))
         elif self._set and self._since >= self._back_off:
             self._confirm()
         elif not self._waits_for_base():
-            self._hope(gain, doubt)
+            self._begin_best_trial(gain, doubt)
 
     def _waits_for_base(self) -> bool:
         return self._set > 0 and not self._confirmed
@@ -275,18 +280,20 @@ class DraftLengthController:
         if self._set:
             return 0.0
         backs_off = self._back_off - self._since if self._failed else 0
-        return max(backs_off, (self._not_before - self._seconds) / exp(self.pace.logarithms[0]))
+        return max(backs_off, (self._not_before - self._seconds) / exp(self.step_cost.logarithms[0]))
 
     def _confirm(self) -> None:
         if not self._confirmed:
             self._confirmed = True
-            self.pace.distrust(0)
+            self.step_cost.distrust(0)
         self._try(0)
 
-    def _hope(self, gain: list[float], doubt: list[float]) -> None:
-        hope = [-inf if k == self._set else g + HOPE * d for k, (g, d) in enumerate(zip(gain, doubt, strict=False))]
-        k = hope.index(max(hope))
-        if hope[k] <= HYSTERESIS:
+    def _begin_best_trial(self, gain: list[float], doubt: list[float]) -> None:
+        optimistic = [
+            -inf if k == self._set else g + HOPE * d for k, (g, d) in enumerate(zip(gain, doubt, strict=False))
+        ]
+        k = optimistic.index(max(optimistic))
+        if optimistic[k] <= HYSTERESIS:
             return
         knows = self._glanced and gain[k] > HYSTERESIS + self._sure() * doubt[k]
         glances = not self._set and not knows and self.unread() > GLANCE
@@ -295,7 +302,7 @@ class DraftLengthController:
 
     def _affords(self, k: int, gain: float, *, reads: bool) -> bool:
         """Whether a trial may cost what is expected of it."""
-        step = exp(self.pace.logarithms[self._set])
+        step = exp(self.step_cost.logarithms[self._set])
         price = (TRIAL + 1) * step * max(0.0, exp(-gain) - 1)
         if reads and not self._set:
             price += self._to_begin()
@@ -312,15 +319,15 @@ class DraftLengthController:
         return unread * self._per_token if unread else self._start
 
     def _try(self, k: int, *, glances: bool = False) -> None:
-        self._trying, self._n, self._n_asked, self._trial_lost, self._slump = k, 0, 0, 0.0, 0.0
+        self._trying, self._n, self._n_asked, self._trial_lost, self._drawdown = k, 0, 0, 0.0, 0.0
         self.glances = glances
         self._reading = self.unread() if k and not self._set and not glances else 0
 
     def _judge(self, k: int, gain: float, doubt: float) -> None:
-        most = (GLANCE_LOSS if self.glances else TRIAL_LOSS) * exp(self.pace.logarithms[self._set])
+        most = (GLANCE_LOSS if self.glances else TRIAL_LOSS) * exp(self.step_cost.logarithms[self._set])
         hopeless = self._n >= TRIAL_LEAST and gain + HOPE * doubt < HYSTERESIS
         if self._n >= TRIAL and gain > HYSTERESIS + self._sure() * doubt:
-            (self._look_closer if self.glances else self._put)(k)
+            (self._look_closer if self.glances else self._commit)(k)
         elif hopeless or self._n >= TRIAL_MOST or self._n_asked > UNSAID or self._trial_lost > most:
             self._fail(k)
 
@@ -336,7 +343,7 @@ class DraftLengthController:
             self._try(k)
 
     def _fail(self, k: int) -> None:
-        self._trying, self.glances, self._glanced, self._slump = None, False, False, 0.0
+        self._trying, self.glances, self._glanced, self._drawdown = None, False, False, 0.0
         if not (self._set and k):
             self._failed = True
             self._since = 0
@@ -344,12 +351,12 @@ class DraftLengthController:
 
     def _is_futile(self) -> bool:
         """Whether no length would pay if all drafted tokens were accepted: another text will not change that."""
-        c, doubt = self.pace.logarithms, self.pace.doubt(0)
+        c, doubt = self.step_cost.logarithms, self.step_cost.doubt(0)
         return all(log1p(k) - c[k] + c[0] + HOPE * doubt[k] < HYSTERESIS for k in range(1, len(c)))
 
-    def _put(self, k: int) -> None:
+    def _commit(self, k: int) -> None:
         if k and not self._set:
             self._lost = max(0.0, self._lost - self._start)  # the draft had to read the text in any case
         if not (self._set and k):
             self._since, self._back_off = 0, BACK_OFF
-        self._set, self._trying, self._failed, self._glanced, self._slump = k, None, False, False, 0.0
+        self._set, self._trying, self._failed, self._glanced, self._drawdown = k, None, False, False, 0.0

@@ -98,16 +98,16 @@ def _chances(guess: Prediction, found: Marks, often: Chances) -> Chances:
 class Learning(NextUse):
     """`alone`: nothing but the network, which is the preset `learned`."""
 
-    def __init__(self, setting: PolicyContext, *, alone: bool = False, fetches: bool = True) -> None:
-        super().__init__(setting, fetches=fetches)
-        assert setting.learned is not None
+    def __init__(self, context: PolicyContext, *, alone: bool = False, fetches: bool = True) -> None:
+        super().__init__(context, fetches=fetches)
+        assert context.learned is not None
         self.name, self.sees = "learned" if alone else "auto", "learned"
-        experts = setting.experts
-        self._learned, self._alone = Learned(setting.learned), alone
-        self._sets, self._orders = Sets(experts), request_of_each(experts)
+        experts = context.experts
+        self._learned, self._alone = Learned(context.learned), alone
+        self._sets, self._requests = Sets(experts), request_of_each(experts)
         turn = np.repeat(np.arange(experts.n_blocks) / experts.n_blocks, experts.n_expert)
         self._minus_turn = -turn.astype(np.float32)
-        self._counts, self._may_count = Frequency(experts), not alone and not setting.has_twin
+        self._counts, self._may_count = Frequency(experts), not alone and not context.has_twin
         self.first, self.second = Useful(), Useful()
         self._tokens: Sequence[int] = ()
         self._n_drafted = 0
@@ -122,7 +122,7 @@ class Learning(NextUse):
 
     @property
     def reads_draft(self) -> bool:
-        return self.setting.has_twin or self._learned.draft is not None
+        return self.context.has_twin or self._learned.draft is not None
 
     @property
     def quality(self) -> Quality | None:
@@ -131,7 +131,7 @@ class Learning(NextUse):
     @property
     def source(self) -> str:
         """What the chances of the coming step come from."""
-        known = "twin" if self.setting.has_twin else "counts"
+        known = "twin" if self.context.has_twin else "counts"
         return "learned" if self._alone else (known, "learned")[self.first.best]
 
     def on_verify_begin(self, tokens: Sequence[int]) -> None:
@@ -163,7 +163,7 @@ class Learning(NextUse):
         self._given[0], ours = given, self._reliable[0].corrected(given)
         self._n_tokens += max(width, 0 if draft_routing is None else draft_routing.shape[1])
         theirs = ours if self._alone else self._often
-        if shown is not None and shown.shape[1] and self.setting.has_twin and not self._alone:
+        if shown is not None and shown.shape[1] and self.context.has_twin and not self._alone:
             self._now = self._near
             theirs = _chances(self._now, self._sets.of(shown), self._often)
         self._chance = self._choose(self.first, self._sources[0], theirs, ours)
@@ -177,7 +177,7 @@ class Learning(NextUse):
         if self._alone:
             return ours
         theirs = after
-        if ahead is not None and ahead.shape[1] and self.setting.has_twin:
+        if ahead is not None and ahead.shape[1] and self.context.has_twin:
             self._then = self._free
             theirs = _chances(self._then, self._sets.of(ahead), after)
         return self._choose(self.second, self._sources[1], theirs, ours)
@@ -191,12 +191,12 @@ class Learning(NextUse):
     def _order(self, slots: Slots, wait: Chances) -> None:
         if self._may_count and not self.first.best and not self.second.best:
             slots.scores[:] = self._counts.scores()
-            slots.prefetch(self._orders[:0], 0)
+            slots.prefetch(self._requests[:0], 0)
             return
         self._foreseen = self._chance >= FORESEEN
         keys = np.flatnonzero(self._chance >= FETCH_PRECISION)
         self._absent = keys[slots.states().reshape(-1)[keys] == 0]
-        requests = self._orders[keys]
+        requests = self._requests[keys]
         requests["priority"] = self._chance[keys] * wait[keys]
         fetches = self._fetches and self.wasted <= MOST_WASTED
         slots.prefetch(requests, _native.NO_BUDGET if fetches else 0, MARGIN)

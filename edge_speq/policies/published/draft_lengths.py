@@ -149,16 +149,16 @@ class Roofline:
         return self._misses[near] * (k + 1) / (near + 1)
 
 
-def roofline(setting: PolicyContext) -> list[float]:
+def roofline(context: PolicyContext) -> list[float]:
     """T_cycle of steps with 0, 1, ... drafted tokens before anything was measured, relative to the first: drafting,
     computing, and transfers of what is missing where experts are equally likely."""
-    experts = setting.experts
-    resident = min(1.0, sum(setting.slots) / max(1, experts.total))
+    experts = context.experts
+    resident = min(1.0, sum(context.slots) / max(1, experts.total))
     unused = 1 - experts.n_expert_used / max(1, experts.n_expert)  # chance that a token leaves an expert alone
 
     def cycle_ms(k: int) -> float:
         missing = experts.total * (1 - unused ** (k + 1)) * (1 - resident)
-        return k * setting.draft_ms + experts.n_blocks * setting.block_ms + missing * setting.transfer_ms
+        return k * context.draft_ms + experts.n_blocks * context.block_ms + missing * context.transfer_ms
 
     alone = cycle_ms(0)
-    return [cycle_ms(k) / alone if alone else 1.0 for k in range(setting.k_max + 1)]
+    return [cycle_ms(k) / alone if alone else 1.0 for k in range(context.k_max + 1)]

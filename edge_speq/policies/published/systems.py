@@ -22,22 +22,22 @@ class MoeSpeq(Policy):
     needs_twin = True
     SHARE = 0.5  # of the link and of a token's experts, in phase II
 
-    def __init__(self, setting: PolicyContext) -> None:
-        super().__init__(setting)
-        self.sees = "twin" if setting.has_twin else "none"
-        self._sets, self._orders = Sets(setting.experts), request_of_each(setting.experts)
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        self.sees = "twin" if context.has_twin else "none"
+        self._sets, self._requests = Sets(context.experts), request_of_each(context.experts)
         self.roofline = Roofline(
-            setting.k_max,
-            draft_ms=setting.draft_ms,
-            transfer_ms=setting.transfer_ms,
-            verify_ms=setting.block_ms * setting.experts.n_blocks,
+            context.k_max,
+            draft_ms=context.draft_ms,
+            transfer_ms=context.transfer_ms,
+            verify_ms=context.block_ms * context.experts.n_blocks,
         )
         self.governor = self.roofline
         self._missing = 0
 
     def measured(self, draft_ms: float, block_ms: float) -> None:
         super().measured(draft_ms, block_ms)
-        self.roofline.draft_ms, self.roofline.verify_ms = draft_ms, block_ms * self.setting.experts.n_blocks
+        self.roofline.draft_ms, self.roofline.verify_ms = draft_ms, block_ms * self.context.experts.n_blocks
 
     def on_draft_token(self, slots: Slots, draft_routing: Routing) -> None:
         n, k = draft_routing.shape[1], self.roofline.k()
@@ -45,7 +45,7 @@ class MoeSpeq(Policy):
             return
         likely = math.ceil(self.SHARE * draft_routing.shape[2])  # ids come by falling gate weight
         requests = self._buffer(self._sets.of(draft_routing[:, :, :likely]))
-        budget = int(self.SHARE * self.setting.link_bytes_per_s * self.setting.draft_ms / 1e3)
+        budget = int(self.SHARE * self.context.link_bytes_per_s * self.context.draft_ms / 1e3)
         slots.prefetch(requests, budget)
 
     def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
@@ -57,7 +57,7 @@ class MoeSpeq(Policy):
         slots.prefetch(self._buffer(buffered))
 
     def _buffer(self, buffered: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-        requests = self._orders[buffered]
+        requests = self._requests[buffered]
         requests["priority"] = 1.0
         return requests
 
@@ -71,25 +71,25 @@ class SpMoe(Policy):
     name = "sp-moe"
     needs_twin = True
 
-    def __init__(self, setting: PolicyContext) -> None:
-        super().__init__(setting)
-        self.sees = "twin" if setting.has_twin else "none"
-        self._sets, self._orders = Sets(setting.experts), request_of_each(setting.experts)
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        self.sees = "twin" if context.has_twin else "none"
+        self._sets, self._requests = Sets(context.experts), request_of_each(context.experts)
 
     def cutoff(self, n_drafted: int) -> int:
         """L = min(M_free / (k M_expert), T_draft / (k t_io), layers), with k experts a layer: the slots hold them, and
         the draft's time hides their transfer. At least one layer."""
-        used = self.setting.experts.n_expert_used
-        fits = sum(self.setting.slots) // used
-        hidden = int(n_drafted * self.setting.draft_ms / (used * self.setting.transfer_ms))
-        return max(1, min(fits, hidden, self.setting.experts.n_blocks))
+        used = self.context.experts.n_expert_used
+        fits = sum(self.context.slots) // used
+        hidden = int(n_drafted * self.context.draft_ms / (used * self.context.transfer_ms))
+        return max(1, min(fits, hidden, self.context.experts.n_blocks))
 
     def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         if draft_routing is None or not n_drafted:
             slots.prefetch(NO_REQUESTS)
             return
         wanted = self._sets.of(draft_routing[: self.cutoff(n_drafted), :n_drafted])
-        requests = self._orders[wanted & (slots.states().reshape(-1) == 0)]
+        requests = self._requests[wanted & (slots.states().reshape(-1) == 0)]
         requests["priority"] = 1e-3  # just enough to evict the least recently used
         slots.prefetch(requests)
 
@@ -102,30 +102,30 @@ class SpecMoeOff(Policy):
     name = "specmoeoff"
     place = "stream"
 
-    def __init__(self, setting: PolicyContext) -> None:
-        super().__init__(setting)
-        experts = setting.experts
-        self._orders = request_of_each(experts)
-        self._orders["priority"] = 1.0  # anything goes for it but what was ordered and is not used yet
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        experts = context.experts
+        self._requests = request_of_each(experts)
+        self._requests["priority"] = 1.0  # anything goes for it but what was ordered and is not used yet
         groups = sorted((block, g) for g, group in enumerate(experts.groups) for block in group.blocks)
         self._group = np.repeat([g for _, g in groups], experts.n_expert)
-        self.roofline = Roofline(setting.k_max, draft_ms=0.0, transfer_ms=0.0, verify_ms=0.0)
+        self.roofline = Roofline(context.k_max, draft_ms=0.0, transfer_ms=0.0, verify_ms=0.0)
         self.governor = self.roofline
-        self.measured(setting.draft_ms, setting.block_ms)
+        self.measured(context.draft_ms, context.block_ms)
 
     def measured(self, draft_ms: float, block_ms: float) -> None:
         """A layer takes as long as all its experts travel, where that is longer than it computes."""
         super().measured(draft_ms, block_ms)
-        experts = self.setting.experts
-        layer_ms = max(block_ms, experts.n_expert * self.setting.transfer_ms)
+        experts = self.context.experts
+        layer_ms = max(block_ms, experts.n_expert * self.context.transfer_ms)
         self.roofline.draft_ms, self.roofline.verify_ms = draft_ms, layer_ms * experts.n_blocks
 
     def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
         """Of each group as many absent experts as it has slots: more find no slot that is worth less."""
         absent = slots.states().reshape(-1) == 0
-        for group, n_slots in enumerate(self.setting.slots):
+        for group, n_slots in enumerate(self.context.slots):
             absent[np.flatnonzero(absent & (self._group == group))[n_slots:]] = False
-        slots.prefetch(self._orders[absent])
+        slots.prefetch(self._requests[absent])
 
 
 class MoeSpac(Policy):
@@ -138,13 +138,13 @@ class MoeSpac(Policy):
     CAP, UP, DOWN, THRESHOLD = 5, 5, 1, 1  # TOP_STAT and the thresholds of ggml-backend.cpp
     WIDTH = 9  # tokens of the published verify step, which UP is meant for
 
-    def __init__(self, setting: PolicyContext) -> None:
-        super().__init__(setting)
-        experts = setting.experts
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        experts = context.experts
         self._n_expert = experts.n_expert
         self._first = (np.arange(experts.n_blocks) * experts.n_expert)[:, None, None]
         self._state = np.zeros((experts.n_blocks, experts.n_expert), dtype=np.int32)
-        self._up = max(1, round(self.UP * (setting.k_max + 1) / self.WIDTH))
+        self._up = max(1, round(self.UP * (context.k_max + 1) / self.WIDTH))
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
         pairs = np.bincount((self._first + routing).ravel(), minlength=self._state.size).reshape(self._state.shape)
@@ -186,13 +186,13 @@ class MoeSpec(Policy):
 
     @property
     def expert_budget(self) -> int:
-        experts = self.setting.experts
+        experts = self.context.experts
         return min(math.ceil(self.BUDGET * experts.n_expert_used), experts.n_expert)
 
     def demanded(self, routing: Routing, gates: npt.NDArray[np.float16] | None) -> Routing:
         n_blocks, _, used = routing.shape
         budget = self.expert_budget
-        mass = np.zeros((n_blocks, self.setting.experts.n_expert))
+        mass = np.zeros((n_blocks, self.context.experts.n_expert))
         weights = (
             gates.astype(np.float64) if gates is not None else np.broadcast_to(1 / (1 + np.arange(used)), routing.shape)
         )
@@ -210,6 +210,6 @@ class CascadePolicy(Policy):
 
     name = "cascade"
 
-    def __init__(self, setting: PolicyContext) -> None:
-        super().__init__(setting)
-        self.governor = Cascade(setting.k_max)
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        self.governor = Cascade(context.k_max)

@@ -12,13 +12,13 @@ from edge_speq.engine.draft_length.acceptance import Acceptance
 from edge_speq.engine.draft_length.controller import (
     BACK_OFF,
     CREDIT,
+    DRAWDOWN,
     FIRST,
     GLANCE,
     SHARE,
-    SLUMP,
+    TRIAL_DRAWDOWN,
     TRIAL_LEAST,
     TRIAL_MOST,
-    TRIAL_SLUMP,
     UNSAID,
     DraftLengthController,
 )
@@ -224,7 +224,7 @@ def test_while_drafts_wait_it_looks_at_few_steps(monkeypatch: pytest.MonkeyPatch
     noises = list[float]()
     for _ in range(15):
         steps.run(100)
-        noises.append(steps.governor.pace.noise)
+        noises.append(steps.governor.step_cost.noise)
     assert len(looks) < 140
     assert sum(looks) > 1400
     assert np.median(noises) == pytest.approx(0.15**2, rel=0.3)
@@ -294,9 +294,9 @@ def test_the_first_step_after_a_change_is_not_counted() -> None:
     """It rebuilds graphs, and the draft reads what was written without it."""
     governor = DraftLengthController(4, fixed=False)
     governor.observe(0, mismatch=False, seconds=1000.0)
-    assert not any(governor.pace.tested)
+    assert not any(governor.step_cost.tested)
     governor.observe(0, mismatch=False, seconds=1.0)
-    assert governor.pace.seconds[0] == pytest.approx(1.0)
+    assert governor.step_cost.seconds[0] == pytest.approx(1.0)
 
 
 def test_what_was_drafted_counts_not_what_was_asked_for() -> None:
@@ -306,8 +306,8 @@ def test_what_was_drafted_counts_not_what_was_asked_for() -> None:
         governor.observe(0, mismatch=False, seconds=1.0, drafted=0)
         governor.observe(2, mismatch=False, seconds=1.5, drafted=2)
         governor.observe(2, mismatch=False, seconds=1.5, drafted=2)
-    assert governor.pace.tested[2] == 10
-    assert governor.pace.seconds[2] == pytest.approx(1.5, rel=0.05)
+    assert governor.step_cost.tested[2] == 10
+    assert governor.step_cost.seconds[2] == pytest.approx(1.5, rel=0.05)
     governor.observe(40, mismatch=False, seconds=1.5, drafted=40)  # more than there are: left out
 
 
@@ -378,7 +378,7 @@ def test_a_draft_that_is_wrong_at_the_beginning_of_each_text_loses_little() -> N
     )
     wrong = np.arange(len(lengths)) % 100 < 40
     assert (1 + lengths * ~wrong).sum() / (1 + 0.5 * lengths).sum() >= 1.03
-    assert (0.5 * lengths * wrong).reshape(12, 100).sum(axis=1).max() <= 3 * SLUMP + 2
+    assert (0.5 * lengths * wrong).reshape(12, 100).sum(axis=1).max() <= 3 * DRAWDOWN + 2
 
 
 def test_a_trial_that_really_loses_ends_whatever_is_expected() -> None:
@@ -390,7 +390,7 @@ def test_a_trial_that_really_loses_ends_whatever_is_expected() -> None:
         asked += k > 0
         lost += 0.9 * drafted
         governor.observe(0, mismatch=drafted > 0, seconds=1 + 0.9 * drafted, drafted=drafted)
-    assert asked and lost <= TRIAL_SLUMP + 0.9
+    assert asked and lost <= TRIAL_DRAWDOWN + 0.9
 
 
 def test_reading_a_new_text_is_no_loss_of_a_draft_in_force() -> None:
