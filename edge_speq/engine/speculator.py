@@ -154,7 +154,7 @@ class Speculator:
 
     def _shown(self, text: Text) -> Text:
         """What the draft sees of it: all, but for a glance."""
-        if not self._governor.glances:
+        if not self._governor.is_probe:
             self._seen_from = None
             return text
         if self._seen_from is None:
