@@ -158,7 +158,10 @@ def test_a_file_and_a_policy_go_together_or_not(tmp_path: Path) -> None:
     network_file.write(made(), tmp_path / "f.npz")
     assert network_file.load_for_policy(None, "auto") is None
     assert network_file.load_for_policy(tmp_path / "f.npz", "auto") is not None
-    for path, policy, cause in ((None, "learned", "needs a file"), (tmp_path / "f.npz", "lru", "reads no learned")):
+    for path, policy, cause in (
+        (None, "learned", "needs a trained predictor"),
+        (tmp_path / "f.npz", "lru", "does not use"),
+    ):
         with pytest.raises(EdgeError, match=cause) as caught:
             network_file.load_for_policy(path, policy)
         assert caught.value.usage
