@@ -1,7 +1,7 @@
 """`auto` without a twin: choose the eviction rule by set dueling.
 
 No rule wins on every text. Recency is best for short texts or changing topics, frequency for long texts, and the best
-memory of the frequency depends on the router. So the rules compete on a sample of the experts (set dueling: Qureshi et
+memory of the frequency depends on the router. So the rules compete on a sample of the blocks (set dueling: Qureshi et
 al., ISCA 2007). Each rule simulates a separate pool there, sized in proportion to the slots, and its misses are
 counted. The slots follow the rule with the fewest recent misses.
 
@@ -24,9 +24,9 @@ from edge_speq.policies.prediction import NO_REQUESTS, Routing
 
 DECAYS = (0.95, 0.99)  # per step, of the frequency rules
 LAST = 0.2  # bonus for a demand in the last step
-SAMPLE = 1024  # most sampled experts
+SAMPLE = 1024  # experts in the sampled blocks, at most
 SMOOTHING = 0.97  # per step, of the miss rate of a rule
-HYSTERESIS = 0.01  # of the miss rate, to change the rule
+HYSTERESIS = 0.01  # fraction by which another rule must miss less to be followed
 
 
 class SetDueling(Policy):

@@ -14,12 +14,12 @@ from edge_speq.engine.draft_length.controller import (
     CREDIT,
     DRAWDOWN,
     FIRST,
+    MAX_EMPTY,
     PROBE_ABOVE,
     SHARE,
     TRIAL_DRAWDOWN,
     TRIAL_LEAST,
     TRIAL_MOST,
-    MAX_EMPTY,
     DraftLengthController,
 )
 from edge_speq.engine.draft_length.proposal_rate import BELIEVED, ProposalRate

@@ -42,7 +42,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     except (AttributeError, OSError):
         pytest.skip("no named pipes here")
     for path in (fifo, tmp_path):
-        with pytest.raises(EdgeError, match="no file"):
+        with pytest.raises(EdgeError, match="not a file"):
             network_file.write(made(), path)
     assert fifo.is_fifo() and list(tmp_path.iterdir()) == [fifo]
 
