@@ -13,7 +13,7 @@ struct Miss {
     float score; // of the expert, for a slot
 };
 
-// What a block waits for besides its own misses, in nanoseconds.
+// Waiting times of a block besides its own misses, in nanoseconds.
 struct Around {
     double link = 0; // until the link is free
     double device = 0; // the device computes the block's experts once all fetched ones are there

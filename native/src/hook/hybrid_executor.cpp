@@ -35,7 +35,7 @@ bool edge_hook::splits_this_step() {
     return is_due;
 }
 
-// Whether the rows that enter this block predict the next one's experts.
+// Return true if the rows that enter this block can predict the next one's experts.
 bool edge_hook::can_predict_next(const ggml_tensor * route, int32_t number) {
     return on_miss_ != EDGE_ON_MISS_FETCH && slot_cache_->can_prefetch_next_layer(number + 1) &&
            find_chain(route, number);
