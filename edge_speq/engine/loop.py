@@ -65,18 +65,18 @@ def accept(engine: Verifier, drafted: list[int]) -> Generator[int, Sequence[int]
     """
     mismatch = False
     try:
-        for row, guess in enumerate([*drafted, None]):
+        for row, proposed in enumerate([*drafted, None]):
             token = engine.pick(row)
             if token is None:
                 return None
-            mismatch = guess is not None and token != guess
+            mismatch = proposed is not None and token != proposed
             sent = list((yield token) or ())
-            if token != guess or engine.disturbed():
+            if token != proposed or engine.disturbed():
                 return [token, *sent]
             engine.keep()  # after the yield: if it is closed there, the context is the same as without a draft
             if sent:
                 return sent
-        raise AssertionError("the last row has no guess, so its token never matches")
+        raise AssertionError("the last row has no drafted token, so its token never matches")
     finally:
         engine.settle(mismatch=mismatch)
 

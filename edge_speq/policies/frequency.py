@@ -34,9 +34,9 @@ class Frequency:
         often[keys] += np.float32(1 - self.decay)  # assignment counts a repeated key once
 
     def scores(self) -> npt.NDArray[np.float32]:
-        worth: npt.NDArray[np.float32] = self._often + self._last
-        worth *= np.float32(0.5)
-        return worth
+        score: npt.NDArray[np.float32] = self._often + self._last
+        score *= np.float32(0.5)
+        return score
 
     def expect(self, draft_routing: npt.NDArray[np.int32] | None) -> npt.NDArray[np.float32] | None:
         return None

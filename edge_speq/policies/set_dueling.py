@@ -6,7 +6,7 @@ al., ISCA 2007). Each rule simulates a separate pool there, sized in proportion 
 counted. The slots follow the rule with the fewest recent misses.
 
 A rule is either recency (LRU) or the decaying demand frequency, plus a bonus for the last step's demands.
-docs/results/policies.md compares the misses (`keep`).
+docs/decisions/0013-set-dueling-without-a-draft.md has the measured effect.
 """
 
 from __future__ import annotations

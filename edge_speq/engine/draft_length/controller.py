@@ -19,6 +19,7 @@ costs, because the noise of measured costs would use it up even for a good draft
 A draft model that was idle must read the text first, which can take longer than the trial. The trial therefore starts
 with a probe, in which the draft reads the last token only. A probe measures step time, not acceptance. It rules out
 most drafts that are too slow. If the probe succeeds, the draft reads the text, and the trial pays for that.
+docs/decisions/0014-trials-of-the-draft-length.md has the measured effect.
 """
 
 from __future__ import annotations
@@ -76,10 +77,7 @@ class DraftLengthController:
         self._set = 0  # the length in force
         self._trying: int | None = None  # the length on trial
         self._n = self._n_asked = 0  # steps of the trial: measured ones, and all
-        self._since, self._back_off = (
-            0,
-            BACK_OFF,
-        )  # steps since the last trial of draft against no draft, and until the next
+        self._since, self._back_off = 0, BACK_OFF  # steps since the last trial of draft against none, and between two
         self._confirmed = False  # no draft was measured again: the first steps ran with cold slots
         self._failed = False  # the last trial of a draft lost
         self._last = self._last_asked = -1  # tokens drafted in the previous step, and asked for

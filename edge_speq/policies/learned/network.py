@@ -1,7 +1,7 @@
 """Inference of a small network, trained on traces by `edge-speq tune --learn`, that predicts demands. numpy only.
 
-It needs no twin. Its inputs are the ids of the step's tokens, the routing of a draft with any number of routed experts,
-the target's routing of the last token of text, and earlier demands. For token i,
+It needs no twin. It uses the ids of the step's tokens and the routing of a draft with any number of routed experts. It
+also uses the target's routing of the last token of text, and earlier demands. For token i,
 
     h_i = relu(bias + token_in[id_i] + before_in[id_i-1] + sum draft_in[...] + place_i * sum last_in[...])
 
@@ -13,8 +13,8 @@ token of text. A step demands an expert with probability
 the union over the step's tokens: each token adds to the hazard of an expert. history is a product of powers of the
 expert's demand frequencies. An expert that a twin chose has its hazard multiplied by exp(twin).
 
-The step after it is predicted in the same way from the tokens that the draft decoded ahead, plus a term from the mean
-of h that needs no such tokens.
+The step after it is predicted in the same way from the tokens that the draft decoded ahead. A further term, from the
+mean of h, needs no such tokens.
 """
 
 from __future__ import annotations

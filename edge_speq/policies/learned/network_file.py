@@ -1,7 +1,7 @@
 """Files of trained predictors: the network's arrays in an npz file, with the geometry of target and draft.
 
 A file is untrusted input. Nothing is unpickled. The type and shape of each array are read first and must match the
-geometry, so a file cannot make the reader allocate more memory than its own model needs.
+geometry. So a file cannot make the reader allocate more memory than its own model needs.
 """
 
 from __future__ import annotations

@@ -45,9 +45,9 @@ class Fixed:
 class Cascade:
     """Test-and-set of Cascade (arXiv 2506.20675).
 
-    A test phase tries up to TRIALS lengths for TEST steps each, in ascending order, while the utility
-    U = tokens / (seconds / seconds without a draft) grows. The best length is set for SET steps. If no length reaches
-    U = 1, nothing is drafted, and SET doubles.
+    A test phase tries up to TRIALS lengths in ascending order, for TEST steps each. It stops once the utility
+    U = tokens / (seconds / seconds without a draft) no longer grows. The best length is set for SET steps. If no length
+    reaches U = 1, nothing is drafted, and SET doubles.
     """
 
     is_timed = True

@@ -1,4 +1,4 @@
-"""Policies of published systems. docs/presets.md lists the differences from each paper, with reasons."""
+"""Policies of published systems. docs/reference/policies.md lists the differences from each paper, with reasons."""
 
 from __future__ import annotations
 
