@@ -124,7 +124,7 @@ class Broken(Policy):
         return 2
 
 
-@pytest.mark.parametrize("where", ["ahead", "drafting", "plan_prefetch", "scores", "observe", "governor"])
+@pytest.mark.parametrize("where", ["ahead", "on_draft_token", "plan_prefetch", "scores", "observe", "governor"])
 def test_a_policy_that_fails_costs_no_request(
     bundled: tuple[Path, Path],
     twin: Path,
