@@ -49,9 +49,10 @@ RUN = {
 
 def test_blocks_begin_where_their_routing_is_awaited_in_the_last_step() -> None:
     assert charts.boundaries(RUN) == {0: 11.0, 1: 15.0, 2: 18.0, 3: 20.0}
-    assert charts.boundaries(RUN, (1, 1)) == {1: 15.0, 2: 18.0}
-    with pytest.raises(EdgeError, match="no blocks 2:3"):
-        charts.boundaries(RUN, (2, 3))
+    many = RUN | {"spans": [["device", i, 10.0 + i, 10.5 + i] for i in range(8)]}
+    assert list(charts.boundaries(many)) == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(EdgeError, match="the last step has no blocks"):
+        charts.boundaries(RUN | {"spans": []})
 
 
 def test_lanes_are_cut_at_the_blocks_ends() -> None:
