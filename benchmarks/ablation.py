@@ -65,7 +65,7 @@ class Hybrid(EveryToken):
     """Misses go to the CPU and over the link at once, so that both finish together: their speeds add up."""
 
     def _step(self, part: ReplayedStep) -> float:
-        before, link = self.place.stall_ns, self.setting.link_bytes_per_s
+        before, link = self.place.stall_ns, self.context.link_bytes_per_s
         ms = super()._step(part)
         return ms - (self.place.stall_ns - before) / 1e6 * CPU_BYTES_PER_S / (link + CPU_BYTES_PER_S)
 

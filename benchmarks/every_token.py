@@ -134,7 +134,7 @@ class EveryToken(Replay):
             self.lengths.append(k)
             self._safely(self.policy.on_verify_begin, steps[at].tokens[: k + 1].tolist())
             self._foresee(part)
-            ms = self._step(part) + (self.setting.draft_ms * unread / READ_AT_ONCE if k else 0.0)
+            ms = self._step(part) + (self.context.draft_ms * unread / READ_AT_ONCE if k else 0.0)
             unread = 0 if k else unread + 1
             self._safely(self.policy.observe, part.routing, part.n_accepted)
             self._count(out, part, ms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # importing typing would only put off the command's Ctrl-C handling
+TYPE_CHECKING = False  # importing typing would only delay the command's Ctrl-C handling
 if TYPE_CHECKING:
     from typing import Any
 

@@ -1,4 +1,4 @@
-"""The vocabulary that every other module shares. docs/architecture.md has the glossary."""
+"""The vocabulary that every other module shares. docs/reference/glossary.md defines the terms."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-# these say which experts have earned a slot
+# policies of this project; all of them implement admissions()
 OWN_POLICIES = ("auto", "lfru", "twin", "waits", "waits-keep", "learned", "oracle")
 
 
 PUBLISHED_POLICIES = ("lru", "moe-speq", "sp-moe", "specmoeoff", "moe-spac", "moe-prism", "moe-spec", "cascade")
 
 
-SLOT_POLICIES = (*OWN_POLICIES, *PUBLISHED_POLICIES)  # those with slots, unless everything fits
+SLOT_POLICIES = (*OWN_POLICIES, *PUBLISHED_POLICIES)  # policies that use slots, unless all experts fit on the device
 
 
 POLICIES = (*SLOT_POLICIES, "cpu-moe", "all")
@@ -94,6 +94,8 @@ class Plan:
 
 @dataclass(slots=True)
 class Speculation:
+    """Counters of speculative decoding."""
+
     steps: int = 0  # verify steps
     drafted: int = 0  # draft tokens proposed
     accepted: int = 0  # draft tokens kept; the bonus token is not counted
@@ -140,18 +142,20 @@ class ExpertCounters:
 
 @dataclass(frozen=True, slots=True)
 class HybridCosts:
-    """What hybrid execution has measured and learned of this machine."""
+    """Costs that hybrid execution has measured on this machine. Rates are 0 before the first measurement."""
 
-    cpu_bytes_per_s: float  # expert weights that the CPU computes with, by itself
+    cpu_bytes_per_s: float  # expert weights that the CPU computes with while the link is idle
     link_bytes_per_s: float
-    contention: float  # the CPU's time grows by this part of the time that both are busy
-    device_bytes_per_s: float  # expert weights that the device reads; 0 where that was not measured
-    next_layer_precision: float  # part of the experts foreseen a block ahead that the block then wanted, of late
-    fetches_some: bool  # whether it fetches on demand at all
+    contention: float  # CPU time grows by this fraction of the time that CPU and link are both busy
+    device_bytes_per_s: float  # expert weights that the device reads; 0 if not measured
+    next_layer_precision: float  # recent fraction of the experts predicted for the next block that it then demanded
+    fetches_some: bool  # true if any misses are fetched on demand
 
 
 @dataclass(slots=True)
 class Timing:
+    """Token counts and times of all requests."""
+
     n_prompt: int = 0
     n_generated: int = 0
     n_decoded: int = 0  # generated tokens after the first of each request
@@ -165,7 +169,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Everything that happened since the model was loaded; `to_dict()` is the body of `run --json`."""
+    """A snapshot of all counters since the model was loaded. `to_dict()` is the body of `run --json`."""
 
     timing: Timing
     speculation: Speculation
@@ -176,11 +180,11 @@ class Stats:
     llama_cpp_commit: str
     edge_speq_version: str
     foresight: str  # "twin", "counts", "learned", "trace" or "none"
-    profile: dict[str, Any] | None = None  # the one that was applied: its path and what it filled in
-    policy: str = "none"  # that keeps the slots now: lru after a failure
-    foreseen: dict[str, float] | None = None  # precision, recall, lead_tokens of foresight; None: nothing foresees
-    policy_failures: int = 0  # policies that raised, or whose scores were no numbers
-    lossy: bool = False  # a token runs less of its experts than the model's router chose
+    profile: dict[str, Any] | None = None  # the applied profile: its path and the options that it set
+    policy: str = "none"  # the policy in use; lru after a failure
+    foreseen: dict[str, float] | None = None  # precision, recall and lead_tokens of predictions; None without any
+    policy_failures: int = 0  # policies that raised an exception or wrote scores that are not finite
+    lossy: bool = False  # a token runs fewer experts than the model's router chose
 
     def to_dict(self) -> dict[str, Any]:
         t, s, e = self.timing, self.speculation, self.experts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class EdgeError(Exception):
-    """Something the caller can mend. `hint` says how; `usage` marks a bad argument (exit code 2)."""
+    """An error that the caller can fix. `hint` says how; `usage` marks an invalid argument (exit code 2)."""
 
     def __init__(self, message: str, hint: str = "", *, usage: bool = False) -> None:
         super().__init__(f"{message} ({hint})" if hint else message)

@@ -1,4 +1,4 @@
-"""Progress of long work: a callback of bytes done and bytes in total, and the growth of a file as progress."""
+"""Progress of long operations: a callback of bytes, and reporting the growth of a file through it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in total, as often as is convenient."""
+"""Called with the bytes done and the total bytes, at any rate."""
 
 
 def silent(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""The machine and the installation: processor, memory, limits, drivers, packages. Unknown is None."""
+"""Facts about the machine and the installation: processor, memory, limits, drivers, packages. None means unknown."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ GPU_MODULES = ("nvidia", "amdgpu", "xe", "i915")
 
 
 def cpu_model() -> str:
-    """Return the name of the processor; psutil has none."""
+    """Return the name of the processor, which psutil does not know."""
     names = [value for key, value in _pairs("/proc/cpuinfo") if key in ("model name", "Model", "Hardware")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def usable_cpus() -> int:
     """Return the number of logical processors that this process may run on."""
-    import psutil  # type: ignore[import-untyped, unused-ignore]  # lazily: it takes 20 ms
+    import psutil  # type: ignore[import-untyped, unused-ignore]  # lazy: it takes 20 ms
 
     if hasattr(psutil.Process, "cpu_affinity"):  # not on macOS
         with contextlib.suppress(psutil.Error, OSError):
@@ -37,7 +37,7 @@ def cores() -> int | None:
 
 
 def memory() -> tuple[int, int] | None:
-    """Return the bytes of RAM in total and available, bounded by the limit of a container."""
+    """Return the total and the available bytes of RAM, bounded by the limit of a container."""
     import psutil
 
     try:
@@ -45,13 +45,13 @@ def memory() -> tuple[int, int] | None:
     except (psutil.Error, OSError, NotImplementedError, RuntimeError):
         return None
     total, available = int(found.total), int(found.available)
-    for limit, usage in _container_limits():  # psutil does not read them
+    for limit, usage in _container_limits():  # psutil ignores these limits
         total, available = min(total, limit), min(available, max(0, limit - usage))
     return total, available
 
 
 def locked_memory_limit() -> int | None:
-    """Return the bytes that RLIMIT_MEMLOCK lets this process lock, -1 without a limit. Windows has none: None."""
+    """Return the bytes that RLIMIT_MEMLOCK lets this process lock, -1 without a limit; None on Windows."""
     if sys.platform == "win32":
         return None
     import resource
@@ -75,17 +75,17 @@ def nvidia_driver() -> str | None:
 
 
 def most_page_locked() -> int | None:
-    """Return the bytes of experts that may be page-locked for a GPU: the inverse of runtime.loading.fits_in_memory."""
+    """Return the most expert bytes to page-lock for a GPU: the inverse of runtime.loading.fits_in_memory."""
     found = memory()
     return None if found is None else max(0, (found[1] - (2 << 30)) * 4 // 5)
 
 
 def install_hint(extra: str) -> str:
-    """Return the pip command that installs what an optional part of edge_speq needs.
+    """Return the pip command that installs the packages of an optional extra of edge_speq.
 
-    It names the packages: `edge-speq[serve]` cannot be installed by name while the package is on no index.
+    It names the packages, because `edge-speq[serve]` cannot be installed by name while the package is on no index.
     """
-    from importlib import metadata  # lazily: it takes as long as the rest of `edge-speq --help`
+    from importlib import metadata  # lazy: it takes as long as the rest of `edge-speq --help`
 
     found = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -93,16 +93,16 @@ def install_hint(extra: str) -> str:
         names = [line.partition(";")[0].strip() for line in lines if found.search(line)]
         if names:
             return f"pip install {' '.join(_quoted(name) for name in names)}"
-    return f'pip install ".[{extra}]"'  # of a checkout that is not installed
+    return f'pip install ".[{extra}]"'  # in a checkout that is not installed
 
 
 def _quoted(requirement: str) -> str:
     plain = requirement.replace(" ", "")
-    return plain if re.fullmatch(r"[\w.-]+", plain) else f'"{plain}"'  # double quotes, which cmd.exe knows
+    return plain if re.fullmatch(r"[\w.-]+", plain) else f'"{plain}"'  # double quotes also work in cmd.exe
 
 
 def _container_limits() -> list[tuple[int, int]]:
-    """Return (limit, usage) of the control group, version 2 or 1, as seen from inside."""
+    """Return (limit, usage) in bytes of the container's control group, version 2 or 1."""
     files = [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")]
     found = [tuple(_read(f"/sys/fs/cgroup/{name}").strip() for name in pair) for pair in files]
     return [(int(limit), int(usage)) for limit, usage in found if limit.isdecimal() and usage.isdecimal()]

@@ -1,4 +1,4 @@
-"""What the models read: real text in four classes, since the routing of random tokens is like that of nothing."""
+"""Prompts for measurements: real text in four classes, because the routing of random tokens is unlike any text's."""
 
 from __future__ import annotations
 
@@ -15,26 +15,30 @@ GAP = "\n\n"  # between two texts
 
 
 class Tokenize(Protocol):
+    """A function that returns the token ids of a text."""
+
     def __call__(self, text: str, *, add_bos: bool) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     id: str
-    domain: str  # prose, code, chat, textbook, or what the user's file says
+    domain: str  # prose, code, chat or textbook; any name in a user's file
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """The prompts that every repetition reads, and the texts that make them longer."""
+    """The prompts of every repetition, and the texts that extend them to a given length."""
 
     chosen: tuple[Prompt, ...]
     all: tuple[Prompt, ...]
 
     def tokens(self, prompt: Prompt, length: int, tokenize: Tokenize) -> list[int]:
-        """A prompt's tokens: all of it where length is 0, else exactly so many, the texts of its class following it
-        over and over."""
+        """Return the token ids of a prompt: all of them if length is 0, otherwise exactly `length`.
+
+        A short prompt is extended with the other texts of its class, repeatedly if needed.
+        """
         start = tokenize(prompt.text, add_bos=True)
         if not length:
             return start
@@ -48,12 +52,15 @@ class Texts:
 
 
 def bundled(per_class: int = 1) -> Texts:
-    """per_class prompts of each class of data/prompts.jsonl."""
+    """Return the first per_class prompts of each class of data/prompts.jsonl."""
     return _choose(read(BUNDLED), per_class)
 
 
 def read(path: Path) -> list[Prompt]:
-    """One JSON object a line, with `prompt` and perhaps `id` and `domain`. Raises EdgeError for what is none."""
+    """Read one JSON object per line, with `prompt` and optionally `id` and `domain`.
+
+    Raises EdgeError if the file cannot be read, has no prompts, or a line is not such an object.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -65,7 +72,7 @@ def read(path: Path) -> list[Prompt]:
 
 
 def from_file(path: Path) -> Texts:
-    """All prompts of the user's own file."""
+    """Return all prompts of a user's file."""
     found = tuple(read(path))
     return Texts(found, found)
 

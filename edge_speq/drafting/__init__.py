@@ -1,1 +1,1 @@
-"""What proposes the next tokens."""
+"""Drafts: draft models, n-gram lookup and external objects that propose the next tokens."""

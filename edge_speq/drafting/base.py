@@ -1,4 +1,4 @@
-"""The interface of a draft: what proposes the next tokens."""
+"""The interface of a draft, which proposes the next tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Text = npt.NDArray[np.intc]
 Routing = npt.NDArray[np.int32]
 
 
-NO_ROUTING: Routing = np.zeros((0, 0, 0), dtype=np.int32)  # what a dense model has to show
+NO_ROUTING: Routing = np.zeros((0, 0, 0), dtype=np.int32)  # of a dense model
 
 
 Seen = Callable[[Routing], None]
@@ -28,34 +28,49 @@ log = logging.getLogger("edge_speq")
 
 
 class Draft(Protocol):
-    experts: Experts | None  # None when it has no routing to show
+    """Proposes tokens and, if it has routed experts, shows their routing."""
+
+    experts: Experts | None  # None if it has no routing
 
     def begin(self) -> None:
-        """A new request begins."""
+        """Start a new request."""
 
     def propose(
         self, text: Text, k: int, sampler: Any, ahead: int = 0, seen: Seen | None = None
     ) -> tuple[list[int], Routing | None]:
-        """At most k tokens that may continue text, and the routing [n_blocks, n, n_expert_used] of the last text token
-        and all drafted ones but the last; and of at most `ahead` tokens more, the first of which is that last one. The
-        next call may overwrite it. `seen` is told the routing so far after each of the k tokens. `sampler` is the
-        target's llama_cpp LlamaSampler, which stays as it is."""
+        """Propose at most k tokens that may continue text, with their routing.
+
+        Args:
+            text: token ids, [n].
+            k: most tokens to propose.
+            sampler: the target's llama_cpp LlamaSampler; it must not be changed.
+            ahead: further tokens to decode only for their routing.
+            seen: called with the routing so far after each of the k tokens.
+
+        Returns:
+            The tokens, and the routing [n_blocks, n, n_expert_used] or None if unknown. Its rows are the last token of
+            text, every drafted token but the last, then at most `ahead` tokens, starting with the last drafted one.
+            The next call may overwrite the array.
+        """
 
     def unread(self, text: Text) -> int:
-        """Tokens of text that it would have to read to continue it, none where that takes no time."""
+        """Return the tokens of text that it must read before it can draft; 0 if reading takes no time."""
 
     def shift(self, n_keep: int, n_discard: int) -> None:
-        """The context shifted: of its tokens, n_discard after the first n_keep are gone."""
+        """Follow the target's context shift: n_discard tokens after the first n_keep were removed."""
 
     def memory_used(self) -> int:
-        """Bytes on the compute device."""
+        """Return the bytes on the compute device."""
 
     def close(self) -> None: ...
 
 
 def clone(sampler: Any) -> Any:
-    """A native sampler to be freed, which draws the random numbers that the target's is about to draw: similar
-    distributions then pick the same token. A Python logits processor cannot be cloned: greedy then."""
+    """Return a native copy of the target's sampler, which the caller must free.
+
+    The copy draws the same random numbers as the target will, so similar distributions pick the same token. A sampler
+    with a Python logits processor cannot be cloned; the copy is then greedy.
+    """
     if sampler.custom_samplers:
         return llama_cpp.llama_sampler_init_greedy()
     return llama_cpp.llama_sampler_clone(sampler.sampler)

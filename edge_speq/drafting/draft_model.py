@@ -1,4 +1,4 @@
-"""A draft GGUF with a context of its own."""
+"""A draft GGUF with a separate context."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from edge_speq.runtime.cancellation import Cancellation
 
 
 class DraftModel:
-    """A draft GGUF with a context of its own, fully resident on the compute device.
+    """A draft GGUF with a separate context, fully resident on the compute device.
 
-    Its KV cache holds the first `_n` of `_tokens`; `propose` rolls it back to what it shares with the text and goes
-    on from there, so a draft that was not asked for a while costs nothing until it is. With routed experts its
-    routing is kept for foresight.
+    Its KV cache holds the first `_n` of `_tokens`. propose() rolls the cache back to the prefix shared with the text
+    and decodes the rest, so an idle draft costs nothing. The routing of a draft with routed experts is kept, since it
+    predicts the target's demands.
     """
 
     def __init__(
         self, path: Path, model_params: Any, context_params: Any, max_width: int, cancellation: Cancellation
     ) -> None:
         self._max_width = max_width
-        with contextlib.ExitStack() as stack:  # closes what is open when a later part fails
+        with contextlib.ExitStack() as stack:  # if a later part fails, it closes the earlier ones
             self._model = stack.enter_context(contextlib.closing(loading.load_model(path, model_params, "draft")))
             experts = _native.model_experts(self._model.model)
             self.experts: Experts | None = experts if experts.n_blocks else None
@@ -52,6 +52,7 @@ class DraftModel:
         self._can_forget = not recurrent(self._model.model) and not hybrid(self._model.model)
 
     def require_vocabulary_of(self, target: int) -> None:
+        """Raise EdgeError unless draft and target have the same tokens. target: a llama_model pointer."""
         token = _native.vocab_difference(self._model.model, target)
         if token is not None:
             raise EdgeError(
@@ -74,19 +75,19 @@ class DraftModel:
             most = k + self._room_for(ahead, len(text) + k)
             return draft_tokens(self._context, own, self._step, k, most, self._shown, seen)
         except EdgeError:
-            self._n = 0  # cancelled perhaps in the middle of a context shift: what the KV cache holds is not known
+            self._n = 0  # a cancellation during a context shift leaves the KV cache in an unknown state
             raise
         finally:
             llama_cpp.llama_sampler_free(own)
 
     def _room_for(self, ahead: int, n_cells: int) -> int:
-        """Of the tokens further those that the KV cache has cells for, none where it cannot forget them again."""
+        """Return how many of `ahead` tokens fit into the KV cache; 0 if it cannot remove them again."""
         if self._hook is None or not self._can_forget:
             return 0
         return max(0, min(ahead, len(self._tokens) - n_cells + 1))
 
     def shift(self, n_keep: int, n_discard: int) -> None:
-        """Shifts the KV cache as the target's was, so that the draft need not read half of the text again."""
+        """Shift the KV cache like the target's, so that the draft need not read half of the text again."""
         n, gone = self._n, n_keep + n_discard
         if not self._can_shift or n <= gone:
             self._n = min(n, n_keep)
@@ -102,7 +103,7 @@ class DraftModel:
         return loading.shared_prefix(self._tokens[: self._n], text[:-1])
 
     def _catch_up(self, text: Text) -> None:
-        """Makes the KV cache hold text, its last token decoded just now so that logits are at hand."""
+        """Decode text into the KV cache, always including its last token, so that its logits are available."""
         shared = self._shared(text)
         if not self._context.kv_cache_seq_rm(-1, shared, -1):  # a recurrent draft cannot go back part of the way
             self._context.kv_cache_clear()
@@ -112,11 +113,10 @@ class DraftModel:
             self._decode(text[self._n : self._n + width].tolist())
 
     def _widths(self, n: int) -> Iterator[int]:
-        """Of the batches that read n tokens of text.
+        """Yield the batch sizes in which to read n tokens of text.
 
-        After a step that was accepted as a whole two tokens are missing: one by one they cost less than the two graphs
-        that a batch of two would have built anew. The last token goes alone where a batch would be too wide for its
-        routing to be seen.
+        A fully accepted step leaves two tokens to read. Two single-token batches cost less than the graph rebuilds
+        around a batch of two. The last token is also read alone if a batch would be too wide to show its routing.
         """
         alone = n == 2 or (self._hook is not None and n > self._max_width)
         rest = n - alone
@@ -127,12 +127,12 @@ class DraftModel:
             yield 1
 
     def _step(self, drafted: list[int]) -> Routing | None:
-        if drafted:  # else the text was read just now
+        if drafted:  # otherwise _catch_up has just decoded the text
             self._decode(drafted[-1:])
         return NO_ROUTING if self._hook is None else self._hook.routing()
 
     def _decode(self, tokens: Sequence[int]) -> None:
-        # without logits for every token the last block would lack rows of routing
+        # llama.cpp's last block only computes rows with logits; a narrow graph needs the routing of every row
         n_logits = len(tokens) if len(tokens) <= self._max_width else 1
         loading.decode(self._context, self._batch, tokens, self._n, n_logits, hook=self._hook)
         self._tokens[self._n : self._n + len(tokens)] = tokens
@@ -148,8 +148,19 @@ def draft_tokens(
     shown: RoutingBuffer,
     seen: Seen | None,
 ) -> tuple[list[int], Routing | None]:
-    """k tokens, and the routing of `most`: the last of these is decoded for it only. step: given what was drafted so
-    far, decodes what comes before the next token and returns its routing, None where it cannot."""
+    """Draft k tokens and collect the routing of `most` decoded tokens.
+
+    Args:
+        context: the draft's context, whose last logits predict the next token.
+        sampler: a native sampler of the draft.
+        step: given the drafted tokens, decodes the next one and returns its routing; None to stop.
+        k: tokens to return.
+        most: tokens to decode, at least k; the tokens beyond k serve only their routing.
+        shown: buffer for the routing.
+        seen: called with the routing so far after each of the k tokens.
+
+    Returns the tokens and the routing, as Draft.propose does.
+    """
     drafted: list[int] = []
     shown.begin()
     for n in range(1, most + 1):
@@ -165,8 +176,11 @@ def draft_tokens(
 
 
 class RoutingBuffer:
-    """The routing of tokens that a draft decodes one after the other, None once it is missing for one of them. A step's
-    overwrites the one before, and for as many tokens it is the same array: what that costs to find is paid once."""
+    """Collects the routing of tokens that a draft decodes one by one. It is None if one token's routing is missing.
+
+    Each step overwrites the previous one. The array for a given number of tokens is always the same object, because
+    native code caches an array's address.
+    """
 
     def __init__(self) -> None:
         self._views: list[Routing] = []  # of the first token, the first two, ...
@@ -177,7 +191,7 @@ class RoutingBuffer:
         self._n, self._is_whole = 0, True
 
     def add(self, routing: Routing) -> None:
-        """routing: of a graph, whose last token counts; without tokens where the graph hid it."""
+        """Add the last token's routing of a graph. routing has no tokens if the graph did not show it."""
         self._is_whole = self._is_whole and routing.shape[1] > 0
         if not self._is_whole:
             return
@@ -195,4 +209,5 @@ class RoutingBuffer:
 
     @property
     def routing(self) -> Routing | None:
+        """The routing collected in this step, [n_blocks, n, n_expert_used]; None if incomplete or empty."""
         return self._views[self._n - 1] if self._n and self._is_whole else None

@@ -11,7 +11,7 @@ from edge_speq.drafting.base import Routing, Seen, Text, log
 
 
 class ObjectDraft:
-    """A llama_cpp.llama_speculative.LlamaDraftModel. One that raises is out of use until the next request begins."""
+    """Wraps a llama_cpp.llama_speculative.LlamaDraftModel. If it raises, it is not called again in that request."""
 
     experts: Experts | None = None
 
@@ -30,9 +30,9 @@ class ObjectDraft:
         try:
             tokens = np.asarray(self._model(text)).reshape(-1)[:k]
             return [int(token) for token in tokens], None
-        except Exception:  # not ours, and a guess is not worth the request
+        except Exception:  # third-party code; the request does not need its draft
             self._failed = True
-            log.warning("the draft_model raised, so this request goes on without a draft", exc_info=True)
+            log.warning("the draft_model raised an exception: this request continues without a draft", exc_info=True)
             return [], None
 
     def unread(self, text: Text) -> int:

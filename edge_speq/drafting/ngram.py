@@ -1,8 +1,7 @@
-"""A draft without a model: what followed the same last tokens earlier in the text.
+"""A draft without a model: it proposes the tokens that followed the same n-gram earlier in the text.
 
-Prompt lookup decoding (Saxena 2023, llama.cpp's examples/lookup) with an index that grows with the text, so that a
-guess costs a few dictionary look-ups whatever the length. Pays where text repeats itself: code that is edited,
-quotations, tables.
+Prompt lookup decoding (Saxena 2023, llama.cpp's examples/lookup) with an index that grows with the text. A draft costs
+a few dictionary look-ups for any length of text. It helps if the text repeats itself: edited code, quotations, tables.
 """
 
 from __future__ import annotations
@@ -12,28 +11,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-LONGEST, SHORTEST = 4, 2  # tokens that must agree; the longest agreement is believed
+LONGEST, SHORTEST = 4, 2  # tokens of an n-gram; the longest match wins
 
 Tokens = npt.NDArray[np.intc]
 
 
 class NGramDraft:
-    """A LlamaDraftModel, as llama_cpp.Llama's draft_model takes it. One text at a time; another one is indexed anew.
+    """A LlamaDraftModel for llama_cpp.Llama's draft_model. It indexes one text at a time; a new text resets the index.
 
     Args:
-        n_draft: most tokens of a guess.
-        longest, shortest: tokens of the agreement.
+        n_draft: most tokens to propose.
+        longest, shortest: tokens of the n-grams to match.
+
+    Raises ValueError if these are not positive or shortest exceeds longest.
     """
 
     def __init__(self, n_draft: int = 16, *, longest: int = LONGEST, shortest: int = SHORTEST) -> None:
         if not 1 <= shortest <= longest or n_draft < 1:
             raise ValueError("n_draft and shortest are at least 1, and shortest at most longest")
         self._n_draft, self._sizes = n_draft, range(longest, shortest - 1, -1)
-        self._text: Tokens = np.zeros(0, dtype=np.intc)  # of which all but the last token have been indexed
-        self._next: dict[tuple[int, ...], int] = {}  # where the text went on the last time
+        self._text: Tokens = np.zeros(0, dtype=np.intc)  # indexed, except its last token
+        self._next: dict[tuple[int, ...], int] = {}  # n-gram to the position after its last occurrence
 
     def __call__(self, input_ids: npt.NDArray[Any], /, **_: Any) -> Tokens:
-        """The tokens that may follow, [at most n_draft]; none without an agreement. input_ids: the text, [n]."""
+        """Return at most n_draft tokens that may follow the text; none without a match. input_ids: the text, [n]."""
         text = np.asarray(input_ids, dtype=np.intc)
         self._index(text)
         tail = tuple(text[-self._sizes[0] :].tolist())
@@ -49,7 +50,7 @@ class NGramDraft:
             self._next, known = {}, 0
         tokens = text[max(0, known - self._sizes[0]) :].tolist()
         first = len(text) - len(tokens)
-        for end in range(max(known, 1), len(text)):  # n-grams that end before it are followed by the token there
+        for end in range(max(known, 1), len(text)):  # the token at `end` follows the n-grams that end before it
             for size in self._sizes:
                 if size <= end:
                     self._next[tuple(tokens[end - size - first : end - first])] = end

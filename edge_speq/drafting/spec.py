@@ -1,4 +1,4 @@
-"""What a draft argument names: a model with a context of its own, a twin's experts alone, "self", or "ngram"."""
+"""Parse the `draft` option: a draft model's path, a file of low-bit experts, "self" or "ngram"."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from edge_speq.gguf import model as gguf_model
 from edge_speq.gguf.container import GGUFFile
 from edge_speq.gguf.draft_experts import DraftExpertsFile
 
-SELF, NGRAM = "self", "ngram"  # no files
+SELF, NGRAM = "self", "ngram"  # values that are not files
 
 
 @dataclass(frozen=True, slots=True)
 class DraftSpec:
-    path: Path | None = None  # of a model with a context of its own
+    """A validated `draft` option. All fields at their defaults mean no draft."""
+
+    path: Path | None = None  # of a draft model with a separate context
     model: object | None = None  # a LlamaDraftModel
-    itself: bool = False  # the target drafts for itself, with the experts of `twin` or with those in slots
+    itself: bool = False  # self-drafting, with the experts of `twin` or with resident ones
     twin: DraftExpertsFile | None = None
 
     @property
     def memory(self) -> MemoryUse:
-        """What drafting for itself takes on the compute device."""
+        """Memory of self-drafting on the compute device."""
         return MemoryUse(self.twin.n_bytes if self.twin is not None else 0)
 
 
@@ -34,7 +36,7 @@ NONE = DraftSpec()
 
 
 def read(draft: str | Path | None, target: GGUFFile) -> DraftSpec:
-    """Raises EdgeError for a file that is no draft of the target."""
+    """Parse a `draft` option. Raises EdgeError if its file cannot be used as a draft of the target."""
     if draft is None:
         return NONE
     if draft == NGRAM:
@@ -49,12 +51,15 @@ def read(draft: str | Path | None, target: GGUFFile) -> DraftSpec:
 
 
 def is_file(draft: str | Path | None) -> bool:
+    """Return True if the option names a file."""
     return draft is not None and draft not in (SELF, NGRAM)
 
 
 def require_slots(plan: Plan, asked: str) -> str:
-    """A model drafts for itself through its slots' hook: what to say where it has none. Raises EdgeError where such a
-    policy was asked for."""
+    """Return the plan's reason with a note that self-drafting is off, since it needs slots.
+
+    Raises EdgeError if the caller asked for a policy without slots, `asked`.
+    """
     if plan.placement == asked:
         message = f"policy {asked} has no slots, which a model that drafts for itself needs"
         raise EdgeError(message, "name a draft model, or leave the policy out", usage=True)

@@ -1,4 +1,4 @@
-"""The target's context: llama_cpp.Llama's decoding, with rollback, context shift, the hook and a draft in mind."""
+"""The target's llama.cpp context: decoding, rollback and context shift, with the hook and a draft attached."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ log = logging.getLogger("edge_speq")
 
 
 class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
-    """The half of EdgeLlama that looks after the context: which tokens its KV cache holds, and whose they are."""
+    """The part of EdgeLlama that owns the context: it decodes tokens and tracks which ones the KV cache holds."""
 
     n_tokens: int
     n_batch: int
     _n_ctx: int
-    version = 0  # counts what happened to the context from outside a request
+    version = 0  # counts changes of the context from outside a request
     _requires_eval: bool
     _hook: _native.Hook | None
-    _watching: _native.Hook | None  # reads routing where the plan has no slots
+    _watching: _native.Hook | None  # only reads routing, if the plan has no slots
     _observer: StepObserver | None
     _speculator: Speculator
     _plan: Plan
     _exclusive: ExclusiveUse
     _cancellation: Cancellation
-    _shifts: bool  # when the context is full
-    _n_keep: int  # tokens that a shift leaves alone, -1 for the prompt
-    _unserved = False  # narrow graphs were not served from slots, and it was said
+    _shifts: bool  # discard tokens when the context is full
+    _n_keep: int  # first tokens that a shift keeps, -1 for the prompt
+    _unserved = False  # narrow graphs are not served from slots, and a warning was logged
 
     def _open_context(self) -> None:
-        """Called once, when the context exists."""
+        """Set up the context state. Called once, after llama.cpp has created the context."""
         self._size = min(self._n_ctx, len(self.input_ids))  # llama.cpp rounds n_ctx up, llama_cpp.Llama does not
-        self._n_intact = UNBOUNDED  # tokens at the front that still have the keys and values of their own context
-        self._n_kept = 0  # tokens that a shift leaves alone in this request
+        self._n_intact = UNBOUNDED  # first tokens whose keys and values were computed from the present text only
+        self._n_kept = 0  # first tokens that a shift keeps in this request
         self._cancellation.watch(self._ctx.ctx)
         if not self._shifts:
             self._n_ctx = self._size
         elif loading.can_shift(self._model, self._ctx):
-            self._n_ctx = UNBOUNDED  # what _create_completion cuts max_tokens down to
+            self._n_ctx = UNBOUNDED  # _create_completion limits max_tokens to it
         else:
             raise EdgeError("this model cannot shift its context", "leave context_shift out", usage=True)
 
     def _forget_cancellation(self) -> None:
-        """A cancellation that came when its request was over is not meant for the next one."""
+        """Drop a cancellation that arrived after its request had ended; it is not meant for the next one."""
         if self._cancellation.clear() and self._hook is not None:
             self._hook.end_step()
         if self._observer is not None:
@@ -71,21 +71,23 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
             raise EdgeError("the model is closed")
 
     def require_running(self) -> None:
-        """Raises EdgeError when the model was closed or its request cancelled."""
+        """Raise EdgeError if the model was closed or its request cancelled."""
         self._require_open()
         self._cancellation.check()
 
     def room(self) -> int:
-        """Tokens that the next verify step can have: the context has cells for them, and one batch rows."""
+        """Return the most tokens of the next verify step: bounded by the plan, free KV cells and the batch size."""
         return min(self._plan.max_width, self._size - self.n_tokens, self.n_batch)
 
     def cells(self) -> int:
-        """Tokens that the context holds at most."""
+        """Return the capacity of the context in tokens."""
         return self._size
 
     def lend_context(self) -> tuple[Any, Any]:
-        """Its llama.cpp context and batch, threads set for narrow graphs. What the KV cache holds beyond the text is
-        taken out, and the logits at hand will be the borrower's."""
+        """Return the llama.cpp context and batch for a self-draft, with threads set for narrow graphs.
+
+        Removes tokens beyond the text from the KV cache. The borrower's decodes overwrite the logits.
+        """
         self._require_open()
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         self._requires_eval = True  # until a step is verified
@@ -94,19 +96,26 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
 
     @property
     def _narrow_threads(self) -> int:
-        """Threads of llama.cpp for graphs that slots serve. On a GPU the CPU looks up embeddings and no more, missing
-        experts being computed by threads of the hook's, beside which llama.cpp's would only spin."""
+        """llama.cpp's threads for graphs served from slots.
+
+        With a GPU one is enough: llama.cpp only looks up embeddings on the CPU, and the hook's own threads compute
+        missing experts. Further llama.cpp threads would only spin.
+        """
         served = self._hook is not None and self._hook.n_slots > 0 and not self._unserved
         return 1 if served and self.device.is_gpu else self.n_threads
 
     def serves(self, request: object) -> bool:
+        """Return True if the model is open and this request still owns it."""
         return self._ctx.ctx is not None and self._exclusive.holds(request)
 
     # --- decoding --------------------------------------------------------------------------------------
 
     def extend(self, text: list[int], drafted: list[int]) -> None:
-        """Decodes text, and after it drafted tokens that are not text yet, with logits for the last token of text and
-        every drafted one. Raises EdgeError; what was decoded before stays."""
+        """Decode text and then drafted tokens, with logits for the last token of text and every drafted one.
+
+        Drafted tokens do not count as text yet. Raises EdgeError if a decode fails or is cancelled; tokens of earlier
+        batches stay in the context.
+        """
         self._require_open()
         if self._observer is not None:
             self._observer.on_step_begin(len(drafted))
@@ -114,14 +123,14 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         self._requires_eval = True  # until the step is settled
         tokens = text + drafted
-        # llama.cpp takes its batch threads from two tokens on; a verify step is as narrow as a decode step, and
-        # more threads than that only wait for each other
+        # llama.cpp uses its batch threads from two tokens on; in a step as narrow as a verify step they only wait
+        # for each other
         narrow = len(tokens) <= self._plan.max_width
         threads = self._narrow_threads
         self._ctx.set_n_threads(threads, threads if narrow else self.n_threads_batch)
         past, end = self.n_tokens, self.n_tokens + len(text)
         width = self.n_batch if narrow else self.context_params.n_ubatch  # a cancellation waits for one ubatch
-        # aborted, the rotation of shifted keys would leave some of them at their old positions
+        # an abort during the rotation of shifted keys would leave some of them at their old positions
         with self._cancellation.ignored(self._ctx.ctx) if shifted else contextlib.nullcontext():
             for start in range(0, len(tokens), width):
                 chunk = tokens[start : start + width]
@@ -154,8 +163,10 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
         return Decode(chunk, past, seconds, seen, hook is self._hook, prefill, hook.counters().stall_ms)
 
     def decode_again(self, tokens: Sequence[int], past: int) -> float:
-        """Decode tokens once more at their place in the context, which holds what stands before them, as narrow as a
-        verify step. Return the seconds that it took."""
+        """Decode tokens once more at position `past`, as one narrow batch, and return the seconds.
+
+        The context must hold the `past` tokens before them.
+        """
         with self._outside():
             self._ctx.set_n_threads(self.n_threads, self.n_threads)
             self._ctx.kv_cache_seq_rm(-1, past, -1)
@@ -166,7 +177,7 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
 
     def _decode_batch(self, chunk: list[int], past: int, n_rows: int) -> None:
         self._cancellation.check()
-        # without logits for every token the last block would lack rows of routing
+        # llama.cpp's last block only computes rows with logits; every row of a verify step needs its routing
         n_logits = len(chunk) if len(chunk) <= self._plan.max_width else min(n_rows, len(chunk))
         loading.decode(self._ctx, self._batch, chunk, past, n_logits, hook=self._hook, logits_all=self._logits_all)
         self.input_ids[past : past + len(chunk)] = chunk
@@ -183,11 +194,11 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
             log.warning("this model takes llama.cpp's stock path: its experts are not served from slots")
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
-        """A row of the last step, counted from the end: -1 is the last. A view of native memory."""
+        """Return a row of the last step's logits, [n_vocab]; -1 is the last row. A view of native memory."""
         return np.ctypeslib.as_array(self._ctx.get_logits_ith(row), shape=(self._n_vocab,))
 
     def roll_back(self, n_refused: int) -> None:
-        """Ends a verify step: takes the drafted tokens that did not become text out of the KV cache."""
+        """End a verify step: remove its n_refused rejected draft tokens from the KV cache."""
         if n_refused:
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         else:
@@ -196,7 +207,10 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
             self._observer.on_rollback(n_refused)
 
     def _reuse_prefix(self, tokens: list[int]) -> list[int]:
-        """Keeps what the KV cache shares with tokens and returns the rest; [] when its logits are live too."""
+        """Keep the longest prefix shared with the KV cache and return the tokens to decode.
+
+        Returns [] if all tokens are in the cache and the logits of the last one are still valid.
+        """
         shared = min(loading.shared_prefix(self._input_ids, np.asarray(tokens, dtype=np.intc)), self._n_intact)
         if shared == len(tokens) == self.n_tokens and shared and not self._requires_eval:
             return []
@@ -212,7 +226,7 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
     # --- the context is full ---------------------------------------------------------------------------
 
     def _make_room(self, n: int) -> bool:
-        """Shifts the context until n more tokens fit; whether it had to. Raises EdgeError when they cannot."""
+        """Shift the context until n more tokens fit. Return True if it shifted; raise EdgeError if they cannot fit."""
         shifted = False
         while self.n_tokens + n > self._size:
             n_keep = min(self._n_kept, self._size - 4, self.n_tokens)
@@ -230,13 +244,13 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
         loading.shift(self._ctx, n_keep, n_discard, n)
         self.input_ids[n_keep : n - n_discard] = self.input_ids[n_keep + n_discard : n].copy()
         self.n_tokens = n - n_discard
-        self._n_intact = min(self._n_intact, n_keep)  # what follows was computed with the discarded tokens in sight
+        self._n_intact = min(self._n_intact, n_keep)  # later keys were computed with the discarded tokens in context
         self._speculator.shift(n_keep, n_discard)
 
-    # --- llama_cpp.Llama's own ways to the context: not while another thread uses it ---------------------
+    # --- llama_cpp.Llama's own methods: refused while another thread uses the context -----------------------
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Decodes tokens into the context, as llama_cpp.Llama.eval does."""
+        """Decode tokens into the context, as llama_cpp.Llama.eval does."""
         with self._outside():
             if not self._exclusive.is_open:
                 self._forget_cancellation()
@@ -262,7 +276,7 @@ class TargetContext(Llama):  # type: ignore[misc]  # llama_cpp is not strictly t
         with self._outside():
             super().load_state(state)
             self._n_intact = getattr(state, "n_intact", UNBOUNDED)
-            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # saved in the middle of a step it has drafted tokens, too
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # a state saved during a step holds drafted tokens too
 
     @contextlib.contextmanager
     def _outside(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Who may use a model: one thread at a time, and one request at a time."""
+"""Exclusive use of a model: one thread at a time, and one request at a time."""
 
 from __future__ import annotations
 
@@ -10,32 +10,37 @@ from edge_speq.engine.loop import Tokens
 from edge_speq.errors import EdgeError
 
 BUSY = "this model is in use by another thread"
-PAUSE = 1.0  # seconds that others wait for a pause to end
+PAUSE = 1.0  # seconds that other threads wait for a pause to end
 HINT = "one EdgeLlama serves one thread at a time: wait for it, or load another"
 
 
 class ExclusiveUse:
-    """Guards one model. The native part is entered under a lock that only closing waits for: who else finds it taken
-    is told so.
+    """Guards one model. Native calls run under a lock. Only close and pauses wait for it; other callers get EdgeError.
 
-    A request is open from its first token until its generator ends or is closed. Meanwhile no other thread may begin
-    one or change the context; the thread that took its last token may, and the open request, perhaps forgotten, is over
-    when it begins another.
+    A request is open from its first token until its generator ends or is closed. During that time no other thread may
+    begin a request or change the context. The thread that took the request's last token may; if it begins another
+    request, the open one ends.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a thread may save the state from a callback of its own step
-        self._depth = 0  # guarded by the lock
-        self._inside = 0  # the thread that holds the lock
-        self._pauses = 0  # that are asked for or under way, guarded by the next
+        self._lock = threading.RLock()  # reentrant: a callback of a step may save the state
+        self._depth = 0  # guarded by _lock
+        self._inside = 0  # id of the thread that holds _lock
+        self._pauses = 0  # pauses requested or in progress, guarded by _counting
         self._counting = threading.Lock()
         self._request: object | None = None
-        self._thread = threading.current_thread()  # that took the last token of the open request
+        self._thread = threading.current_thread()  # took the last token of the open request
 
     @contextlib.contextmanager
     def enter(self, *, exclusive: bool = False, interrupt: Callable[[], None] | None = None) -> Iterator[None]:
-        """Enter the native part. `exclusive` refuses a call from a callback of a step; `interrupt` is called when
-        another thread is inside, and then waited for. Raises EdgeError."""
+        """Hold the lock for native calls.
+
+        Args:
+            exclusive: refuse a call from inside a callback of a step.
+            interrupt: if another thread holds the lock, call this and wait for it; None raises EdgeError instead.
+
+        Raises EdgeError if the model is in use or the call comes from a refused callback.
+        """
         if not self._lock.acquire(blocking=False):
             self._wait(interrupt)
         try:
@@ -54,25 +59,27 @@ class ExclusiveUse:
             self._lock.release()
 
     def _wait(self, interrupt: Callable[[], None] | None) -> None:
-        """Take the lock that another thread holds: after the interrupt, or when a pause is in progress."""
+        """Wait for the lock that another thread holds: after an interrupt, or during a pause."""
         if interrupt is not None:
             interrupt()
             self._lock.acquire()
             return
         mine = self._request is not None and self._thread is threading.current_thread()
-        if mine and self._pauses:  # who generates waits for the pause, however long
+        if mine and self._pauses:  # the generating thread waits for the whole pause
             self._lock.acquire()
         elif not self._lock.acquire(timeout=PAUSE if self._pauses else 0.0):
             raise EdgeError(BUSY, HINT)
 
     def inside(self) -> bool:
-        """Whether this thread is in the native part: in a callback of a step."""
+        """Return True if this thread holds the lock, as it does in a callback of a step."""
         return self._inside == threading.get_ident()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Enters the native part between two steps of whoever uses the model, who waits meanwhile instead of being
-        told that it is in use. Refused from a callback of a step: EdgeError."""
+        """Hold the lock between two steps of the running request, whose thread waits meanwhile.
+
+        Raises EdgeError if called from a callback of a step.
+        """
         with self._counting:
             self._pauses += 1
         try:
@@ -84,13 +91,15 @@ class ExclusiveUse:
 
     @property
     def is_open(self) -> bool:
+        """True while a request is open."""
         return self._request is not None
 
     def holds(self, request: object) -> bool:
+        """Return True if this request is the open one."""
         return self._request is request
 
     def require_mine(self) -> None:
-        """Raises EdgeError while a request of another thread is open."""
+        """Raise EdgeError while a request of another live thread is open."""
         if self._request is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
             raise EdgeError(BUSY, HINT)
 
@@ -99,7 +108,7 @@ class ExclusiveUse:
         self._request, self._thread = request, threading.current_thread()
 
     def guarded(self, stream: Tokens, request: object) -> Tokens:
-        """stream as the request's steps: each under the lock, and over when a later request has begun."""
+        """Yield the request's tokens, each step under the lock. Raise EdgeError once a later request has begun."""
         sent = None
         try:
             with self.enter(exclusive=True):
@@ -119,7 +128,7 @@ class ExclusiveUse:
 
     def _end(self, stream: Tokens, request: object) -> None:
         if not self.holds(request):
-            stream.close()  # touches nothing native: the model is another's by now
+            stream.close()  # makes no native call: another request owns the model
             return
         with self.enter(interrupt=lambda: None):
             stream.close()

@@ -1,4 +1,4 @@
-"""One call of generate: the engine that speculate.generate drives."""
+"""One generation request: the Verifier that engine.loop.generate drives."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 
 class Generation:
-    """The sampler and the stopping criteria of one request, and the verify step that it is at.
+    """Sampler, stopping criteria and current verify step of one request.
 
-    A later request takes the model over, and a callback or the consumer may change the context under a step (reset,
-    eval, load_state). What is left of a step then means nothing: it is neither kept nor rolled back.
+    A later request may take over the model, and a callback or the consumer may change the context during a step (reset,
+    eval, load_state). The rest of that step is then dropped: it is neither kept nor rolled back.
     """
 
     clock = staticmethod(time.perf_counter)
 
     def __init__(self, llama: EdgeLlama) -> None:
         self._llama = llama
-        self._started: float | None = None  # when the step began, None for the prompt's
-        self._seconds: float | None = None  # that it took, where it is like those that it is compared with
-        self._took = 0.0  # seconds, of any step
+        self._started: float | None = None  # start of the step's draft; None for the prompt
+        self._seconds: float | None = None  # of the step, if it is comparable to other verify steps
+        self._took = 0.0  # seconds of the step, whether comparable or not
         self._n_pending = self._n_drafted = self._n_kept = 0
         self._version = -1  # of the context, when the step was verified
-        self._error: BaseException | None = None  # of a logits processor
+        self._error: BaseException | None = None  # raised by a logits processor
 
     def begin(self, lookahead: Speculator, sampler: Any, stopping_criteria: Any) -> None:
         self._speculator, self._sampler, self._stopping_criteria = lookahead, sampler, stopping_criteria
@@ -38,7 +38,7 @@ class Generation:
             self._llama._steps.begin()
 
     def guarded(self, processors: Any) -> list[Any] | None:
-        """Logits processors whose exceptions reach the caller: a C callback, which they are called from, drops them."""
+        """Wrap logits processors so that their exceptions reach the caller; the C callback around them drops any."""
         if processors is None:
             return None
         return [self._guarded(process) for process in (processors if isinstance(processors, list) else [processors])]

@@ -1,4 +1,4 @@
-"""EdgeLlama: a llama_cpp.Llama whose experts live in slots and whose draft looks ahead for them."""
+"""EdgeLlama: a llama_cpp.Llama that keeps experts in slots and prefetches them with the help of a draft."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 
     from edge_speq.planning.load_options import LoadOptions
 
-HOOKS = ("on_step", "observer", "progress", "n_gpu_layers", "verbose")  # keyword arguments that are no options
+HOOKS = ("on_step", "observer", "progress", "n_gpu_layers", "verbose")  # keyword arguments outside LoadRequest
 LAPTOP_LINK = 12_500_000_000  # bytes per second: PCIe 4 x8
 
 log = logging.getLogger("edge_speq")
 
-IN_MEMORY = (llama_cpp.LLAMA_LOAD_MODE_NONE, llama_cpp.LLAMA_LOAD_MODE_MLOCK)  # read, not mapped
+IN_MEMORY = (llama_cpp.LLAMA_LOAD_MODE_NONE, llama_cpp.LLAMA_LOAD_MODE_MLOCK)  # the file is read, not mapped
 
 
 class EdgeLlama(Resizable):
@@ -59,16 +59,16 @@ class EdgeLlama(Resizable):
 
     Args:
         model_path: a GGUF file.
-        on_step: called with a StepRecord after each verify step. An exception of it ends the request.
-        observer: a StepObserver, which is told of the load, of requests, decodes and steps.
+        on_step: called with a StepRecord after each verify step. If it raises, the request ends with its exception.
+        observer: a StepObserver, called for the load, requests, decodes and steps.
         progress: called with the fraction of the model that is loaded, from 0 to 1. Returning False ends the load.
         n_gpu_layers: layers on the GPU, -1 for all of them.
         verbose: let llama.cpp write its log to stderr; by default it goes to the logging module.
-        options: those of planning.load_request.LoadRequest (docs/reference/options.md), and every further keyword
-            argument of llama_cpp.Llama, which keeps its meaning.
+        options: options of planning.load_request.LoadRequest (docs/reference/options.md), and every other keyword
+            argument of llama_cpp.Llama with its usual meaning.
 
-    Raises EdgeError for everything that a caller can mend. One instance serves one thread at a time: another one that
-    generates, evaluates or loads a state meanwhile gets an EdgeError. cancel() and close() may come from any thread.
+    Raises EdgeError for every failure that the caller can fix. One instance serves one thread at a time: a second
+    thread that generates, evaluates or loads a state gets an EdgeError. Any thread may call cancel() and close().
     """
 
     _redirect_output = False  # read by the patched llama_cpp.Llama
@@ -89,7 +89,7 @@ class EdgeLlama(Resizable):
         self._callbacks = {"on_step": on_step, "observer": observer}
         self._profile: dict[str, Any] | None = None
         if request.profile is not None and request.throttle_link is None and not request.deterministic:
-            from edge_speq.planning import profile as profiles  # importing EdgeLlama is to be fast
+            from edge_speq.planning import profile as profiles  # lazily: importing EdgeLlama must be fast
 
             request, self._profile = profiles.apply(request, stock)
         self._options, self._request = request, survey.resolve(request)
@@ -103,7 +103,7 @@ class EdgeLlama(Resizable):
         self._may_page_lock = "use_mmap" not in stock
         self.device = self._request.device
         self._hook: _native.Hook | None = None
-        self._watching: _native.Hook | None = None  # reads routing where the plan has no slots
+        self._watching: _native.Hook | None = None  # only reads routing, if the plan has no slots
         self._shifts, self._n_keep = request.context_shift, request.n_keep
         self._timing = Timing()
         self._steps = step_records(on_step, observer)
@@ -122,12 +122,12 @@ class EdgeLlama(Resizable):
             raise _explained(error, str(model_path)) from error
 
     def _configure(self, model_params: Any, context_params: Any) -> None:
-        wanted = self._request
-        self._draft_params, self._keep_alive = survey.prepare(wanted, model_params, context_params)
+        request = self._request
+        self._draft_params, self._keep_alive = survey.prepare(request, model_params, context_params)
         found = survey.survey(
-            wanted, model_params, self._draft_params, context_params if wanted.budget_bytes is not None else None
+            request, model_params, self._draft_params, context_params if request.budget_bytes is not None else None
         )
-        self._experts, self._plan = found.experts, survey.decide(wanted, found)
+        self._experts, self._plan = found.experts, survey.decide(request, found)
         log.info("plan: %s", self._plan.reason)
         if self._plan.placement == "slots" and self.lora_path is not None:
             raise EdgeError("slots do not serve LoRA adapters", "use policy all or cpu-moe", usage=True)
@@ -142,10 +142,10 @@ class EdgeLlama(Resizable):
         elif self._plan.placement == "all":
             model_params.tensor_buft_overrides = None
         if self._progress is not None:
-            self._progress.attach(wanted, model_params, self._draft_params)
+            self._progress.attach(request, model_params, self._draft_params)
         if self._observer is not None:
             native = (model_params, context_params, self._draft_params)
-            self._observer.on_load(NativeLoad(wanted, self._experts, self._plan, *native))
+            self._observer.on_load(NativeLoad(request, self._experts, self._plan, *native))
 
     def _model_loaded(self) -> None:
         if self._plan.placement != "slots":
@@ -155,7 +155,7 @@ class EdgeLlama(Resizable):
                 )
                 self._stack.callback(self._watching.detach)
             return
-        # a laptop's block computes about half as long as one of its experts travels
+        # on a laptop a block computes for about half the time of one expert's transfer
         block_ns = int(5e8 * self._experts.groups[0].expert_bytes / self._link) if self._deterministic else 0
         transfers = _native.Transfers(
             self._link,
@@ -168,21 +168,21 @@ class EdgeLlama(Resizable):
         self._hook = _native.Hook(
             self._model.model, self._experts, self._plan.max_width, self._plan.slots, transfers, reads_prefill=True
         )
-        # closed after the context that uses it and before the model that it hangs on
+        # closed after the context, which uses it, and before the model, which it refers to
         self._stack.callback(self._hook.detach)
         self._cancellation.also = self._hook.cancel
 
     @property
     def _on_miss(self) -> str:
-        """What happens to missing experts. Auto is "fetch" without a GPU, where a fetch is a copy, and in deterministic
-        mode, since hybrid execution follows the clock."""
+        """How missing experts are served. "auto" means "fetch" without a GPU, since a fetch is only a memory copy, and
+        in deterministic mode, since hybrid execution depends on measured times."""
         if self._request.on_miss == "auto" and (not self.device.is_gpu or self._deterministic):
             return "fetch"
         return self._request.on_miss
 
     @property
     def _has_fixed_length(self) -> bool:
-        """Whether every step drafts as many tokens as it may."""
+        """True if every step drafts as many tokens as the plan allows."""
         observed = self._observer is not None and self._observer.fixes_draft_length
         return self._request.draft_tokens is not None or observed
 
@@ -219,12 +219,12 @@ class EdgeLlama(Resizable):
         link, learned = self._link or LAPTOP_LINK, self._learned
         if learned is not None:
             learned.require(self._experts, None if draft is None else draft.experts)
-        setting = PolicyContext.nominal(
+        context = PolicyContext.nominal(
             self._experts, self._plan.slots, k_max, link, learned, has_twin=has_twin, known=self._recorded
         )
         fixed, clock = self._has_fixed_length, not self._deterministic
         limited = self._options.latency_limit_ms is not None
-        policy = presets.live(self._request.policy, setting, is_fixed=fixed, has_clock=clock, is_limited=limited)
+        policy = presets.live(self._request.policy, context, is_fixed=fixed, has_clock=clock, is_limited=limited)
         if self._hook is not None:
             self._hook.use_budget(policy.expert_budget)
             self._hook.admit_from_prefill(policy.reads_prompts)
@@ -250,9 +250,11 @@ class EdgeLlama(Resizable):
         return draft
 
     def close(self) -> None:
-        """Frees models, contexts and slots, from any thread: a step that runs is cancelled first. stats() keeps the
-        counters. Raises EdgeError from a callback of a step."""
-        if "_stack" not in self.__dict__:  # the arguments were refused
+        """Free models, contexts and slots, from any thread. A running step is cancelled first; stats() keeps working.
+
+        Raises EdgeError if called from a callback of a step.
+        """
+        if "_stack" not in self.__dict__:  # __init__ refused the arguments
             return
         if self._request.shared is not None:
             self._request.shared.drop(self._request)
@@ -285,7 +287,7 @@ class EdgeLlama(Resizable):
         stopping_criteria: Any = None,
         grammar: Any = None,
     ) -> Tokens:
-        """Yields tokens after the prompt, as llama_cpp.Llama.generate does; tokens sent in become text."""
+        """Yield tokens after the prompt, as llama_cpp.Llama.generate does. Tokens sent in become part of the text."""
         request = Generation(self)
         sampling = {
             "top_k": top_k,
@@ -313,12 +315,12 @@ class EdgeLlama(Resizable):
         started = time.perf_counter()
         self._require_open()
         self._forget_cancellation()
-        if self._shifts and len(tokens) > self._size:  # what _create_completion says when nothing shifts
+        if self._shifts and len(tokens) > self._size:  # as _create_completion does without context shift
             raise ValueError(f"Requested tokens ({len(tokens)}) exceed context window of {self._size}")
         self._mirostat_mu = ctypes.c_float(2.0 * sampling["mirostat_tau"])
         if sampling["grammar"] is not None:
             require_grammar(sampling["grammar"]._grammar, self._model.vocab)
-        # closed at once: it refers to itself, and its native memory would wait for the garbage collector
+        # closed explicitly: it refers to itself, so its native memory would wait for the garbage collector
         with contextlib.closing(self._init_sampler(**sampling)) as sampler:
             request.begin(self._speculator, sampler, stopping_criteria)
             self._timing.n_prompt += len(tokens)
@@ -336,26 +338,26 @@ class EdgeLlama(Resizable):
                     "logprobs need every token's logits", "load the model without context_shift", usage=True
                 )
             if (kwargs.get("max_tokens") or 0) <= 0:
-                kwargs["max_tokens"] = self._size  # no limit, says llama_cpp.Llama, and means the context
+                kwargs["max_tokens"] = self._size  # llama_cpp.Llama's "no limit" means the context size
         chunks = super()._create_completion(*args, **kwargs)
         return chunks if self._steps is None else self._steps.over(chunks)
 
     def cancel(self) -> None:
-        """From any thread: the request that is open raises EdgeError("cancelled"); the text so far stays.
+        """Make the open request raise EdgeError("cancelled"), from any thread. The text generated so far stays.
 
-        On the CPU the graph that runs ends at its next node, with slots at the next block; other graphs of a GPU run to
-        the end of their ubatch. No effect when no request is open.
+        A running graph ends at its next node on the CPU and at its next block with slots. Other graphs on a GPU run to
+        the end of their ubatch. No effect if no request is open.
         """
         if self._exclusive.is_open:
             self._cancellation.set()
 
     def stats(self) -> Stats:
-        """What happened since the model was loaded, from any thread. A snapshot: later events do not change it."""
+        """Return a snapshot of all counters since the model was loaded, from any thread."""
         from edge_speq import __version__
 
         counters = ExpertCounters()  # a dense model
         if self._hook is not None:
-            with self._cancellation.lock:  # nothing native is freed meanwhile
+            with self._cancellation.lock:  # close() cannot free the hook meanwhile
                 counters = self._hook.counters()
         elif self._experts.n_expert:
             counters = ExpertCounters(total=self._experts.total, hits=None, misses=None, cpu_computed=None)
@@ -378,15 +380,15 @@ class EdgeLlama(Resizable):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._request.shared is not None:
-            raise EdgeError("a model that shares a Budget cannot be pickled", "load it with a budget of its own")
+            raise EdgeError("a model that shares a Budget cannot be pickled", "load it with its own vram_budget")
         state: dict[str, Any] = super().__getstate__()
         return state | self._options.options() | self._callbacks
 
 
 def _explained(error: BaseException, model_path: str) -> BaseException:
-    """Return what the caller is told where llama_cpp.Llama raised an exception of its own while loading."""
+    """Translate an exception that llama_cpp.Llama raised while loading into the one for the caller."""
     if isinstance(error, TemplateError):  # the file's chat template is compiled while loading
-        return EdgeError(f"cannot load {model_path}: {error}", "the file itself is at fault: convert it again")
-    if isinstance(error, ValueError):  # what llama_cpp.Llama says of its arguments, or of the file
+        return EdgeError(f"cannot load {model_path}: {error}", "the file's chat template is invalid: convert it again")
+    if isinstance(error, ValueError):  # llama_cpp.Llama refused an argument or the file
         return EdgeError(f"cannot load {model_path}: {error}", "verbose=True shows llama.cpp's reason")
     return error

@@ -1,4 +1,4 @@
-"""How far a model and its draft are loaded, as one fraction for one callback."""
+"""Report the loading progress of a model and its draft as one fraction."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ Progress = Callable[[float], "bool | None"]
 
 
 class LoadProgress:
-    """Calls `progress` while llama.cpp reads model and draft. An exception of it ends the load and is kept:
-    ctypes would only print it."""
+    """Calls `progress` while llama.cpp reads the model and the draft.
+
+    If `progress` raises, the load ends. The exception is stored for raise_error(), since ctypes would only print it.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -46,7 +48,7 @@ class LoadProgress:
         return self._callbacks[-1]
 
     def raise_error(self, model_path: str) -> None:
-        """Raise what the callback raised, or EdgeError where it ended the load."""
+        """Raise the callback's exception, or EdgeError if the callback ended the load. Otherwise do nothing."""
         if self._error is not None:
             raise self._error
         if self._ended:

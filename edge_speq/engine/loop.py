@@ -1,7 +1,7 @@
-"""The generate loop: draft, foresee, verify, accept.
+"""The generate loop: draft, prefetch, verify, accept.
 
-Every emitted token is what the target's own sampler picks on the verify logits ("sample and match"), so any
-sampler and any grammar stay exact: the sampler runs once per emitted token, in order, as without a draft.
+The target's own sampler picks every emitted token from the verify logits ("sample and match"). The output is therefore
+exact for any sampler and grammar: the sampler runs once per emitted token, in order, as without a draft.
 """
 
 from __future__ import annotations
@@ -16,36 +16,40 @@ Tokens = Generator[int, Sequence[int] | None, None]  # tokens sent in become tex
 
 
 class Verifier(Protocol):
+    """The engine that the loop drives. `pending` tokens are text that the target has not decoded yet."""
+
     def draft(self, pending: list[int]) -> list[int]:
-        """Tokens that may follow pending, none when the engine would rather not speculate."""
+        """Return tokens that may follow pending; [] to decode without speculation."""
 
     def plan_prefetch(self) -> None:
-        """Orders the experts that verifying is expected to need."""
+        """Request prefetches of the experts that the verify step is expected to need."""
 
     def verify(self, pending: list[int], drafted: list[int]) -> None:
-        """Decodes both; row i of the logits is then for the token after pending + drafted[:i]."""
+        """Decode both. Row i of the logits then predicts the token after pending + drafted[:i]."""
 
     def pick(self, row: int) -> int | None:
-        """The sampler's pick from a row, None when a stopping criterion says so."""
+        """Return the sampler's token for a row of logits; None if a stopping criterion ends the text."""
 
     def disturbed(self) -> bool:
-        """Whether the context was changed from outside since the step was verified: its logits mean nothing then."""
+        """Return True if the context was changed from outside during the step, which makes its logits invalid."""
 
     def keep(self) -> None:
-        """The next drafted token is part of the text now."""
+        """Make the next drafted token part of the text."""
 
     def settle(self, *, mismatch: bool) -> None:
-        """Ends a verify step: forgets the drafted tokens that were not kept, the first of which the sampler may
-        have contradicted (a mismatch) or not looked at."""
+        """End a verify step and drop the drafted tokens that were not kept.
+
+        mismatch: True if the sampler picked another token than the first dropped one; False if it did not judge it.
+        """
 
 
 def generate(engine: Verifier, prompt: Sequence[int]) -> Tokens:
-    """Yields tokens after prompt, without end; tokens sent in are taken as part of the text.
+    """Yield tokens after prompt, without end. Tokens sent in become part of the text.
 
-    prompt may be empty when the engine's last logits are still those of its text.
+    prompt may be empty if the engine's last logits still belong to the end of its text.
     """
     pending: list[int] | None = list(prompt)
-    drafted: list[int] = []  # a prompt is verified alone
+    drafted: list[int] = []  # a prompt is decoded without draft tokens
     while pending is not None:
         engine.verify(pending, drafted)
         pending = yield from accept(engine, drafted)
@@ -55,29 +59,33 @@ def generate(engine: Verifier, prompt: Sequence[int]) -> Tokens:
 
 
 def accept(engine: Verifier, drafted: list[int]) -> Generator[int, Sequence[int] | None, list[int] | None]:
-    """Emits the sampled tokens while they match the draft, and the first one that does not. Returns the tokens
-    that the target has yet to see, None at the end of the text."""
+    """Yield the sampled tokens up to and including the first one that differs from the draft.
+
+    Returns the tokens that the target has not decoded yet, or None at the end of the text.
+    """
     mismatch = False
     try:
-        for row, guess in enumerate([*drafted, None]):
+        for row, proposed in enumerate([*drafted, None]):
             token = engine.pick(row)
             if token is None:
                 return None
-            mismatch = guess is not None and token != guess
+            mismatch = proposed is not None and token != proposed
             sent = list((yield token) or ())
-            if token != guess or engine.disturbed():
+            if token != proposed or engine.disturbed():
                 return [token, *sent]
-            engine.keep()  # only now: closed at the yield, the engine holds what it would hold without a draft
+            engine.keep()  # after the yield: if it is closed there, the context is the same as without a draft
             if sent:
                 return sent
-        raise AssertionError("the last row has no guess, so its token never matches")
+        raise AssertionError("the last row has no drafted token, so its token never matches")
     finally:
         engine.settle(mismatch=mismatch)
 
 
 def timed(stream: Tokens, timing: Timing, started: float) -> Tokens:
-    """stream, with its tokens and the seconds that it takes itself (not those of its consumer) added to timing.
-    started: when the request began, by time.perf_counter."""
+    """Yield the tokens of stream and add their number and seconds to timing, without the consumer's time.
+
+    started: time.perf_counter() at the start of the request.
+    """
     sent, first = None, True
     try:
         while True:

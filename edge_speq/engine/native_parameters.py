@@ -1,4 +1,4 @@
-"""llama.cpp's parameters of model and context, as llama_cpp.Llama makes them of its arguments, without a load."""
+"""Derive llama.cpp's model and context parameters from llama_cpp.Llama's arguments without loading a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class _NotLoadedError(Exception):
 
 
 class _Parameters(Llama):  # type: ignore[misc]  # llama_cpp is not strictly typed
-    """The patched llama_cpp.Llama calls _configure with its parameters before it loads anything."""
+    """Captures the parameters: the patched llama_cpp.Llama calls _configure before it loads anything."""
 
     _redirect_output = False
 

@@ -1,4 +1,4 @@
-"""StepObserver: what is told of a model's load, its requests, its decodes and its verify steps."""
+"""StepObserver: callbacks for a model's load, its requests, its decodes and its verify steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NativeLoad:
-    """A model about to be loaded: llama.cpp's parameters, which an observer may still change."""
+    """A model that is about to be loaded. An observer may still change llama.cpp's parameters."""
 
     request: ResolvedRequest
     experts: Experts
@@ -36,42 +36,43 @@ class Decode:
     tokens: list[int]
     past: int  # tokens in the context before it
     seconds: float  # until the device has finished, stalls included
-    routing: Routing | None  # [n_blocks, n_tokens, n_expert_used]; None where the hook saw none
-    served: bool  # slots served it, not a hook that only watches
-    prefill_routing: Routing | None  # of the last tokens of a batch wider than a verify step
+    routing: Routing | None  # [n_blocks, n_tokens, n_expert_used]; None if the hook did not see the graph
+    served: bool  # True if slots served it; False if a hook only read the routing
+    prefill_routing: Routing | None  # of the last tokens, if the batch is wider than a verify step
     stall_ms: float  # total since the model was loaded
 
 
 class StepObserver:
-    """Base class of observers: override what you need. Every call comes on the thread that uses the model, and an
-    exception ends what is under way: the load, the request or the decode.
+    """Base class of observers; override the methods you need.
+
+    All methods run on the thread that uses the model. An exception ends the load, request or decode in progress.
     """
 
-    sees_decodes = False  # on_decode is called, and each decode waits for the device
-    fixes_draft_length = False  # each step drafts as many tokens as the plan allows
-    needs_routing = False  # routing is read even where the plan has no slots
+    sees_decodes = False  # True: on_decode is called, and each decode waits for the device
+    fixes_draft_length = False  # True: each step drafts as many tokens as the plan allows
+    needs_routing = False  # True: routing is read even if the plan has no slots
 
     def on_load(self, load: NativeLoad) -> None:
-        """The plan is made, nothing is loaded yet."""
+        """Handle a finished plan, before anything is loaded."""
 
     def on_draft(self, draft: Draft) -> Draft:
-        """Return the draft to use: the one that was loaded, or a wrapper of it."""
+        """Return the draft to use: the loaded one, or a wrapper of it."""
         return draft
 
     def on_request(self) -> None:
-        """A request begins. Raise EdgeError to refuse it."""
+        """Handle the start of a request. Raise EdgeError to refuse it."""
 
     def on_step_begin(self, n_drafted: int) -> None:
-        """The target is about to decode a prompt, or a verify step with n_drafted draft tokens."""
+        """Handle the start of a prompt, or of a verify step with n_drafted draft tokens."""
 
     def on_decode_begin(self) -> None:
-        """The target is about to decode one batch (with sees_decodes)."""
+        """Handle the start of one batch (with sees_decodes)."""
 
     def on_decode(self, decode: Decode) -> None:
-        """The target has decoded one batch (with sees_decodes)."""
+        """Handle the end of one batch (with sees_decodes)."""
 
     def on_rollback(self, n_rejected: int) -> None:
-        """A verify step has ended; n_rejected draft tokens did not become text."""
+        """Handle the end of a verify step, after its n_rejected draft tokens were removed."""
 
     def on_step(self, record: StepRecord) -> None:
-        """A verify step, or a prompt, has ended."""
+        """Handle the record of a verify step or a prompt."""

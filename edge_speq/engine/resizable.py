@@ -1,4 +1,4 @@
-"""Slots that change while a model is loaded."""
+"""Resizing the slots of a loaded model, and the state that other threads may read."""
 
 from __future__ import annotations
 
@@ -20,35 +20,36 @@ from edge_speq.units import parse_share
 
 
 class Resizable(TargetContext):
-    """The part of EdgeLlama that answers for its bytes: to the caller, and to a Budget that other models share."""
+    """The part of EdgeLlama that accounts for device memory, for the caller and for a Budget shared between models."""
 
     device: _native.Device
     _experts: Experts
     _request: survey.ResolvedRequest
     _link: int
     _deterministic: bool
-    _share: float | None  # of the experts' bytes, that slots may hold
+    _share: float | None  # fraction of the experts' bytes that slots may hold
     _fixed_bytes: int  # held on the device besides slots
     _slot_bytes: int
 
     def _measure(self) -> None:
-        """Notes what is held on the device; only slots change later, so other threads may ask without native calls."""
+        """Record the bytes on the device. Only slots change later, so other threads can read them without the lock."""
         self._slot_bytes = self._hook.slot_bytes() if self._hook is not None else 0
         target = _native.memory_used(self._ctx.ctx, self.device.is_gpu).total
         self._fixed_bytes = target + self._speculator.memory_used() - self._slot_bytes
 
     def memory_used(self) -> int:
-        """Bytes on the compute device: dense weights, KV caches, draft, compute buffers and slots."""
+        """Return the bytes on the compute device: dense weights, KV caches, draft, compute buffers and slots."""
         self._require_open()
         return self._fixed_bytes + self._slot_bytes
 
     def resize(self, *, resident: float | str | None = None, vram_budget: int | str | None = None) -> Plan:
-        """Other bounds for the slots, from any thread: between two steps of what is being generated the slots are
-        allocated anew, and the experts of most worth loaded again. Returns the new plan. A bound that is left out stays
-        what it is; under a shared Budget the model's present share stays the ceiling.
+        """Change the bounds of the slots, from any thread, and return the new plan.
 
-        Raises EdgeError, and changes nothing, when the bounds cannot be met or the model has no slots. When the new
-        slots cannot be allocated, EdgeError says so and the experts are computed on the CPU until a resize succeeds.
+        Between two steps of a running request, the slots are reallocated and the experts with the highest scores are
+        reloaded. An omitted bound keeps its value. Under a shared Budget, the model's present share stays the ceiling.
+
+        Raises EdgeError, without any change, if the bounds cannot be met or the model has no slots. If the new slots
+        cannot be allocated, raises EdgeError, and the CPU computes all experts until a resize succeeds.
         """
         if resident is None and vram_budget is None:
             raise EdgeError("resize needs a bound", "give resident or vram_budget", usage=True)
@@ -62,48 +63,49 @@ class Resizable(TargetContext):
         self._share = share
         return made
 
-    # --- what others may read, from any thread ----------------------------------------------------------
+    # --- state that any thread may read ------------------------------------------------------------------
 
     @property
     def experts(self) -> Experts:
-        """The routed experts of the model; a dense model has none."""
+        """The routed experts of the model; no blocks for a dense model."""
         return self._experts
 
     @property
     def plan(self) -> Plan:
-        """What lies where, as decided when the model was loaded or resized last."""
+        """The placement of the experts, as of the load or the last resize."""
         return self._plan
 
     @property
     def request(self) -> survey.ResolvedRequest:
-        """What was asked for, checked and resolved for this machine."""
+        """The load options, validated and resolved for this machine."""
         return self._request
 
     @property
     def link_bytes_per_s(self) -> int | None:
-        """The rate that transfers are throttled to; None for the machine's own link."""
+        """The rate that transfers are throttled to, in bytes per second; None for the machine's own link."""
         return self._link or None
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether transfers take virtual time."""
+        """True if transfers take virtual time."""
         return self._deterministic
 
     @property
     def is_mapped(self) -> bool:
-        """Whether the model file is mapped, not read into memory."""
+        """True if the model file is mapped, False if it is read into memory."""
         return bool(self.model_params.load_mode != llama_cpp.LLAMA_LOAD_MODE_NONE)
 
     @property
     def has_routing(self) -> bool:
-        """Whether the routing of a decode can be read."""
+        """True if the routing of a decode can be read."""
         return self._hook is not None or self._watching is not None
 
     def residency(self) -> npt.NDArray[np.uint8] | None:
         """Return the state of each expert, [n_blocks, n_expert]: 0 absent, 1 loading, 2 resident, 3 in use.
 
-        None without slots and after close."""
-        with self._cancellation.lock:  # nothing native is freed meanwhile
+        Returns None without slots and after close.
+        """
+        with self._cancellation.lock:  # close() cannot free the hook meanwhile
             if self._hook is None or self._cancellation.also is None:  # closed
                 return None
             states: npt.NDArray[np.uint8] = self._hook.states().copy()
@@ -135,16 +137,18 @@ class Resizable(TargetContext):
         return own + (self._request.draft_spec.memory.total if self._plan.max_draft_tokens else 0)
 
     def limit_draft_tokens(self, most: int) -> None:
-        """Draft at most so many tokens a step from now on."""
+        """Draft at most `most` tokens per step from now on."""
         self._speculator.limit(most)
 
     def limit_lookahead(self, most: int) -> None:
-        """Let a draft run on, for its routing, at most so many tokens beyond those that it proposes."""
+        """Let the draft decode at most `most` tokens beyond its proposal, for their routing."""
         self._speculator.depth.limit_to(most)
 
     def prefetch_rate(self, n_experts: int) -> float | None:
-        """Prefetch so many absent experts, wait for them, and return the bytes per second; None where none is absent
-        or the model has no slots."""
+        """Prefetch up to n_experts absent experts, wait for them, and return the bytes per second.
+
+        Returns None if no expert is absent or the model has no slots.
+        """
         hook = self._hook
         if hook is None:
             return None
@@ -158,17 +162,19 @@ class Resizable(TargetContext):
         return fetched / elapsed if fetched else None
 
     def experts_in_slots(self) -> Experts | None:
+        """Return the experts that slots serve; None without slots."""
         return self._experts if self._hook is not None else None
 
     def fixed_bytes(self) -> int:
-        """What it holds on the compute device besides slots."""
+        """Return the bytes on the compute device without the slots."""
         return self._fixed_bytes
 
     def inside(self) -> bool:
-        """Whether this thread is in a callback of one of its steps."""
+        """Return True if the calling thread is in a callback of one of this model's steps."""
         return self._exclusive.inside()
 
     def plan_for(self, budget_bytes: int) -> Plan:
+        """Return the plan for another VRAM budget, without applying it. Raises EdgeError if it is too small."""
         return self._plan_slots(self._share, budget_bytes)
 
     def _plan_slots(self, resident: float | None, budget_bytes: int | None) -> Plan:
@@ -186,7 +192,7 @@ class Resizable(TargetContext):
         )
 
     def apply(self, made: Plan) -> None:
-        """Puts a plan of plan_for into force."""
+        """Resize the slots as planned by plan_for(). Raises EdgeError if they cannot be allocated."""
         assert self._hook is not None
         with self._exclusive.pause():
             self._require_open()

@@ -1,10 +1,13 @@
-"""A model that drafts for itself, in its own context and KV cache: with low-bit copies of its experts, or with those of
-its experts that are in slots.
+"""Self-drafting: the target drafts in its own context, with low-bit copies of its experts or with resident experts.
 
-The first is MoE-SpeQ's sharing (arXiv 2511.14102, section 4): draft and target have everything but the routed experts
-in common, so the draft costs these alone, and it reads the very keys and values that the target wrote. The second
-costs nothing: routers choose among what is resident, and what they would have chosen foresees the verify step. Drafted
-positions are taken out of the KV cache before anybody sees them; verifying writes them anew.
+Low-bit copies follow MoE-SpeQ (arXiv 2511.14102, section 4). Draft and target share all weights except the routed
+experts, so the draft needs memory only for those copies. It reads the keys and values that the target wrote.
+
+Resident experts need no further memory: routers choose only among experts in slots. Their unrestricted choice predicts
+the experts of the verify step.
+
+In both cases the drafted positions are removed from the KV cache after drafting, and the verify step computes them
+again.
 """
 
 from __future__ import annotations
@@ -25,8 +28,16 @@ if TYPE_CHECKING:
 
 
 class SelfDraft:
-    """A Draft. With a TwinFile it computes with these experts, without with those in slots. max_width: tokens of a
-    graph whose routing is kept. Raises EdgeError when the twin cannot be loaded."""
+    """A Draft that decodes in the target's context.
+
+    Args:
+        target: the context to borrow.
+        hook: the target's hook, which selects the experts.
+        twin: file of low-bit experts to draft with; None drafts with the experts in slots.
+        max_width: most tokens of a graph whose routing the hook reads.
+
+    Raises EdgeError if the low-bit experts cannot be loaded.
+    """
 
     def __init__(
         self, target: TargetContext, hook: _native.Hook, twin: DraftExpertsFile | None, max_width: int
@@ -53,7 +64,7 @@ class SelfDraft:
 
         def step(drafted: list[int]) -> Routing | None:
             self._target.require_running()
-            if not self._hook.use_experts(self._uses):  # too few experts of a block are in slots
+            if not self._hook.use_experts(self._uses):  # False: a block has too few experts in slots
                 return None
             tokens = drafted[-1:] or pending
             at = past + (len(pending) + len(drafted) - 1 if drafted else 0)
@@ -68,11 +79,11 @@ class SelfDraft:
             self._target.roll_back(1)
 
     def unread(self, text: Text) -> int:
-        return 0  # the target read it
+        return 0  # it reads the target's KV cache
 
     def shift(self, n_keep: int, n_discard: int) -> None: ...
 
     def memory_used(self) -> int:
-        return 0  # the hook counts its tensors
+        return 0  # the hook counts the tensors of the copies
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""What is known before the target runs: the drafted tokens, and the experts that they will want."""
+"""Drafting and prefetching around each verify step: a draft, its length controller and a policy work together here."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from edge_speq.policies.published.draft_lengths import roofline
 log = logging.getLogger("edge_speq")
 
 SMOOTHING = 0.9
-TELL_EVERY = 16  # steps after which a policy is told what was measured
+TELL_EVERY = 16  # steps between two calls of Policy.measured
 
 
 class AdmittingSlots:
-    """Slots into which nobody fetches on demand: what has earned a slot is ordered after what is expected."""
+    """The hook's slots when misses are not fetched: prefetch() appends the policy's admissions to its requests."""
 
     def __init__(self, hook: _native.Hook, policy: Policy) -> None:
         self._hook, self._policy = hook, policy
@@ -43,18 +43,25 @@ class AdmittingSlots:
         return self._hook.states()
 
     def prefetch(self, requests: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
-        earned = self._policy.admissions(self._hook)
-        earned = earned.copy()  # the policy's
-        earned["priority"] += margin  # they have one of their own
-        wanted = np.concatenate([requests[: None if byte_budget else 0], earned])
-        return self._hook.prefetch(wanted, _native.NO_BUDGET, margin)
+        earned = self._policy.admissions(self._hook).copy()  # the array belongs to the policy
+        earned["priority"] += margin  # admissions already include their own margin
+        combined = np.concatenate([requests[: None if byte_budget else 0], earned])
+        return self._hook.prefetch(combined, _native.NO_BUDGET, margin)
 
 
 class Speculator:
-    """A draft, the governor of its length, and the policy that turns both passes' routing into prefetches.
+    """Combines a draft, the controller of its length, and a policy that turns routing into prefetches.
 
-    A policy that raises is reported, counted, and replaced by lru: a guess is not worth the request. `virtual`: time
-    is, so nothing may follow the clock. `admits`: nobody fetches what is missing.
+    Args:
+        draft: proposes tokens; None decodes without speculation.
+        governor: chooses the draft length, unless the policy has its own rule.
+        policy: scores experts and requests prefetches; None or no hook means no prefetching.
+        hook: the native slots of the target.
+        n_vocab: tokens of the target's vocabulary.
+        admits: misses are not fetched on demand, so the policy's admissions are prefetched too.
+        virtual: transfers take virtual time, so nothing may depend on measured time.
+
+    If the policy raises, it is logged, counted in `failures`, and replaced by lru; the request continues.
     """
 
     def __init__(
@@ -76,60 +83,61 @@ class Speculator:
         self._admits, self._virtual, self._n_vocab = admits, virtual, n_vocab
         self._k_max = governor.k_max
         if self._policy is not None:
-            governor.expect(roofline(self._policy.setting))
-        me = weakref.ref(self)  # else the two would wait for the garbage collector, and with them a draft
+            governor.expect(roofline(self._policy.context))
+        me = weakref.ref(self)  # a reference cycle would keep the draft until the garbage collector runs
         governor.unread = lambda: 0 if (own := me()) is None else own._unread()
         self._text: Text = np.zeros(0, dtype=np.intc)  # before the step
-        self._seen_from: int | None = None  # where the text begins that a draft sees which only glances at it
-        self._tokens: list[int] = []  # of the step: the last one of text, and those drafted
-        self._routing: Routing | None = None  # the draft's, of the tokens drafted last and of some after them
+        self._seen_from: int | None = None  # position from which the draft sees the text during a probe
+        self._tokens: list[int] = []  # of the step: the last one of text, then the drafted ones
+        self._routing: Routing | None = None  # the draft's, of the drafted tokens and of some after them
         self._n_drafted = 0
-        self._looks_further = False  # the policy has a use for routing beyond the drafted tokens
-        self._is_first = True  # step of the request: the draft reads the prompt
+        self._looks_further = False  # the policy uses routing beyond the drafted tokens
+        self._is_first = True  # first step of the request, in which the draft reads the prompt
         self._draft_seconds = self._waited = 0.0
-        self._draft_ms = self._block_ms = 0.0  # averages
+        self._draft_ms = self._block_ms = 0.0  # moving averages
         self._n_measured = 0
 
     def limit(self, k_max: int) -> None:
-        """Drafts at most k_max tokens a step from now on."""
+        """Draft at most k_max tokens per step from now on."""
         self._k_max = self._governor.k_max = k_max
 
     def resized(self, slots: tuple[int, ...]) -> None:
-        """Each group has so many slots from now on."""
+        """Tell the policy the new slot count of each expert group."""
         if self._policy is not None:
             self._safely(self._policy.resized, slots)
 
     @property
     def name(self) -> str:
-        """What the policy knows of later demands."""
+        """The policy's source of predictions, as in Policy.sees."""
         return self._policy.sees if self._policy is not None else "none"
 
     @property
     def policy(self) -> str:
+        """The name of the policy in use, "lru" after a failure."""
         return self._policy.name if self._policy is not None else "none"
 
     @property
     def quality(self) -> Quality | None:
-        """How well the target's experts were foreseen, None where nothing foresees them."""
+        """Prediction quality of the policy; None if it does not predict demands."""
         return self._policy.quality if self._policy is not None else None
 
     @property
     def foreseen(self) -> dict[str, float] | None:
-        """That in figures, over all blocks; None until a step was foreseen."""
+        """Summary of `quality` over all blocks; None before the first predicted step."""
         quality = self.quality
         return quality.summary() if quality is not None and quality.n_steps else None
 
     def begin(self) -> None:
-        """A new request begins."""
+        """Start a new request."""
         self._is_first, self._seen_from = True, None
         self._governor.begin()
         if self._draft is not None:
             self._draft.begin()
 
-    # --- before a step ---------------------------------------------------------------------------------
+    # --- before the step -------------------------------------------------------------------------------
 
     def draft(self, text: Text, room: int, sampler: object) -> list[int]:
-        """At most room tokens that may continue text, all of the target's vocabulary."""
+        """Return at most `room` drafted tokens that may continue text, all within the target's vocabulary."""
         self.counts.steps += 1
         self._routing, self._n_drafted, self._draft_seconds = None, 0, 0.0
         self._waited = self._seconds_waited()
@@ -144,7 +152,7 @@ class Speculator:
         self._draft_seconds = time.perf_counter() - started
         if self._reads_draft:
             self._routing = routing
-        # a draft's vocabulary may be padded further than ours; what comes after such a token is no guess any more
+        # the draft's vocabulary may have more padding tokens; tokens drafted after one of those are useless
         unknown = next((i for i, token in enumerate(drafted) if not 0 <= token < self._n_vocab), None)
         drafted = drafted[:unknown]
         self._n_drafted = len(drafted)
@@ -153,8 +161,8 @@ class Speculator:
         return drafted
 
     def _shown(self, text: Text) -> Text:
-        """What the draft sees of it: all, but for a glance."""
-        if not self._governor.glances:
+        """Return the part of the text that the draft sees: all of it, except during a probe."""
+        if not self._governor.is_probe:
             self._seen_from = None
             return text
         if self._seen_from is None:
@@ -162,7 +170,7 @@ class Speculator:
         return text[self._seen_from :]
 
     def _unread(self) -> int:
-        """Tokens of the text that the draft would have to read if the governor asked it now."""
+        """Return the tokens of text that the draft must read before it can draft."""
         own = self._policy.governor if self._policy is not None else None
         return 0 if self._draft is None or own is not None else self._draft.unread(self._text)
 
@@ -175,15 +183,16 @@ class Speculator:
         return self._governor.k() if own is None else int(self._safely(own.k) or 0)
 
     def _further(self, k: int) -> int:
-        """Tokens that the draft runs on, for their routing."""
+        """Return the tokens that the draft decodes beyond its proposal, for their routing."""
         if self._policy is None or not self._reads_draft:
             return 0
-        wanted = self._safely(self._policy.ahead, k)
-        self._looks_further = bool(wanted)
-        return self.depth.limit(wanted) if wanted else 0
+        useful = self._safely(self._policy.ahead, k)
+        self._looks_further = bool(useful)
+        return self.depth.limit(useful) if useful else 0
 
     def _watcher(self) -> Callable[[Routing], None] | None:
-        """What a policy does while the draft runs, in which no virtual time passes."""
+        """Return the policy's callback for each drafted token, if it has one. None in virtual time, which stands still
+        while the draft runs."""
         policy = self._policy
         if (
             policy is None
@@ -200,32 +209,32 @@ class Speculator:
         return seen
 
     def plan_prefetch(self) -> None:
-        """Prefetch requests the experts that verifying is expected to need."""
+        """Let the policy score the experts and request prefetches for the verify step."""
         policy, hook = self._policy, self._hook
         if policy is None or hook is None or type(policy) is Policy:
             return
         hook.are_finite = None
-        try:  # here and not by _safely: between two decodes a call of a function takes a microsecond and more
+        try:  # inline instead of _safely: caches are cold between two decodes, so a further call takes over 1 us
             policy.on_verify_begin(self._tokens)
             policy.plan_prefetch(self._slots(policy) if self._admits else hook, self._routing, self._n_drafted)
             if not (np.isfinite(hook.scores).all() if hook.are_finite is None else hook.are_finite):
                 raise ValueError("its scores are not finite")
-        except Exception as error:  # a policy may be anybody's
+        except Exception as error:  # a policy may be third-party code
             self._replace(f"{type(error).__name__}: {error}")
 
     def _slots(self, policy: Policy) -> Slots:
         assert self._hook is not None
         return AdmittingSlots(self._hook, policy) if self._admits else self._hook
 
-    # --- after it --------------------------------------------------------------------------------------
+    # --- after the step --------------------------------------------------------------------------------
 
     def observe(self, n_tokens: int, n_accepted: int) -> None:
-        """The target decoded n_tokens in one step, of which n_accepted drafted ones became text."""
+        """Pass the routing of a decode of n_tokens to the policy; n_accepted drafted tokens became text."""
         policy, hook = self._policy, self._hook
         if policy is None or hook is None or type(policy) is Policy:
             return
         routing = hook.routing()
-        if routing.shape[1] != n_tokens:  # a prompt: in several batches it leaves only the last
+        if routing.shape[1] != n_tokens:  # a prompt, whose routing covers only its last batch
             self._safely(self._on_prefill, policy, hook)
             return
         try:
@@ -240,6 +249,7 @@ class Speculator:
             policy.on_prefill(routing)
 
     def govern(self, kept: int, *, mismatch: bool, seconds: float | None) -> None:
+        """Pass the outcome of a verify step to the draft-length controller. seconds: None if not comparable."""
         own: AnyGovernor | None = self._policy.governor if self._policy is not None else None
         self._governor.observe(kept, mismatch=mismatch, seconds=seconds, drafted=self._n_drafted)
         if own is not None:
@@ -255,7 +265,7 @@ class Speculator:
         waited = self._seconds_waited() - self._waited
         if self._looks_further:
             self.depth.observe(self._n_drafted, self._draft_seconds + waited)
-        own = (seconds - self._draft_seconds - waited) / self._policy.setting.experts.n_blocks
+        own = (seconds - self._draft_seconds - waited) / self._policy.context.experts.n_blocks
         self._n_measured += 1
         weight = max(1 - SMOOTHING, 1 / self._n_measured)
         self._draft_ms += weight * (1e3 * self._draft_seconds / self._n_drafted - self._draft_ms)
@@ -264,17 +274,17 @@ class Speculator:
             self._safely(self._policy.measured, self._draft_ms, self._block_ms)
 
     def _seconds_waited(self) -> float:
-        """That the target waited for experts, or for the CPU's."""
+        """Return the total seconds that the target waited for transfers or for experts on the CPU."""
         if self._hook is None or self._virtual or not self._reads_draft:
             return 0.0
         counters = self._hook.counters()
         return (counters.stall_ms + counters.cpu_ms) / 1e3
 
     def _safely(self, act: Callable[..., Any], *arguments: Any) -> Any:
-        """None where it raised."""
+        """Call the policy. If it raises, replace it and return None."""
         try:
             return act(*arguments)
-        except Exception as error:  # a policy may be anybody's
+        except Exception as error:  # a policy may be third-party code
             self._replace(f"{type(error).__name__}: {error}")
             return None
 
@@ -282,16 +292,17 @@ class Speculator:
         assert self._policy is not None and self._hook is not None
         log.warning("policy %s failed, lru takes over: %s", self._policy.name, reason)
         self.failures += 1
-        self._policy = Policy(self._policy.setting)
+        self._policy = Policy(self._policy.context)
         self._hook.scores[:] = 0
         self._hook.prefetch(NO_REQUESTS)
 
     def shift(self, n_keep: int, n_discard: int) -> None:
+        """Follow the target's context shift: n_discard tokens after the first n_keep were removed."""
         self._seen_from = None
         if self._draft is not None:
             self._draft.shift(n_keep, n_discard)
 
     def memory_used(self) -> int:
-        """Bytes on the compute device: the draft and the slots."""
+        """Return the bytes on the compute device of the draft and the slots."""
         used = self._draft.memory_used() if self._draft is not None else 0
         return used + (self._hook.bytes_held() if self._hook is not None else 0)

@@ -1,4 +1,4 @@
-"""Each verify step as a record, for whoever wants to see a text come about."""
+"""Records of verify steps, for callbacks, live views and step logs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from edge_speq.engine.observer import StepObserver
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One verify step, or the decoding of a prompt. Expert events are those of ExpertCounters, since the last record:
-    a resize between two steps counts with the second."""
+    """One verify step, or the decoding of a prompt.
 
-    tokens: int  # that the target decoded: the text's last ones and the drafted ones
+    Expert events are ExpertCounters' increments since the previous record. A resize between two steps counts in the
+    second one.
+    """
+
+    tokens: int  # tokens that the target decoded: the last ones of the text, then the drafted ones
     drafted: int
     accepted: int
-    hits: int | None  # None: the policy has no slots
+    hits: int | None  # None without slots
     misses: int | None
     fetched: int
     cpu_computed: int | None
     bytes_fetched: int
     stall_ms: float
     cpu_ms: float
-    seconds: float  # drafting and verifying; without the sampler and the consumer of the text
+    seconds: float  # drafting and verifying, without the sampler and the consumer of the text
     is_prompt: bool
 
 
@@ -35,16 +38,19 @@ OnStep = Callable[[StepRecord], None]
 
 
 def step_records(on_step: OnStep | None, observer: StepObserver | None) -> StepRecords | None:
-    """Return the maker of records for a callback and an observer; None where neither wants them."""
-    wanted = [] if on_step is None else [on_step]
+    """Return the StepRecords for a callback and an observer; None if neither takes records."""
+    listeners = [] if on_step is None else [on_step]
     if observer is not None and type(observer).on_step is not StepObserver.on_step:
-        wanted.append(observer.on_step)
-    return StepRecords(wanted) if wanted else None
+        listeners.append(observer.on_step)
+    return StepRecords(listeners) if listeners else None
 
 
 class StepRecords:
-    """Makes the records and hands them to on_step. An exception of on_step ends the request; where the text is being
-    closed already, since its last token was the last one wanted, nothing can be raised, and `over` raises it."""
+    """Makes the records and passes them to its listeners.
+
+    If a listener raises, the request ends with its exception. While a generator is being closed nothing can be raised;
+    the exception is then stored, and over() raises it.
+    """
 
     def __init__(self, listeners: Sequence[OnStep]) -> None:
         self._listeners = listeners
@@ -52,13 +58,13 @@ class StepRecords:
         self._error: BaseException | None = None
 
     def begin(self) -> None:
-        """A new request."""
+        """Start a new request."""
         self._error = None
 
     def end(
         self, now: ExpertCounters, *, tokens: int, drafted: int, accepted: int, seconds: float, is_prompt: bool
     ) -> None:
-        """now: the counters after the step."""
+        """Make the record of a step and pass it to the listeners. now: the counters after the step."""
         before, self._before = self._before, now
         record = StepRecord(
             tokens=tokens,
@@ -84,7 +90,7 @@ class StepRecords:
             self._error = error
 
     def over(self, chunks: Generator[Any, None, None]) -> Iterator[Any]:
-        """chunks of a completion, which end with what on_step raised."""
+        """Yield the chunks of a completion, and raise a listener's stored exception."""
         with closing(chunks):
             for chunk in chunks:
                 self._raise()

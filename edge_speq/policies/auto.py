@@ -1,8 +1,8 @@
-"""`auto` with a twin: by its routing while it drafts, by a duel of rules while it does not.
+"""`auto` with a twin: `waits` while the twin drafts, set dueling (set_dueling) while it does not.
 
-`waits` without routing goes by one short memory and misses more than the rule that suits the text (docs/presets.md), so
-a governor that stops drafting would leave the slots to the weaker policy. A trial of no draft is too short for another
-order of the slots: the duel learns from the first step without routing on and takes over after some.
+A twin is a draft with the target's routers. Without its routing, `waits` ranks experts by one short-term frequency,
+which misses more than the best rule for the text. Set dueling learns in every step without routing. It takes over after
+ALONE_AFTER such steps, because a shorter trial of no draft should not reorder the slots.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from edge_speq.policies.next_use import NextUse
 from edge_speq.policies.prediction import Routing
 from edge_speq.policies.set_dueling import SetDueling
 
-ALONE_AFTER = 8  # steps without routing in a row
+ALONE_AFTER = 8  # consecutive steps without routing
 
 
 class Auto(NextUse):
-    def __init__(self, setting: PolicyContext) -> None:
-        super().__init__(setting)
+    """`waits` with routing, set dueling without."""
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
         self.name = "auto"
-        self._alone = SetDueling(setting)
-        self._n_alone = 0  # steps without routing in a row, the coming one included
-        self._n_foreseen = 0  # steps with routing before them
+        self._alone = SetDueling(context)
+        self._n_alone = 0  # consecutive steps without routing, including the coming one
+        self._n_foreseen = 0  # steps with routing so far
 
     @property
     def _is_alone(self) -> bool:

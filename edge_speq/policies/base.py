@@ -1,4 +1,4 @@
-"""What a policy is: it says what experts are worth and which ones to fetch, before each step, and learns from it."""
+"""The interface of policies: before each step a policy scores all experts and requests prefetches, then learns."""
 
 from __future__ import annotations
 
@@ -19,82 +19,93 @@ from edge_speq.trace import Step
 
 
 class Policy:
-    """The base, which is LRU: nothing is worth more than anything else, so what was used last stays."""
+    """Base class and LRU policy: all scores are equal, so the least recently used expert is evicted.
+
+    A twin is a draft whose routing maps expert to expert (same blocks, same experts).
+    """
 
     name = "lru"
-    sees = "none"  # what it knows of later demands: "counts" of earlier ones, or the routing of a "twin" too
-    needs_twin = False  # without one it is lru
-    reads_prompts = False  # it learns from them, and they may leave experts in slots
-    lossy = False
-    hybrid = False  # missing experts are computed on the CPU
-    split = 1  # parts that a slot's experts are in; ids of `demanded` are then those of parts
-    place = "slots"  # or "stream": a layer's experts are all sent for each step; "cpu": none ever is
+    sees = "none"  # source of its predictions: "counts" of earlier demands, a "twin", "learned", "trace" or "none"
+    needs_twin = False  # True: without a twin it behaves like lru
+    reads_prompts = False  # True: it learns from prefill, which may also admit experts into slots
+    lossy = False  # True: a token may run fewer experts than its router chose
+    hybrid = False  # True: the CPU computes missing experts
+    split = 1  # sub-experts per expert; above 1, demanded() returns sub-expert ids
+    place = "slots"  # "stream": every step transfers all experts of each layer; "cpu": no expert is transferred
 
-    def __init__(self, setting: PolicyContext) -> None:
-        self.setting = setting
-        self.governor: DraftLengthRule | None = None  # None: as many drafted tokens as the caller likes
+    def __init__(self, context: PolicyContext) -> None:
+        self.context = context
+        self.governor: DraftLengthRule | None = None  # its own rule for the draft length; None: the caller decides
 
     @property
     def reads_draft(self) -> bool:
-        """Whether it can make something of the draft's routing."""
-        return self.setting.has_twin
+        """True if it uses the draft's routing."""
+        return self.context.has_twin
 
     @property
     def quality(self) -> Quality | None:
-        """How well it foresaw the target's experts."""
+        """Quality of its predictions so far; None if it predicts nothing."""
         return None
 
     def begin_replay(self, steps: Sequence[Step]) -> None:
-        """Said before recorded steps are replayed: all of them."""
+        """Prepare for a replay of these recorded steps."""
 
     def on_verify_begin(self, tokens: Sequence[int]) -> None:
-        """Said before `plan_prefetch`: the ids of the last token of text and of the drafted ones after it."""
+        """Receive the token ids of the coming step, before plan_prefetch: the last one of text, then drafted ones."""
 
     def resized(self, slots: tuple[int, ...]) -> None:
-        """The slots of each group are others from now on."""
-        self.setting = dataclasses.replace(self.setting, slots=slots)
+        """Take over new slot counts, one per expert group."""
+        self.context = dataclasses.replace(self.context, slots=slots)
 
     @property
     def expert_budget(self) -> int:
-        """Experts that a verify step runs of a block at most, 0 for no such bound: lossy."""
+        """Most distinct experts per block that a verify step runs; 0 for no limit. A limit is lossy."""
         return 0
 
     def measured(self, draft_ms: float, block_ms: float) -> None:
-        """What this machine takes for a drafted token and a block."""
-        self.setting = dataclasses.replace(self.setting, draft_ms=draft_ms, block_ms=block_ms)
+        """Take over this machine's measured milliseconds for a drafted token and for a block."""
+        self.context = dataclasses.replace(self.context, draft_ms=draft_ms, block_ms=block_ms)
 
     def admissions(self, slots: Slots) -> npt.NDArray[Any]:
-        """Prefetch requests for absent experts that have earned a slot, where nobody fetches on demand."""
+        """Return prefetch requests for absent experts with a high score. Used if misses are not fetched on demand."""
         return NO_REQUESTS
 
     def ahead(self, n_drafted: int) -> int:
-        """Tokens that the draft runs on beyond those that it proposes, for their routing; each takes its time."""
+        """Return how many tokens the draft should decode beyond its proposal, for their routing. Each costs time."""
         return 0
 
     def on_draft_token(self, slots: Slots, draft_routing: Routing) -> None:
-        """The draft goes on to its next token; draft_routing: [n_blocks, n, n_expert_used] of those so far."""
+        """Use the routing so far, [n_blocks, n, n_expert_used], after each drafted token."""
 
     def plan_prefetch(self, slots: Slots, draft_routing: Routing | None, n_drafted: int) -> None:
-        """The step of the last token and n_drafted drafted ones is about to run. draft_routing begins with these as far
-        as the draft decoded them, and may go on with tokens beyond them."""
+        """Write slots.scores and request prefetches for the coming step of 1 + n_drafted tokens.
+
+        draft_routing: [n_blocks, n, n_expert_used] of the tokens that the draft decoded, starting with the step's
+        first one. It may end before the step's last token or continue beyond it. None: unknown.
+        """
 
     def observe(self, routing: Routing, n_accepted: int) -> None:
-        """routing: [n_blocks, n_tokens, n_expert_used] of the step, of which n_accepted drafted tokens were kept."""
+        """Learn from the target's routing of a step, [n_blocks, n_tokens, n_expert_used].
+
+        n_accepted: drafted tokens that became text.
+        """
 
     def on_prefill(self, routing: Routing) -> None:
-        """routing: [n_blocks, n_tokens, n_expert_used] of the last tokens of a prompt, -1 where it is not known. Slots
-        did not serve it; the text after it will ask for much the same."""
+        """Learn from the routing of a prompt's last tokens, [n_blocks, n_tokens, n_expert_used], -1 if unknown.
+
+        Slots did not serve the prompt, but the text after it demands similar experts.
+        """
 
     def demanded(self, routing: Routing, gates: npt.NDArray[np.float16] | None) -> Routing:
-        """What the step really asks for. Lossy policies ask for less: an id may be -1."""
+        """Return the ids that the step runs, shaped like routing. A lossy policy replaces some ids with -1."""
         return routing
 
 
 class Foreseeing(Policy):
-    """A predictor of edge_speq.policies.prediction as a policy."""
+    """A policy that follows a predictor of edge_speq.policies.prediction."""
 
-    def __init__(self, setting: PolicyContext, name: str, source: prediction.Foresight) -> None:
-        super().__init__(setting)
+    def __init__(self, context: PolicyContext, name: str, source: prediction.Foresight) -> None:
+        super().__init__(context)
         self.name, self.source, self.sees = name, source, source.name
 
     @property
@@ -115,7 +126,7 @@ class Foreseeing(Policy):
 
 
 class CpuMoe(Policy):
-    """Every expert is computed where it lies."""
+    """Computes every expert on the CPU, from host memory."""
 
     name = "cpu-moe"
     place = "cpu"

@@ -1,4 +1,4 @@
-"""What a policy may know and use: the machine, the model, and the slots."""
+"""The inputs of a policy: facts about the machine and the model, and the interface of the slots."""
 
 from __future__ import annotations
 
@@ -15,30 +15,40 @@ from edge_speq.trace import Trace
 
 
 class Slots(Protocol):
-    """What keeps the experts: _native.Hook in the engine, residency.Residency in a replay."""
+    """The slots that a policy controls: _native.Hook in the engine, simulate.slots.Residency in a replay."""
 
     @property
-    def scores(self) -> Scores: ...
+    def scores(self) -> Scores:
+        """Long-term scores, [n_blocks, n_expert], to be written; prefetch() commits them."""
 
     def prefetch(self, requests: npt.NDArray[Any], byte_budget: int = ..., margin: float = ...) -> int:
-        """margin: what the priorities of absent experts are less by."""
+        """Commit the scores and replace the outstanding requests, most urgent first.
 
-    def states(self) -> npt.NDArray[np.uint8]: ...
+        Args:
+            requests: [n] of _native.PREFETCH_REQUEST.
+            byte_budget: most bytes to transfer.
+            margin: subtracted from the priorities of absent experts.
+
+        Returns the number of requested experts that are absent.
+        """
+
+    def states(self) -> npt.NDArray[np.uint8]:
+        """Return the state of each expert, [n_blocks, n_expert]: 0 absent, 1 loading, 2 resident, 3 in use."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyContext:
-    """What a policy may know of the machine and the model."""
+    """Facts about the machine and the model that a policy may use."""
 
     experts: Experts
     slots: tuple[int, ...]  # of each expert group
-    k_max: int
+    k_max: int  # most tokens drafted in a step
     link_bytes_per_s: int
-    block_ms: float  # that a block takes to compute
-    draft_ms: float  # that one drafted token takes
+    block_ms: float  # compute time of a block
+    draft_ms: float  # time of one drafted token
     has_twin: bool = False  # the draft's routing maps expert to expert
-    learned: Weights | None = None  # foresight that was trained for this model and draft
-    known: Trace | None = None  # recorded steps of the text that is going to be written
+    learned: Weights | None = None  # predictor trained for this model and draft
+    known: Trace | None = None  # recorded steps of the same text, for `oracle`
 
     @classmethod
     def nominal(
@@ -52,13 +62,15 @@ class PolicyContext:
         has_twin: bool,
         known: Trace | None = None,
     ) -> PolicyContext:
-        """A laptop, until something is measured: a block computes half as long as an expert travels, a draft's token
-        takes as long as the target's."""
+        """Return a context with nominal times of a laptop, for use before any measurement.
+
+        A block computes for half of an expert's transfer time. A drafted token takes as long as a target's token.
+        """
         block_ms = int(5e8 * experts.groups[0].expert_bytes / link_bytes_per_s) / 1e6
         draft_ms = block_ms * experts.n_blocks if k_max else 0.0
         return cls(experts, slots, k_max, link_bytes_per_s, block_ms, draft_ms, has_twin, learned, known)
 
     @property
     def transfer_ms(self) -> float:
-        """Of the largest expert."""
+        """Milliseconds to transfer the largest expert."""
         return 1e3 * max(group.expert_bytes for group in self.experts.groups) / self.link_bytes_per_s

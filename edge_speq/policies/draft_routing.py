@@ -1,7 +1,7 @@
-"""A draft with the target's own routers: what it routes to now, the target needs next.
+"""Predict the coming step from a twin, a draft with the target's routers: the target will demand the same experts.
 
 MoE-SpeQ (arXiv 2511.14102, section 4): an INT4 copy of the target chooses the same expert set for 90.9 % of the tokens.
-The verify pass runs every drafted token whether it is accepted or not, so each counts.
+The verify pass runs every drafted token, accepted or not, so the routing of each one counts.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import numpy.typing as npt
 from edge_speq.core import Experts
 from edge_speq.policies.frequency import Frequency
 
-SMOOTHING = 0.95  # per step, of the share of predictions that came true
-FETCH_PRECISION = 0.5  # least such share that is worth bytes: below it most of them are wasted
+SMOOTHING = 0.95  # per step, of the precision
+FETCH_PRECISION = 0.5  # minimum precision for prefetching: below it most transferred bytes are wasted
 
 
 @dataclass(slots=True)
 class Quality:
-    """Experts by block, summed over steps, [n_blocks]: predicted, demanded, and both."""
+    """Counts of experts per block, [n_blocks], summed over steps: predicted, demanded, and both."""
 
     predicted: npt.NDArray[np.int64]
     demanded: npt.NDArray[np.int64]
     correct: npt.NDArray[np.int64]
-    n_tokens: int = 0  # over all steps, from each step's first token on, about which something was known
-    n_steps: int = 0
+    n_tokens: int = 0  # tokens covered by predictions, from each step's first token on, summed over steps
+    n_steps: int = 0  # predicted steps
 
     @property
     def lead_tokens(self) -> float:
-        """Tokens that it looks ahead, those of the coming step included."""
+        """Mean tokens covered by a prediction, including the coming step's."""
         return self.n_tokens / self.n_steps if self.n_steps else 0.0
 
     def summary(self) -> dict[str, float]:
-        """Over all blocks."""
+        """Return precision, recall and lead_tokens over all blocks."""
         predicted, demanded, correct = (int(x.sum()) for x in (self.predicted, self.demanded, self.correct))
         return {
             "precision": correct / max(1, predicted),
@@ -44,20 +44,24 @@ class Quality:
 
     @property
     def precision(self) -> npt.NDArray[np.float64]:
+        """Fraction of predicted experts that were demanded, [n_blocks]."""
         return self.correct / np.maximum(1, self.predicted)
 
     @property
     def recall(self) -> npt.NDArray[np.float64]:
+        """Fraction of demanded experts that were predicted, [n_blocks]."""
         return self.correct / np.maximum(1, self.demanded)
 
 
 class Twin(Frequency):
+    """Predicts the experts of the twin's routing; long-term scores are those of Frequency."""
+
     name = "twin"
 
     def __init__(self, target: Experts) -> None:
         super().__init__(target)
         self._predicted: npt.NDArray[np.bool_] | None = None
-        self._right = 0.9  # chance that a predicted expert is demanded
+        self._right = 0.9  # moving average of the precision, and its prior
         predicted, demanded, correct = np.zeros((3, target.n_blocks), dtype=np.int64)
         self.quality = Quality(predicted, demanded, correct)
 

@@ -1,10 +1,9 @@
-"""Worth from what steps demanded of late; needs no draft.
+"""Score experts by how often recent steps demanded them. Needs no draft.
 
-The verify pass is the sensor, as in MoE-SpAc (arXiv 2603.09983): half of an expert's worth is how often steps demanded
-it, decaying as in LFRU caches, and half is whether the last one did. A step demands an expert once, however many of its
-tokens do, and a rejected token's demand counts like any other: the next step drafts much the same. docs/performance.md
-has what was tried: it saves up to a quarter of LRU's misses, most where a step demands more than the slots hold and LRU
-evicts just what comes next. Ordering prefetches by it saves nothing more.
+As in MoE-SpAc (arXiv 2603.09983), the routing of verify passes is the only input. Half of an expert's score is its
+demand frequency, decaying as in LFRU caches. The other half is 1 if the last step demanded it. A step counts once per
+expert, regardless of the number of tokens. Demands of rejected tokens count too, because the next step drafts similar
+tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from edge_speq.core import Experts
 
 
 class Frequency:
+    """Long-term scores from decaying demand frequency; predicts nothing about the coming step."""
+
     name = "counts"
     decay = 0.8  # per step
 
@@ -30,12 +31,12 @@ class Frequency:
         last.fill(0)
         last[keys] = 1
         often *= np.float32(self.decay)
-        often[keys] += np.float32(1 - self.decay)  # once for a key that is there twice
+        often[keys] += np.float32(1 - self.decay)  # assignment counts a repeated key once
 
     def scores(self) -> npt.NDArray[np.float32]:
-        worth: npt.NDArray[np.float32] = self._often + self._last
-        worth *= np.float32(0.5)
-        return worth
+        score: npt.NDArray[np.float32] = self._often + self._last
+        score *= np.float32(0.5)
+        return score
 
     def expect(self, draft_routing: npt.NDArray[np.int32] | None) -> npt.NDArray[np.float32] | None:
         return None

@@ -1,12 +1,12 @@
-"""Foresight that is never wrong: later demands are read off a recorded trace. What foresight can be worth at most.
+"""`oracle`: perfect prediction from a recorded trace of the same text, an upper bound for every other policy.
 
-Link, deadlines and slots are the real ones; only the knowledge is not. A replay tells the policy the very steps that it
-replays. The engine gives it a file of `edge-speq trace` of the same text, whose places are found again by prompts and
-tokens, so draft lengths may differ from the recorded ones. Where the text is another one nothing is known: it is lru.
+Link, deadlines and slots are real; only the predictions are perfect. A replay passes the policy the steps that it
+replays. The engine loads a file of `edge-speq trace` and finds the position in it by prompt and tokens. Draft lengths
+may therefore differ from the recorded ones. If the text departs from the recording, the policy behaves like lru.
 
-Scores are those of `waits`, of what happens instead of what is likely: minus the wait in recorded steps, counted from
-the coming step on, until the next demand after that step, and minus the block's turn within a step. What the coming
-step demands is worth minus its turn until it has run. Without prefetches slots would then keep what Belady's rule does.
+Scores follow `waits` (next_use), with real instead of expected distances: minus the recorded steps from the coming step
+to the next demand after it, minus the block's position within a step. An expert that the coming step demands scores
+minus its block's position until the block has run. Without prefetches this is Belady's rule.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from edge_speq.policies.next_use import MARGIN
 from edge_speq.policies.prediction import NO_REQUESTS, Routing, Sets, request_of_each
 from edge_speq.trace import Step, Trace
 
-RECORD = "edge-speq trace MODEL --temp 0 -o TRACE records one of the same text, --foresight TRACE gives it"
-SAME_PROMPT = 0.8  # least share of equal choices; devices round differently, and other prompts agree on much less
+RECORD = "record one with edge-speq trace MODEL --temp 0 -o TRACE, and give it with --trace TRACE"
+SAME_PROMPT = 0.8  # minimum agreement of routing: devices round differently, but other prompts agree far less
 
 log = logging.getLogger("edge_speq")
 
@@ -41,7 +41,10 @@ Waiting = npt.NDArray[np.float32]  # [n_blocks * n_expert], steps
 
 
 def load_for_policy(path: str | Path | None, policy: str) -> Trace | None:
-    """The trace of a policy that reads one. Raises EdgeError for none, and for a file that is none."""
+    """Load the trace for `oracle`; None for other policies.
+
+    Raises EdgeError if no trace is given or the file is not a trace.
+    """
     if policy != Oracle.name:
         return None
     if path is None:
@@ -50,7 +53,7 @@ def load_for_policy(path: str | Path | None, policy: str) -> Trace | None:
 
 
 def require(known: Trace, experts: Experts) -> None:
-    """Raises EdgeError unless it was recorded with experts of these."""
+    """Raise EdgeError unless the trace was recorded with the same number of blocks and experts."""
     theirs, ours = (f"{used} of {n} experts in {b} blocks" for b, n, used in map(geometry, (known.experts, experts)))
     if theirs != ours:
         raise EdgeError(f"{known.path.name} was recorded with {theirs}, the model has {ours}", RECORD, usage=True)
@@ -58,15 +61,15 @@ def require(known: Trace, experts: Experts) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RecordedPassage:
-    """A prompt and the text after it, by positions in all of the recorded text."""
+    """A prompt and the text after it, as positions in the whole recorded text."""
 
     first: int
-    begin: int  # of the first token that is foreseen; before it are those of a narrow prompt
+    begin: int  # first position after the recorded tokens of the prompt
     end: int
     prompt: Routing | None  # of its last tokens; None: not recorded
 
     def agreement(self, routing: Routing) -> float:
-        """The share of equal choices for the last tokens of this and of another prompt."""
+        """Return the fraction of equal expert ids between the last tokens of this prompt and of another one."""
         if self.prompt is None:
             return SAME_PROMPT
         n = min(self.prompt.shape[1], routing.shape[1])
@@ -76,10 +79,10 @@ class RecordedPassage:
 
 
 class Recorded:
-    """Recorded steps as one text: the token of each position, what it demanded, and in which step.
+    """Recorded steps as one text: for each position its token, its routing and its step.
 
-    Drafted tokens that were refused are no text. They hang on the last token before them, by which they are found
-    again, and count as demanded with it.
+    Rejected draft tokens are not part of the text. They are stored with the last token before them, and their demands
+    count at its position.
     """
 
     def __init__(self, experts: Experts, steps: Sequence[Step]) -> None:
@@ -97,7 +100,7 @@ class Recorded:
         self._events = self._all_events(Sets(experts))
 
     def _all_events(self, sets: Sets) -> npt.NDArray[np.int64]:
-        """Demands as key * (length + 1) + position, rising."""
+        """Return all demands as key * (length + 1) + position, in ascending order."""
         n_blocks, _, used = self.routing.shape
         at = np.tile(np.repeat(np.arange(self.length), used), n_blocks)
         found = [sets.keys(self.routing) * (self.length + 1) + at]
@@ -105,19 +108,21 @@ class Recorded:
         return np.append(np.unique(np.concatenate(found)).astype(np.int64), np.iinfo(np.int64).max)
 
     def passage(self, position: int) -> RecordedPassage:
-        """The one that has this position."""
+        """Return the passage at a position."""
         return self.passages[bisect.bisect(self._firsts, position) - 1]
 
     def prompt(self, routing: Routing, after: int) -> RecordedPassage | None:
-        """The passage with that prompt; of several the next one from a position on."""
+        """Return the passage whose prompt agrees best, at or after a position if several do; None if none agrees."""
         next_one = bisect.bisect_left(self._firsts, after)
         ordered = self.passages[next_one:] + self.passages[:next_one]
         best = max(ordered, key=lambda passage: passage.agreement(routing))
         return best if best.agreement(routing) >= SAME_PROMPT else None
 
     def step(self, position: int, tokens: Sequence[int]) -> tuple[Routing, int]:
-        """Routing of a step's tokens from its first on as far as it was recorded, [n_blocks, n, n_expert_used], and how
-        many of them are text."""
+        """Return the recorded routing of a step's first n tokens, [n_blocks, n, n_expert_used].
+
+        Also returns how many of them are text. n ends at the first token that differs from the recording.
+        """
         n = _n_equal(tokens, self.tokens[position : self.passage(position).end]) if position < self.length else 0
         text = self.routing[:, position : position + n]
         if not n or position + n - 1 not in self.refused:
@@ -126,7 +131,10 @@ class Recorded:
         return np.concatenate([text, routing[:, : _n_equal(tokens[n:], others)]], axis=1), n
 
     def steps_until(self, position: int) -> Waiting:
-        """From the step with this position until the one that demands each expert; for never, one that comes last."""
+        """Return the steps from the one at `position` to each expert's next demand, [n_blocks * n_expert].
+
+        An expert without a later demand counts as demanded after the last step.
+        """
         found = self._events[self._events.searchsorted(self._first_event + position)] - self._first_event
         later = self._step_of[np.minimum(found, self.length + 1)]
         until: Waiting = (later - self._step_of[position]).astype(np.float32)
@@ -134,7 +142,7 @@ class Recorded:
 
 
 def _passages(steps: Sequence[Step], first: Sequence[int]) -> list[RecordedPassage]:
-    """first: position of each step, and of the end."""
+    """Split the steps into passages. first: position of each step, and of the end."""
     starts = [i for i, step in enumerate(steps) if not i or _begins(step, steps[i - 1])]
     found = []
     for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
@@ -149,29 +157,31 @@ def _begins(step: Step, before: Step) -> bool:
 
 
 def _n_equal(some: Sequence[int], others: Sequence[int]) -> int:
-    """Tokens at the front that are the same."""
+    """Return the number of equal tokens at the start of both sequences."""
     return next((i for i, (a, b) in enumerate(zip(some, others, strict=False)) if a != b), min(len(some), len(others)))
 
 
 class Oracle(Policy):
+    """Reads the demands of all later steps from a recording."""
+
     name = "oracle"
     sees = "trace"
-    reads_prompts = True  # by which it finds their passages
+    reads_prompts = True  # to find the passage of a prompt
 
-    def __init__(self, setting: PolicyContext) -> None:
-        super().__init__(setting)
-        experts = setting.experts
-        self._sets, self._orders = Sets(experts), request_of_each(experts)
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        experts = context.experts
+        self._sets, self._requests = Sets(experts), request_of_each(experts)
         self._turn = np.repeat(np.arange(experts.n_blocks) / experts.n_blocks, experts.n_expert).astype(np.float32)
-        self._tally = np.zeros((3, experts.n_blocks), dtype=np.int64)  # foreseen, demanded, both
-        self._n_steps = self._n_tokens = 0  # that were foreseen, and tokens that foresight covered
+        self._tally = np.zeros((3, experts.n_blocks), dtype=np.int64)  # predicted, demanded, both
+        self._n_steps = self._n_tokens = 0  # predicted steps, and tokens that the predictions covered
         self._recorded: Recorded | None = None
         self._at, self._is_lost, self._has_warned = 0, False, False
         self._tokens: Sequence[int] = ()  # of the step that runs
         self._foreseen: npt.NDArray[np.bool_] | None = None
-        if setting.known is not None:
-            require(setting.known, experts)
-            self.begin_replay(setting.known.steps)
+        if context.known is not None:
+            require(context.known, experts)
+            self.begin_replay(context.known.steps)
 
     @property
     def reads_draft(self) -> bool:
@@ -183,11 +193,11 @@ class Oracle(Policy):
         return Quality(predicted, demanded, correct, self._n_tokens, self._n_steps)
 
     def begin_replay(self, steps: Sequence[Step]) -> None:
-        self._recorded = Recorded(self.setting.experts, steps) if steps else None
+        self._recorded = Recorded(self.context.experts, steps) if steps else None
         self._at, self._is_lost = 0, False
 
     def on_prefill(self, routing: Routing) -> None:
-        """A prompt: the text goes on with the passage that it begins."""
+        """Find the passage that begins with this prompt."""
         if self._recorded is None or not routing.shape[1]:
             return
         passage = self._recorded.prompt(routing, self._at)
@@ -214,7 +224,7 @@ class Oracle(Policy):
         slots.prefetch(self._ordered(self._foreseen, wait), _native.NO_BUDGET, MARGIN)
 
     def _look_up(self, recorded: Recorded) -> tuple[Routing, int] | None:
-        if self._at < recorded.length:  # past a prompt that was in no slot
+        if self._at < recorded.length:  # skip a prompt that slots did not serve
             self._at = max(self._at, recorded.passage(self._at).begin)
         routing, n_text = recorded.step(self._at, self._tokens)
         if n_text:
@@ -223,11 +233,11 @@ class Oracle(Policy):
         return None
 
     def _ordered(self, coming: npt.NDArray[np.bool_], wait: Waiting) -> npt.NDArray[Any]:
-        """Return requests for the experts of the coming step, then for those of the step after it."""
+        """Return prefetch requests: experts of the coming step, then those of the step after it."""
         now, then = np.flatnonzero(coming), np.flatnonzero(~coming & (wait == 1))
-        requests: npt.NDArray[Any] = self._orders[np.concatenate([now, then])]
+        requests: npt.NDArray[Any] = self._requests[np.concatenate([now, then])]
         requests["priority"][: len(now)] = wait[now]
-        requests["deadline"][len(now) :] = self.setting.experts.n_blocks
+        requests["deadline"][len(now) :] = self.context.experts.n_blocks
         return requests
 
     def _lose(self, how: str) -> None:

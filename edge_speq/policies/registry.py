@@ -1,9 +1,9 @@
-"""Presets: the published systems and ours as policy objects that a replay runs side by side.
+"""All policies by name, for the engine, bench and simulate.
 
-base       what a policy is; LRU, and a predictor as a policy
-learned    foresight that was trained, and `auto` with a file of it      waits   while the twin drafts
-oracle     foresight that is never wrong: a recorded trace               duel    while nothing drafts
-published  MoE-SpeQ, SP-MoE, SpecMoEOff, MoE-SpAc, MoE-Prism, MoE-Spec, Cascade    governors   draft lengths
+base         the interface; LRU; a predictor as a policy      next_use     `waits`, which `auto` uses with a twin
+set_dueling  `auto` without a twin                            learned      `learned`; `auto` with a predictor
+oracle       perfect prediction from a recorded trace
+published    MoE-SpeQ, SP-MoE, SpecMoEOff, MoE-SpAc, MoE-Prism, MoE-Spec and Cascade, with their draft lengths
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from edge_speq.units import require_choice
 log = logging.getLogger("edge_speq")
 
 
-def _auto(setting: PolicyContext) -> Policy:
-    if setting.learned is not None:
-        return Learning(setting)
-    return Auto(setting) if setting.has_twin else SetDueling(setting)
+def _auto(context: PolicyContext) -> Policy:
+    if context.learned is not None:
+        return Learning(context)
+    return Auto(context) if context.has_twin else SetDueling(context)
 
 
-def _twin(setting: PolicyContext) -> Policy:
-    experts = setting.experts
-    return Foreseeing(setting, "twin", prediction.choose(experts, experts if setting.has_twin else None))
+def _twin(context: PolicyContext) -> Policy:
+    experts = context.experts
+    return Foreseeing(context, "twin", prediction.choose(experts, experts if context.has_twin else None))
 
 
-def _lfru(setting: PolicyContext) -> Policy:
-    return Foreseeing(setting, "lfru", prediction.choose(setting.experts, None))
+def _lfru(context: PolicyContext) -> Policy:
+    return Foreseeing(context, "lfru", prediction.choose(context.experts, None))
 
 
-def _waits_keep(setting: PolicyContext) -> Policy:
-    return NextUse(setting, fetches=False)
+def _waits_keep(context: PolicyContext) -> Policy:
+    return NextUse(context, fetches=False)
 
 
-def _learned(setting: PolicyContext) -> Policy:
-    """Without a file it can only count; who takes its name from a user refuses that."""
-    made: Policy = Learning(setting, alone=True) if setting.learned is not None else _lfru(setting)
+def _learned(context: PolicyContext) -> Policy:
+    """Return `learned`. Without a predictor it falls back to lfru; load_for_policy() refuses that for users."""
+    made: Policy = Learning(context, alone=True) if context.learned is not None else _lfru(context)
     made.name = "learned"
     return made
 
@@ -73,42 +73,52 @@ PRESETS: dict[str, Callable[[PolicyContext], Policy]] = {
 }
 
 
-def make(name: str, setting: PolicyContext) -> Policy:
-    """The policy of that name. Raises EdgeError for another name."""
+def make(name: str, context: PolicyContext) -> Policy:
+    """Return a new policy by name. Raises EdgeError if the name is unknown."""
     require_choice("policy", name, tuple(PRESETS))
-    return PRESETS[name](setting)
+    return PRESETS[name](context)
 
 
-def live(name: str, setting: PolicyContext, *, is_fixed: bool, has_clock: bool, is_limited: bool = False) -> Policy:
-    """That policy for the engine: without its own governor where the draft length is fixed, or where it would follow
-    a clock and there is none. Raises EdgeError for another name, and for one whose governor knows no latency limit
-    where the engine `is_limited` by one."""
-    policy = make(name, setting)
-    if policy.needs_twin and not setting.has_twin:
+def live(name: str, context: PolicyContext, *, is_fixed: bool, has_clock: bool, is_limited: bool = False) -> Policy:
+    """Return a new policy for the engine.
+
+    Args:
+        name: the policy's name.
+        context: facts about the machine and the model.
+        is_fixed: the draft length is fixed, so the policy's own rule is dropped.
+        has_clock: False in virtual time, in which timed rules are dropped.
+        is_limited: the engine has a latency limit.
+
+    Raises EdgeError if the name is unknown, or if the policy's own draft-length rule would ignore a latency limit.
+    """
+    policy = make(name, context)
+    if policy.needs_twin and not context.has_twin:
         log.warning("policy %s looks at the routing of a low-bit copy as draft: without one it is lru", policy.name)
     if policy.governor is not None and (is_fixed or (policy.governor.is_timed and not has_clock)):
         policy.governor = None
     if policy.governor is not None and is_limited:
         raise EdgeError(
-            f"policy {policy.name} chooses draft lengths by a rule of its own, which knows no latency_limit_ms",
-            "leave one of them out, or give a fixed speculation",
+            f"policy {policy.name} has its own rule for draft lengths, which does not support latency_limit_ms",
+            "leave one of them out, or give a fixed draft_tokens",
             usage=True,
         )
     return policy
 
 
 def readers(policies: Sequence[str]) -> tuple[str, ...]:
-    """Which policies read the file of --foresight where these run: it is a trace for `oracle`, learned for others.
-    Raises EdgeError where both would be needed."""
+    """Return the policies that read a file when these run: `oracle` reads a trace, others a trained predictor.
+
+    Raises EdgeError if both kinds of file would be needed.
+    """
     if Oracle.name not in policies:
         return network_file.READERS
     if "learned" in policies:
-        raise EdgeError("policies oracle and learned read files of two kinds", "leave one of them out", usage=True)
+        raise EdgeError("policies oracle and learned read different kinds of file", "leave one of them out", usage=True)
     return (Oracle.name,)
 
 
 def names(text: str) -> Sequence[str]:
-    """The presets of a list like "lru,auto", all of them for "all". Raises EdgeError for a name that is none."""
+    """Parse a list of policies like "lru,auto"; "all" names every one. Raises EdgeError if a name is unknown."""
     found = list(PRESETS) if text == "all" else [name.strip() for name in text.split(",")]
     for name in found:
         require_choice("policy", name, tuple(PRESETS))

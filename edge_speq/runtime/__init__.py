@@ -1,1 +1,1 @@
-"""llama.cpp, thinly: loading, decoding, cancellation, grammars."""
+"""A thin layer over llama.cpp: loading, decoding, cancellation and grammar checks."""

@@ -16,35 +16,35 @@ CANCELLED = "cancelled"  # the message, also of the native hook
 
 
 def _strlen() -> llama_cpp.ggml_abort_callback:
-    """C's strlen as a ggml abort callback: false for an empty text, true for any other.
+    """Return C's strlen as a ggml abort callback: false for an empty string, true for any other.
 
-    ggml asks after every node of a graph, so the callback must not be Python, which would wait for the interpreter's
-    lock, and it needs nothing built.
+    ggml calls it after every node of a graph, so it must not be Python code, which would wait for the GIL. strlen
+    needs no compiled code of our own.
     """
     library = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
     return llama_cpp.ggml_abort_callback(ctypes.cast(library.strlen, ctypes.c_void_p).value)
 
 
 class Cancellation:
-    """The flag, a C string that is empty until set() fills it.
+    """A cancellation flag: a C string that is empty until set() fills it.
 
-    llama.cpp's CPU backend looks at it between nodes, the others never do: they end at the next llama_decode, or
-    sooner by what `also` does, which set() calls.
+    llama.cpp's CPU backend checks it between nodes. Other backends never check it: they end at the next llama_decode,
+    or earlier through `also`, which set() calls.
     """
 
     def __init__(self) -> None:
         self._text = ctypes.create_string_buffer(2)
         self._callback = _strlen()
-        self.lock = threading.RLock()  # held while native objects are touched: whoever frees them holds it too
+        self.lock = threading.RLock()  # held while native objects are used or freed
         self.also: Callable[[], None] | None = None
 
     def watch(self, context: int) -> None:
-        """Makes the graphs of a llama_context end when the flag is set."""
+        """Make the graphs of a llama_context end when the flag is set."""
         llama_cpp.llama_set_abort_callback(context, self._callback, ctypes.addressof(self._text))
 
     @contextlib.contextmanager
     def ignored(self, context: int) -> Iterator[None]:
-        """Lets the graphs of a context run to their end."""
+        """Let the graphs of a context run to their end inside the block."""
         llama_cpp.llama_set_abort_callback(context, llama_cpp.ggml_abort_callback(), None)
         try:
             yield
@@ -52,19 +52,20 @@ class Cancellation:
             self.watch(context)
 
     def set(self) -> None:
+        """Cancel, from any thread."""
         with self.lock:
             self._text[0] = b"!"
             if self.also is not None:
                 self.also()
 
     def clear(self) -> bool:
-        """Takes a set() back; whether there was one."""
+        """Reset the flag. Return True if it was set."""
         with self.lock:
             was_set = bool(self._text.value)
             self._text[0] = b"\0"
             return was_set
 
     def check(self) -> None:
-        """Raises EdgeError when the flag is set."""
+        """Raise EdgeError if the flag is set."""
         if self._text.value:
             raise EdgeError(CANCELLED)

@@ -1,8 +1,8 @@
-"""A grammar checked before llama.cpp sees it.
+"""Check a grammar before llama.cpp uses it, since an invalid one can crash the process.
 
-llama_sampler_init_grammar returns null for a grammar that it cannot parse, and llama_cpp.Llama puts that null into its
-chain of samplers, where the process ends with a segmentation fault. Its parser and its matcher call themselves for each
-level of brackets, so deep ones end the process too.
+llama_sampler_init_grammar returns null for a grammar that it cannot parse. llama_cpp.Llama adds that null to its
+sampler chain, which ends in a segmentation fault. llama.cpp's parser and matcher also recurse for each level of
+brackets, so deep nesting overflows the stack.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import llama_cpp
 from edge_speq.errors import EdgeError
 
 MAX_BYTES = 256 << 10
-MAX_NESTING = 2000  # brackets: a quarter of what a stack of 8 MiB bears
+MAX_NESTING = 2000  # levels of brackets: a quarter of what overflows a stack of 8 MiB
 
 
 def require_grammar(grammar: str, vocab: int) -> None:
-    """Raises EdgeError for a grammar that llama.cpp refuses, or could not bear."""
+    """Raise EdgeError if a grammar is too large or llama.cpp cannot parse it. vocab: a llama_vocab pointer."""
     if len(grammar) > MAX_BYTES or _nesting(grammar) > MAX_NESTING:
         raise EdgeError("the grammar is too large", f"at most {MAX_BYTES >> 10} KiB and {MAX_NESTING} levels")
     sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
@@ -26,5 +26,5 @@ def require_grammar(grammar: str, vocab: int) -> None:
 
 
 def _nesting(grammar: str) -> int:
-    """At least how deep the brackets of a rule are: llama_cpp's converter writes a rule a line."""
+    """Return an upper bound of the nesting depth: the most opening brackets of a line, since a rule takes one line."""
     return max(line.count("(") for line in grammar.split("\n"))

@@ -1,4 +1,4 @@
-"""What target and draft share below llama_cpp.Llama: load parameters, dry loads, decoding, context shifts."""
+"""llama.cpp calls that target and draft share: load parameters, dry loads, decoding, context shifts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from edge_speq.errors import EdgeError
 from edge_speq.gguf import model as gguf_model
 from edge_speq.runtime.cancellation import CANCELLED
 
-# LLM_FFN_EXPS_REGEX of llama.cpp's common/, but for the biases: on the CPU they would pull every add of theirs there
+# LLM_FFN_EXPS_REGEX of llama.cpp's common/, without biases: in CPU memory they would move their additions to the CPU
 EXPERT_TENSORS = rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps\.weight"
-ABORTED = 2  # of llama_decode: a callback ended the graph
+ABORTED = 2  # llama_decode's status if a callback ended the graph
 
 log = logging.getLogger("edge_speq")
 
@@ -34,14 +34,14 @@ class _BufferOverride(ctypes.Structure):
 
 
 def copy_params(params: _Params) -> _Params:
-    """copy.copy refuses ctypes structures that hold pointers."""
+    """Return a copy of a ctypes structure; copy.copy refuses structures with pointers."""
     return type(params).from_buffer_copy(params)
 
 
 def experts_on_host(params: _Params) -> Any:
-    """Sets model params so that expert weights stay mapped in plain CPU memory, as `--cpu-moe` does.
+    """Set model params so that expert weights stay mapped in plain CPU memory, as llama.cpp's `--cpu-moe` does.
 
-    Repacking is off: it would move them to another layout. Returns what must outlive the load.
+    Turns repacking off, which would change their layout. Returns an object that must outlive the load.
     """
     overrides = buffer_overrides([EXPERT_TENSORS], _native.cpu_buffer_type())
     params.tensor_buft_overrides = ctypes.addressof(overrides)
@@ -58,38 +58,41 @@ def buffer_overrides(patterns: Sequence[bytes], buffer_type: Any) -> Any:
 
 
 def pin_experts(overrides: Any) -> None:
-    """Makes experts_on_host's overrides allocate page-locked memory, for a load that does not map the file."""
+    """Make the overrides of experts_on_host() allocate page-locked memory, for a load without mapping."""
     overrides[0].buffer_type = _native.host_buffer_type()
 
 
 def fits_in_memory(n_bytes: int) -> bool:
-    """Whether so much can be page-locked with a quarter and 2 GiB to spare; False where nobody says."""
+    """Return True if n_bytes can be page-locked and 25 % plus 2 GiB stay available; False if memory is unknown."""
     memory = system.memory()
     return memory is not None and memory[1] >= n_bytes + n_bytes // 4 + (2 << 30)
 
 
 def check_model_file(path: str | Path, role: str = "model") -> Path:
-    """The path of a GGUF file that llama.cpp may see. Raises EdgeError when it is missing, GGUFError when it is bad."""
+    """Return the path of a validated GGUF file. Raises EdgeError if it is missing, GGUFError if it is invalid."""
     gguf_model.check_model(path, role)
     return Path(path)
 
 
 def trained_context(path: str | Path) -> int:
-    """Tokens of context that a model was trained for, from the file's header."""
+    """Return the context length, in tokens, that a model was trained for, from the file's header."""
     return gguf_model.hyperparameter(gguf_model.check_model(path), "context_length")
 
 
 def load_model(path: Path, params: _Params, role: str) -> internals.LlamaModel:
+    """Load a model. Raises EdgeError if llama.cpp refuses it. role: "model" or "draft", for the message."""
     try:
-        # verbose=True only means: leave the process's file descriptors alone
+        # verbose=True only prevents llama_cpp from redirecting the process's file descriptors
         return internals.LlamaModel(path_model=str(path), params=params, verbose=True)
     except ValueError as error:
         raise EdgeError(f"llama.cpp cannot load the {role} {path}", "its log has the reason: --verbose") from error
 
 
 def dry_load(path: Path, params: _Params, context_params: _Params | None, role: str) -> tuple[Experts, MemoryUse]:
-    """The experts of a model and, with context_params, what both would hold on the compute device. Reads no
-    weights. `params` must already say where tensors go; it is changed for the dry load and restored.
+    """Return a model's experts and, with context_params, the memory that model and context need on the device.
+
+    Reads no weights. `params` must already hold the placement of tensors; it is changed during the dry load and
+    restored. Raises EdgeError if llama.cpp refuses the file or the context.
     """
     on_gpu = _native.compute_device().is_gpu
     load_mode = params.load_mode
@@ -104,12 +107,13 @@ def dry_load(path: Path, params: _Params, context_params: _Params | None, role: 
     finally:
         params.no_alloc, params.load_mode = False, load_mode
     if not on_gpu and load_mode in (llama_cpp.LLAMA_LOAD_MODE_MMAP, llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK):
-        # on the CPU the weights will be mapped file pages, which a budget does not count
+        # on the CPU the weights are mapped file pages, which a budget does not count
         used = MemoryUse(0, used.context_bytes, used.compute_bytes)
     return experts, used
 
 
 def create_context(model: internals.LlamaModel, params: _Params) -> internals.LlamaContext:
+    """Create a llama.cpp context. Raises EdgeError if llama.cpp cannot."""
     try:
         return internals.LlamaContext(model=model, params=params, verbose=True)
     except ValueError as error:
@@ -127,14 +131,17 @@ def decode(
     hook: _native.Hook | None = None,
     logits_all: bool = False,
 ) -> None:
-    """One llama_decode with logits for the last n_logits tokens; with a hook it is also awaited and the hook's step
-    ended. Raises EdgeError, with the KV rolled back, for what went wrong, inside the graph or outside."""
+    """Run one llama_decode of tokens at position n_past, with logits for the last n_logits of them.
+
+    With a hook, also wait for the device and end the hook's step. Raises EdgeError if the decode fails or is cancelled;
+    the KV cache is then rolled back to n_past.
+    """
     batch.set_batch(batch=tokens, n_past=n_past, logits_all=logits_all)
     for i in range(len(tokens) - n_logits, len(tokens)):
         batch.batch.logits[i] = True
     status = ABORTED
     if hook is not None:
-        if hook.decoding:  # a Ctrl-C skipped its end
+        if hook.decoding:  # Ctrl-C skipped the end of the previous step
             llama_cpp.llama_synchronize(context.ctx)
             hook.abandon_step()
         hook.decoding = True
@@ -142,11 +149,11 @@ def decode(
         status = llama_cpp.llama_decode(context.ctx, batch.batch)
         if status != 0:
             context.kv_cache_seq_rm(-1, n_past, -1)
-    finally:  # Ctrl-C is raised where the native call returns; copies may be under way
+    finally:  # Ctrl-C raises when the native call returns; copies may still be in flight
         if hook is not None:
             llama_cpp.llama_synchronize(context.ctx)
             hook.end_step()
-    if status == ABORTED:  # only a cancellation aborts: what the hook ended has just raised
+    if status == ABORTED:  # by a cancellation: for an error of the hook, end_step() has just raised
         raise EdgeError(CANCELLED)
     if status != 0:
         why = "the context is full" if status == 1 else f"llama_decode returned {status}"
@@ -154,14 +161,16 @@ def decode(
 
 
 def can_shift(model: internals.LlamaModel, context: internals.LlamaContext) -> bool:
-    """Whether tokens can be taken out of the middle of the context. A recurrent state cannot forget them."""
+    """Return True if tokens can be removed from the middle of the context, which a recurrent state does not allow."""
     recurrent = llama_cpp.llama_model_is_recurrent(model.model) or llama_cpp.llama_model_is_hybrid(model.model)
     return not recurrent and bool(llama_cpp.llama_memory_can_shift(context.memory))
 
 
 def shift(context: internals.LlamaContext, n_keep: int, n_discard: int, n_tokens: int) -> None:
-    """Takes n_discard tokens after the first n_keep out of the KV cache, which holds n_tokens, and closes the gap (the
-    context shift of llama.cpp's tools/server). The next decode rotates the keys to their new positions."""
+    """Remove n_discard tokens after the first n_keep from a KV cache of n_tokens tokens and close the gap.
+
+    This is the context shift of llama.cpp's tools/server. The next decode rotates the keys to their new positions.
+    """
     end = n_keep + n_discard
     context.kv_cache_seq_rm(-1, n_tokens, -1)
     context.kv_cache_seq_rm(-1, n_keep, end)
@@ -169,7 +178,7 @@ def shift(context: internals.LlamaContext, n_keep: int, n_discard: int, n_tokens
 
 
 def shared_prefix(a: npt.NDArray[np.intc], b: npt.NDArray[np.intc]) -> int:
-    """Tokens that both texts begin with."""
+    """Return the number of equal tokens at the start of both texts."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n

@@ -26,17 +26,17 @@ class Bounds:
         return 1e3 * self.tokens / self.overlap_ms if self.overlap_ms else 0.0
 
 
-def bounds(steps: Sequence[Step], setting: PolicyContext, costs: StepCosts) -> Bounds:
+def bounds(steps: Sequence[Step], context: PolicyContext, costs: StepCosts) -> Bounds:
     """Of the recorded steps. The cache begins empty, as in a replay."""
     routing: list[npt.NDArray[np.int32]] = [step.routing for step in steps]
     best = Belady(
-        setting.experts,
-        setting.slots,
+        context.experts,
+        context.slots,
         routing,
-        link_bytes_per_s=setting.link_bytes_per_s,
-        block_ns=round(1e6 * setting.block_ms),
+        link_bytes_per_s=context.link_bytes_per_s,
+        block_ns=round(1e6 * context.block_ms),
     ).replay()
     timed = [step for step in steps if not step.is_prompt]
     compute = sum(costs.step_ms(step.width, step.n_drafted, 0.0, 0) for step in timed)
-    transfer = 1e3 * best.bytes_fetched / setting.link_bytes_per_s
+    transfer = 1e3 * best.bytes_fetched / context.link_bytes_per_s
     return Bounds(best, max(compute, transfer), sum(step.n_accepted + 1 for step in timed))

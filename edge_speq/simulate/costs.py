@@ -30,12 +30,12 @@ class StepCosts:
     cpu_ms: float = 0.0  # an expert that the CPU computes
 
     @staticmethod
-    def of_setting(setting: PolicyContext) -> StepCosts:
+    def of_setting(context: PolicyContext) -> StepCosts:
         """A laptop that needs n blocks of block_ms for a narrow step whatever its width. An expert on the CPU takes
         as long as reading it at 60 GB/s."""
-        compute = setting.block_ms * setting.experts.n_blocks
-        largest = max((group.expert_bytes for group in setting.experts.groups), default=0)
-        return StepCosts(dict.fromkeys((1,), compute), setting.draft_ms, largest / 60e9 * 1e3)
+        compute = context.block_ms * context.experts.n_blocks
+        largest = max((group.expert_bytes for group in context.experts.groups), default=0)
+        return StepCosts(dict.fromkeys((1,), compute), context.draft_ms, largest / 60e9 * 1e3)
 
     @staticmethod
     def fit(steps: Sequence[Step]) -> StepCosts:

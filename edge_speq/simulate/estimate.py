@@ -129,15 +129,15 @@ def _replayed(experts: Experts, plan: Plan, laptop: Laptop, trace: Trace, block_
         )
     draft_ms = draft_share * block_ms * experts.n_blocks
     has_twin = bool(trace.meta.get("is_twin"))
-    setting = PolicyContext(
+    context = PolicyContext(
         theirs, plan.slots, trace.k_max, laptop.link_bytes_per_s, block_ms, draft_ms, has_twin=has_twin
     )
-    costs = StepCosts.of_setting(setting)
+    costs = StepCosts.of_setting(context)
     text = [step for step in trace.steps if not step.is_prompt]
-    out = Replay("auto", setting, costs).run(text)
+    out = Replay("auto", context, costs).run(text)
     tokens = max(1, out.tokens)
     demands = (out.counters.hits or 0) + (out.counters.misses or 0)
-    best = bounds(text, setting, costs)
+    best = bounds(text, context, costs)
     return _Cost(
         REPLAYED,
         demands * experts.total_bytes / experts.total / tokens,

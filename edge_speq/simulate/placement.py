@@ -45,19 +45,19 @@ def slots_for(experts: Experts, share: float, k: int) -> tuple[int, ...]:
     return share_out(experts, budget, floors)
 
 
-def place(policy: Policy, setting: PolicyContext) -> Place:
+def place(policy: Policy, context: PolicyContext) -> Place:
     if policy.place == "slots":
-        experts, slots = setting.experts, setting.slots
+        experts, slots = context.experts, context.slots
         if policy.split > 1:
             experts, slots = split(experts, policy.split), tuple(n * policy.split for n in slots)
         return Residency(
             experts,
             slots,
-            link_bytes_per_s=setting.link_bytes_per_s,
-            block_ns=round(1e6 * setting.block_ms),
+            link_bytes_per_s=context.link_bytes_per_s,
+            block_ns=round(1e6 * context.block_ms),
             hybrid=policy.hybrid,
         )
-    return Streamed(setting) if policy.place == "stream" else OnCpu(setting)
+    return Streamed(context) if policy.place == "stream" else OnCpu(context)
 
 
 def split(experts: Experts, n: int) -> Experts:
@@ -72,11 +72,11 @@ def split(experts: Experts, n: int) -> Experts:
 class OnCpu:
     """Nothing is fetched: every demand is computed on the CPU."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        experts = setting.experts
+    def __init__(self, context: PolicyContext) -> None:
+        experts = context.experts
         self.scores = np.zeros((experts.n_blocks, experts.n_expert), dtype=np.float32)
         self.stall_ns = self.cpu_computed = self.bytes_fetched = 0
-        self._setting = setting
+        self._context = context
 
     def demand(self, block: int, ids: Sequence[int]) -> None:
         self.cpu_computed += len(set(ids))
@@ -93,7 +93,7 @@ class OnCpu:
 
     def counters(self) -> ExpertCounters:
         return ExpertCounters(
-            total=self._setting.experts.total, misses=self.cpu_computed, cpu_computed=self.cpu_computed
+            total=self._context.experts.total, misses=self.cpu_computed, cpu_computed=self.cpu_computed
         )
 
 
@@ -101,24 +101,24 @@ class Streamed(OnCpu):
     """All experts of a block are sent for every step, those of the next block while one computes; two blocks' worth of
     slots. What a block waits is a stall, and its demands are misses then: they are fetched for the step."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        super().__init__(setting)
-        by_block = {b: g.expert_bytes for g in setting.experts.groups for b in g.blocks}
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        by_block = {b: g.expert_bytes for g in context.experts.groups for b in g.blocks}
         self._ns = [
-            int(1e9 * by_block[b] * setting.experts.n_expert / setting.link_bytes_per_s) for b in sorted(by_block)
+            int(1e9 * by_block[b] * context.experts.n_expert / context.link_bytes_per_s) for b in sorted(by_block)
         ]
-        self._bytes = [by_block[b] * setting.experts.n_expert for b in sorted(by_block)]
-        self._block_ns = round(1e6 * setting.block_ms)
+        self._bytes = [by_block[b] * context.experts.n_expert for b in sorted(by_block)]
+        self._block_ns = round(1e6 * context.block_ms)
         self._n_sent = self._n = 0
 
     def demand(self, block: int, ids: Sequence[int]) -> None:
         self._n += len(set(ids))
         self.stall_ns += max(0, self._ns[block] - self._block_ns)  # the block before computed meanwhile
         self.bytes_fetched += self._bytes[block]
-        self._n_sent += self._setting.experts.n_expert
+        self._n_sent += self._context.experts.n_expert
 
     def counters(self) -> ExpertCounters:
-        experts = self._setting.experts
+        experts = self._context.experts
         used = self._n * self.bytes_fetched // max(1, self._n_sent)
         return ExpertCounters(
             total=experts.total,

@@ -60,18 +60,18 @@ class Replay:
     def __init__(
         self,
         policy: str | Policy,
-        setting: PolicyContext,
+        context: PolicyContext,
         costs: StepCosts | None = None,
         *,
         governed: bool = False,
         drafts: bool = False,
     ) -> None:
-        self.setting = setting
-        self.policy = presets.make(policy, setting) if isinstance(policy, str) else policy
+        self.context = context
+        self.policy = presets.make(policy, context) if isinstance(policy, str) else policy
         self.name, self._lossy = self.policy.name, self.policy.lossy
         self._parts_of_expert = self.policy.split
-        self.place = place(self.policy, setting)
-        self._costs = costs or StepCosts.of_setting(setting)
+        self.place = place(self.policy, context)
+        self._costs = costs or StepCosts.of_setting(context)
         self._governed, self._drafts = governed, drafts
         self._failed: str | None = None
         self._pairs = [0, 0]  # routed, run
@@ -112,7 +112,7 @@ class Replay:
     def _foresee(self, part: ReplayedStep) -> None:
         if self._drafts and part.foreseen is not None and self.policy.reads_draft:
             for n in range(1, part.n_drafted + 1):
-                self.place.wait(round(1e6 * self.setting.draft_ms))
+                self.place.wait(round(1e6 * self.context.draft_ms))
                 self._safely(self.policy.on_draft_token, self.place, part.foreseen[:, :n])
         self._safely(self._foresee_soundly, part)
 
@@ -165,7 +165,7 @@ class Replay:
         except Exception as error:  # a policy may be anybody's
             self._failed = f"{type(error).__name__}: {error}"
             log.warning("policy %s failed, lru takes over: %s", self.name, self._failed)
-            self.policy = Policy(self.setting)
+            self.policy = Policy(self.context)
             self.place.scores[:] = 0
             self.place.prefetch(NO_REQUESTS)
             return None

@@ -50,13 +50,13 @@ def simulate(
     for trace in traces:
         for share in wanted.shares:
             try:
-                setting = make_setting(trace, share, wanted)
+                context = make_setting(trace, share, wanted)
             except EdgeError as error:
                 refused = error
                 said(f"{trace.path.name}: {error.message}")
                 continue
             for domain, steps in _classes(trace, wanted.by_class):
-                rows += _rows(trace, steps, domain, share, setting, wanted)
+                rows += _rows(trace, steps, domain, share, context, wanted)
     if not rows and refused is not None:
         raise refused
     return rows
@@ -91,26 +91,26 @@ def _classes(trace: Trace, by_class: bool) -> Iterator[tuple[str, Sequence[Step]
 
 
 def _rows(
-    trace: Trace, steps: Sequence[Step], domain: str, share: float, setting: PolicyContext, wanted: SimulateOptions
+    trace: Trace, steps: Sequence[Step], domain: str, share: float, context: PolicyContext, wanted: SimulateOptions
 ) -> Iterator[Row]:
-    costs = StepCosts.of_setting(setting)
+    costs = StepCosts.of_setting(context)
     if wanted.cpu_ms is not None:
         costs = dataclasses.replace(costs, cpu_ms=wanted.cpu_ms)
-    best = bounds(steps, setting, costs)
+    best = bounds(steps, context, costs)
     timed = {"governed": wanted.governed, "drafts": wanted.governed}
-    lru = Replay("lru", setting, costs).run(steps)
-    quality = window(steps, trace.experts, WINDOW) if setting.has_twin else None
+    lru = Replay("lru", context, costs).run(steps)
+    quality = window(steps, trace.experts, WINDOW) if context.has_twin else None
     about = {
         "trace": trace.path.name,
         "domain": domain,
         "resident": share,
-        "slots": sum(setting.slots),
+        "slots": sum(context.slots),
         "k": trace.k_max,
-        "link_bytes_per_s": setting.link_bytes_per_s,
+        "link_bytes_per_s": context.link_bytes_per_s,
     }
     yield about | _belady_row(best, lru)
     for name in wanted.policies:
-        outcome = lru if name == "lru" else Replay(name, setting, costs, **timed).run(steps)
+        outcome = lru if name == "lru" else Replay(name, context, costs, **timed).run(steps)
         row = about | _row(outcome, lru, best)
         if quality is not None:
             row["foresight"] = dataclasses.asdict(quality)

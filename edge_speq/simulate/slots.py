@@ -75,8 +75,8 @@ class Residency:
         self._pinned: list[Key] = []
         self._worth: list[float] = [0.0] * experts.total
         self._expected: dict[Key, float] = {}  # worth of what the coming step is expected to use
-        self._orders: list[tuple[Key, int, float]] = []  # the most urgent last: key, deadline, worth
-        self._ordered_at = self._budget = 0
+        self._requests: list[tuple[Key, int, float]] = []  # the most urgent last: key, deadline, worth
+        self._requested_at = self._budget = 0
         self._flight: tuple[Key, int] | None = None  # and when it arrives
         self._reached = self._last_block = -1  # since the requests came; in this step
         self.now = self._link_free = 0  # nanoseconds
@@ -112,7 +112,7 @@ class Residency:
         if late:
             self._settle_flight()
         self.stall_ns += self.now - started
-        self._run_orders()
+        self._run_requests()
 
     def end_step(self) -> None:
         self._unpin()
@@ -124,7 +124,7 @@ class Residency:
             self.steps += 1
         self._last_block = block
         self.now += self._block_ns
-        self._run_orders()
+        self._run_requests()
         self._reached = max(self._reached, block)
 
     def _unpin(self) -> None:
@@ -195,9 +195,9 @@ class Residency:
         rows = requests if isinstance(requests, np.ndarray) else _as_array(requests)
         absent = self._expect(scores, rows, np.float32(margin))
         self._rebuild()
-        self._orders = absent[::-1]
-        self._ordered_at, self._budget, self._reached = self.now, byte_budget, -1
-        self._run_orders()
+        self._requests = absent[::-1]
+        self._requested_at, self._budget, self._reached = self.now, byte_budget, -1
+        self._run_requests()
         return len(absent)
 
     def _expect(self, scores: Scores, rows: npt.NDArray[Any], margin: np.float32) -> list[tuple[Key, int, float]]:
@@ -214,17 +214,17 @@ class Residency:
     def wait(self, n: int) -> None:
         """Nanoseconds in which the target does not run, a draft perhaps."""
         self.now += n
-        self._run_orders()
+        self._run_requests()
 
     def drain(self) -> None:
         """Lets virtual time pass until no order is outstanding."""
-        while self._flight is not None or self._orders:
+        while self._flight is not None or self._requests:
             self._settle_flight()
-            self._run_orders()
+            self._run_requests()
 
     def resize(self, slots: Sequence[int]) -> None:
         """Other slot counts, between steps: the experts of most worth that fit are loaded again."""
-        self._orders = []
+        self._requests = []
         self._settle_flight()
         kept = [self._most_worth(pool, n) for pool, n in zip(self._pools, slots, strict=True)]
         self._take_over_scores()
@@ -257,13 +257,13 @@ class Residency:
                 pool.heap = [(self._expected.get(key, worth), last, key) for worth, last, key in pool.heap]
             heapq.heapify(pool.heap)
 
-    def _run_orders(self) -> None:
+    def _run_requests(self) -> None:
         while True:
             if self._flight is not None and self._flight[1] <= self.now:
                 self._land()
-            if self._flight is not None or not self._orders:
+            if self._flight is not None or not self._requests:
                 return
-            key, deadline, worth = self._orders.pop()
+            key, deadline, worth = self._requests.pop()
             if deadline > self._reached:
                 self._begin(key, worth)
 
@@ -277,7 +277,7 @@ class Residency:
         self.prefetched += 1
         self.bytes_fetched += pool.expert_bytes
         self._bytes_prefetched += pool.expert_bytes
-        self._flight = key, self._transfer(self._ordered_at, pool)
+        self._flight = key, self._transfer(self._requested_at, pool)
 
     def _settle_flight(self) -> bool:
         if self._flight is None:

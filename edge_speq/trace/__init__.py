@@ -1,10 +1,10 @@
-"""Traces: what the routers chose, step by step, what the draft had shown before, and how long it took.
+"""Traces: per step, the target's routing, the draft's routing before it, and the times.
 
-step     one recorded step            writer   a file that grows, whole at any interruption
-reader   steps back from a file       record   an EdgeLlama that writes its steps down
+step     one recorded step            writer   writes a file that stays readable after an interruption
+reader   reads the steps of a file    gates    reads gate weights during a decode
 
-A trace is an npz file (numpy.load opens it): a member for each array and chunk of 256 steps, `routing.000000` and so
-on, and `meta`, JSON in bytes. Expert ids take a byte each up to 256 experts.
+A trace is an npz file, which numpy.load opens. It has one member per array and chunk of 256 steps (`routing.000000`
+and so on), and `meta`, JSON in bytes. Expert ids take one byte each for up to 256 experts.
 """
 
 from __future__ import annotations

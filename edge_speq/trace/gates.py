@@ -1,4 +1,4 @@
-"""Gate weights of the pairs that a graph routed, through llama.cpp's eval callback."""
+"""Read the gate weights of a graph's (token, expert) pairs through llama.cpp's eval callback."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PROBS = re.compile(r"ffn_moe_probs-(\d+)")  # cb() of build_moe_ffn in llama.cpp
 
 
 class GateReader:
-    """The routers' outputs of the last graph, one row a token.
+    """Keeps the router probabilities of the last graph, one row per token.
 
-    ggml's tensors are opaque here: only names, sizes and bytes are asked for.
+    It treats ggml's tensors as opaque and reads only their names, sizes and bytes.
     """
 
     def __init__(self) -> None:
@@ -26,15 +26,19 @@ class GateReader:
         self._callback: Any = None
 
     def install(self, context_params: Any) -> None:
+        """Set the eval callback in llama.cpp's context parameters."""
         self._callback = type(context_params.cb_eval)(self._seen)
         context_params.cb_eval = self._callback
 
     def clear(self) -> None:
+        """Drop the values of the last graph."""
         self._found.clear()
 
     def of(self, routing: npt.NDArray[np.int32]) -> npt.NDArray[np.float16] | None:
-        """Weights for [n_blocks, n_tokens, n_expert_used] ids, blocks in the order of their layers; None where the
-        graph showed none."""
+        """Return the gate weights of routing, [n_blocks, n_tokens, n_expert_used], blocks in layer order.
+
+        Returns None if the graph did not show the probabilities of all blocks.
+        """
         n_blocks, n_tokens, _ = routing.shape
         rows = [probs.reshape(n_tokens, -1) for _, probs in sorted(self._found.items()) if probs.size % n_tokens == 0]
         if len(rows) != n_blocks:

@@ -1,4 +1,4 @@
-"""Reads traces, chunk by chunk."""
+"""Read traces, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -32,29 +32,31 @@ HINT = "record it again with edge-speq trace"
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A recording. `meta` says where it comes from: model, draft, prompts, plan, counters, versions."""
+    """A recording. `meta` describes its origin: model, draft, prompts, plan, counters and versions."""
 
     path: Path
     meta: dict[str, Any]
     experts: Experts
     steps: tuple[Step, ...]
-    draft_experts: Experts | None = None  # of a draft that shows its routing
+    draft_experts: Experts | None = None  # of the draft; None if the trace has no routing of a draft
 
     @property
     def k_max(self) -> int:
+        """Most tokens drafted in a step."""
         return int(self.meta["k_max"])
 
     @property
     def domains(self) -> list[str]:
-        """Of each passage."""
+        """The domain of each passage."""
         return [prompt["domain"] for prompt in self.meta["prompts"]]
 
     def of_domain(self, domain: str) -> tuple[Step, ...]:
+        """Return the steps of all passages of a domain."""
         return tuple(step for step in self.steps if self.domains[step.passage] == domain)
 
 
 def read(path: str | Path) -> Trace:
-    """A trace in memory, some 100 bytes a token and block. Raises EdgeError for a file that is none."""
+    """Read a trace into memory, about 100 bytes per token and block. Raises EdgeError if the file is not a trace."""
     path = Path(path)
     if not path.is_file():
         raise EdgeError(f"there is no trace {path}", HINT, usage=True)
@@ -75,7 +77,7 @@ def read(path: str | Path) -> Trace:
 
 
 def _draft_experts(meta: dict[str, Any], experts: Experts) -> Experts | None:
-    """Older traces do not say; what they show has to be a twin's then."""
+    """Return the draft's experts. Older traces lack them; their draft always has the target's experts."""
     found = meta.get("draft_experts")
     return _experts(found) if found is not None else experts
 
@@ -135,7 +137,7 @@ def _of_chunk(c: dict[str, npt.NDArray[Any]], experts: Experts, draft: Experts) 
 
 
 def _read_of(c: dict[str, npt.NDArray[Any]], experts: Experts) -> Iterator[npt.NDArray[np.int32] | None]:
-    """Of each step. Older traces have none."""
+    """Yield each step's `read` array; None for steps without one, such as all steps of older traces."""
     n_read = c.get("n_read", np.zeros(len(c["width"]), dtype=np.int16))
     read = c.get("read", np.zeros((0, experts.n_blocks, experts.n_expert_used), dtype=np.int16))
     if len(read) != n_read.sum() or (len(read) and not -1 <= read.min() <= read.max() < experts.n_expert):

@@ -1,4 +1,4 @@
-"""Writes traces: steps are gathered, and each few hundred become members of a zip file, so memory stays bounded."""
+"""Write traces. Every CHUNK steps become members of a zip file, so memory stays bounded."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ IS_PROMPT, WHOLE = 1, 2  # flags of a step
 
 
 class Writer:
-    """A trace file in the making, a temporary beside `path` until close() names it. An exception that leaves the
-    block closes it as well, with `complete` False, so that an interrupted recording keeps its steps; without any step
-    no file is left.
+    """Writes a trace to a temporary file beside `path`, which close() renames to `path`.
+
+    An exception that leaves the `with` block also closes it, with `complete` False, so an interrupted recording keeps
+    its steps. Without any step no file is left. Raises EdgeError if the file cannot be written.
     """
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
-        if path.exists() and not path.is_file():  # a device, which naming the temporary would replace
+        if path.exists() and not path.is_file():  # a device, which the rename would replace
             raise EdgeError(f"{path} is not a file that could be replaced", "give another -o FILE", usage=True)
         self._path, self.meta = path, meta
         self._steps: list[Step] = []
@@ -53,12 +54,14 @@ class Writer:
         self.close()
 
     def add(self, step: Step) -> None:
+        """Append a step."""
         self._steps.append(step)
         self.n_steps += 1
         if len(self._steps) >= CHUNK:
             self._flush()
 
     def close(self) -> None:
+        """Write the remaining steps and rename the file. Raises EdgeError if that fails."""
         if not self.n_steps:
             self._discard()
             return
@@ -100,7 +103,10 @@ class Writer:
 
 
 def columns(steps: list[Step], n_expert: int) -> dict[str, npt.NDArray[Any]]:
-    """Arrays of a chunk. Those by token are concatenated, token first: their lengths are `width` and `n_foreseen`."""
+    """Return the arrays of a chunk, by name.
+
+    Arrays with a row per token concatenate the steps, token axis first; `width` and `n_foreseen` hold the lengths.
+    """
     ids = np.uint8 if n_expert <= 256 else np.uint16
     foreseen = [step.foreseen for step in steps if step.foreseen is not None]
     made: dict[str, npt.NDArray[Any]] = {

@@ -174,7 +174,7 @@ def test_a_broken_draft_is_reported_once_and_costs_no_request(
             assert texts(drafted, prompts()[:1]) == texts(plain, prompts()[:1])
         assert draft.n_calls == 1
         assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-            "the draft_model raised, so this request goes on without a draft"
+            "the draft_model raised an exception: this request continues without a draft"
         ]
         texts(drafted, prompts()[:1])
         assert draft.n_calls == 2  # the next request asks again

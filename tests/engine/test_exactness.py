@@ -211,8 +211,8 @@ def test_a_prefetched_expert_is_a_hit_and_counted_as_used(tiny) -> None:
 
         hook = _native.Hook(model.model, experts, MAX_WIDTH, [group.n_experts for group in experts.groups])
         unused = next(e for e in range(experts.n_expert) if (0, e) not in wanted)
-        orders = np.array([(b, e, b, 1.0) for b, e in [*wanted, (0, unused)]], dtype=_native.PREFETCH_REQUEST)
-        assert hook.prefetch(orders) == len(wanted) + 1
+        requests = np.array([(b, e, b, 1.0) for b, e in [*wanted, (0, unused)]], dtype=_native.PREFETCH_REQUEST)
+        assert hook.prefetch(requests) == len(wanted) + 1
         hook.drain()
         logits(model, hook, [1])
         counters = hook.counters()

@@ -100,8 +100,8 @@ def test_admissions_are_the_absent_experts_of_most_worth() -> None:
     worth[0, 1], worth[1, 2], worth[1, 3], worth[0, 0] = 0.5, 0.9, 0.8, 0.1
     states = np.zeros((2, 4), dtype=np.uint8)
     states[1, 3] = 2
-    orders = prediction.admissions(worth, states)
-    assert [(int(o["block"]), int(o["expert"]), int(o["deadline"])) for o in orders] == [(1, 2, 2), (0, 1, 2)]
+    requests = prediction.admissions(worth, states)
+    assert [(int(o["block"]), int(o["expert"]), int(o["deadline"])) for o in requests] == [(1, 2, 2), (0, 1, 2)]
 
 
 def test_a_graph_that_ends_between_experts_and_sum_leaves_nothing_behind(tiny: Any) -> None:

@@ -80,7 +80,7 @@ def test_scores_are_minus_the_wait_and_orders_come_nearest_first() -> None:
     waits = [3, 5, 1, 1, 2, 2, 5]  # expert 1 never comes again: later than the last of four steps
     for block in range(4):
         np.testing.assert_allclose(slots.scores[block, :7], [-wait - block / 4 for wait in waits])
-    now, then = slots.orders[:8], slots.orders[8:]
+    now, then = slots.requests[:8], slots.requests[8:]
     assert now["block"].tolist() == now["deadline"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert now["expert"].tolist() == [0, 1] * 4 and now["priority"].tolist() == [3.0, 5.0] * 4
     assert then["block"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and then["expert"].tolist() == [2, 3] * 4
@@ -125,7 +125,7 @@ def test_a_prompt_says_which_passage_follows(caplog: pytest.LogCaptureFixture) -
         policy.observe(prompt, 0)
         policy.on_verify_begin([5])
         policy.plan_prefetch(slots, None, 0)
-        assert slots.orders["expert"][slots.orders["deadline"] < 1].tolist() == found
+        assert slots.requests["expert"][slots.requests["deadline"] < 1].tolist() == found
         policy.observe(ids((1, 2)), 0)
     assert "begins with another prompt" in caplog.text and not slots.scores.any() and slots.budget == 0
 

@@ -41,9 +41,9 @@ def test_routing_is_read_wherever_it_lies(layout: int) -> None:
     native.observe(given, None, None, None)
     np.testing.assert_array_equal(native.demanded, marks(routing))
     now, scores = policy_kernels.Prediction(30, rates), np.zeros((3, 10), dtype=np.float32)
-    orders = native.plan(given, 4, now, None, scores)
+    requests = native.plan(given, 4, now, None, scores)
     np.testing.assert_array_equal(now.found, marks(routing))
-    np.testing.assert_array_equal(orders["block"] * 10 + orders["expert"], np.flatnonzero(marks(routing)))
+    np.testing.assert_array_equal(requests["block"] * 10 + requests["expert"], np.flatnonzero(marks(routing)))
     assert np.isfinite(scores).all() and scores.all()
 
 
@@ -124,11 +124,11 @@ def test_marks_are_counted_and_added_up_whatever_their_number(n_expert: int) -> 
     rates = policy_kernels.Rates(0.9, (0.97, 0.9), 0.95), policy_kernels.Rates(0.6, (0.97, 0.9), 0.95)
     now, then = (policy_kernels.Prediction(experts.total, rate) for rate in rates)
     scores = np.zeros((2, n_expert), dtype=np.float32)
-    orders = native.plan(routing, 1, now, then, scores)
+    requests = native.plan(routing, 1, now, then, scores)
     after = often * np.where(now.found, 0.8, 0.8 + 0.2 * 0.9) + np.where(now.found, 0.2 * 0.9, 0)
     wait = np.where(then.found, 1 + 0.4 / after, 1 / after + 1 - 0.9)
     np.testing.assert_allclose(scores.ravel(), -np.repeat([0, 0.5], n_expert) - wait, rtol=1e-5)
-    np.testing.assert_allclose(orders["priority"], 0.9 * wait[now.found], rtol=1e-5)
+    np.testing.assert_allclose(requests["priority"], 0.9 * wait[now.found], rtol=1e-5)
     assert (now.struct.n_found, then.struct.n_found) == (2 * used, 2 * used)
     others = [often[~now.found].sum(), after[~then.found].sum()]
     np.testing.assert_allclose([now.others, then.others], others, rtol=1e-5)

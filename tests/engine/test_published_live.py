@@ -40,17 +40,17 @@ def test_whole_layers_are_sent_in_layer_order_as_far_as_slots_go() -> None:
     """Groups of the blocks 0 and 2, and 1 and 3, with 20 slots each for 16 experts a block."""
     made = setting(20)
     policy, slots = SpecMoeOff(made), Residency(EXPERTS, made.slots, link_bytes_per_s=10**9, block_ns=500)
-    orders: list[Any] = []
-    slots.prefetch = lambda given, byte_budget=0: orders.append(given) or len(given)  # type: ignore[method-assign,func-returns-value]
+    requests: list[Any] = []
+    slots.prefetch = lambda given, byte_budget=0: requests.append(given) or len(given)  # type: ignore[method-assign,func-returns-value]
     policy.plan_prefetch(slots, None, 0)
-    assert [np.count_nonzero(orders[0]["block"] == block) for block in range(4)] == [16, 16, 4, 4]
-    assert (np.diff(orders[0]["block"]) >= 0).all() and (orders[0]["deadline"] == orders[0]["block"]).all()
+    assert [np.count_nonzero(requests[0]["block"] == block) for block in range(4)] == [16, 16, 4, 4]
+    assert (np.diff(requests[0]["block"]) >= 0).all() and (requests[0]["deadline"] == requests[0]["block"]).all()
     slots.demand(0, [3, 5])
     slots.end_step()
     policy.plan_prefetch(slots, None, 0)
-    first = orders[1]["expert"][orders[1]["block"] == 0]
+    first = requests[1]["expert"][requests[1]["block"] == 0]
     assert set(first) == set(range(16)) - {3, 5}
-    assert np.count_nonzero(orders[1]["block"] == 2) == 6  # absent ones fill up what slots can take
+    assert np.count_nonzero(requests[1]["block"] == 2) == 6  # absent ones fill up what slots can take
 
 
 @pytest.mark.parametrize("k", [0, 2])
@@ -77,9 +77,9 @@ def test_specmoeoffs_governor_drafts_at_any_acceptance(bundled: tuple[Path, Path
         texts(model, prompts()[:2])
         mean, most = model.stats().speculation.mean_draft_tokens, model.stats().plan.max_draft_tokens
         assert 0.9 < mean <= most  # the last step of a text may have no room
-        assert nominal != policy.roofline.draft_ms == policy.setting.draft_ms  # this machine's, by now
-        layer_ms = max(policy.setting.block_ms, policy.setting.experts.n_expert * policy.setting.transfer_ms)
-        assert policy.roofline.verify_ms == layer_ms * policy.setting.experts.n_blocks
+        assert nominal != policy.roofline.draft_ms == policy.context.draft_ms  # this machine's, by now
+        layer_ms = max(policy.context.block_ms, policy.context.experts.n_expert * policy.context.transfer_ms)
+        assert policy.roofline.verify_ms == layer_ms * policy.context.experts.n_blocks
 
 
 def test_the_plan_knows_that_the_kv_cache_is_elsewhere(bundled: tuple[Path, Path]) -> None:

@@ -126,9 +126,9 @@ class Agreement(stateful.RuleBasedStateMachine):
     def prefetch(self, wanted: list[tuple[int, int, float]], lead: int, budget: int) -> None:
         e = self.experts
         rows = [(b % e.n_blocks, x % e.n_expert, b % e.n_blocks + lead, p) for b, x, p in wanted]
-        orders: Any = np.array(rows, dtype=_native.PREFETCH_REQUEST)
+        requests: Any = np.array(rows, dtype=_native.PREFETCH_REQUEST)
         expected = self.model.prefetch([residency.PrefetchRequest(*row) for row in rows], budget)
-        assert self.hook.prefetch(orders, budget) == expected
+        assert self.hook.prefetch(requests, budget) == expected
 
     @stateful.rule(seed=st.integers(0, 2**32 - 1))
     def score(self, seed: int) -> None:

@@ -110,8 +110,8 @@ def test_where_nobody_fetches_on_demand_frequency_admits() -> None:
     for routing in loops(40):
         duel.plan_prefetch(slots, None, 0)
         duel.observe(routing, 0)
-    orders = duel.admissions(slots)
-    assert {(0, 3), (0, 0)} <= {(int(block), int(expert)) for block, expert in orders[["block", "expert"]]}
+    requests = duel.admissions(slots)
+    assert {(0, 3), (0, 0)} <= {(int(block), int(expert)) for block, expert in requests[["block", "expert"]]}
     duel.plan_prefetch(slots, None, 0)
     assert slots.scores.max() > 0.5
 
@@ -158,7 +158,7 @@ def test_other_slot_counts_are_followed() -> None:
     misses(duel, loops(50), 1 / 4)
     before = duel._pools[0].size
     duel.resized((EXPERTS.total // 2,))
-    assert duel.setting.slots == (EXPERTS.total // 2,)
+    assert duel.context.slots == (EXPERTS.total // 2,)
     assert duel._pools[0].size == 2 * before
     duel.resized((EXPERTS.total // 8,))
     misses(duel, loops(50), 1 / 8)

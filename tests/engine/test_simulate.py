@@ -275,8 +275,8 @@ def test_a_missing_first_token_is_stood_in_for() -> None:
 def test_transfers_go_on_while_the_draft_runs() -> None:
     made = setting()
     place = placement.place(policies.make("lru", made), made)
-    orders = make_requests(np.array([0, 0]), np.array([3, 5]), priority=1.0)
-    place.prefetch(orders)
+    requests = make_requests(np.array([0, 0]), np.array([3, 5]), priority=1.0)
+    place.prefetch(requests)
     place.wait(1400)  # ns: one of two experts of 1 us each has come
     place.demand(0, [3, 5])
     c = place.counters()

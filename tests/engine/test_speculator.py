@@ -60,7 +60,7 @@ def test_a_published_governor_chooses_lengths_that_are_not_fixed(
         assert texts(model, prompts()[:3]) == expected
         assert 0 < model.stats().speculation.mean_draft_tokens <= model.stats().plan.max_draft_tokens
         if policy == "moe-speq":  # its costs are this machine's by now
-            assert isinstance(made.governor, Roofline) and made.governor.draft_ms == made.setting.draft_ms > 0
+            assert isinstance(made.governor, Roofline) and made.governor.draft_ms == made.context.draft_ms > 0
     for options in ({"draft_tokens": 1}, {"deterministic": True}):
         with llm(bundled[0], draft=twin, policy=policy, **options) as model:
             made = model._speculator._policy
@@ -94,8 +94,8 @@ class Broken(Policy):
     is_timed = False  # it is its own governor
     where = ""
 
-    def __init__(self, setting: presets.PolicyContext) -> None:
-        super().__init__(setting)
+    def __init__(self, context: presets.PolicyContext) -> None:
+        super().__init__(context)
         self._steps = 0
         if self.where == "governor":
             self.governor = self
@@ -124,7 +124,7 @@ class Broken(Policy):
         return 2
 
 
-@pytest.mark.parametrize("where", ["ahead", "drafting", "plan_prefetch", "scores", "observe", "governor"])
+@pytest.mark.parametrize("where", ["ahead", "on_draft_token", "plan_prefetch", "scores", "observe", "governor"])
 def test_a_policy_that_fails_costs_no_request(
     bundled: tuple[Path, Path],
     twin: Path,

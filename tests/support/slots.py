@@ -15,12 +15,12 @@ class Seen:
     def __init__(self) -> None:
         self.scores = np.zeros((EXPERTS.n_blocks, EXPERTS.n_expert), dtype=np.float32)
         self._states = np.zeros(self.scores.shape, dtype=np.uint8)
-        self.orders: Any = None
+        self.requests: Any = None
         self.budget, self.margin = -1, 0.0
 
-    def prefetch(self, orders: Any, byte_budget: int = 2**64 - 1, margin: float = 0.0) -> int:
-        self.orders, self.budget, self.margin = orders, byte_budget, margin
-        return len(orders)
+    def prefetch(self, requests: Any, byte_budget: int = 2**64 - 1, margin: float = 0.0) -> int:
+        self.requests, self.budget, self.margin = requests, byte_budget, margin
+        return len(requests)
 
     def states(self) -> Any:
         return self._states

@@ -207,9 +207,9 @@ def test_simulate_and_its_errors(
     network_file.write(made(), tmp_path / "other.npz")
     for options, cause in (
         (["--policy", "learned"], "needs a file"),
-        (["--policy", "auto", "--predictor", str(tmp_path / "none.npz")], "there is no foresight"),
+        (["--policy", "auto", "--predictor", str(tmp_path / "none.npz")], "there is no predictor"),
         (["--policy", "auto", "--predictor", str(tmp_path / "other.npz")], "was learned for 2 of 16 experts"),
-        (["--policy", "auto", "--predictor", recorded], "not learned foresight"),
+        (["--policy", "auto", "--predictor", recorded], "not a trained predictor"),
     ):
         assert main([*replay, *options]) in (1, 2)
         said = capsys.readouterr()

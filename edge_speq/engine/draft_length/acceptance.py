@@ -1,34 +1,34 @@
-"""How many drafted tokens the target accepts: by place in a step, and whether that changed of late."""
+"""Estimate how many drafted tokens the target accepts, per place in a step, and detect changes of the text."""
 
 from __future__ import annotations
 
 from math import log, sqrt
 
-EXPECTED, BELIEVED = 0.8, 8.0  # chance that a drafted token matches before anything is known, and its weight in tokens
-TRUST = 4.0  # tokens that what the place before says of the next counts for
-MEMORY = 0.98  # a step; of the chances in use
-RECENT = 0.85  # a step; of those that replace them when the text's class has changed
-SLACK, ALARM = 0.1, 4.0  # of the cumulated sum: tokens, per token tried and in all
-AFTER_BREAK = 12.0  # tokens that old chances count for when a new text begins
+EXPECTED, BELIEVED = 0.8, 8.0  # prior probability that a drafted token matches, and its weight in tokens
+TRUST = 4.0  # weight, in tokens, of the previous place's probability as the prior of the next place
+MEMORY = 0.98  # decay per step of the counts in use
+RECENT = 0.85  # decay per step of the counts that replace them after a change of the text's class
+SLACK, ALARM = 0.1, 4.0  # CUSUM: tokens of slack per token tried, and tokens at which it reports a change
+AFTER_BREAK = 12.0  # most tokens that earlier counts weigh at the start of a new text
 
 
 class Acceptance:
-    """The chance that a drafted token matches, given that those before it in its step did: p[i] for place i.
+    """Estimates p[i], the probability that the drafted token at place i matches if all earlier ones of its step did.
 
-    A shift of the class of text shows as a cumulated sum of what matched beyond, or short of, expectation (Page's
-    CUSUM); the chances are then those of the last steps alone.
+    Page's CUSUM over matched minus expected tokens detects a change of the class of text. After a change the estimate
+    uses only the counts of the most recent steps.
     """
 
     def __init__(self, k_max: int) -> None:
         n = max(1, k_max)
-        self._tried, self._matched = [0.0] * n, [0.0] * n  # by place
+        self._tried, self._matched = [0.0] * n, [0.0] * n  # per place
         self._tried[0], self._matched[0] = BELIEVED, BELIEVED * EXPECTED
         self._tried_lately, self._matched_lately = [0.0] * n, [0.0] * n
         self._more = self._less = 0.0
         self._forget()
 
     def observe(self, accepted: int, *, mismatch: bool) -> bool:
-        """One step. Whether the class of text seems to have changed."""
+        """Count one step. Return True if the class of text seems to have changed."""
         n = min(accepted + mismatch, len(self._tried))
         surprise = min(accepted, n) - sum(self.chances()[:n])
         self._forget()
@@ -44,18 +44,19 @@ class Acceptance:
         return True
 
     def begin(self) -> None:
-        """A new text: of another class, perhaps."""
+        """Start a new text: reduce the weight of earlier counts, since its class may differ."""
         share = AFTER_BREAK / self._tried[0] if self._tried[0] > AFTER_BREAK else 1.0
         self._tried, self._matched = [share * n for n in self._tried], [share * n for n in self._matched]
         self._forget()
 
     def _forget(self) -> None:
-        """What follows from the counts is worked out once: while nothing is drafted they stand."""
+        """Drop the cached results. They stay valid while nothing is drafted."""
         self._chances: list[float] | None = None
         self._tokens: list[float] | None = None
         self._doubts: list[float] | None = None
 
     def chances(self) -> list[float]:
+        """Return p[i] for each place."""
         if self._chances is None:
             before, trust, self._chances = EXPECTED, 1.0, []
             for tried, matched in zip(self._tried, self._matched, strict=True):
@@ -65,13 +66,13 @@ class Acceptance:
         return self._chances
 
     def tokens(self) -> list[float]:
-        """Expected tokens of a step with 0, 1, ... drafted ones, the target's own included."""
+        """Return the expected tokens of a step with 0, 1, ... drafted tokens, including the target's own token."""
         if self._tokens is None:
             self._tokens = _expected(self.chances())
         return self._tokens
 
     def doubt(self) -> list[float]:
-        """Standard deviation of the logarithm of tokens()."""
+        """Return the standard deviations of the logarithms of tokens()."""
         if self._doubts is None:
             p = self.chances()
             by = [sqrt(chance * (1 - chance) / (n + TRUST)) for chance, n in zip(p, self._tried, strict=True)]
@@ -81,7 +82,7 @@ class Acceptance:
         return self._doubts
 
     def likely(self, least: float) -> int:
-        """Places whose token is right with at least that chance, all before it included."""
+        """Return the number of places that are accepted, with all earlier ones, with at least this probability."""
         reach, n = 1.0, 0
         for chance in self.chances():
             reach *= chance
@@ -90,12 +91,12 @@ class Acceptance:
 
 
 def _counted(counts: list[float], memory: float, n: int) -> list[float]:
-    """Counts by place, with one more at the first n."""
+    """Return the decayed counts per place, with one more at each of the first n places."""
     return [memory * count + (place < n) for place, count in enumerate(counts)]
 
 
 def _expected(p: list[float]) -> list[float]:
-    """Tokens of steps whose drafted tokens match with these chances."""
+    """Return the expected tokens of steps with 0, 1, ... drafted tokens that match with probabilities p."""
     reach, tokens = 1.0, [1.0]
     for chance in p:
         reach *= chance

@@ -1,52 +1,51 @@
-"""How far a draft runs on beyond the tokens that it proposes, for the sake of their routing: as far as it pays.
+"""Choose how many tokens the draft decodes beyond its proposal, only for their routing. Nothing here reads a clock.
 
-Each token further takes the draft's time and spares stalls. Both are measured: a depth costs, per step, the seconds
-that the draft took and those that the target waited for experts. Which experts are where never changes a text, so steps
-at two depths differ in nothing else on average, and a depth next to the one in force is tried now and then, for some
-steps. Tokens that are accepted after all cost nothing: the draft need not decode them again, which shows in its
-seconds. Nothing here reads a clock.
+Each further token costs draft time and saves stalls, because its experts can be prefetched earlier. The cost of a depth
+is measured per step: the draft's seconds plus the seconds that the target waited for experts. The placement of experts
+never changes the text, so steps at two depths are comparable. Now and then a trial runs a neighbouring depth for some
+steps. A further token that is later accepted costs nothing: the draft need not decode it again.
 """
 
 from __future__ import annotations
 
-TRIAL = 24  # steps at a neighbouring depth, the first SETTLE of which find the slots as the other depth left them
-SETTLE = 4
-PERIOD = 24  # steps between trials; doubles when one finds nothing better
+TRIAL = 24  # steps at a neighbouring depth
+SETTLE = 4  # first steps of a trial, which are not measured: the slots still reflect the other depth
+PERIOD = 24  # steps between trials; doubles after a trial that finds nothing better
 PERIOD_MAX = 1536
-HYSTERESIS = 0.02  # of the cost that a change must save
-FIRST = 1  # the step's own last token: its decode is needed anyway when the step is accepted as a whole
+HYSTERESIS = 0.02  # fraction of the cost that a change must save
+FIRST = 1  # the last drafted token, which the draft must decode anyway if the whole step is accepted
 
 
 class LookaheadDepth:
-    """At most `limit()` tokens further. `fixed`: as many as the policy can use, for modes in which time is virtual."""
+    """Finds the depth of least cost. `fixed`: always as many tokens as the policy can use, for virtual time."""
 
     def __init__(self, *, fixed: bool) -> None:
         self._fixed = fixed
         self._ceiling: int | None = None
         self.depth = FIRST
-        self._most = FIRST  # that the policy could use
+        self._most = FIRST  # tokens that the policy can use
         self._trying: int | None = None
         self._direction = 1
         self._begin(PERIOD)
-        self._base = 0.0  # seconds a step at the depth in force
+        self._base = 0.0  # seconds per step at the depth in force
         self._period = PERIOD
-        self._width = -1  # tokens drafted by the steps that are measured: others cost something else
-        self._n_others = 0  # in a row
+        self._width = -1  # tokens drafted by the measured steps; steps of other lengths have other costs
+        self._n_others = 0  # consecutive steps of another length
 
-    def limit(self, wanted: int) -> int:
-        """Tokens to run on, of those that the policy could use."""
-        wanted = wanted if self._ceiling is None else min(wanted, self._ceiling)
-        self._most = wanted
+    def limit(self, useful: int) -> int:
+        """Return the further tokens to decode, at most the `useful` ones that the policy can use."""
+        useful = useful if self._ceiling is None else min(useful, self._ceiling)
+        self._most = useful
         if self._fixed:
-            return wanted
-        return min(wanted, self.depth if self._trying is None else self._trying)
+            return useful
+        return min(useful, self.depth if self._trying is None else self._trying)
 
     def limit_to(self, most: int) -> None:
-        """Run on at most so many tokens from now on."""
+        """Decode at most `most` further tokens from now on."""
         self._ceiling = most
 
     def observe(self, n_drafted: int, seconds: float) -> None:
-        """One step: the draft's seconds and those that the target waited for experts."""
+        """Learn from one step. seconds: the draft's time plus the time that the target waited for experts."""
         if self._fixed or not n_drafted:
             return
         if n_drafted != self._width:
@@ -81,7 +80,7 @@ class LookaheadDepth:
         self._begin(self._period)
 
     def _neighbour(self) -> int | None:
-        """The depth to try: on in the direction that last paid, else the other way."""
+        """Return the depth to try: in the last successful direction if possible, otherwise in the other one."""
         for step in (self._direction, -self._direction):
             if 0 <= self.depth + step <= self._most:
                 self._direction = step

@@ -1,42 +1,43 @@
-"""How often a draft that is asked has something to say, and what its falling silent costs.
+"""Fraction of draft calls that return a token, and the graph-rebuild cost when that changes.
 
-An n-gram draft is silent in most steps. A step in which it speaks saves the same as ever, one in which it does not
-saves nothing, and between the two the graph's width changes and is built anew. What drafting is worth is that of all
-steps in which the draft was asked, these included.
+An n-gram draft returns no token in most steps. Such a step saves nothing. Between a step with tokens and one without,
+the graph changes its width and is rebuilt. The utility of drafting is therefore an average over all draft calls.
 """
 
 from __future__ import annotations
 
 from math import exp, log
 
-MEMORY = 0.97  # a step in which the draft is asked
-FADING = 0.995  # a step in which it is not: it may have found its voice meanwhile
-BELIEVED = 2.0  # steps that the belief in a draft that always speaks weighs, without which none would be tried
+MEMORY = 0.97  # decay per draft call
+FADING = 0.995  # decay per step without a draft call: the draft may have more to propose by now
+BELIEVED = 2.0  # weight, in calls, of the prior that every call returns tokens; without it no draft would be tried
 SMOOTHING = 0.8
-MOST_EXTRA = 3.0  # steps' worth: a change of width that takes longer was disturbed
+MOST_EXTRA = 3.0  # steps without a draft: a longer change of width was disturbed by something else
 
 
 class ProposalRate:
+    """Counts draft calls, calls that returned tokens, and changes between the two, all decaying."""
+
     def __init__(self) -> None:
         self._asked = self._spoken = self._changes = 0.0
-        self._extra = 0.0  # seconds that a change of width costs, in steps without a draft
+        self._extra = 0.0  # cost of a change of width, in steps without a draft
         self._n_changes = 0
 
     def heard(self, *, spoke: bool) -> None:
-        """A step in which the draft was asked."""
+        """Count one draft call. spoke: it returned at least one token."""
         self._asked = MEMORY * self._asked + 1
         self._spoken = MEMORY * self._spoken + spoke
         self._changes *= MEMORY
 
     def changed(self, extra: float) -> None:
-        """In the last step it spoke again, or fell silent, which took so much longer than the steps after it."""
+        """Count a change of width. extra: the additional time of that step, in steps without a draft."""
         self._changes += 1
         self._n_changes += 1
         weight = max(1 - SMOOTHING, 1 / self._n_changes)
         self._extra += weight * (min(max(extra, 0.0), MOST_EXTRA) - self._extra)
 
     def unheard(self, n: int) -> None:
-        """Steps in which it was not asked."""
+        """Fade the counts over n steps without a draft call."""
         fading = FADING**n
         self._asked, self._spoken, self._changes = (
             fading * count for count in (self._asked, self._spoken, self._changes)
@@ -44,12 +45,14 @@ class ProposalRate:
 
     @property
     def share(self) -> float:
-        """Of the steps: in which it speaks."""
+        """Fraction of draft calls that return a token."""
         return (self._spoken + BELIEVED) / (self._asked + BELIEVED)
 
     def values(self, tokens: list[float], logarithms: list[float]) -> list[float]:
-        """Logarithms of tokens a second with 0, 1, ... tokens asked for. tokens: of steps with so many drafted ones;
-        logarithms: of their seconds."""
+        """Return the logarithms of tokens per second for 0, 1, ... requested tokens.
+
+        tokens: expected tokens of a step that drafted that many. logarithms: logarithms of its seconds.
+        """
         share = self.share
         if share == 1.0 and not self._changes:
             return [log(n) - c for n, c in zip(tokens, logarithms, strict=False)]

@@ -1,1 +1,1 @@
-"""Foresight by a small trained network (experimental)."""
+"""Prediction of demands by a small trained network (experimental)."""

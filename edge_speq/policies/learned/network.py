@@ -1,20 +1,20 @@
-"""What steps will demand, by a small network that `edge-speq tune --learn` has trained on traces; numpy only.
+"""Inference of a small network, trained on traces by `edge-speq tune --learn`, that predicts demands. numpy only.
 
-It needs no twin: it knows the ids of the tokens that a step verifies, whatever drafted them; what a draft with routed
-experts chose for them, as few or as many as it has; and what the target chose and steps demanded before. For token i,
+It needs no twin. It uses the ids of the step's tokens and the routing of a draft with any number of routed experts. It
+also uses the target's routing of the last token of text, and earlier demands. For token i,
 
     h_i = relu(bias + token_in[id_i] + before_in[id_i-1] + sum draft_in[...] + place_i * sum last_in[...])
 
-where draft_in stands for what the draft chose for the token, last_in for what the target chose for the last token of
-text, and the experts of a step are demanded with
+where draft_in is summed over the draft's experts for the token, and last_in over the target's experts for the last
+token of text. A step demands an expert with probability
 
     1 - exp(-history * sum_i exp(h_i @ out)),
 
-a union of tokens, each of which raises the hazard of the experts that it may choose; history is a product of powers of
-how often an expert was demanded. A twin's own choice multiplies its hazard by exp(twin). The step after is the union of
-the tokens that the draft looked ahead at, and of a guess that needs none, from the mean of h.
+the union over the step's tokens: each token adds to the hazard of an expert. history is a product of powers of the
+expert's demand frequencies. An expert that a twin chose has its hazard multiplied by exp(twin).
 
-docs/presets.md has what it finds, and what it does not.
+The step after it is predicted in the same way from the tokens that the draft decoded ahead. A further term, from the
+mean of h, needs no such tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import numpy.typing as npt
 from edge_speq.policies.learned.network_file import Weights
 
 FAST, SLOW = np.float32(0.8), np.float32(0.97)  # decay per step
-LEAST = np.float32(0.02)  # chance of a demand in a step
-HIGHEST = np.float32(20.0)  # exponent
+LEAST = np.float32(0.02)  # minimum probability of a demand in a step
+HIGHEST = np.float32(20.0)  # maximum exponent
 
 Floats = npt.NDArray[np.float32]
 Routing = npt.NDArray[np.int32]
@@ -36,7 +36,7 @@ NOWHERE: npt.NDArray[np.intp] = np.zeros(0, dtype=np.intp)
 
 
 class History:
-    """What is known from earlier steps. Keys are block * n_expert + expert."""
+    """Demands of earlier steps. Keys are block * n_expert + expert."""
 
     def __init__(self, n_blocks: int, n_expert: int, n_expert_used: int) -> None:
         self._first = np.arange(n_blocks, dtype=np.intp) * n_expert
@@ -44,19 +44,21 @@ class History:
         self.fast = np.full(n_blocks * n_expert, even, dtype=np.float32)
         self.slow = self.fast.copy()
         self.last = np.zeros_like(self.fast)  # demanded by the last step: 0 or 1
-        self.keys = NOWHERE  # that the target chose for the last token of text
+        self.keys = NOWHERE  # experts that the target chose for the last token of text
         self.before = -1  # the token before the next step's first one
 
     def keys_of(self, routing: Routing) -> npt.NDArray[np.intp]:
-        """[n_tokens, n_blocks * n_expert_used] of [n_blocks, n_tokens, n_expert_used]."""
+        """Return the keys of routing, [n_tokens, n_blocks * n_expert_used]. routing: [n_blocks, n_tokens, ...]."""
         keys: npt.NDArray[np.intp] = (routing.transpose(1, 0, 2) + self._first[: len(routing), None]).reshape(
             routing.shape[1], -1
         )
         return keys
 
     def observe(self, routing: Routing, tokens: Sequence[int], n_refused: int) -> None:
-        """A step of the target, the last n_refused tokens of which did not become text. tokens: its ids, none where
-        they are not known."""
+        """Learn from the target's routing of a step, whose last n_refused tokens were rejected.
+
+        tokens: ids of the step's tokens; empty if unknown.
+        """
         keys = self.keys_of(routing)
         self.last.fill(0)
         self.last[keys.ravel()] = 1
@@ -67,7 +69,7 @@ class History:
         self.before = tokens[at] if len(tokens) == len(keys) else -1
 
     def features(self) -> Floats:
-        """[N_HISTORY, keys], whose weighted sum is the logarithm of `history`."""
+        """Return the features [N_HISTORY, n_keys] whose weighted sum is the logarithm of `history`."""
         out = np.empty((3, len(self.last)), dtype=np.float32)
         np.log(self.fast + LEAST, out=out[0])
         np.log(self.slow + LEAST, out=out[1])
@@ -76,7 +78,7 @@ class History:
 
 
 class Learned:
-    """The network at work. `coming` and `following` are for one step: the second goes on from the first."""
+    """The network's inference. For each step, call coming() first and then following(), which reuses its results."""
 
     name = "learned"
 
@@ -97,14 +99,17 @@ class Learned:
         self._remember()
 
     def observe(self, routing: Routing, n_refused: int) -> None:
-        """routing: [n_blocks, n_tokens, n_expert_used] of a step, the last n_refused tokens of which are no text."""
+        """Learn from the routing [n_blocks, n_tokens, n_expert_used] of a step with n_refused rejected tokens."""
         self.history.observe(routing, self._tokens, n_refused)
         self._tokens = []
         self._remember()
 
     def coming(self, tokens: Sequence[int], draft_routing: Routing | None) -> Floats:
-        """Chance of each key in the step that is about to verify tokens, the last one of text first. draft_routing:
-        [n_blocks, n, n_expert_used] of the draft for the first n of them."""
+        """Return the probability that the coming step demands each key, [n_blocks * n_expert].
+
+        tokens: ids of the step's tokens, the last one of text first. draft_routing: [n_blocks, n, n_expert_used], the
+        draft's routing of the first n tokens.
+        """
         w, self._tokens = self.weights, list(tokens)
         ids = np.array([self.history.before, *tokens], dtype=np.int64)
         rows = np.searchsorted(w.tokens, ids)
@@ -119,7 +124,7 @@ class Learned:
         return _chance(self._hazard * self._sum(hidden, draft_routing))
 
     def following(self, draft_routing: Routing | None) -> Floats:
-        """Chance of each key in the step after. draft_routing: of the tokens that the draft looked ahead at."""
+        """Return the same for the step after it. draft_routing: of the tokens that the draft decoded ahead."""
         w = self.weights
         guess = np.minimum(self._mean @ w.later_out, HIGHEST)
         np.exp(guess, out=guess)
@@ -143,7 +148,7 @@ class Learned:
         return np.maximum(x, 0, out=x)
 
     def _drafted(self, routing: Routing | None, n: int) -> Floats:
-        """[n, H]: of the first tokens what the draft chose, of the others that it is not known."""
+        """Return the summed draft_in rows of n tokens, [n, H]; tokens without routing get the row for "unknown"."""
         table = self.weights.draft_in
         out = np.repeat(table[-1:], n, axis=0)
         if routing is not None and self._draft_first is not None:
@@ -180,6 +185,6 @@ def _product(powers: Floats, known: Floats, bias: Floats) -> Floats:
 
 def _chance(hazard: Floats) -> Floats:
     np.negative(hazard, out=hazard)
-    np.exp(hazard, out=hazard)  # expm1 takes four times as long, and nobody asks for chances under 1e-7
+    np.exp(hazard, out=hazard)  # expm1 takes four times as long, and probabilities below 1e-7 do not matter
     chance: Floats = np.subtract(np.float32(1), hazard, out=hazard)
     return chance

@@ -1,4 +1,4 @@
-"""How many tokens to draft: the published rules. The engine's own is edge_speq.engine.draft_length.controller."""
+"""Published rules for the draft length. The engine's own rule is edge_speq.engine.draft_length.controller."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ SMOOTHING = 0.9
 
 
 class DraftLengthRule(Protocol):
-    is_timed: bool  # it follows the seconds that steps take
+    """Chooses the draft length of each step."""
+
+    is_timed: bool  # True: it depends on the seconds of steps
 
     def k(self) -> int:
-        """Tokens to draft in the next step."""
+        """Return the number of tokens to draft in the next step."""
 
     def observe(self, accepted: int, *, mismatch: bool, seconds: float | None = None) -> None:
-        """One verify step; seconds: draft and verify."""
+        """Learn from one verify step.
+
+        Args:
+            accepted: drafted tokens that the target accepted.
+            mismatch: True if the target rejected the next drafted token.
+            seconds: time to draft and verify; None if not comparable.
+        """
 
 
 class Fixed:
+    """Always drafts k tokens."""
+
     is_timed = False
 
     def __init__(self, k: int) -> None:
@@ -33,9 +43,11 @@ class Fixed:
 
 
 class Cascade:
-    """Test-and-set of Cascade (arXiv 2506.20675): lengths are tried for TEST steps each, climbing while the utility
-    U = tokens / (seconds / seconds without a draft) grows; the best is set for SET steps. Where none reaches U = 1
-    it is none, and SET doubles. At most TRIALS lengths a test phase.
+    """Test-and-set of Cascade (arXiv 2506.20675).
+
+    A test phase tries up to TRIALS lengths in ascending order, for TEST steps each. It stops once the utility
+    U = tokens / (seconds / seconds without a draft) no longer grows. The best length is set for SET steps. If no length
+    reaches U = 1, nothing is drafted, and SET doubles.
     """
 
     is_timed = True
@@ -100,14 +112,15 @@ class Cascade:
 
 
 class Roofline:
-    """MoE-SpeQ's Amortization Roofline (arXiv 2511.14102, section 5): the k in [1, k_max] of the greatest
-    k_accept(k) / T_cycle(k), where
+    """MoE-SpeQ's Amortization Roofline (arXiv 2511.14102, section 5).
+
+    It chooses the k in [1, k_max] with the largest k_accept(k) / T_cycle(k), where
 
         k_accept(k) = sum over i of the product of p_j up to i       (p_j: moving average of acceptance at place j)
         T_cycle(k) = max(k * T_draft, T_first) + |E_new(k)| * T_transfer + T_verify
 
-    T_first is one transfer. E_new is counted from the lookahead buffer less the cache, here as an average by k of the
-    misses that steps of that length had. No k = 0, as published.
+    T_first is one transfer. The paper counts E_new as the lookahead buffer without the cached experts. Here it is the
+    moving average of the misses of steps with that k. As published, k is never 0.
     """
 
     is_timed = False
@@ -123,7 +136,7 @@ class Roofline:
         return self._k
 
     def missed(self, k: int, n: int) -> None:
-        """A step with k drafted tokens had to fetch n experts."""
+        """Record that a step with k drafted tokens had n misses."""
         before = self._misses.get(k, float(n))
         self._misses[k] = SMOOTHING * before + (1 - SMOOTHING) * n
 
@@ -139,26 +152,28 @@ class Roofline:
             reach *= p
             accepted += reach
         cycle = max(k * self.draft_ms, self._transfer_ms) + self._new(k) * self._transfer_ms + self.verify_ms
-        return (accepted + 1) / cycle  # and the token that verifying gives in any case
+        return (accepted + 1) / cycle  # 1: every verify step yields one token of the target
 
     def _new(self, k: int) -> float:
-        """Experts to fetch; lengths that were not tried yet are in proportion to their width."""
+        """Return the expected misses; for an untried length, scale those of the nearest one by the step's width."""
         if k in self._misses or not self._misses:
             return self._misses.get(k, 0.0)
         near = min(self._misses, key=lambda tried: abs(tried - k))
         return self._misses[near] * (k + 1) / (near + 1)
 
 
-def roofline(setting: PolicyContext) -> list[float]:
-    """T_cycle of steps with 0, 1, ... drafted tokens before anything was measured, relative to the first: drafting,
-    computing, and transfers of what is missing where experts are equally likely."""
-    experts = setting.experts
-    resident = min(1.0, sum(setting.slots) / max(1, experts.total))
-    unused = 1 - experts.n_expert_used / max(1, experts.n_expert)  # chance that a token leaves an expert alone
+def roofline(context: PolicyContext) -> list[float]:
+    """Return the nominal T_cycle of steps with 0, 1, ... drafted tokens, relative to the first, [k_max + 1].
+
+    It adds drafting, computing, and the transfers of the expected misses if all experts are equally likely.
+    """
+    experts = context.experts
+    resident = min(1.0, sum(context.slots) / max(1, experts.total))
+    unused = 1 - experts.n_expert_used / max(1, experts.n_expert)  # probability that a token does not use an expert
 
     def cycle_ms(k: int) -> float:
         missing = experts.total * (1 - unused ** (k + 1)) * (1 - resident)
-        return k * setting.draft_ms + experts.n_blocks * setting.block_ms + missing * setting.transfer_ms
+        return k * context.draft_ms + experts.n_blocks * context.block_ms + missing * context.transfer_ms
 
     alone = cycle_ms(0)
-    return [cycle_ms(k) / alone if alone else 1.0 for k in range(setting.k_max + 1)]
+    return [cycle_ms(k) / alone if alone else 1.0 for k in range(context.k_max + 1)]

@@ -13,7 +13,7 @@ struct Miss {
     float score; // of the expert, for a slot
 };
 
-// What a block waits for besides its own misses, in nanoseconds.
+// Waiting times of a block besides its own misses, in nanoseconds.
 struct Around {
     double link = 0; // until the link is free
     double device = 0; // the device computes the block's experts once all fetched ones are there
@@ -32,15 +32,15 @@ struct CostCalibration {
 
 // Chooses which of a block's missing experts are fetched and which the CPU computes meanwhile, so that both are done as
 // early as possible: it minimises max(T_cpu, T_link + T_gpu), the objective of MoE-SpAc's workload balancer (arXiv
-// 2603.09983). All experts of a block have equal bytes, so for any number of fetches it is best to fetch the ones that
-// cost the CPU most; trying every number solves the integer program exactly. Among equals the highest score is fetched.
-// T_gpu is the same for every split, since the device computes all pairs, those of the CPU's experts with a placeholder
-// slot.
+// 2603.09983). All experts of a block have equal bytes. For any number of fetches it is therefore best to fetch the
+// ones that cost the CPU most. Trying every number solves the integer program exactly. Among equals the highest score
+// is fetched. T_gpu is the same for every split, since the device computes all pairs, those of the CPU's experts with a
+// placeholder slot.
 //
-// Costs are measured while loading, if possible, and learned while running. In every period of blocks a few are only
-// computed, a few only fetched and a few split as if there were no contention, so that no cost is forgotten while it is
-// not in use; all others follow the measured costs. CPU and link share the memory, so CPU time grows by a learned
-// fraction of the time in which both are busy.
+// Costs are measured while loading, if possible, and learned while running. Most blocks follow the measured costs. In
+// every period of blocks a few are only computed, a few only fetched, and a few split as if there were no contention.
+// So every cost is measured again even while it is not in use. CPU and link share the memory, so CPU time grows by a
+// learned fraction of the time in which both are busy.
 class Balancer {
 public:
     // link_bytes_per_s: 0 if unknown. Without overlap, with synchronous copies, nothing is fetched.
@@ -49,7 +49,7 @@ public:
     // Move the experts to fetch to the front and return their number.
     size_t split(std::vector<Miss> & missing, uint64_t expert_bytes, const Around & around = {});
 
-    // Learn from a block's CPU part that took ns while bytes travelled for link_ns, and from fetches that took ns, or
+    // Learn from a block's CPU part, which took ns while transfers took link_ns, and from fetches, which took ns, or
     // less if that is not exact.
     void computed(size_t n_experts, size_t n_pairs, uint64_t expert_bytes, double ns, double link_ns);
     void fetched(size_t n_experts, uint64_t expert_bytes, double ns, bool is_exact);

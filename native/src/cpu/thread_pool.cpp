@@ -52,7 +52,7 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::wake() {
-    ++calls_; // spinning threads go on
+    ++calls_; // spinning threads keep spinning
     if (asleep_ > 0) {
         {
             const std::lock_guard<std::mutex> lock(mutex_);
@@ -115,7 +115,7 @@ bool ThreadPool::look_out(uint64_t seen, uint64_t & heard) {
 
 void ThreadPool::sleep(uint64_t seen, uint64_t heard) {
     std::unique_lock<std::mutex> lock(mutex_);
-    ++asleep_; // before it checks: whoever publishes a job or calls after that sees it asleep
+    ++asleep_; // before the check, so that a later job or call sees this thread asleep
     called_.wait(lock, [&] { return number(next_) != seen || stop_ || calls_ != heard; });
     --asleep_;
 }

@@ -10,9 +10,9 @@
 
 namespace edge {
 
-// Threads that compute beside the caller, for jobs of some 10 us, hundreds per step. Waking a sleeping thread takes as
-// long as such a job, and threads that never sleep take a laptop's power from those that compute. So they spin for a
-// moment after a job, then sleep until the caller announces work.
+// Threads that compute in parallel with the caller, for jobs of about 10 us, hundreds per step. Waking a sleeping
+// thread takes as long as such a job. Threads that never sleep take power from the computing threads of a laptop. So
+// threads spin for a moment after a job, then sleep until the caller announces work.
 class ThreadPool {
 public:
     using Chunk = void (*)(void * job, size_t chunk);
@@ -42,7 +42,7 @@ private:
     // the next.
     std::atomic<uint64_t> next_{ 0 };
     std::atomic<size_t> finished_{ 0 }; // chunks
-    // Of that job. Read by whoever has a chunk of it, written when all are finished.
+    // Of that job. Read by threads that have a chunk of it, written when all chunks are finished.
     Chunk chunk_ = nullptr;
     void * job_ = nullptr;
     size_t first_ = 0; // chunk of the caller that is number 0 in next_

@@ -36,7 +36,8 @@ ggml_backend_buffer_ptr allocate(ggml_context * ctx, ggml_backend_buffer_type_t 
     return buffer;
 }
 
-// Whether the device of this buffer type can multiply with experts of this type. Q8_1 and Q8_K are activation types.
+// Return true if the device of this buffer type can multiply with experts of this type. Q8_1 and Q8_K are activation
+// types.
 bool multiplies(ggml_backend_buffer_type_t buft, ggml_type type, const ggml_tensor & like) {
     const bool weights = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 ||
                          (ggml_is_quantized(type) && type != GGML_TYPE_Q8_1 && type != GGML_TYPE_Q8_K);

@@ -63,7 +63,7 @@ private:
     std::vector<int32_t> host_slots_;
 };
 
-// Return probs [n_expert, n_tokens] of a verify step with all experts out of reach but the `budget` ones with the
+// Return probs [n_expert, n_tokens] of a verify step with experts out of reach, except the `budget` ones with the
 // largest sum over its tokens (MoE-Spec, arXiv 2602.16052).
 ggml_tensor * within_budget(ggml_context * ctx, ggml_tensor * probs, int32_t budget);
 

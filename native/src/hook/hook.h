@@ -21,7 +21,7 @@ namespace edge {
 constexpr char route_prefix[] = "edge_route-";
 } // namespace edge
 
-// The hook on one model. While a graph is built, it copies each block's routing into a leaf tensor and, with slots,
+// The hook on one model. While a graph is built, it copies each block's routing into a leaf tensor. With slots, it also
 // makes the expert matmuls read the slots by that leaf. While the graph runs, it turns the leaf's expert ids into slot
 // ids in place before the matmuls read them: every scheduler sees the dependency, and no second ids tensor is needed.
 struct edge_hook {

@@ -35,7 +35,7 @@ bool edge_hook::splits_this_step() {
     return is_due;
 }
 
-// Whether the rows that enter this block predict the next one's experts.
+// Return true if the rows that enter this block can predict the next one's experts.
 bool edge_hook::can_predict_next(const ggml_tensor * route, int32_t number) {
     return on_miss_ != EDGE_ON_MISS_FETCH && slot_cache_->can_prefetch_next_layer(number + 1) &&
            find_chain(route, number);
@@ -75,8 +75,8 @@ bool edge_hook::find_chain(const ggml_tensor * route, int32_t number) {
     }
 }
 
-// The device computes the resident and the fetched experts and, in place of each other one, a placeholder slot, whose
-// output the CPU's result replaces before it is weighted.
+// The device computes the resident and the fetched experts. In place of every other expert it computes a placeholder
+// slot, whose output the CPU's result replaces before it is weighted.
 void edge_hook::serve_hybrid(ggml_backend_t backend, ggml_tensor * route, int32_t number) {
     const edge::ExpertChain & chain = chains_[static_cast<size_t>(number)];
     const auto n = static_cast<int32_t>(ggml_nelements(route));

@@ -27,7 +27,7 @@ uint64_t word_at(const uint8_t * marks) {
     return word;
 }
 
-// Count common marks. Eight at a time, each in a byte of its own for as long as such a byte cannot overflow.
+// Count common marks, eight at a time, each in a separate byte until that byte could overflow.
 int32_t overlap(const uint8_t * a, const uint8_t * b, int32_t n) {
     constexpr uint64_t even = 0x00FF00FF00FF00FFU;
     int32_t out = 0;
@@ -146,7 +146,7 @@ void score_by_rule(const edge_dueling & dueling, int32_t rule, float * score) {
 }
 
 // Judge the rules by what was known before the step. If the step demands more than the slots hold, LRU evicts exactly
-// what comes next, which pools that look at whole steps cannot show: it counts as all missed.
+// the experts that the step demands next. Pools that see whole steps cannot show that, so all demands count as missed.
 void judge(edge_dueling & dueling, const std::vector<uint8_t> & wanted) {
     std::vector<float> score(wanted.size());
     const int32_t n_wanted = sum(wanted.data(), static_cast<int32_t>(wanted.size()));

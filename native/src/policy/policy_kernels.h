@@ -9,7 +9,7 @@ namespace edge {
 
 inline size_t count(int32_t n) { return static_cast<size_t>(n); }
 
-// Whether routing has these blocks and experts. Ids out of range would be written anywhere.
+// Return true if routing has these blocks and experts. Ids out of range would write out of bounds.
 bool is_valid_routing(const edge_routing & routing, int32_t n_blocks, int32_t n_expert);
 bool is_valid_or_unknown_routing(const edge_routing & routing, int32_t n_blocks, int32_t n_expert); // ids of -1 allowed
 

@@ -1,4 +1,4 @@
-// What policies learn from prefill: how often its last tokens demanded each expert.
+// Update policies from prefill: count how often its last tokens demanded each expert.
 #include "policy/policy_kernels.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace edge {
 
 namespace {
 
-// Mark the experts of a block that tokens [from, to) chose, as far as known. Return whether any is known.
+// Mark the experts of a block that tokens [from, to) chose, if known. Return true if any is known.
 bool mark_known(uint8_t * marks, int32_t n_expert, const edge_routing & routing, int32_t block, int32_t from,
                 int32_t to) {
     std::memset(marks, 0, count(n_expert));

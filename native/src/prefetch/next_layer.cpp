@@ -10,7 +10,7 @@ namespace {
 
 constexpr float follow = 0.02F; // smoothing of a block's precision
 constexpr float too_poor = 0.35F; // precision under which no bytes are spent
-constexpr uint32_t seldom = 16; // what is not worth its cost is retried every so many times
+constexpr uint32_t seldom = 16; // a prediction that is not worth its cost is retried every 16th time
 constexpr double demands = 0.8; // probability that the next block demands copies, which wrong prefetches delay
 
 // Smallest fraction of a copy that must fall into the link's idle time. A right prefetch saves what has been copied
@@ -54,8 +54,8 @@ size_t SlotCache::next_layer_room(int32_t number) {
     return std::min(static_cast<size_t>(room), marks > 0 ? marks - 1 : 0);
 }
 
-// Whether prefetch requests predict this block better than its router. If so, predicted_ becomes the requested absent
-// experts of this block, best first.
+// Return true if prefetch requests predict this block better than its router. If so, predicted_ becomes the requested
+// absent experts of this block, best first.
 bool SlotCache::predict_from_requests(int32_t number) {
     const Lock lock(mutex_);
     Precision & requested = request_precision_[static_cast<size_t>(number)];

@@ -15,7 +15,7 @@ namespace edge {
 
 namespace {
 
-// Read a tensor of n values from wherever it is. Empty if there is none of that size.
+// Read a tensor of n values from host or device memory. Empty if the model has no such tensor of that size.
 std::vector<float> values(const llama_model * model, int layer, const char * name, size_t n) {
     const std::string full = "blk." + std::to_string(layer) + "." + name;
     const ggml_tensor * tensor = llama_model_find_tensor(model, full.c_str());

@@ -7,7 +7,7 @@
 
 namespace edge {
 
-// Whether the decoding thread itself sends it, when its block is next.
+// Return true if the decoding thread itself sends it, when its block is next.
 bool SlotCache::is_for_next_layer(const edge_prefetch_request & request) const {
     return request.deadline == request.block && defers() && can_prefetch_next_layer(request.block);
 }
@@ -123,7 +123,7 @@ void SlotCache::finish(const InFlight & flight, bool arrived) {
     SlotPool & slots = pools_[static_cast<size_t>(flight.group)];
     if (arrived) {
         slots.loaded(flight.slot);
-    } else { // whoever waits for it finds it gone, and fetches it
+    } else { // a block that waits for it finds no slot and fetches it
         slots.drop(flight.slot);
         ++counters_.failed;
     }
@@ -215,7 +215,7 @@ void SlotCache::run_virtual_requests() {
     }
 }
 
-// Advance virtual time until the prefetch in flight has arrived. False if there is none.
+// Advance virtual time until the prefetch in flight has arrived. False if no prefetch is in flight.
 bool SlotCache::complete_virtual_flight() {
     if (!virtual_flight_) {
         return false;

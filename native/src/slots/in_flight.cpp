@@ -66,7 +66,7 @@ void SlotCache::complete_next_layer() {
     next_layer_copies_.erase(left, next_layer_copies_.end());
 }
 
-// Wait for all next-layer copies. False if there is none.
+// Wait for all next-layer copies. False if no such copy is in flight.
 bool SlotCache::await_next_layer() {
     if (next_layer_copies_.empty()) {
         return false;
@@ -179,7 +179,7 @@ void SlotCache::complete_fetches() {
     loaded_.notify_all();
 }
 
-// Their slots can be evicted once the block's pins are gone.
+// Their slots can be evicted once the block's pins are released.
 void SlotCache::mark_arrived() {
     for (const int32_t slot : fetches_.slots) {
         pools_[static_cast<size_t>(fetches_.group)].loaded(slot);

@@ -51,11 +51,11 @@ public:
     bool fetching() const { return !fetches_.slots.empty() || !fetches_.late.empty(); }
     bool hold_for_fetches(ggml_backend_t backend) { return fetches_.late.empty() && demand_link_.holds(backend); }
     void await_fetches();
-    // Send experts of the next block, as far as the link would be idle: those that prefetch requests name, otherwise
-    // those that the router predictor finds from the rows [n_embd] that enter the block before it.
+    // Send experts of the next block while the link would be idle: experts that prefetch requests name, otherwise
+    // experts that the router predictor finds from the rows [n_embd] that enter the block before it.
     void prefetch_next_layer(int32_t block, const float * rows, int32_t n_tokens);
     bool can_prefetch_next_layer(int32_t block) const;
-    // Whether the link will idle before the CPU's part is done, by estimate.
+    // Return true if the link will be idle before the CPU's part is done, by estimate.
     bool link_idles_first() const { return nanoseconds(link_free_ - Clock::now()) < cpu_left_ns_; }
     void use_router_predictor(std::unique_ptr<RouterPredictor> predictor);
     // Measure, before the first block, what one expert costs on either side. Nothing if demand_hybrid() never fetches.
@@ -64,11 +64,11 @@ public:
     void computed(int32_t block, size_t n_experts, size_t n_pairs, double ns);
     const Balancer & balancer() const { return balancer_; }
     void learn_cpu_again() { balancer_.learn_cpu_again(); }
-    bool fetches_some() const; // whether demand_hybrid() ever fetches
+    bool fetches_some() const; // true if demand_hybrid() ever fetches
     void end_step();
 
-    // Whether every expert is resident, so that nothing is ever evicted. False in deterministic mode, whose time passes
-    // block by block.
+    // Return true if every expert is resident, so that nothing is ever evicted. False in deterministic mode, whose time
+    // passes block by block.
     bool all_resident() const;
     // Record that the experts ids[0..n) of a block were read, all of them from slots.
     void used(int32_t block, const int32_t * ids, int32_t n);
@@ -76,8 +76,8 @@ public:
     // Return the slot of a resident expert, pinned until the step ends; none if it is not resident.
     int32_t pin_resident(int32_t block, int32_t expert);
     Link & demand_link() { return demand_link_; } // of the decoding thread
-    // Whether a graph without slots is estimated to run faster if it copies absent experts to the device than if the
-    // CPU computes them. n_pairs: (token, expert) pairs of the block.
+    // Return true if a graph without slots is estimated to run faster when it copies absent experts to the device than
+    // when the CPU computes them. n_pairs: (token, expert) pairs of the block.
     bool gpu_offload_is_faster(int32_t block, int32_t n_pairs) const;
 
     // Choose the experts of a block that prefill admits into slots. wanted: [n_expert] weighted count of the tokens
@@ -99,7 +99,7 @@ public:
     void drain();
 
     // Replace the slot counts while no graph runs, and reload the experts of highest score that fit. If the new slots
-    // cannot be allocated there are none, and has_slots() is false until a resize succeeds.
+    // cannot be allocated, has_slots() is false until a resize succeeds.
     void resize(const std::vector<int32_t> & slots);
     bool has_slots() const { return store_ != nullptr; }
 

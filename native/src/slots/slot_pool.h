@@ -56,7 +56,7 @@ public:
 
     bool prefetched_unused(int32_t slot) const { return at(slot).unused_prefetch; }
     int32_t n_free() const { return static_cast<int32_t>(free_.size()); }
-    bool full() const { return free_.empty() && n_slots() == n_keys(); } // holds all keys, for good
+    bool full() const { return free_.empty() && n_slots() == n_keys(); } // holds all keys, so nothing is ever evicted
     std::vector<int32_t> highest_scored(int32_t n) const; // keys of at most n resident experts, by falling score
 
 private:

@@ -117,7 +117,7 @@ void ExpertTable::require_host_weights() const {
             const bool plain = weight->buffer && ggml_backend_buffer_is_host(weight->buffer) && weight->data &&
                                (where == "CPU" || where == "CPU_Mapped" || where.find("_Host") != std::string::npos);
             if (!plain || !ggml_is_contiguous(weight)) {
-                throw Error(EDGE_ERR_UNSUPPORTED, "expert weights " + std::string(weight->name) + " lie in " + where +
+                throw Error(EDGE_ERR_UNSUPPORTED, "expert weights " + std::string(weight->name) + " are in " + where +
                                                       " memory; slots need them in plain CPU memory (override the " +
                                                       "expert tensors to the CPU buffer type, use_extra_bufts=false)");
             }

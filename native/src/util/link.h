@@ -51,20 +51,20 @@ public:
     size_t free_marks() const { return cells_.size() - static_cast<size_t>(sent_ - arrived_); }
     Throttle::Time due() const { return due_; } // of the last send over an emulated link
     bool is_emulated() const { return throttle_.on(); }
-    bool asynchronous() const { return backend_ != nullptr; } // page-locked bytes are copied while the caller goes on
+    bool asynchronous() const { return backend_ != nullptr; } // page-locked bytes are copied while the caller continues
     // Make the backend's later work run after everything sent so far has arrived. False: wait() instead, because copies
     // are synchronous or the link is emulated, for which a device cannot wait.
     bool holds(ggml_backend_t backend);
 
-    // Copies within an asynchronous device beside a backend's work: after() starts later copies when the backend's work
-    // so far is done; before() starts the backend's later work when the copies so far are done.
+    // Copies within an asynchronous device, in parallel with a backend's work: after() starts later copies when the
+    // backend's work so far is done; before() starts the backend's later work when the copies so far are done.
     void after(ggml_backend_t backend);
     void before(ggml_backend_t backend);
     void copy(const ggml_tensor * from, ggml_tensor * to) {
         ggml_backend_tensor_copy_async(backend_.get(), backend_.get(), from, to);
     }
 
-    // Whether the tensor's bytes are page-locked for this device.
+    // Return true if the tensor's bytes are page-locked for this device.
     static bool page_locked(ggml_backend_dev_t device, const ggml_tensor * tensor);
 
 private:

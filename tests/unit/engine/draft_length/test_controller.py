@@ -12,14 +12,14 @@ from edge_speq.engine.draft_length.acceptance import Acceptance
 from edge_speq.engine.draft_length.controller import (
     BACK_OFF,
     CREDIT,
+    DRAWDOWN,
     FIRST,
-    GLANCE,
+    MAX_EMPTY,
+    PROBE_ABOVE,
     SHARE,
-    SLUMP,
+    TRIAL_DRAWDOWN,
     TRIAL_LEAST,
     TRIAL_MOST,
-    TRIAL_SLUMP,
-    UNSAID,
     DraftLengthController,
 )
 from edge_speq.engine.draft_length.proposal_rate import BELIEVED, ProposalRate
@@ -144,7 +144,7 @@ class Reader:
         self.governor = DraftLengthController(4, fixed=False)
         self.governor.unread = lambda: self.n - self.read
         self.n, self.read, self.prompt = prompt, 0, prompt
-        self.glances = self.readings = self.drafting = 0
+        self.probes = self.readings = self.drafting = 0
         self.extra, self.reading, self.p = extra, reading, p
         self.random = np.random.default_rng(seed)
         self.seconds = 0.0
@@ -156,13 +156,13 @@ class Reader:
     def _step(self) -> None:
         k = self.governor.k()
         seconds = 1 + self.extra * k
-        if k and self.governor.glances:
-            self.read, self.glances = 0, self.glances + 1
+        if k and self.governor.is_probe:
+            self.read, self.probes = 0, self.probes + 1
         elif k:
             seconds += self.reading * (self.n - self.read)
-            self.readings += self.n - self.read > GLANCE
+            self.readings += self.n - self.read > PROBE_ABOVE
             self.read = self.n
-        wrong = np.flatnonzero(self.random.random(k) >= (0.1 if self.governor.glances else self.p))
+        wrong = np.flatnonzero(self.random.random(k) >= (0.1 if self.governor.is_probe else self.p))
         kept = int(wrong[0]) if len(wrong) else k
         self.governor.observe(kept, mismatch=kept < k, seconds=seconds, drafted=k)
         self.n += kept + 1
@@ -174,7 +174,7 @@ def test_a_draft_that_cannot_pay_never_reads_the_text() -> None:
     """Its verify step takes longer than what two tokens would without it. Steps of another width show that."""
     reader = Reader(extra=1.3, reading=0.2, p=0.9)
     reader.run(400)
-    assert reader.glances > TRIAL_LEAST
+    assert reader.probes > TRIAL_LEAST
     assert not reader.readings
     assert reader.seconds <= 400 * (1 + SHARE) + 4 * CREDIT
 
@@ -182,7 +182,7 @@ def test_a_draft_that_cannot_pay_never_reads_the_text() -> None:
 def test_what_cannot_pay_whatever_is_accepted_is_left_alone_for_long() -> None:
     reader = Reader(extra=2.0, reading=0.2, p=0.9)
     reader.run(3000)
-    assert reader.glances <= 6  # 7 where trials back off as usual
+    assert reader.probes <= 6  # 7 where trials back off as usual
     assert reader.seconds < 3000 + 20
 
 
@@ -190,7 +190,7 @@ def test_a_draft_that_pays_reads_the_text_once_a_glance_has_shown_it() -> None:
     """What it says at a glance is mostly wrong, which is no fault of its."""
     reader = Reader(extra=0.1, reading=0.2, p=0.9)
     reader.run(FIRST + 60)
-    assert 0 < reader.glances <= TRIAL_MOST
+    assert 0 < reader.probes <= TRIAL_MOST
     assert reader.readings == 1
     reader.run(200)
     assert reader.governor.k() >= 2
@@ -201,13 +201,13 @@ def test_what_reading_takes_is_known_the_second_time() -> None:
     reader = Reader(extra=0.3, reading=0.2, p=0.15)
     reader.run(1500)
     assert 1 <= reader.readings <= 1 + SHARE * reader.seconds / (reader.reading * reader.prompt)
-    assert reader.glances > reader.readings
+    assert reader.probes > reader.readings
 
 
 def test_what_the_draft_has_read_needs_no_glance() -> None:
-    reader = Reader(extra=0.1, reading=0.2, p=0.9, prompt=GLANCE - FIRST - 2)
+    reader = Reader(extra=0.1, reading=0.2, p=0.9, prompt=PROBE_ABOVE - FIRST - 2)
     reader.run(100)
-    assert not reader.glances and reader.drafting > 50
+    assert not reader.probes and reader.drafting > 50
 
 
 def test_while_drafts_wait_it_looks_at_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_while_drafts_wait_it_looks_at_few_steps(monkeypatch: pytest.MonkeyPatch
     noises = list[float]()
     for _ in range(15):
         steps.run(100)
-        noises.append(steps.governor.pace.noise)
+        noises.append(steps.governor.step_cost.noise)
     assert len(looks) < 140
     assert sum(looks) > 1400
     assert np.median(noises) == pytest.approx(0.15**2, rel=0.3)
@@ -294,9 +294,9 @@ def test_the_first_step_after_a_change_is_not_counted() -> None:
     """It rebuilds graphs, and the draft reads what was written without it."""
     governor = DraftLengthController(4, fixed=False)
     governor.observe(0, mismatch=False, seconds=1000.0)
-    assert not any(governor.pace.tested)
+    assert not any(governor.step_cost.tested)
     governor.observe(0, mismatch=False, seconds=1.0)
-    assert governor.pace.seconds[0] == pytest.approx(1.0)
+    assert governor.step_cost.seconds[0] == pytest.approx(1.0)
 
 
 def test_what_was_drafted_counts_not_what_was_asked_for() -> None:
@@ -306,8 +306,8 @@ def test_what_was_drafted_counts_not_what_was_asked_for() -> None:
         governor.observe(0, mismatch=False, seconds=1.0, drafted=0)
         governor.observe(2, mismatch=False, seconds=1.5, drafted=2)
         governor.observe(2, mismatch=False, seconds=1.5, drafted=2)
-    assert governor.pace.tested[2] == 10
-    assert governor.pace.seconds[2] == pytest.approx(1.5, rel=0.05)
+    assert governor.step_cost.tested[2] == 10
+    assert governor.step_cost.seconds[2] == pytest.approx(1.5, rel=0.05)
     governor.observe(40, mismatch=False, seconds=1.5, drafted=40)  # more than there are: left out
 
 
@@ -327,7 +327,7 @@ def test_a_trial_in_which_the_draft_says_nothing_ends() -> None:
     for _ in range(400):
         asked += governor.k() > 0
         governor.observe(0, mismatch=False, seconds=1.0, drafted=0)
-    assert UNSAID < asked < 200
+    assert MAX_EMPTY < asked < 200
 
 
 def test_a_draft_that_speaks_seldom_is_judged_by_all_steps_in_which_it_is_asked() -> None:
@@ -378,7 +378,7 @@ def test_a_draft_that_is_wrong_at_the_beginning_of_each_text_loses_little() -> N
     )
     wrong = np.arange(len(lengths)) % 100 < 40
     assert (1 + lengths * ~wrong).sum() / (1 + 0.5 * lengths).sum() >= 1.03
-    assert (0.5 * lengths * wrong).reshape(12, 100).sum(axis=1).max() <= 3 * SLUMP + 2
+    assert (0.5 * lengths * wrong).reshape(12, 100).sum(axis=1).max() <= 3 * DRAWDOWN + 2
 
 
 def test_a_trial_that_really_loses_ends_whatever_is_expected() -> None:
@@ -390,7 +390,7 @@ def test_a_trial_that_really_loses_ends_whatever_is_expected() -> None:
         asked += k > 0
         lost += 0.9 * drafted
         governor.observe(0, mismatch=drafted > 0, seconds=1 + 0.9 * drafted, drafted=drafted)
-    assert asked and lost <= TRIAL_SLUMP + 0.9
+    assert asked and lost <= TRIAL_DRAWDOWN + 0.9
 
 
 def test_reading_a_new_text_is_no_loss_of_a_draft_in_force() -> None:

@@ -42,7 +42,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     except (AttributeError, OSError):
         pytest.skip("no named pipes here")
     for path in (fifo, tmp_path):
-        with pytest.raises(EdgeError, match="no file"):
+        with pytest.raises(EdgeError, match="not a file"):
             network_file.write(made(), path)
     assert fifo.is_fifo() and list(tmp_path.iterdir()) == [fifo]
 
@@ -158,7 +158,10 @@ def test_a_file_and_a_policy_go_together_or_not(tmp_path: Path) -> None:
     network_file.write(made(), tmp_path / "f.npz")
     assert network_file.load_for_policy(None, "auto") is None
     assert network_file.load_for_policy(tmp_path / "f.npz", "auto") is not None
-    for path, policy, cause in ((None, "learned", "needs a file"), (tmp_path / "f.npz", "lru", "reads no learned")):
+    for path, policy, cause in (
+        (None, "learned", "needs a trained predictor"),
+        (tmp_path / "f.npz", "lru", "does not use"),
+    ):
         with pytest.raises(EdgeError, match=cause) as caught:
             network_file.load_for_policy(path, policy)
         assert caught.value.usage

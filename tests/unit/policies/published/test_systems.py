@@ -71,10 +71,12 @@ def test_waits_scores_are_minus_the_expected_wait() -> None:
     wait = 1 + (1 - after) / after
     assert slots.scores[0, 0] == pytest.approx(-wait, rel=1e-5)
     assert slots.scores[2, 0] == pytest.approx(-wait - 2 / 4, rel=1e-5)
-    assert sorted(slots.orders["expert"][slots.orders["block"] == 1]) == [0, 1, 2, 3]
-    np.testing.assert_allclose(slots.orders["priority"], 0.9 * wait, rtol=1e-5)
+    assert sorted(slots.requests["expert"][slots.requests["block"] == 1]) == [0, 1, 2, 3]
+    np.testing.assert_allclose(slots.requests["priority"], 0.9 * wait, rtol=1e-5)
     assert slots.margin == 1.0  # absent ones: a step
-    assert (slots.orders["deadline"] == slots.orders["block"]).all() and (np.diff(slots.orders["block"]) >= 0).all()
+    assert (slots.requests["deadline"] == slots.requests["block"]).all() and (
+        np.diff(slots.requests["block"]) >= 0
+    ).all()
 
 
 def test_waits_reckons_from_both_sets_what_it_says_of_every_expert() -> None:
@@ -126,8 +128,8 @@ def test_moe_spac_rises_by_up_and_falls_by_one() -> None:
     assert policy._state[0, :3].tolist() == [5, 4, 1]
     slots = Seen()
     policy.plan_prefetch(slots, NO_DRAFT, 0)
-    assert slots.orders["expert"].tolist() == [0] * 4 + [1] * 4 + [2] * 4  # the highest level first
-    assert (slots.orders["priority"] == 1.0).all() and policy.hybrid
+    assert slots.requests["expert"].tolist() == [0] * 4 + [1] * 4 + [2] * 4  # the highest level first
+    assert (slots.requests["priority"] == 1.0).all() and policy.hybrid
     policy.observe(ids(*[(0, 1)] * 4), 0)
     assert policy._state[0, :3].tolist() == [4, 4, 0]  # four are not five more than any level
 
@@ -138,10 +140,10 @@ def test_sp_moe_fetches_up_to_its_cutoff() -> None:
     # 2 tokens of 2 us hide 4 us: of 2 experts a layer at 1 us each, 2 layers
     assert policy.cutoff(2) == 2
     policy.plan_prefetch(slots, ids((0, 1), (2, 3), (4, 5)), 2)
-    assert set(slots.orders["block"]) == {0, 1} and set(slots.orders["expert"]) == {0, 1, 2, 3}
+    assert set(slots.requests["block"]) == {0, 1} and set(slots.requests["expert"]) == {0, 1, 2, 3}
     slots._states[0, 0] = 2
     policy.plan_prefetch(slots, ids((0, 1), (2, 3)), 2)
-    assert len(slots.orders) == 7  # one is there
+    assert len(slots.requests) == 7  # one is there
 
 
 def test_sp_moe_fetches_no_more_layers_than_its_slots_hold() -> None:
@@ -151,7 +153,7 @@ def test_sp_moe_fetches_no_more_layers_than_its_slots_hold() -> None:
         policy, slots = SpMoe(setting(n_slots, 8)), Seen()
         assert policy.cutoff(8) == layers
         policy.plan_prefetch(slots, drafted, 8)
-        assert set(slots.orders["block"]) == set(range(layers))
+        assert set(slots.requests["block"]) == set(range(layers))
 
 
 def test_moe_speq_fetches_in_three_phases() -> None:
@@ -159,11 +161,11 @@ def test_moe_speq_fetches_in_three_phases() -> None:
     policy.roofline._k = 6
     drafted = ids((0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11))
     policy.on_draft_token(slots, drafted[:, :2])
-    assert slots.orders is None  # the link is idle at first
+    assert slots.requests is None  # the link is idle at first
     policy.on_draft_token(slots, drafted[:, :3])
-    assert set(slots.orders["expert"]) == {0, 2, 4} and slots.budget == 1000  # half of 2 us at 1 GB/s
+    assert set(slots.requests["expert"]) == {0, 2, 4} and slots.budget == 1000  # half of 2 us at 1 GB/s
     policy.plan_prefetch(slots, drafted, 6)
-    assert set(slots.orders["expert"]) == set(range(12)) and slots.budget > 2**60
+    assert set(slots.requests["expert"]) == set(range(12)) and slots.budget > 2**60
 
 
 def test_moe_prism_runs_three_parts_of_four() -> None:
