@@ -1,4 +1,4 @@
-"""Policies side by side: rows, and rows as Markdown, CSV and JSON."""
+"""Comparison of policies: one row per policy, printed as Markdown, CSV or JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edge_speq.simulate.window_quality import window
 from edge_speq.trace import Step, Trace
 
 Row = dict[str, Any]
-WINDOW = 4  # tokens of foresight that quality refers to
+WINDOW = 4  # tokens over which the quality of predictions is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +30,24 @@ class SimulateOptions:
     policies: Sequence[str]
     shares: Sequence[float]
     link_bytes_per_s: int
-    block_ms: float | None = None  # None: half as long as an expert travels, as in the engine's deterministic mode
-    draft_ms: float | None = None  # of a drafted token; None: as long as a step computes, which is a twin's
-    cpu_ms: float | None = None  # of an expert on the CPU
+    block_ms: float | None = None  # None: half of the transfer time of an expert, as in the engine's deterministic mode
+    draft_ms: float | None = None  # per draft token; None: the compute time of a step, as for a draft of equal size
+    cpu_ms: float | None = None  # per expert on the CPU
     governed: bool = False
     by_class: bool = False
-    foresight: Weights | None = None  # learned
+    foresight: Weights | None = None  # trained predictor, for policies auto and learned
 
 
 def simulate(
     traces: Sequence[Trace], wanted: SimulateOptions, said: Callable[[str], None] = lambda _: None
 ) -> list[Row]:
-    """A row for each policy, and one for Belady's rule, by trace, share and class. A share that is too small for a
-    trace's draft length is said and left out. Raises EdgeError when nothing is left."""
+    """Return a row for each policy and one for Belady's rule, per trace, share and class of texts.
+
+    A share that is too small for a trace's draft length is reported through `said` and skipped. Raises EdgeError if
+    every share was skipped.
+    """
     if "learned" in wanted.policies and wanted.foresight is None:
-        raise EdgeError("policy learned needs a file of learned foresight", LEARN, usage=True)
+        raise EdgeError("policy learned needs a trained predictor", LEARN, usage=True)
     rows: list[Row] = []
     refused = None
     for trace in traces:
@@ -79,7 +82,7 @@ def make_setting(trace: Trace, share: float, wanted: SimulateOptions) -> PolicyC
 
 
 def _has_twin(trace: Trace) -> bool:
-    """Recorded draft routing that fits the target's is taken for a twin's."""
+    """Return true if the draft is a twin: a draft with the target's experts. Old traces only show its routing."""
     return bool(trace.meta.get("is_twin", any(step.foreseen is not None for step in trace.steps)))
 
 
@@ -156,7 +159,7 @@ def _belady_row(best: Bounds, lru: ReplayOutcome) -> Row:
 
 
 def _closed(lru: float | None, value: float, best: float | None) -> float | None:
-    """Share of the gap between LRU and Belady; None where there is none."""
+    """Return the share of the gap between LRU and Belady that a policy closes; None without a gap."""
     if lru is None or best is None or lru <= best:
         return None
     return (lru - value) / (lru - best)
