@@ -1,12 +1,12 @@
-"""MoE-Prism's sub-experts (arXiv 2510.19366) in a GGUF that stock llama.cpp runs: E experts become N * E.
+"""MoE-Prism's sub-experts (arXiv 2510.19366) in a GGUF file that stock llama.cpp runs: E experts become N * E.
 
-The neurons of an expert (rows of gate and up, columns of down) are dealt to N sub-experts, which get their parent's
-router row. Siblings then tie, so the N * k best are the siblings of the k best parents, and the sum over them is the
-parent's own output: exact up to the order of additions. A sibling's gate weight is 1/N of its parent's (a softmax over
-N times as many, or a normalised weight), so down is multiplied by N: in the scales of its blocks where N is a power of
-two, else by a scale of each expert where the graph has one. With a tilt (convert.tilt) siblings no longer tie.
+The neurons of an expert (rows of gate and up, columns of down) are distributed to N sub-experts with their parent's
+router row. Siblings have equal scores, so the N * k best are the siblings of the k best parents. Their sum is the
+parents' output, exact up to the order of additions. A sibling's gate weight is 1/N of its parent's, so down is
+multiplied by N: in the scales of its blocks if N is a power of two, otherwise by a scale per expert if the graph has
+one. With a tilt (router_tilt) siblings have different scores.
 
-Rows may go anywhere; columns of a quantized down move in whole blocks, whose values share a scale.
+Rows can move one by one. Columns of a quantized down move in whole blocks, whose values share a scale.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from edge_speq.gguf.model import MAX_EXPERTS, architecture, check_model, hyperpa
 from edge_speq.gguf.rewrite import NewTensor, Rewrite, Source, Value, n_bytes
 from edge_speq.planning.sub_experts import ALL_USED, SUB_EXPERTS
 
-# whose graphs were read and whose split files are compared with their sources in tests/test_convert_split.py
+# supported architectures; tests compare their split files with the sources
 ARCHITECTURES = ("qwen3moe", "llama", "olmoe", "qwen2moe", "phimoe", "granitemoe", "gpt-oss", "deepseek2")
 
 
-N_FF_OF_EXPERTS = ("llama", "olmoe", "phimoe", "granitemoe")  # their feed_forward_length is the experts' own
+N_FF_OF_EXPERTS = ("llama", "olmoe", "phimoe", "granitemoe")  # feed_forward_length is the width of an expert
 
 
-SCALED = ("qwen3moe", "llama")  # whose graphs multiply by ffn_down_exps.scale
+SCALED = ("qwen3moe", "llama")  # graphs that multiply by ffn_down_exps.scale
 
 
 Order = npt.NDArray[np.int64]  # [n_expert, n_sub, neurons]: the neurons of each sub-expert
@@ -47,37 +47,37 @@ Order = npt.NDArray[np.int64]  # [n_expert, n_sub, neurons]: the neurons of each
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How the experts of a block are cut."""
+    """Partition and tilt of the experts of a block."""
 
     order: Order
-    tilt: npt.NDArray[np.float64] | None = None  # [n_expert, n_sub], what is added to scores
-    constant: npt.NDArray[np.float32] | None = None  # [n_embd], the router row of 1
+    tilt: npt.NDArray[np.float64] | None = None  # [n_expert, n_sub], added to scores
+    constant: npt.NDArray[np.float32] | None = None  # [n_embd], router row with output 1
 
     def scales(self) -> npt.NDArray[np.float32]:
-        """What takes the tilt out of the weights again, of each sub-expert."""
+        """Return the factor of each sub-expert that cancels the tilt in its weight."""
         n = self.order.shape[0] * self.order.shape[1]
         return np.ones(n, np.float32) if self.tilt is None else np.exp(-self.tilt.ravel()).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class SplitSummary:
-    """What a split made or would make."""
+    """Result of a split, or of its dry run."""
 
     out: str
     n_bytes: int
     source_bytes: int
     n_expert: int
     n_expert_used: int
-    n_expert_used_full: int  # with which it is the source's function, unless tilted
+    n_expert_used_full: int  # value with which the model equals its source, unless tilted
     sub_experts: int
     tilt: float  # more than 0: lossy with any number of parts
-    n_ff: int  # of a sub-expert
+    n_ff: int  # neurons of a sub-expert
     unit: int  # neurons that move together
     sub_expert_bytes: int  # largest over blocks
     router_bytes: int
     exact_scale: bool  # down is multiplied by N without rounding
     profiled_tokens: int | None
-    unseen_experts: int | None  # of which the profile has nothing: their neurons stay in order
+    unseen_experts: int | None  # experts without a profile, whose neurons keep their order
     objective_contiguous: float | None  # spare parts' share of the activation, mean over experts
     objective: float | None
     points: list[elastic_k.Point] | None = None  # with --measure
@@ -95,7 +95,7 @@ def split(
     dry_run: bool = False,
     stage: Stage = unwatched,
 ) -> SplitSummary:
-    """Raises EdgeError for a model or a number of sub-experts that does not go."""
+    """Write the split model and return a summary. Raises EdgeError if model, N or k is not possible."""
     file = check_model(model)
     blocks = expert_tensors.blocks(file)
     _require_known(file, blocks)
@@ -130,10 +130,10 @@ def _require_known(file: GGUFFile, blocks: Mapping[int, Block]) -> None:
     arch = architecture(file)
     if arch not in ARCHITECTURES:
         expert_tensors.refuse(
-            file, f"how {arch} weighs its experts is not known here", f"known are {', '.join(ARCHITECTURES)}"
+            file, f"architecture {arch} is not supported", f"supported are {', '.join(ARCHITECTURES)}"
         )
     if hyperparameter(file, "expert_group_count") > 1:
-        # groups are chosen by the sum of their two best experts, which would be two siblings
+        # groups are chosen by the sum of their two best experts, which would be siblings
         expert_tensors.refuse(file, "it chooses groups of experts by their two best ones, which siblings would change")
     for name in ("expert_feed_forward_length", "expert_used_count", *_n_ff_keys(file)):
         found = file.fields.get(f"{arch}.{name}")
@@ -148,14 +148,16 @@ def _n_ff_keys(file: GGUFFile) -> tuple[str, ...]:
 
 
 def _require_possible(file: GGUFFile, blocks: Mapping[int, Block], wanted: SplitOptions) -> int:
-    """Checks N, k and types. Returns the number of sub-experts used."""
+    """Check N, k and types. Return the number of sub-experts used per token and block."""
     n_expert, k, n = hyperparameter(file, "expert_count"), hyperparameter(file, "expert_used_count"), wanted.n_sub
     units = max(_unit(block, wanted) for block in blocks.values())
     n_ff = next(iter(blocks.values())).n_ff
     allowed = [m for m in range(2, MAX_EXPERTS // n_expert + 1) if n_ff % (m * units) == 0]
     if n not in allowed:
         kinds = sorted({_down_type(block, wanted) for block in blocks.values()})
-        why = f"{n} sub-experts do not go: an expert's {n_ff} neurons, in blocks of {units} ({', '.join(kinds)}), "
+        why = (
+            f"{n} sub-experts are not possible: an expert's {n_ff} neurons, in blocks of {units} ({', '.join(kinds)}), "
+        )
         why += f"and at most {MAX_EXPERTS} experts allow {', '.join(map(str, allowed)) or 'none'}"
         free = "" if wanted.requantize else ", or give --requantize q8_0 (blocks of 32) or f16 (no blocks)"
         raise EdgeError(why, f"choose one of these{free}" if allowed else free.removeprefix(", or "), usage=True)
@@ -180,7 +182,7 @@ def _down_type(block: Block, wanted: SplitOptions) -> str:
 
 
 def _unit(block: Block, wanted: SplitOptions) -> int:
-    """Neurons that move together: those of a block of down, and one where down gets new blocks after the move."""
+    """Return how many neurons move together: a block of down, or one if down is requantized."""
     return 1 if wanted.requantize else quant_blocks.block(block.get("down.weight").type)[0]
 
 
@@ -189,7 +191,7 @@ def _in_order(block: Block, n_sub: int) -> Order:
 
 
 def _neurons(units: Order, size: int) -> Order:
-    """Neurons of units of that many."""
+    """Return the neurons of units of `size` neurons."""
     n_expert, n_sub, _ = units.shape
     return (units[..., None] * size + np.arange(size)).reshape(n_expert, n_sub, -1)
 
@@ -207,7 +209,7 @@ def _rewrite(
     }
     own = "feed_forward_length" if arch in N_FF_OF_EXPERTS else "expert_feed_forward_length"
     changes[f"{arch}.{own}"] = (U32, n_ff // n)
-    if arch == "deepseek2":  # it gives the width of the shared experts in widths of a routed one
+    if arch == "deepseek2":  # the width of its shared experts is given in widths of a routed one
         changes[f"{arch}.expert_shared_count"] = (U32, hyperparameter(file, "expert_shared_count") * n)
     roles = {t.name: (part, block) for block in blocks.values() for part, t in block.tensors.items()}
     tensors = []
@@ -232,14 +234,14 @@ def _new(source: Source, tensor: Tensor, part: str, cut: Cut, wanted: SplitOptio
         *inner, rows, n_expert = tensor.ne
         data = functools.partial(_rows, source, tensor, order, 2 if role == "gate_up" else 1)
         return NewTensor(tensor.name, tensor.type, (*inner, rows // n, n_expert * n), data)
-    # a router's rows, biases of down and per-expert scales are the parent's
+    # router rows, biases of down and per-expert scales are copied from the parent
     factors = np.ones(order.shape[0] * n, np.float32)
     if part == "down.scale":
         factors = cut.scales() * np.float32(_factors(source.file, n)[1])
     if part == "down.bias" and not expert_tensors.weights_add_up(source.file):
         factors /= n  # each sibling would add the whole bias
     if part == "selection.bias" and expert_tensors.gating(source.file) == expert_tensors.SOFTMAX:
-        factors /= n  # as the scores that it is added to
+        factors /= n  # softmax scores become 1/n too
     ne = (*tensor.ne[:-1], tensor.ne[-1] * n)
     if part == "router.weight" and cut.tilt is not None and cut.constant is not None:
         data = functools.partial(_tilted, source, tensor, cut.tilt, cut.constant)
@@ -248,7 +250,7 @@ def _new(source: Source, tensor: Tensor, part: str, cut: Cut, wanted: SplitOptio
 
 
 def _factors(file: GGUFFile, n: int) -> tuple[int, int]:
-    """What down's values are multiplied by, and what each expert's scale."""
+    """Return the factors of down's values and of each expert's scale."""
     if not expert_tensors.weights_add_up(file):
         return 1, 1
     exact = n & (n - 1) == 0
@@ -262,14 +264,14 @@ def _scales(down: Tensor, n: int, scales: npt.NDArray[np.float32]) -> NewTensor:
 def _tilted(
     source: Source, tensor: Tensor, tilt: npt.NDArray[np.float64], constant: npt.NDArray[np.float32]
 ) -> Iterator[bytes]:
-    """Router rows: the parent's, and its siblings' tilts."""
+    """Yield the siblings' router rows: the parent's row plus the tilt."""
     for expert, shifts in enumerate(tilt):
         row = quant_blocks.dequantize(source.expert(tensor, expert), tensor.type, tensor.ne[0])
         yield quant_blocks.quantize(row + shifts[:, None].astype(np.float32) * constant, tensor.type)
 
 
 def _rows(source: Source, tensor: Tensor, order: Order, halves: int) -> Iterator[bytes]:
-    """Rows of gate and up (or entries of their biases); of both where they are fused, gate first."""
+    """Yield the rows of gate or up, or entries of their biases; with fused tensors gate's rows come first."""
     for expert, parts in enumerate(order):
         rows = np.frombuffer(source.expert(tensor, expert), np.uint8).reshape(halves, parts.size, -1)
         for neurons in parts:
@@ -343,7 +345,7 @@ def _summary(
 
 
 def _part_bytes(block: Block, wanted: SplitOptions) -> int:
-    """Of one sub-expert."""
+    """Return the bytes of one sub-expert."""
     inputs = [t for part, t in block.tensors.items() if part in ("gate.weight", "up.weight", "gate_up.weight")]
     n_ff, n_embd, _ = block.get("down.weight").ne
     down = n_bytes(_down_type(block, wanted), (n_ff // wanted.n_sub, n_embd))
