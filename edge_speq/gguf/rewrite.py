@@ -1,7 +1,6 @@
-"""A GGUF file made of another one: fields are kept byte for byte but for those that change, tensors are streamed.
+"""Write a GGUF file from another one: unchanged fields are copied byte by byte, tensors are streamed.
 
-No more of a tensor than layout.PIECE, or than one expert where a caller asks, is in memory at a time. The same source
-and the same changes give the same bytes.
+At most layout.PIECE bytes, or one expert, of a tensor are in memory at a time. The output is deterministic.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from edge_speq.gguf.container import DEFAULT_ALIGNMENT, MAGIC, TYPES, U32, GGUFF
 from edge_speq.progress import Progress, silent
 
 ALIGNMENT = "general.alignment"
-F32, STRING = 6, 8  # GGUF's types of values
+F32, STRING = 6, 8  # GGUF value types
 TYPE_IDS = {name: number for number, (name, _, _) in TYPES.items()}
 
 Value = tuple[int, int | float | str]  # GGUF type and value of a field
-Changes = Mapping[str, Value | None]  # fields to set, or with None to leave out
+Changes = Mapping[str, Value | None]  # fields to set; None removes a field
 Data = Callable[[], Iterable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor to write: `data` yields its bytes when it is its turn."""
+    """A tensor to write. `data` is called once to yield its bytes."""
 
     name: str
     type: str
@@ -50,7 +49,7 @@ def n_bytes(type_name: str, ne: Sequence[int]) -> int:
 
 
 class Source:
-    """A checked model's fields and the bytes of its tensors. Closed by leaving the block."""
+    """Fields and tensor bytes of a checked model; a context manager that closes the files."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -66,7 +65,7 @@ class Source:
         self._open = {}
 
     def read(self, tensor: Tensor, start: int = 0, size: int | None = None) -> bytes:
-        """size bytes of a tensor from start on, all of them by default."""
+        """Return `size` bytes of a tensor from `start`; by default all. Raises EdgeError if they cannot be read."""
         path, position = tensor.file, self._spans[tensor.name].offset
         wanted = tensor.n_bytes - start if size is None else size
         try:
@@ -81,12 +80,12 @@ class Source:
         return data
 
     def expert(self, tensor: Tensor, index: int) -> bytes:
-        """The bytes of one expert of a stacked tensor, whose last dimension counts experts."""
+        """Return the bytes of one expert of a stacked tensor, whose last dimension counts experts."""
         size = tensor.n_bytes // tensor.ne[-1]
         return self.read(tensor, index * size, size)
 
     def copy(self, tensor: Tensor) -> NewTensor:
-        """The tensor as it is."""
+        """Return the tensor unchanged, as one to write."""
         return NewTensor(tensor.name, tensor.type, tensor.ne, lambda: self._chunks(tensor))
 
     def _chunks(self, tensor: Tensor) -> Iterator[bytes]:
@@ -94,13 +93,13 @@ class Source:
             yield self.read(tensor, start, min(layout.PIECE, tensor.n_bytes - start))
 
     def fields(self) -> list[tuple[str, bytes]]:
-        """Each field's name and its bytes in the header, in the file's order; those of a split model are left out."""
+        """Return the name and header bytes of each field, in the file's order, without the split.* fields."""
         path = self.file.paths[0]
         names = sorted(self.file.fields.items(), key=lambda item: item[1].offset)
         starts = [found.offset - len(key.encode()) - 8 for key, found in names]
         entries = [tensor.offset for tensor in self.file.tensors.values() if tensor.file == path]
         with path.open("rb") as stream:
-            # a first part may hold no tensors: then the fields end where the last one does, which the split keys' are
+            # a first part may hold no tensors: the fields then end with the last one, usually a split.* number
             header = stream.read(min(entries)) if entries else _whole_header(stream, self.file)
         ends = [*starts[1:], len(header)]
         raw = [(key, header[a:b]) for (key, _), a, b in zip(names, starts, ends, strict=True)]
@@ -108,7 +107,7 @@ class Source:
 
 
 def _whole_header(stream: BinaryIO, file: GGUFFile) -> bytes:
-    """A first part without tensors: its last field must be a scalar, so that its end is known."""
+    """Return the header of a first part without tensors. Its last field must be a number, so that its end is known."""
     key, last = max(file.fields.items(), key=lambda item: item[1].offset)
     if last.count is not None or isinstance(last.value, str):
         file.fail(key, "the first part holds no tensors and ends with text: merge the parts first")
@@ -125,7 +124,7 @@ def _field(key: str, value: Value) -> bytes:
 
 
 class Rewrite:
-    """What the new file will hold: fields of the source with changes, and tensors in the order they are written."""
+    """The file to write: the source's fields with changes, and tensors in the order in which they are written."""
 
     def __init__(self, source: Source, changes: Changes, tensors: Sequence[NewTensor], alignment: int = 0) -> None:
         kept = source.file.fields.get(ALIGNMENT)
@@ -152,7 +151,7 @@ class Rewrite:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Return the size of the file in bytes."""
         return len(self._header) + sum(layout.padded(tensor.n_bytes, self.alignment) for tensor in self.tensors)
 
     def write(self, path: Path, progress: Progress = silent) -> None:
