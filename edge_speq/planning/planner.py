@@ -225,7 +225,7 @@ def _under_floor(experts: Experts, k: int, slot_budget: int, budget_bytes: int |
     if budget_bytes is not None:
         hint = f"the smallest possible budget here is {math.ceil((fixed_bytes + floor_bytes) / 2**20)}MiB"
     return EdgeError(
-        f"{slot_budget / 2**20:.2f} MiB for slots are not enough: a step with {k} draft tokens needs "
+        f"{slot_budget / 2**20:.2f} MiB for slots are too few: a step with {k} draft tokens needs "
         f"{sum(_floors(experts, k))} slots of {floor_bytes / 2**20:.2f} MiB",
         hint + (", or fewer draft tokens (--draft-tokens)" if k else ""),
     )

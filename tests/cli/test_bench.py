@@ -118,7 +118,7 @@ def test_nothing_finished_prints_nothing() -> None:
         ("-pg 512", "-pg '512' is not a pair", "512,128"),
         ("-p 0 -n 0", "nothing to measure", "above 0"),
         ("-r 0", "-r 0 measures nothing", "at least 1"),
-        ("-t 0", "-t 0 is no number of threads", "at least 1"),
+        ("-t 0", "-t 0 is not a number of threads", "at least 1"),
         ("-t 1 --emulate threads=2", "both given", "leave one of them out"),
         ("--emulate link=fast", "'fast' is not a size", "write it like"),
         ("--emulate link=0GB/s", "not the speed of a link", "12.5GB/s"),

@@ -207,7 +207,7 @@ def test_the_disk_is_measured_with_the_named_file(tmp_path: Path) -> None:
     path.write_bytes(bytes(range(256)) * (1 << 15))
     rate = link_speed.disk(path)
     if rate is None:
-        pytest.skip("this system keeps what it has read")
+        pytest.skip("this system cannot drop cached file pages")
     assert rate.n_bytes == 8 << 20
     assert 1e5 < rate.bytes_per_s < 1e12
     finding = doctor.disk_rate(str(path))
@@ -245,7 +245,7 @@ def test_transfers_into_slots_are_timed(tiny: Any) -> None:
     rate = link_speed.link()
     assert 1e7 < rate.bytes_per_s < 1e12
     assert 90 << 10 < rate.n_bytes < 110 << 10  # an expert of the bundled model
-    with pytest.raises(EdgeError, match="no experts to send"):
+    with pytest.raises(EdgeError, match="no experts to transfer"):
         link_speed.link(str(tiny.dense()))
 
 

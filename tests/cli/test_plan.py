@@ -120,7 +120,7 @@ def test_the_report_names_every_part(capsys: pytest.CaptureFixture[str]) -> None
     if planned(capsys)["device"]["is_gpu"]:
         assert "mapped" not in said.out
     else:
-        assert "no GPU: the CPU computes, and weights, which are mapped file pages, are not counted" in said.out
+        assert "no GPU: the CPU computes; weights are mapped file pages, which are not counted" in said.out
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_real_routing_repeats_itself(capsys: pytest.CaptureFixture[str], tmp_pat
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ("--vram 8GiB --ram 16GiB", "the GPU's own speed decides"),
+        ("--vram 8GiB --ram 16GiB", "depends on the GPU alone"),
         ("--vram 45MiB --ram 1GiB", "do not fit in RAM"),
     ],
 )

@@ -128,7 +128,7 @@ def test_the_draft_of_a_list_is_that_of_runs_which_name_none(tmp_path: Path) -> 
     ("options", "code", "cause"),
     [
         (["none.gguf"], 2, "model file not found"),
-        (["--seconds", "0"], 2, "is a time"),
+        (["--seconds", "0"], 2, "must be more than 0"),
         (["--draft", "self,,ngram"], 2, "empty name"),
         (["--draft", "self,none.gguf"], 2, "draft file not found"),
         (["--resident", "most"], 2, "not a share"),

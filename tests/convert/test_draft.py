@@ -105,7 +105,7 @@ def test_routing_and_logits_are_what_the_engine_sees(bundled: tuple[Path, Path])
 
 
 def test_models_of_different_vocabularies_are_not_compared(bundled: tuple[Path, Path], tiny) -> None:
-    with pytest.raises(EdgeError, match="make different tokens"):
+    with pytest.raises(EdgeError, match="tokenize the text differently"):
         agreement.measure(bundled[0], tiny.dense(), TEXT, most=100)
 
 

@@ -110,9 +110,9 @@ def test_an_unknown_rule_must_be_named(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint.write_checkpoint(tmp_path / "model", rule)
     arguments = ("convert", "hf", str(checkpoint), "-o", str(tmp_path / "out.gguf"), "--outtype", "f16")
     done = edge_speq(*arguments)
-    assert done.returncode == 1 and "--pre names one" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "with --pre" in done.stderr and "Traceback" not in done.stderr
     done = edge_speq(*arguments, "--pre", "gpt-2")
-    assert done.returncode == 2 and "makes other tokens of a text" in done.stderr
+    assert done.returncode == 2 and "tokenizes a text differently" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

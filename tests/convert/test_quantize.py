@@ -109,7 +109,7 @@ def test_types_that_do_not_fit_the_rows_are_counted(tiny, tmp_path: Path) -> Non
         (("q4_k_m", ["attn_v=q9"]), "not a tensor type"),
         (("q4_k_m", ["attn_(=q8_0"]), "not a pattern"),
         (("q4_k_m", (), "i32"), "not a tensor type"),
-        (("f16", (), "q4_k"), "heeds tensor types only"),
+        (("f16", (), "q4_k"), "uses tensor types only"),
     ],
 )
 def test_bad_recipes_are_named(arguments: tuple, message: str) -> None:

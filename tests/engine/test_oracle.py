@@ -232,7 +232,7 @@ def test_what_it_cannot_know_is_refused(
     assert main(["bench", "--policy", "lru", "--trace", str(recorded)]) == 2
     assert "no policy reads --trace" in capsys.readouterr().err
     assert main(["run", str(bundled[0]), "--policy", "oracle"]) == 2
-    assert "there to be compared" in capsys.readouterr().err
+    assert "only for comparison" in capsys.readouterr().err
 
 
 def test_its_report_is_that_of_any_policy(bundled: tuple[Path, Path], recorded: Path) -> None:
