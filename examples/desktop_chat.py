@@ -1,4 +1,4 @@
-"""A chat window on top of edge_speq.Session; docs/embedding.md explains it.
+"""A chat window on top of edge_speq.Session; docs/guide/embedding.md explains it.
 
     python examples/desktop_chat.py                                   # the bundled models
     python examples/desktop_chat.py model.gguf --draft draft.gguf --resident 1/4 --isolation process

@@ -49,9 +49,7 @@ def captured() -> Iterator[Text]:
     """
     import llama_cpp
 
-    from edge_speq._native.devices import load_backends
-
-    load_backends()  # installs the usual callback, which is put back
+    route_llama_cpp_log()  # installs the usual callback, which is put back
     before, user = llama_cpp.llama_log_callback(), ctypes.c_void_p()
     llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user))
     found = Text()

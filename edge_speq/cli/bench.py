@@ -65,17 +65,11 @@ def _add_tests(p: argparse.ArgumentParser) -> None:
 
 
 def _add_competitors(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--policy",
-        metavar="LIST",
-        default=DEFAULT_POLICIES,
-        help=f"policies to compare: {', '.join(POLICIES)} (%(default)s)",
-    )
+    p.add_argument("--policy", metavar="LIST", help=f"policies to compare: {', '.join(POLICIES)} ({DEFAULT_POLICIES})")
     p.add_argument(
         "--on-miss",
         metavar="LIST",
-        default=DEFAULT_ON_MISS,
-        help=f"ways to serve misses: {', '.join(ON_MISS)}; published systems have their own (%(default)s)",
+        help=f"ways to serve misses: {', '.join(ON_MISS)} ({DEFAULT_ON_MISS}; auto if --policy is given)",
     )
     arguments.add_option(p, "next_layer_prefetch")
     arguments.add_option(p, "predictor")
@@ -153,7 +147,8 @@ def settings(options: argparse.Namespace) -> BenchSettings:
     arguments.settle_model(options)
     emulated = emulation(options.emulate)
     model, draft = _models(options)
-    policies = _list(options.policy, "policy")
+    policies = _list(options.policy or DEFAULT_POLICIES, "policy")
+    on_miss = options.on_miss or (DEFAULT_ON_MISS if options.policy is None else "auto")
     drafts = dict.fromkeys(OPTIONS["draft_tokens"].parse(k) for k in _list(options.draft_tokens, "draft_tokens"))
     if options.throttle_link is not None and "link" in emulated:
         raise EdgeError("--throttle-link and --emulate link are both given", "leave one of them out", usage=True)
@@ -171,7 +166,7 @@ def settings(options: argparse.Namespace) -> BenchSettings:
         vram_budget=options.vram_budget,
         baseline=_baseline(options.baseline, policies),
         throttle_link=link,
-        on_miss=tuple(_list(options.on_miss, "on_miss")),
+        on_miss=tuple(_list(on_miss, "on_miss")),
         next_layer_prefetch=options.next_layer_prefetch,
         deterministic=options.deterministic,
         emulation=",".join(f"{key}={value}" for key, value in emulated.items()) or None,

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_speq.cli import arguments, interrupt
+from edge_speq.cli.console import table
 from edge_speq.core import Stats
 from edge_speq.errors import EdgeError
 from edge_speq.gguf import bundled as demo
@@ -215,77 +216,51 @@ def _write(llm: Any, *, shows: bool) -> str:
 
 def headline(machine: SimulatedLaptop) -> str:
     return (
-        f"simulated laptop: link {machine.bytes_per_s / 1e6:.0f} MB/s; an expert of this small model transfers in "
-        f"{machine.transfer_ms:.2f} ms, like one of {REFERENCE} over 12.5 GB/s (PCIe 4.0 x8); "
-        f"a block computes for {machine.block_ms:.2f} ms; {RESIDENT} of the experts in slots"
+        f"Simulated laptop: {RESIDENT} of the experts in slots. An expert takes {machine.transfer_ms:.2f} ms on the "
+        f"link, as one of\n{REFERENCE} does over 12.5 GB/s; a layer computes for {machine.block_ms:.2f} ms. "
+        "The text is computed for real."
     )
 
 
 def report(results: Sequence[DemoResult]) -> str:
-    lines = table(COLUMNS, [_row(result) for result in results])
+    lines = table([COLUMNS, *(_row(result) for result in results)])
     same = all(result.text == results[0].text for result in results)
-    verdict = "All rows wrote the same text." if same else "The texts DIFFER."
+    verdict = "All three wrote the same text." if same else "The texts DIFFER."
     return "\n".join([*lines, "", *_meanings(*results), "", verdict, f"Next, with your own model: {NEXT}"])
 
 
-COLUMNS = (
-    "policy",
-    "hits",
-    "misses",
-    "hit rate",
-    "MB moved",
-    "virtual stall ms",
-    "accepted of drafted",
-    "prefetches used",
-    "device MB",
-    "simulated tok/s",
-)
+COLUMNS = ("policy", "hits", "misses", "moved", "stall", "accepted", "prefetched, used", "simulated speed")
 
 
 def _row(result: DemoResult) -> list[str]:
     e, s = result.stats.experts, result.stats.speculation
     return [
         result.arm.name,
-        f"{e.hits}",
+        f"{e.hits} ({100 * (e.hit_rate or 0.0):.0f} %)",
         f"{e.misses}",
-        f"{100 * (e.hit_rate or 0.0):.1f} %",
-        f"{e.bytes_fetched / 1e6:.1f}",
-        f"{e.stall_ms:.1f}",
+        f"{e.bytes_fetched / 1e6:.0f} MB",
+        f"{e.stall_ms:.0f} ms",
         f"{s.accepted} of {s.drafted}" if s.drafted else "-",
-        f"{e.prefetched_used} of {e.prefetched}" if e.prefetched else "-",
-        f"{result.stats.used_bytes / 1e6:.1f}",
-        f"{result.tok_per_s:.1f}",
+        f"{e.prefetched}, {e.prefetched_used}" if e.prefetched else "-",
+        f"{result.tok_per_s:.0f} tok/s",
     ]
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table, with the first column left-aligned and the others right-aligned."""
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        return "  ".join([cells[0].ljust(len(first)), *rest])
-
-    return [line(columns), line(["-" * width for width in widths]), *map(line, rows)]
-
-
 def _meanings(lru: DemoResult, auto: DemoResult, drafted: DemoResult) -> list[str]:
-    """Return one line of explanation for each row."""
-    own, plan = drafted.simulated, drafted.stats.plan
+    """Return what each row means."""
+    own = drafted.simulated
     copy = drafted.stats.used_bytes - auto.stats.used_bytes
-    as_slots = 100 * copy * (plan.resident or 0.0) / plan.slot_bytes if plan.slot_bytes else 0.0
-    spared = auto.simulated.ms - (own.ms - own.draft_ms)
     stall = _change(auto.simulated.stall_ms, own.stall_ms, "more", "less")
     gain = _change(auto.tok_per_s, drafted.tok_per_s, "faster", "slower")
     return [
-        f"{lru.arm.name}: keeps the experts that were used last and fetches a missing one when a step needs it.",
-        f"{auto.arm.name}: also counts how often steps needed each expert: {_fewer(lru, auto)} misses than lru.",
-        f"{drafted.arm.name}: a {TWIN_BITS}-bit copy of the experts drafts {DRAFT_TOKENS} token a step, and "
-        f"its routing says which experts come next: {_fewer(auto, drafted)} misses and {stall} stall than auto. A step "
-        f"checks {DRAFT_TOKENS + 1} tokens and counts an expert once, so hits are fewer too. The draft spares "
-        f"{spared:.0f} ms and computes for {own.draft_ms:.0f} ms, {own.decoded} tokens at the model's own cost: {gain} "
-        f"than auto. The copy takes {copy / 1e6:.1f} MB more on the device; as slots these would hold another "
-        f"{as_slots:.0f} % of the experts of this small model.",
+        f"{lru.arm.name:10}  keeps the experts used last and fetches a missing one when a step needs it.",
+        f"{auto.arm.name:10}  also counts how often steps need each expert: {_fewer(lru, auto)} misses.",
+        f"{drafted.arm.name:10}  a {TWIN_BITS}-bit copy of the experts ({copy / 1e6:.0f} MB more on the device) drafts "
+        f"{DRAFT_TOKENS} token a step. Its routing says",
+        f"{'':10}  which experts come next: {_fewer(auto, drafted)} misses and {stall} stall than auto. A step of two "
+        "tokens counts a",
+        f"{'':10}  shared expert once, so hits are fewer too. Drafting {own.decoded} tokens took {own.draft_ms:.0f} "
+        f"simulated ms: {gain} than auto.",
     ]
 
 

@@ -37,7 +37,7 @@ CUDA_RUNTIME = re.compile(rb"lib(?:cudart|cublas)\.so\.(\d+)")
 CUDA_DRIVERS = ((13, 580), (12, 525), (0, 450))  # major version of CUDA, the oldest driver branch that runs it (Linux)
 MOST_OF_A_MODULE = 64 << 20
 EXTRAS = {  # extras of pyproject.toml, with the modules that are imported
-    "serve": ("fastapi", "uvicorn"),
+    "serve": ("fastapi", "uvicorn", "starlette", "sse_starlette"),
     "convert": ("torch", "transformers", "safetensors", "sentencepiece", "google.protobuf", "yaml", "tqdm", "requests"),
     "train": ("torch",),
     "plot": ("matplotlib",),

@@ -97,7 +97,7 @@ def resolve(request: LoadRequest) -> ResolvedRequest:
 
 
 def _next_layer_prefetch(request: LoadRequest, on_miss: str, device: _native.Device) -> bool:
-    """Return the caller's choice. Default: on a GPU, where the link idles during CPU work; not for published systems."""
+    """Return the choice of the caller. Default: on a GPU, whose link idles in CPU work; off for published systems."""
     if request.next_layer_prefetch is not None:
         return request.next_layer_prefetch
     return device.is_gpu and on_miss != "fetch" and request.policy not in PUBLISHED_POLICIES

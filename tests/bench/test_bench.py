@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_a_stopped_series_ends_after_what_is_finished(bundled: tuple[Path, Path]
 @pytest.mark.parametrize("has_room", [True, False])
 def test_the_faster_load_is_kept(bundled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, has_room: bool) -> None:
     chosen = settings(bundled)
-    arm, made = Arm("cpu-moe", "0", 1), []
+    arm, made = Arm("cpu-moe", 0, 1), []
     load = Fleet._load_stock
 
     def loaded(self: Fleet, arm: Arm, mapped: bool) -> instrumented.StockLlama:
@@ -178,18 +179,18 @@ def test_the_faster_load_is_kept(bundled: tuple[Path, Path], monkeypatch: pytest
     with Fleet(chosen, lambda _: None) as fleet:
         fleet.open(policies.reference(chosen))
         monkeypatch.setattr(Fleet, "_load_stock", loaded)
-        monkeypatch.setattr(Fleet, "_tried", lambda self, model: 1.0 if model.is_mapped() else 2.0)
+        monkeypatch.setattr(Fleet, "_tried", lambda self, model: 1.0 if model.is_mapped else 2.0)
         monkeypatch.setattr(policies.engine, "fits_in_memory", lambda _: has_room)
         kept = fleet.open(arm)
-        assert kept.is_mapped() and fleet.facts[arm].load_mode == "mmap"
-        assert [model.is_mapped() for model in made] == ([True, False] if has_room else [True, False, True])
+        assert kept.is_mapped and fleet.facts[arm].load_mode == "mmap"
+        assert [model.is_mapped for model in made] == ([True, False] if has_room else [True, False, True])
         assert [model._ctx.ctx is None for model in made if model is not kept] == [True] * (len(made) - 1)
 
 
 @pytest.mark.parametrize("bounds", [{"resident": "1/4"}, {"resident": None, "vram_budget": "28MiB"}])
 def test_every_policy_with_slots_gets_the_same_bytes(bundled: tuple[Path, Path], bounds: dict[str, Any]) -> None:
     chosen = settings(
-        bundled, draft=str(bundled[1]), policies=("auto", "lfru", "lru"), draft_tokens=("auto", "2", "0"), **bounds
+        bundled, draft=str(bundled[1]), policies=("auto", "lfru", "lru"), draft_tokens=("auto", 2, 0), **bounds
     )
     with Fleet(chosen, lambda _: None) as fleet:
         used = {}
@@ -199,7 +200,7 @@ def test_every_policy_with_slots_gets_the_same_bytes(bundled: tuple[Path, Path],
         assert fleet.facts[Arm("auto", "auto", 1)].placement == "slots"
         assert budget is not None and budget == used[Arm("auto", "auto", 1)]
         # less by at most one expert of each group, and what a plan sets aside for routing and padding
-        slack = sum(group.expert_bytes for group in fleet.facts[Arm("lru", "0", 1)].experts.groups) + (128 << 10)
+        slack = sum(group.expert_bytes for group in fleet.facts[Arm("lru", 0, 1)].experts.groups) + (128 << 10)
         # without a draft every expert fits into what the draft had taken
         full = [arm for arm, facts in fleet.facts.items() if facts.resident_fraction == 1.0]
         assert all(used[arm] <= budget for arm in used)
@@ -211,13 +212,13 @@ def test_without_room_for_all_models_there_is_one_at_a_time(
 ) -> None:
     chosen = settings(bundled, policies=("lru", "lfru"))
     with Fleet(chosen, lambda _: None) as fleet:
-        first = fleet.open(Arm("lru", "0", 1))
-        second = fleet.open(Arm("lfru", "0", 1))
-        assert fleet.open(Arm("lru", "0", 1)) is first
+        first = fleet.open(Arm("lru", 0, 1))
+        second = fleet.open(Arm("lfru", 0, 1))
+        assert fleet.open(Arm("lru", 0, 1)) is first
         monkeypatch.setattr(policies.engine, "fits_in_memory", lambda _: False)
-        third = fleet.open(Arm("lru", "1", 1))
+        third = fleet.open(Arm("lru", 1, 1))
         assert first._ctx.ctx is None and second._ctx.ctx is None and third._ctx.ctx is not None
-        assert fleet.open(Arm("lru", "0", 1)) is not first
+        assert fleet.open(Arm("lru", 0, 1)) is not first
 
 
 def test_where_everything_fits_the_others_get_as_much(bundled: tuple[Path, Path]) -> None:
@@ -225,7 +226,7 @@ def test_where_everything_fits_the_others_get_as_much(bundled: tuple[Path, Path]
         bundled,
         draft=str(bundled[1]),
         policies=("auto", "lru"),
-        draft_tokens=("auto", "2"),
+        draft_tokens=("auto", 2),
         resident=None,
         vram_budget="60MiB",
     )
@@ -234,7 +235,7 @@ def test_where_everything_fits_the_others_get_as_much(bundled: tuple[Path, Path]
             fleet.open(arm)
         assert fleet.facts[Arm("auto", "auto", 1)].placement == "all"
         assert (fleet.budget_bytes or 0) <= 60 << 20
-        assert (fleet.facts[Arm("lru", "2", 1)].resident_fraction or 0) > 0.9
+        assert (fleet.facts[Arm("lru", 2, 1)].resident_fraction or 0) > 0.9
 
 
 def test_cpu_moe_keeps_as_few_layers_on_the_cpu_as_the_budget_allows(
@@ -249,22 +250,27 @@ def test_cpu_moe_keeps_as_few_layers_on_the_cpu_as_the_budget_allows(
         found.fixed_bytes = 1000 - 100 * (len(patterns) - 1)  # the last entry ends the list
         return found
 
-    stock = instrumented.StockLlama.__new__(instrumented.StockLlama)
-    stock._request = stock._draft_params = None
-    stock.model_path = str(bundled[0])
+    stock = instrumented.StockPlacement(None)
     monkeypatch.setattr(instrumented.survey, "survey", survey)
 
     class Params:
         tensor_buft_overrides: Any = None
 
+    request = types.SimpleNamespace(model=bundled[0])
+    load: Any = types.SimpleNamespace(request=request, model_params=Params(), draft_params=None, context_params=None)
     n_layers = instrumented.n_layers(str(bundled[0]))
-    assert stock._fewest(1000, Params(), None) == 0
-    assert stock._fewest(750, Params(), None) == 3
-    assert stock._fewest(0, Params(), None) == n_layers == 6
+    assert stock._fewest(load, 1000) == 0
+    assert stock._fewest(load, 750) == 3
+    assert stock._fewest(load, 0) == n_layers == 6
 
 
 def test_the_layers_of_cpu_moe_are_llama_cpps() -> None:
-    overrides = instrumented._overrides(2)
+    class Params:
+        tensor_buft_overrides: Any = None
+
+    placement, load = instrumented.StockPlacement(None), cast(Any, types.SimpleNamespace(model_params=Params()))
+    placement._keep_on_cpu(load, 2)
+    overrides = placement._patterns
     assert [entry.pattern for entry in overrides] == [
         rb"blk\.0\.ffn_(up|down|gate|gate_up)_(ch|)exps",
         rb"blk\.1\.ffn_(up|down|gate|gate_up)_(ch|)exps",
@@ -278,7 +284,7 @@ def test_on_a_gpu_cpu_moe_gets_whole_layers_within_the_budget(bundled: tuple[Pat
     with Fleet(chosen, lambda _: None) as fleet:
         for arm in policies.arms(chosen):
             fleet.open(arm)
-        facts = fleet.facts[Arm("cpu-moe", "0", 1)]
+        facts = fleet.facts[Arm("cpu-moe", 0, 1)]
         assert facts.used_bytes <= (fleet.budget_bytes or 0)
         assert 0 < (facts.n_cpu_moe or 0) < 6
         assert 0 < (facts.resident_fraction or 0) <= 0.5
@@ -315,18 +321,14 @@ def test_what_was_not_asked_counts_as_different() -> None:
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """cpu-moe with a sampler that picks what is least likely, from the fourth token on."""
-    generate = instrumented.InstrumentedLlama.generate
 
-    def generated(self: instrumented.InstrumentedLlama, tokens: list[int], **options: Any) -> Iterator[int]:
-        stream = generate(self, tokens, **options)
-        if not isinstance(self, instrumented.StockLlama):
-            return stream
-        return _least_likely(self, stream)
+    def generated(self: instrumented.StockLlama, tokens: list[int], **options: Any) -> Iterator[int]:
+        return _least_likely(self, self.llm.generate(tokens, **options))
 
-    monkeypatch.setattr(instrumented.InstrumentedLlama, "generate", generated)
+    monkeypatch.setattr(instrumented.StockLlama, "generate", generated, raising=False)
 
 
-def _least_likely(model: instrumented.InstrumentedLlama, stream: Any) -> Iterator[int]:
+def _least_likely(model: instrumented.StockLlama, stream: Any) -> Iterator[int]:
     with contextlib.closing(stream):
         for i, token in enumerate(stream):
             yield token if i < 3 else int(np.argmin(model.logits(-1)))

@@ -53,7 +53,7 @@ def test_what_the_cpu_computes_needs_no_slot(seed: int) -> None:
 @pytest.mark.parametrize("ceiling", [("all",), ()])
 def test_no_run_beats_its_bound(bundled: tuple[Path, Path], ceiling: tuple[str, ...]) -> None:
     names = ("lru", "lfru", *ceiling)
-    job = Bench(settings(bundled, policies=names, baseline="lru", cases=(Case(0, 8),), link="500MB/s"))
+    job = Bench(settings(bundled, policies=names, baseline="lru", cases=(Case(0, 8),), throttle_link=500_000_000))
     for row in rows.rows(job.run(), job, rows.machine("a processor", None)):
         if row["placement"] == "slots":
             assert 0 < row["bound_fraction"] <= 1.05
@@ -73,7 +73,7 @@ def test_the_ceilings_own_repetitions_count_for_the_bound(
         return 1e6
 
     monkeypatch.setattr(clairvoyant_bound, "compute_seconds", slow)
-    job = Bench(settings(bundled, policies=("lru", "lfru", "all"), repetitions=2, link="100GB/s", baseline="lru"))
+    job = Bench(settings(bundled, policies=("lru", "lfru", "all"), repetitions=2, throttle_link=10**11, baseline="lru"))
     results = {result.arm.policy: result for result in job.run()}
     fastest = min(clairvoyant_bound.own_seconds(sample) for sample in results["all"].samples)
     assert results["lru"].bound_ts == results["lfru"].bound_ts == pytest.approx(16 / fastest)
@@ -85,7 +85,7 @@ def test_the_link_is_measured(bundled: tuple[Path, Path]) -> None:
     with Fleet(chosen, lambda _: None) as fleet:
         rate = clairvoyant_bound.link_rate(fleet.open(Arm("lru", "0", 1)))
         assert rate is not None and rate > 1e8
-    with Fleet(settings(bundled, link="100MB/s"), lambda _: None) as fleet:
+    with Fleet(settings(bundled, throttle_link=100_000_000), lambda _: None) as fleet:
         runner = fleet.open(Arm("lru", "0", 1))
         rates = (clairvoyant_bound.link_rate(runner) or 0.0 for _ in range(5))  # other processes slow some of them down
         assert any(rate == pytest.approx(1e8, rel=0.2) for rate in rates)

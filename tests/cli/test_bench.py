@@ -109,25 +109,25 @@ def test_nothing_finished_prints_nothing() -> None:
 @pytest.mark.parametrize(
     ("options", "cause", "remedy"),
     [
-        ("--policy fastest", "policy='fastest' is not known", "choose one of auto"),
-        ("--policy lru,", "policy='' is not known", "choose one of auto"),
+        ("--policy fastest", "--policy fastest is not known", "choose one of auto"),
+        ("--policy lru,", "is not known", "choose one of auto"),
         ("--baseline all --policy lru", "baseline='all' is not known", "choose one of lru"),
         ("-p 5-1", "-p '5-1' runs backwards", "first below last"),
         ("-n 1-8*1", "-n '1-8*1' never ends", "larger step"),
         ("-d x", "-d 'x' is not a list of numbers", "write it like"),
         ("-pg 512", "-pg '512' is not a pair", "512,128"),
         ("-p 0 -n 0", "nothing to measure", "above 0"),
-        ("-r 0", "-r 0 measures nothing", "at least 1"),
+        ("-r 0", "0 is not a count of repetitions", "1 or more"),
         ("-t 0", "-t 0 is not a number of threads", "at least 1"),
         ("-t 1 --emulate threads=2", "both given", "leave one of them out"),
-        ("--emulate link=fast", "'fast' is not a size", "write it like"),
+        ("--emulate link=fast", "not the speed of a link", "write it like"),
         ("--emulate link=0GB/s", "not the speed of a link", "12.5GB/s"),
         ("--emulate disk=1GB/s", "--emulate 'disk=1GB/s' is not known", "link=12.5GB/s,threads=6"),
         ("--draft-tokens many", "not a number of draft tokens", "0 to 64"),
         ("--resident 2", "not a share", "1/4"),
         ("--resident 1/4,x", "not a share", "1/4"),
         ("--vram-budget much", "not a size", "6GiB"),
-        ("--texts 0", "leaves nothing to read", "at least 1"),
+        ("--texts 0", "0 is not a count of texts", "1 or more"),
         ("--prompts none.jsonl", "cannot read the prompts", "JSONL"),
         ("-m none.gguf", "model file not found", "path"),
         ("--draft none.gguf", "draft file not found", "path"),
@@ -152,8 +152,8 @@ def test_the_options_make_the_matrix() -> None:
     wanted = bench.settings(parsed)
     depths = [case.n_depth for case in wanted.cases]
     assert [case.n_gen for case in wanted.cases] == [8, 16, 32, 8] * 2 and depths == [128] * 4 + [256] * 4
-    assert (wanted.threads, wanted.link, wanted.emulation) == ((3,), "12.5GB/s", "link=12.5GB/s,threads=3")
-    assert (wanted.speculations, wanted.baseline) == (("auto", "0"), "lru")
+    assert (wanted.threads, wanted.throttle_link, wanted.emulation) == ((3,), 12_500_000_000, "link=12.5GB/s,threads=3")
+    assert (wanted.draft_tokens, wanted.baseline) == (("auto", 0), "lru")
     assert (wanted.load_mode, wanted.warm_up, wanted.resident) == ("auto", True, None)
     other = bench.settings(parser().parse_args(["bench", "-lm", "none", "--no-warmup", "--resident", "1/8,1/2"]))
     assert (other.load_mode, other.warm_up, other.resident) == ("none", False, "1/8")
@@ -162,7 +162,7 @@ def test_the_options_make_the_matrix() -> None:
 
 def test_without_a_draft_nothing_is_drafted(bundled: tuple[Path, Path]) -> None:
     wanted = bench.settings(parser().parse_args(["bench", "-m", str(bundled[0])]))
-    assert (wanted.draft, wanted.speculations) == (None, ("0",))
+    assert (wanted.draft, wanted.draft_tokens) == (None, (0,))
     assert [case.name for case in wanted.cases] == ["pp512", "tg128"]
     assert wanted.baseline == "cpu-moe"
 

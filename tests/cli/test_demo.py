@@ -18,6 +18,7 @@ from support.schemas import schema
 
 from edge_speq import EdgeLlama, core
 from edge_speq.cli.main import demo as command
+from edge_speq.convert import bundled_twin
 from edge_speq.gguf import bundled
 from edge_speq.policies.context import PolicyContext
 from edge_speq.simulate.costs import StepCosts
@@ -36,7 +37,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def edge_speq_demo(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {bundled.CACHE_VARIABLE: str(cache)}
+    environment = os.environ | {bundled_twin.CACHE_VARIABLE: str(cache)}
     done = subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False, env=environment
     )
@@ -124,28 +125,30 @@ def test_text_comes_first_and_then_the_table(cache: Path, first: Rows) -> None:
     done = edge_speq_demo(cache)
     assert time.monotonic() - started < 60
     assert done.stderr == ""  # the draft's experts are there already
-    assert done.stdout.startswith("simulated laptop: link 429 MB/s")
+    assert done.stdout.startswith("Simulated laptop: 1/4 of the experts in slots. An expert takes 0.21 ms")
     assert done.stdout.count(bundled.PROMPT + first[0]["text"]) == 1
     table = done.stdout.split(first[0]["text"])[1]
     lines = [line for line in table.splitlines() if line]
-    assert "simulated tok/s" in lines[0]
-    for line, row in zip(lines[2:5], first, strict=True):
-        assert line.split()[:3] == [row["arm"], str(row["experts"]["hits"]), str(row["experts"]["misses"])]
-        assert line.endswith(f" {row['simulated_tok_per_s']:.1f}")
-    assert [line.split(":")[0] for line in lines[5:8]] == [row["arm"] for row in first]
-    assert lines[8] == "All rows wrote the same text."
-    assert lines[9].endswith(command.NEXT)
+    assert lines[0].split()[-2:] == ["simulated", "speed"]
+    for line, row in zip(lines[1:4], first, strict=True):
+        assert line.split()[:2] == [row["arm"], str(row["experts"]["hits"])]
+        assert f" {row['experts']['misses']} " in line
+        assert line.endswith(f" {row['simulated_tok_per_s']:.0f} tok/s")
+    explained = [line.split()[0] for line in lines[4:] if not line.startswith(" ")]
+    assert explained[:3] == [row["arm"] for row in first]
+    assert lines[-2] == "All three wrote the same text."
+    assert lines[-1].endswith(command.NEXT)
 
 
 def test_another_text_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     made = []
 
-    def run(arm: command.Arm, machine: command.Laptop, *, shows: bool) -> Any:
+    def run(arm: command.DemoArm, machine: command.SimulatedLaptop, *, shows: bool) -> Any:
         stats = core.Stats(
             core.Timing(), core.Speculation(), core.ExpertCounters(), core.Plan("slots", (), 0), 0, *"abcd"
         )
         made.append(arm)
-        return command.Result(arm, f"text {len(made) // 3}", stats, command.simulate(machine, [], 0.0))
+        return command.DemoResult(arm, f"text {len(made) // 3}", stats, command.simulate(machine, [], 0.0))
 
     monkeypatch.setattr(command, "_run", run)
     from edge_speq.cli.main import main
@@ -157,13 +160,13 @@ def test_another_text_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_ctrl_c_ends_it(cache: Path) -> None:
-    environment = os.environ | {bundled.CACHE_VARIABLE: str(cache)}
+    environment = os.environ | {bundled_twin.CACHE_VARIABLE: str(cache)}
     with subprocess.Popen(
         COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         try:
             assert process.stdout is not None and process.stderr is not None
-            assert process.stdout.readline().startswith("simulated laptop")
+            assert process.stdout.readline().startswith("Simulated laptop")
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 130
             assert "Traceback" not in process.stderr.read()
@@ -183,13 +186,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         out.write_bytes(b"made")
         files.append(out)
 
-    monkeypatch.setattr(bundled, "_make", make)
+    monkeypatch.setattr(bundled_twin, "_make", make)
     return files
 
 
 def test_the_experts_are_kept(cache: Path, first: Rows, made: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(bundled.CACHE_VARIABLE, str(cache))
-    with bundled.twin() as file:
+    monkeypatch.setenv(bundled_twin.CACHE_VARIABLE, str(cache))
+    with bundled_twin.twin() as file:
         assert file.parent == cache
     assert [path.name for path in cache.iterdir()] == [file.name]
     assert not made
@@ -198,11 +201,11 @@ def test_the_experts_are_kept(cache: Path, first: Rows, made: list[Path], monkey
 def test_a_damaged_file_is_made_again(
     cache: Path, first: Rows, made: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(bundled.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(bundled_twin.CACHE_VARIABLE, str(tmp_path))
     (whole,) = cache.iterdir()
     damaged = tmp_path / whole.name
     damaged.write_bytes(whole.read_bytes()[:-1000])
-    with bundled.twin() as file:
+    with bundled_twin.twin() as file:
         assert file == damaged
     assert made == [damaged]
 
@@ -211,8 +214,8 @@ def test_a_folder_that_cannot_be_written_is_done_without(
     made: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv(bundled.CACHE_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(bundled_twin.CACHE_VARIABLE, str(tmp_path / "file"))
     told = []
-    with bundled.twin(lambda: told.append(True)) as file:
+    with bundled_twin.twin(lambda: told.append(True)) as file:
         assert file.read_bytes() == b"made"
     assert not file.exists() and told == [True]

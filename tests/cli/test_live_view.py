@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from screen import Screen
+from support.screen import Screen
 
 from edge_speq.cli import heatmap
 from edge_speq.cli.live_view import View
@@ -48,7 +48,7 @@ def test_a_pipe_gets_lines_without_escapes() -> None:
 
 def test_the_figures_are_those_of_the_last_steps() -> None:
     stream = io.StringIO()
-    view = View(stream, name="m.gguf", link="4GB/s")
+    view = View(stream, name="m.gguf", link_bytes_per_s=4_000_000_000)
     view.step(record(is_prompt=True, tokens=20, drafted=0, accepted=0, seconds=5.0))
     for _ in range(2):
         view.step(record())
@@ -56,7 +56,7 @@ def test_the_figures_are_those_of_the_last_steps() -> None:
         "speed": "20.0 tok/s",
         "draft": "K 2.0, 50 % accepted",
         "experts": "75.0 % hits",
-        "throttle_link": "2.00 GB/s (50 % of 4.0), stalled 25 % of the time",
+        "link": "2.00 GB/s (50 % of 4.0), stalled 25 % of the time",
     }
     view.step(record(cpu_computed=3))
     assert "1.0 a step on the CPU" in dict(view._figures())["experts"]

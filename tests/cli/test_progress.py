@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import pytest
-from screen import Screen, visible
+from support.screen import Screen, visible
 
 from edge_speq import EdgeError
 from edge_speq.cli import interrupt, progress

@@ -17,7 +17,6 @@ from support.tiny_models import TinyModels
 from support.traces import EXPERTS, setting
 
 from edge_speq import EdgeError, EdgeLlama
-from edge_speq.cli import bench
 from edge_speq.cli.main import main
 from edge_speq.convert.sub_experts import split
 from edge_speq.convert.sub_experts.options import SplitOptions
@@ -25,6 +24,7 @@ from edge_speq.core import SLOT_POLICIES
 from edge_speq.gguf.model import check_model
 from edge_speq.gguf.rewrite import Rewrite, Source
 from edge_speq.planning import survey
+from edge_speq.planning.load_request import LoadRequest
 from edge_speq.planning.sub_experts import ALL_USED
 from edge_speq.policies.published.draft_lengths import Roofline
 from edge_speq.policies.published.systems import SpecMoeOff
@@ -84,7 +84,7 @@ def test_specmoeoffs_governor_drafts_at_any_acceptance(bundled: tuple[Path, Path
 
 def test_the_plan_knows_that_the_kv_cache_is_elsewhere(bundled: tuple[Path, Path]) -> None:
     for policy, on_device in (("lru", True), ("specmoeoff", False)):
-        wanted = survey.request(bundled[0], policy=policy, resident="1/2")
+        wanted = survey.resolve(LoadRequest(str(bundled[0]), policy=policy, resident="1/2"))
         context = llama_cpp.llama_context_default_params()
         survey.prepare(wanted, llama_cpp.llama_model_default_params(), context)
         assert context.offload_kqv is on_device
@@ -141,7 +141,7 @@ def test_llama_cpp_runs_as_many_parts_as_it_is_told(
     cut: tuple[Path, Path], tmp_path: Path, given: dict[str, Any], used: int
 ) -> None:
     """Logits of stock graphs: of the file for all parts with an override, and of a file made for as many."""
-    wanted = survey.request(cut[0], policy="moe-prism")
+    wanted = survey.resolve(LoadRequest(str(cut[0]), policy="moe-prism"))
 
     class Overridden(llama_cpp.Llama):
         _redirect_output = False
@@ -187,18 +187,22 @@ def test_a_file_from_before_says_only_what_it_runs(cut: tuple[Path, Path], tmp_p
     with Source(check_model(cut[0])) as source:
         tensors = [source.copy(tensor) for tensor in source.file.tensors.values()]
         Rewrite(source, {ALL_USED: None}, tensors).write(tmp_path / "old.gguf")
-    parts = survey.request(tmp_path / "old.gguf", policy="moe-prism").parts
+    parts = survey.resolve(LoadRequest(str(tmp_path / "old.gguf"), policy="moe-prism")).sub_experts
     assert parts is not None and (parts.used, parts.all_used) == (8, 8)
 
 
-def test_the_commands_say_what_is_lossy(cut: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
-    asked = [str(cut[1]), "--policy", "moe-prism", "--resident", "3/4", "-c", "256", "-t", "1", "--json"]
-    assert main(["run", *asked, "-n", "4", "-p", "ab"]) == 0
-    made = json.loads(capfd.readouterr().out)
+def test_the_report_says_what_is_lossy(
+    cut: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with llm(cut[1], policy="moe-prism", resident="3/4", n_ctx=256) as model:
+        text = model("ab", max_tokens=4)["choices"][0]["text"]
+        made = json.loads(json.dumps({"text": text, **model.stats().to_dict()}))
     jsonschema.validate(made, schema("run"))
-    assert made["experts"]["lossy"] and "lossy" in made["memory"]["plan"]["reason"]
-    assert main(["plan", *asked]) == 0
-    assert "lossy: a token runs 6 of its experts' 8 parts" in json.loads(capfd.readouterr().out)["plan"]["reason"]
+    assert made["experts"]["lossy"]
+    assert "lossy: a token runs 6 of its experts' 8 parts" in made["memory"]["plan"]["reason"]
+    for command in ("run", "plan", "chat"):
+        assert main([command, str(cut[1]), "--policy", "moe-prism"]) == 2
+        assert "there to be compared" in capfd.readouterr().err
 
 
 @pytest.mark.long
@@ -241,7 +245,7 @@ def test_a_budget_of_experts_bounds_verify_steps_and_says_that_it_is_lossy(
 
 def test_the_schema_of_the_benchmark_knows_every_policy() -> None:
     known = schema("bench")["items"]["properties"]["policy"]["enum"]
-    assert set(bench.CHOICES) <= set(known) and set(SLOT_POLICIES) <= set(known)
+    assert set(SLOT_POLICIES) <= set(known)
 
 
 def test_a_policy_that_chooses_k_by_itself_takes_no_latency_limit(
@@ -267,4 +271,4 @@ def test_a_policy_that_chooses_k_by_itself_takes_no_latency_limit(
     ]
     assert main([*common, target, "--latency-limit", "0.001"]) == 0  # nothing keeps it, so nothing is drafted
     assert json.loads(capsys.readouterr().out)["speculation"]["drafted"] == 0
-    assert main([*common, target, "--policy", "cascade", "--draft-tokens", "2", "--latency-limit", "50"]) == 0
+    EdgeLlama(target, draft=draft, policy="cascade", draft_tokens=2, latency_limit_ms=50.0, resident="1/2").close()

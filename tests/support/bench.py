@@ -18,7 +18,7 @@ def settings(bundled: tuple[Path, Path], **changes: Any) -> BenchSettings:
         "model": str(bundled[0]),
         "draft": None,
         "policies": ("lru", "cpu-moe"),
-        "draft_tokens": ("0",),
+        "draft_tokens": (0,),
         "threads": (1,),
         "cases": (Case(0, 8),),
         "texts": prompts.Texts(SHORT, SHORT),

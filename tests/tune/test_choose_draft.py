@@ -233,7 +233,7 @@ def test_a_draft_that_the_user_names_is_kept(stored: Any, bundled: Pair) -> None
     chosen = {"draft_tokens": 1, "on_miss": "fetch", "n_threads": 1}
     profile.store(TuneProfile(profile.key(bundled[0], "ngram"), {"resident": "1/2", "vram_budget": None}, chosen, {}))
     applied = run(bundled, draft="ngram")[0]
-    assert applied is not None and applied["speculation"] == 1 and "draft" not in applied
+    assert applied is not None and applied["draft_tokens"] == 1 and "draft" not in applied
 
 
 def test_one_that_is_gone_or_changed_makes_it_stale(

@@ -97,10 +97,10 @@ def test_hybrid_misses_cost_what_they_did() -> None:
         }
 
     free = speeds()
-    assert free["hybrid"] > free["device"]
+    assert free["hybrid"] > free["fetch"]
     assert free["hybrid"] == pytest.approx(1e3 / 2.1)
     dear = speeds(miss_ms=1.0)
-    assert dear["hybrid"] < dear["device"] == free["device"]
+    assert dear["hybrid"] < dear["fetch"] == free["fetch"]
     assert speeds(miss_ms=1.0, miss_ratio=2.0)["hybrid"] < dear["hybrid"]
 
 
@@ -136,7 +136,7 @@ def test_a_real_model_is_tuned_within_its_time(bundled: tuple[Path, Path]) -> No
     assert speeds[0] * (1 + predict.PREFERENCE) >= max(speeds)
     assert found.chosen == results["checked"][0]["chosen"]
     assert any(one["predicted_tok_per_s"] is None for one in results["checked"])  # what a run without a profile does
-    assert {c["speculation"] for c in results["candidates"]} == {0, 1, 2, 3, 4}
+    assert {c["draft_tokens"] for c in results["candidates"]} == {0, 1, 2, 3, 4}
     assert results["seconds"] < 60
     assert said[0] == "loading"
 
@@ -146,4 +146,4 @@ def test_too_little_time_leaves_parts_out_and_says_so(bundled: tuple[Path, Path]
     found = Tuner(TuneOptions(str(bundled[0]), None, {"resident": "1/2"}, {"n_ctx": 512}, 3.0), said.append).run()
     assert found.found["skipped"]
     assert {f"left out: {text}" for text in found.found["skipped"]} <= set(said)
-    assert found.chosen["speculation"] in (0, "auto")
+    assert found.chosen["draft_tokens"] in (0, "auto")

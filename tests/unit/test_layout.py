@@ -8,15 +8,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, TESTS = ROOT / "edge_speq", ROOT / "tests"
 MODELS = {"bundled", "tiny", "twin"}  # fixtures of models
-OFFENDERS = {
-    "edge_speq/server/model.py",
-    "edge_speq/session/in_process.py",
-}  # they override the engine's private methods
 
 
 @cache
@@ -128,11 +122,6 @@ def _of_the_base(model: ast.ClassDef, engine: set[str]) -> Iterator[str]:
             yield f"{node.lineno}: def {node.name}"
 
 
-def test_no_further_file_reads_private_attributes_of_a_model() -> None:
-    found = sorted(f"{name}:{where}" for name, where in reads() if name not in OFFENDERS)
+def test_nobody_outside_the_engine_reads_private_attributes_of_a_model() -> None:
+    found = sorted(f"{name}:{where}" for name, where in reads())
     assert not found, "only edge_speq/engine may: give EdgeLlama a public name for it"
-
-
-@pytest.mark.xfail(strict=True, reason="server/model.py and session/in_process.py still do")
-def test_nobody_reads_private_attributes_of_a_model() -> None:
-    assert not {name for name, _ in reads()}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edge_speq import _native
 from edge_speq import progress as watch
 from edge_speq._native.log import captured
 from edge_speq.convert.quantization import types
@@ -201,6 +202,7 @@ def _call(source: Path, out: Path | None, file: GGUFFile, recipe: Recipe, target
     params.ftype, params.pure, params.allow_requantize = recipe.ftype, recipe.pure, True
     params.dry_run, params.max_buf_size = out is None, SLAB_BYTES
     keep_alive = [_set_types(params, recipe), _set_keys(params, file, recipe), _set_importance(params, recipe)]
+    _native.load_backends()
     with captured() as log:
         status = llama_cpp.llama_model_quantize(_path(source), _path(out or source), ctypes.byref(params))
     del keep_alive

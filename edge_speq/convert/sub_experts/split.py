@@ -32,7 +32,7 @@ from edge_speq.gguf.model import MAX_EXPERTS, architecture, check_model, hyperpa
 from edge_speq.gguf.rewrite import NewTensor, Rewrite, Source, Value, n_bytes
 from edge_speq.planning.sub_experts import ALL_USED, SUB_EXPERTS
 
-# supported architectures; tests compare their split files with the sources
+# supported architectures; tests/convert/test_split.py compares their split files with the sources
 ARCHITECTURES = ("qwen3moe", "llama", "olmoe", "qwen2moe", "phimoe", "granitemoe", "gpt-oss", "deepseek2")
 
 

@@ -1,4 +1,4 @@
-"""Each preset does what its paper says, on routing small enough to follow; docs/presets.md names them all."""
+"""Each preset does what its paper says, on routing small enough to follow; docs/reference/policies.md names them all."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_names() -> None:
 
 
 def test_every_preset_has_a_row_in_the_docs() -> None:
-    page = Path(__file__).parents[4] / "docs" / "presets.md"
+    page = Path(__file__).parents[4] / "docs" / "reference" / "policies.md"
     if not page.exists():
         pytest.skip("the documentation is not part of this copy")
     rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
