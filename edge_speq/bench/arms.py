@@ -17,7 +17,7 @@ from edge_speq.core import OWN_POLICIES, SLOT_POLICIES, Experts
 from edge_speq.gguf import model as gguf_model
 from edge_speq.planning import planner
 from edge_speq.planning.load_request import READS_PREDICTOR, READS_TRACE
-from edge_speq.runtime import loading as engine
+from edge_speq.runtime import loading
 from edge_speq.texts import Texts
 
 SLOTS = SLOT_POLICIES
@@ -185,7 +185,7 @@ class Fleet:
         known, free_bytes = self.facts.get(arm), _native.compute_device().free_bytes
         need = known.used_bytes if known is not None else (self.budget_bytes or 0) + self._size * (arm.policy == "all")
         # each model has its page-locked copy of the experts; without room, only some models would be mapped
-        return free_bytes >= need + planner.AUTO_MARGIN and engine.fits_in_memory(self._size)
+        return free_bytes >= need + planner.AUTO_MARGIN and loading.fits_in_memory(self._size)
 
     def _settle_bounds(self) -> None:
         """Compute the budget and the context size once, because the free memory changes during the run."""

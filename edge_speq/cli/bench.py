@@ -14,7 +14,7 @@ from edge_speq.cli import arguments, interrupt
 from edge_speq.cli.progress import Line
 from edge_speq.core import ON_MISS, POLICIES
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import bundled
 from edge_speq.planning.load_request import OPTIONS, READS_PREDICTOR, READS_TRACE
 from edge_speq.units import parse_rate, require_choice
 
@@ -219,8 +219,8 @@ def _models(options: argparse.Namespace) -> tuple[str, str | None]:
     from edge_speq.gguf import model as gguf_model
 
     if options.model is None:
-        draft = options.draft or str(demo.path(demo.DRAFT))
-        options.model = str(demo.path(demo.MODEL))
+        draft = options.draft or str(bundled.path(bundled.DRAFT))
+        options.model = str(bundled.path(bundled.MODEL))
     else:
         draft = options.draft
     spec.read(draft, gguf_model.check_model(options.model))

@@ -33,7 +33,7 @@ from edge_speq.cli import arguments, interrupt
 from edge_speq.cli.console import table
 from edge_speq.core import Stats
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import bundled
 
 if TYPE_CHECKING:
     from edge_speq.engine.step_records import StepRecord
@@ -125,7 +125,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    machine = laptop(demo.path(demo.MODEL))
+    machine = laptop(bundled.path(bundled.MODEL))
     shows = not options.json
     if shows:
         print(f"{headline(machine)}\n", flush=True)
@@ -173,7 +173,7 @@ def _run(arm: DemoArm, machine: SimulatedLaptop, *, shows: bool) -> DemoResult:
     with contextlib.ExitStack() as stack:
         draft = stack.enter_context(bundled_twin.twin(_tell_making)) if arm.drafts else None
         llm = EdgeLlama(
-            str(demo.path(demo.MODEL)),
+            str(bundled.path(bundled.MODEL)),
             draft=draft,
             resident=RESIDENT,
             draft_tokens=DRAFT_TOKENS if arm.drafts else 0,
@@ -198,9 +198,9 @@ def _write(llm: Any, *, shows: bool) -> str:
     parts = []
     if shows:
         interrupt.last_words(interrupt.NEW_LINE)
-        print(demo.PROMPT, end="", flush=True)
+        print(bundled.PROMPT, end="", flush=True)
     for chunk in llm.create_completion(
-        demo.PROMPT, max_tokens=N_TOKENS, temperature=TEMPERATURE, seed=SEED, stream=True
+        bundled.PROMPT, max_tokens=N_TOKENS, temperature=TEMPERATURE, seed=SEED, stream=True
     ):
         parts.append(chunk["choices"][0]["text"])
         if shows:

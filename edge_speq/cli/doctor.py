@@ -22,10 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_speq import __version__
-from edge_speq import system as machine
+from edge_speq import __version__, system
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import bundled
 from edge_speq.gguf import model as gguf_model
 from edge_speq.units import format_bytes, format_rate
 
@@ -195,13 +194,13 @@ def built_for(info: str) -> Finding:
 
 
 def cpu() -> Finding:
-    cores, usable = machine.cores(), machine.usable_cpus()
-    text = f"{machine.cpu_model()}, {f'{cores} cores, ' if cores else ''}{usable} of {os.cpu_count()} processors usable"
+    cores, usable = system.cores(), system.usable_cpus()
+    text = f"{system.cpu_model()}, {f'{cores} cores, ' if cores else ''}{usable} of {os.cpu_count()} processors usable"
     return Finding("cpu", "ok", text, values={"cores": cores, "processors": os.cpu_count(), "usable": usable})
 
 
 def memory() -> Finding:
-    found = machine.memory()
+    found = system.memory()
     if found is None:
         return Finding("memory", "ok", "unknown on this system")
     total, available = found
@@ -213,7 +212,7 @@ def memory() -> Finding:
 
 
 def locked_memory() -> Finding:
-    limit = machine.locked_memory_limit()
+    limit = system.locked_memory_limit()
     if limit is None:
         return Finding("memlock", "ok", "no such limit on this system")
     text = "unlimited" if limit < 0 else f"{format_bytes(limit)}"
@@ -223,7 +222,7 @@ def locked_memory() -> Finding:
 
 def page_locked() -> Finding:
     """Report the largest total size of experts that is read into page-locked memory."""
-    most = machine.most_page_locked()
+    most = system.most_page_locked()
     if most is None:
         return Finding("pinned", "ok", "unknown on this system: models are mapped")
     text = f"experts of up to {format_bytes(most)} are read into page-locked memory for a GPU, larger ones are mapped"
@@ -234,8 +233,8 @@ def page_locked() -> Finding:
 
 def driver() -> Finding:
     """Find GPU drivers and, if a CUDA backend is present, whether the NVIDIA driver is new enough for it."""
-    found = machine.gpu_drivers()
-    installed, cuda = machine.nvidia_driver(), cuda_version()
+    found = system.gpu_drivers()
+    installed, cuda = system.nvidia_driver(), cuda_version()
     needed = None if cuda is None else next(driver for version, driver in CUDA_DRIVERS if cuda >= version)
     values = {"modules": found, "nvidia_driver": installed, "cuda": cuda, "needed_driver": needed}
     text = ", ".join(found) or "none found"
@@ -274,7 +273,7 @@ def disk_rate(model: str | None) -> Finding:
     from edge_speq.tune import link_speed
 
     try:
-        path = Path(model) if model is not None else demo.path(demo.MODEL)
+        path = Path(model) if model is not None else bundled.path(bundled.MODEL)
         rate = link_speed.disk(path)
     except (OSError, EdgeError) as error:
         return Finding("disk speed", "warn", f"not measured: {error}", "name a file that can be read")
@@ -306,7 +305,7 @@ def extras() -> Iterator[Finding]:
         missing = [module for module in modules if not _importable(module)]
         values = {"extra": name, "missing": missing}
         if missing:
-            text, remedy = f"{name}: {', '.join(missing)} missing", machine.install_hint(name)
+            text, remedy = f"{name}: {', '.join(missing)} missing", system.install_hint(name)
             yield Finding("optional", "note", text, remedy, values)
         else:
             yield Finding("optional", "ok", f"{name}: installed", values=values)
@@ -320,9 +319,9 @@ def _importable(module: str) -> bool:
 
 
 def bundled_models() -> Iterator[Finding]:
-    for name in (demo.MODEL, demo.DRAFT):
+    for name in (bundled.MODEL, bundled.DRAFT):
         try:
-            file = gguf_model.check_model(demo.path(name))
+            file = gguf_model.check_model(bundled.path(name))
         except EdgeError as error:
             yield Finding("demo", "warn", error.message, error.hint)
         else:
@@ -333,7 +332,7 @@ def disk() -> Finding:
     """Check the free space of the folder with the bundled models, or of the current folder."""
     folder = Path.cwd()
     with contextlib.suppress(EdgeError):
-        folder = demo.path(demo.MODEL).parent
+        folder = bundled.path(bundled.MODEL).parent
     usage = shutil.disk_usage(folder)
     text = f"{format_bytes(usage.free)} of {format_bytes(usage.total)} free in the model folder"
     values = {"free_bytes": usage.free, "total_bytes": usage.total}

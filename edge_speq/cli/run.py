@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from edge_speq.cli import arguments, interrupt
 from edge_speq.core import Stats
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import bundled
 from edge_speq.units import format_bytes
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     arguments.add_model(p)
     arguments.add_transfers(p)
     arguments.add_profile(p)
-    p.add_argument("-p", "--prompt", metavar="TEXT", default=demo.PROMPT)
+    p.add_argument("-p", "--prompt", metavar="TEXT", default=bundled.PROMPT)
     arguments.add_sampling(p, n_predict=128)
     p.add_argument("--live", action="store_true", help="show slots, link and draft on stderr while generating")
     p.add_argument("--step-log", metavar="FILE", help="write one JSON object per verify step")

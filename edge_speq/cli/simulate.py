@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
 
 def simulate(options: argparse.Namespace) -> int:
     from edge_speq import trace
-    from edge_speq.policies import registry as presets
+    from edge_speq.policies import registry
     from edge_speq.policies.learned import network_file
     from edge_speq.simulate import report
 
@@ -55,7 +55,7 @@ def simulate(options: argparse.Namespace) -> int:
         if value is not None and not 0 <= value < 1e9:
             raise EdgeError(f"--{name.replace('_', '-')} {value} is not a time", "give milliseconds", usage=True)
     learned = None if options.predictor is None else network_file.read(options.predictor)
-    policies = presets.names(options.policy)
+    policies = registry.names(options.policy)
     if options.policy == "all" and learned is None:
         policies = [name for name in policies if name != "learned"]
     wanted = report.SimulateOptions(

@@ -89,12 +89,12 @@ def _refuse_unwritable(path: Path) -> None:
 
 def _load(options: argparse.Namespace) -> Recorder:
     from edge_speq.bench.recorder import Recorder
-    from edge_speq.gguf import bundled as demo
+    from edge_speq.gguf import bundled
 
     arguments.settle_model(options)
     if options.model is None:  # everything resident: routing does not depend on slots
-        options.model = str(demo.path(demo.MODEL))
-        options.draft = options.draft or str(demo.path(demo.DRAFT))
+        options.model = str(bundled.path(bundled.MODEL))
+        options.draft = options.draft or str(bundled.path(bundled.DRAFT))
     given = arguments.edge_options(options) | arguments.llama_options(options)
     model = Recorder(options.model, lookahead=options.lookahead, gates=options.gates, **given)
     if not model.has_routing:

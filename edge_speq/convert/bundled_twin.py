@@ -11,8 +11,7 @@ from pathlib import Path
 from edge_speq import _native
 from edge_speq.convert.quantization import draft
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import bundled, draft_experts
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import bundled, container, draft_experts
 from edge_speq.gguf import model as gguf_model
 
 TWIN_TYPE = "q2_k"
@@ -69,7 +68,7 @@ def _is_twin(file: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        draft_experts.read(gguf_file.read(file, "twin's experts"), gguf_model.check_model(bundled.path(bundled.MODEL)))
+        draft_experts.read(container.read(file, "twin's experts"), gguf_model.check_model(bundled.path(bundled.MODEL)))
     except EdgeError:
         return False
     return True

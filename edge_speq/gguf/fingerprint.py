@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 
 
-def header_hash(file: gguf_file.GGUFFile) -> str:
+def header_hash(file: container.GGUFFile) -> str:
     """Return the SHA-256 over each part's header (up to the end of its tensor table) and its file size (8 bytes, LE).
 
     Models that differ in metadata, types or shapes, and truncated files, have different hashes. Weights are not read.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 from edge_speq.gguf.container import DEFAULT_ALIGNMENT, GGUFFile, Tensor
 from edge_speq.progress import Progress, silent
 
@@ -68,7 +68,7 @@ def spans(file: GGUFFile) -> dict[str, Span]:
     found: dict[str, Span] = {}
     for path in file.paths:
         # each part of a split model may have another alignment
-        align = alignment(file if len(file.paths) == 1 else gguf_file._read_part(path, file.role))
+        align = alignment(file if len(file.paths) == 1 else container._read_part(path, file.role))
         tensors = [tensor for tensor in file.tensors.values() if tensor.file == path]
         if not tensors:
             continue

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import container as gguf_file
-from edge_speq.gguf import layout
+from edge_speq.gguf import container, layout
 from edge_speq.gguf.container import DEFAULT_ALIGNMENT, MAGIC, TYPES, U32, GGUFFile, Tensor
 from edge_speq.progress import Progress, silent
 
@@ -111,7 +110,7 @@ def _whole_header(stream: BinaryIO, file: GGUFFile) -> bytes:
     key, last = max(file.fields.items(), key=lambda item: item[1].offset)
     if last.count is not None or isinstance(last.value, str):
         file.fail(key, "the first part holds no tensors and ends with text: merge the parts first")
-    code = gguf_file._SCALARS[last.kind]
+    code = container._SCALARS[last.kind]
     return stream.read(last.offset + 4 + struct.calcsize(f"<{code}"))
 
 
@@ -120,7 +119,7 @@ def _field(key: str, value: Value) -> bytes:
     head = layout.string(key) + struct.pack("<I", kind)
     if isinstance(content, str):
         return head + layout.string(content)
-    return head + struct.pack(f"<{gguf_file._SCALARS[kind]}", content)
+    return head + struct.pack(f"<{container._SCALARS[kind]}", content)
 
 
 class Rewrite:

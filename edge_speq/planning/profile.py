@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_speq import __version__, _native
-from edge_speq import system as machine
+from edge_speq import __version__, _native, system
 from edge_speq.core import ON_MISS
 from edge_speq.drafting.spec import is_file
 from edge_speq.errors import EdgeError
@@ -91,10 +90,10 @@ def draft_hash(draft: str | Path) -> str:
 
     Raises EdgeError if the file is not a GGUF file.
     """
-    from edge_speq.gguf import container as gguf_file
+    from edge_speq.gguf import container
     from edge_speq.gguf.fingerprint import header_hash
 
-    return header_hash(gguf_file.read(draft, "draft")) if is_file(draft) else str(draft)
+    return header_hash(container.read(draft, "draft")) if is_file(draft) else str(draft)
 
 
 # --- storing and reading -----------------------------------------------------------------------------------
@@ -123,7 +122,7 @@ def _stamp() -> dict[str, Any]:
         "version": VERSION,
         "edge_speq": __version__,
         "llama_cpp": _native.llama_cpp_commit(),
-        "processors": machine.usable_cpus(),
+        "processors": system.usable_cpus(),
     }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_speq.core import ExpertCounters
-from edge_speq.policies import registry as presets
+from edge_speq.policies import registry
 from edge_speq.policies.base import Policy
 from edge_speq.policies.context import PolicyContext
 from edge_speq.policies.prediction import NO_REQUESTS
@@ -71,7 +71,7 @@ class Replay:
         drafts: bool = False,
     ) -> None:
         self.setting = setting
-        self.policy = presets.make(policy, setting) if isinstance(policy, str) else policy
+        self.policy = registry.make(policy, setting) if isinstance(policy, str) else policy
         self.name, self._lossy = self.policy.name, self.policy.lossy
         self._parts_of_expert = self.policy.split
         self.place = place(self.policy, setting)

@@ -11,7 +11,7 @@ from typing import Any
 
 from edge_speq import _native
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import bundled
 
 SECONDS = 1.0
 MOST = 1 << 30  # bytes to read
@@ -68,7 +68,7 @@ def link(model: str | None = None) -> Rate:
     from edge_speq.engine.llama import EdgeLlama
 
     bounds: dict[str, Any] = {"resident": "1/2"} if model is None else {"vram_budget": "auto"}
-    path = str(demo.path(demo.MODEL)) if model is None else model
+    path = str(bundled.path(bundled.MODEL)) if model is None else model
     with contextlib.closing(EdgeLlama(path, policy="lru", n_ctx=256, **bounds)) as llm:
         rate = link_rate(llm)
         if rate is None:

@@ -18,8 +18,7 @@ from edge_speq.planning.profile import TuneProfile
 from edge_speq.policies.context import PolicyContext
 from edge_speq.simulate.costs import StepCosts
 from edge_speq.trace import Step
-from edge_speq.tune import measure as gauge
-from edge_speq.tune import predict as search
+from edge_speq.tune import measure, predict
 from edge_speq.tune.measure import FEWEST_TOKENS, MOST_TOKENS, PROMPT_TOKENS, Gauge, Live, Trial, Worth
 from edge_speq.tune.predict import Candidate, Hybrid, Measured
 from edge_speq.units import parse_share
@@ -89,9 +88,9 @@ class Tuner:
         measured = recording.measured
         if recording.setting is not None:
             measured = dataclasses.replace(measured, hybrid=self._hybrid(recording))
-        n_threads = search.best_threads(measured)
-        scaled = search.scaled(measured, n_threads)
-        ranked = search.candidates(
+        n_threads = predict.best_threads(measured)
+        scaled = predict.scaled(measured, n_threads)
+        ranked = predict.candidates(
             scaled, recording.setting, recording.steps, recording.resident, recording.resident_alone
         )
         if self._wanted.must_draft:
@@ -112,19 +111,19 @@ class Tuner:
             loaded = time.monotonic() - started
             self._choose_length(llm)
             self._say("recording text")
-            tokens = gauge.tokens_of(llm, self._texts, PROMPT_TOKENS)
+            tokens = measure.tokens_of(llm, self._texts, PROMPT_TOKENS)
             steps: list[Step] = []
             llm.sink = steps.append
             records.clear()
-            done, texts = gauge.live(llm, tokens, self.n, self._share_of_time(0.2), llm.begin_passage)
+            done, texts = measure.live(llm, tokens, self.n, self._share_of_time(0.2), llm.begin_passage)
             llm.write()
-            self.worth = gauge.worth(llm, done)
+            self.worth = measure.worth(llm, done)
             llm.sink = None
             drafting = [record for record in records if not record.is_prompt]
             records.clear()
             llm.limit(0)
             self._say("steps without a draft")
-            alone, _ = gauge.live(llm, tokens[:2], self.n, self._share_of_time(0.1))
+            alone, _ = measure.live(llm, tokens[:2], self.n, self._share_of_time(0.1))
             steps_alone = [record for record in records if not record.is_prompt]
             measured = self._operators(llm, max(texts, key=len), steps, drafting, steps_alone, alone)
             setting = self._setting(llm, measured)
@@ -144,8 +143,8 @@ class Tuner:
 
     def _choose_length(self, llm: Gauge) -> None:
         """Choose the tokens per prompt so that all prompts together take about a tenth of the time."""
-        tokens = gauge.tokens_of(llm, self._texts[:1], PROMPT_TOKENS)
-        tried, _ = gauge.live(llm, tokens, FEWEST_TOKENS, self._share_of_time(0.1))
+        tokens = measure.tokens_of(llm, self._texts[:1], PROMPT_TOKENS)
+        tried, _ = measure.live(llm, tokens, FEWEST_TOKENS, self._share_of_time(0.1))
         tokens_in_time = self._wanted.seconds / 10 * tried.tok_per_s / len(self._texts)
         self.n = round(min(MOST_TOKENS, max(FEWEST_TOKENS, tokens_in_time)))
 
@@ -237,8 +236,8 @@ class Tuner:
         try:
             with self._gauge("hybrid") as llm:
                 llm.limit(0)
-                tokens = gauge.tokens_of(llm, self._texts[:2], PROMPT_TOKENS)
-                done, _ = gauge.live(llm, tokens, self.n, self._share_of_time(0.15))
+                tokens = measure.tokens_of(llm, self._texts[:2], PROMPT_TOKENS)
+                done, _ = measure.live(llm, tokens, self.n, self._share_of_time(0.15))
                 costs = llm.hybrid_costs()
         except EdgeError as error:
             self._skip(f"hybrid: {error.message}")
@@ -261,7 +260,7 @@ class Tuner:
     def _device_misses(recording: _Recording) -> float:
         """Return the misses per token with on_miss fetch and without draft tokens, from the replay."""
         assert recording.setting is not None
-        out = search.replayed(recording.setting, recording.steps, 0)
+        out = predict.replayed(recording.setting, recording.steps, 0)
         return (out.counters.misses or 0) / max(1, out.tokens)
 
     # --- checking --------------------------------------------------------------------------------------
@@ -283,12 +282,12 @@ class Tuner:
                 continue
             self._say(f"measuring {what}")
             one.trial = self.trial(one.chosen, self.n, self._share_of_time(0.1))
-        least = 1 + search.PREFERENCE  # relative speed that a candidate must exceed
+        least = 1 + predict.PREFERENCE  # relative speed that a candidate must exceed
         return sorted(checked, key=lambda one: -(one.tok_per_s or 0.0) * (least if one is checked[0] else 1.0))
 
     def trial(self, chosen: dict[str, Any], n: int, seconds: float) -> Trial:
         """Generate n tokens after each prompt with the chosen options. `seconds` limits each part of the trial."""
-        return gauge.trial(self._wanted.model, self._options(**chosen), self._texts, n, seconds)
+        return measure.trial(self._wanted.model, self._options(**chosen), self._texts, n, seconds)
 
     def _found(self, measured: Measured, ranked: Sequence[Candidate], checked: Sequence[_Checked]) -> dict[str, Any]:
         return {
@@ -325,7 +324,7 @@ def _draft_ms(steps: Sequence[Step], whole: Sequence[StepRecord], k_max: int, re
 
 def _step_ms(steps: Sequence[StepRecord]) -> float:
     """Return the typical ms of a step without its stall; 0 without steps."""
-    return gauge.typical([1e3 * step.seconds - step.stall_ms for step in steps]) if steps else 0.0
+    return measure.typical([1e3 * step.seconds - step.stall_ms for step in steps]) if steps else 0.0
 
 
 def _acceptance(measured: Measured) -> list[float]:

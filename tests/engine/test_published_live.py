@@ -191,9 +191,7 @@ def test_a_file_from_before_says_only_what_it_runs(cut: tuple[Path, Path], tmp_p
     assert parts is not None and (parts.used, parts.all_used) == (8, 8)
 
 
-def test_the_report_says_what_is_lossy(
-    cut: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_says_what_is_lossy(cut: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
     with llm(cut[1], policy="moe-prism", resident="3/4", n_ctx=256) as model:
         text = model("ab", max_tokens=4)["choices"][0]["text"]
         made = json.loads(json.dumps({"text": text, **model.stats().to_dict()}))

@@ -92,7 +92,7 @@ def _make(options: argparse.Namespace, recipe: Any, text: str) -> dict[str, Any]
 
 
 def _summary(options: argparse.Namespace, n_bytes: int, agreement: dict[str, Any] | None) -> dict[str, Any]:
-    from edge_speq.gguf import container as gguf_file
+    from edge_speq.gguf import container
 
     return {
         "target": options.target,
@@ -101,7 +101,7 @@ def _summary(options: argparse.Namespace, n_bytes: int, agreement: dict[str, Any
         "type": options.type.lower(),
         "experts_only": options.experts_only,
         "n_bytes": n_bytes,
-        "target_bytes": gguf_file.read(options.target).size,
+        "target_bytes": container.read(options.target).size,
         "agreement": agreement,
     }
 

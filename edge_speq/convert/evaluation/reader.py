@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import system as machine
+from edge_speq import system
 from edge_speq.convert.evaluation import graph
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 from edge_speq.gguf import model as gguf_model
 
 WINDOW = 512  # tokens read from an empty context
@@ -71,7 +71,7 @@ class Reader:
         model_params.n_gpu_layers, model_params.use_extra_bufts = 0, False
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = WINDOW, self._piece, self._piece
-        params.n_threads = params.n_threads_batch = n_threads or machine.usable_cpus()
+        params.n_threads = params.n_threads_batch = n_threads or system.usable_cpus()
         params.op_offload = params.offload_kqv = False
         params.cb_eval = self._callback.function
         with contextlib.ExitStack() as stack:
@@ -133,12 +133,12 @@ class Reader:
             self._routed[int(match[1])] = ids.copy()
 
 
-def piece_of(*models: gguf_file.GGUFFile) -> int:
+def piece_of(*models: container.GGUFFile) -> int:
     """Return the tokens to decode together if these models are read alternately.
 
     PIECE, or WINDOW if the models do not fit in memory, because each piece then reads them from disk again.
     """
-    total, memory = sum(path.stat().st_size for model in models for path in model.paths), machine.memory()
+    total, memory = sum(path.stat().st_size for model in models for path in model.paths), system.memory()
     return WINDOW if memory is not None and total > FITS * memory[0] else PIECE
 
 

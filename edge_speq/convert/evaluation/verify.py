@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_speq.convert.evaluation import agreement, reader
-from edge_speq.gguf import container as gguf_file
-from edge_speq.gguf import layout
+from edge_speq.gguf import container, layout
 from edge_speq.gguf import model as gguf_model
 from edge_speq.gguf.container import GGUFFile
 from edge_speq.progress import Progress, silent
@@ -18,7 +17,7 @@ def describe(path: str | Path, progress: Progress = silent) -> tuple[GGUFFile, d
 
     Raises GGUFError for an invalid file.
     """
-    file = gguf_file.read(path)
+    file = container.read(path)
     is_model = f"{gguf_model.architecture(file)}.block_count" in file.fields
     if is_model:
         gguf_model.check_model(path)

@@ -14,8 +14,7 @@ from typing import Any
 from edge_speq.convert.evaluation import reader
 from edge_speq.convert.quantization import imatrix, quantize, types
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import atomic, draft_experts, layout, writer
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import atomic, container, draft_experts, layout, writer
 from edge_speq.gguf import model as gguf_model
 from edge_speq.gguf.container import GGUFFile
 from edge_speq.progress import Progress, silent
@@ -95,8 +94,8 @@ def make(
             examine(whole)
         made_for = keys(file, content=layout.content_hash(file, layout.hashes(file)))
         with atomic.output(out, expected_bytes=n_bytes, **options) as temporary:
-            writer.write(temporary, made_for, entries(gguf_file.read(whole)))
-            gguf_file.read(temporary, "twin's experts")
+            writer.write(temporary, made_for, entries(container.read(whole)))
+            container.read(temporary, "twin's experts")
     return n_bytes
 
 

@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from edge_speq.convert.evaluation import graph, reader
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import atomic, layout, writer
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import atomic, container, layout, writer
 from edge_speq.progress import Progress, silent
 
 PRIOR = 32  # tokens: weight of all experts' mean in `means`
@@ -145,7 +144,7 @@ def _keys(importance: Importance) -> dict[str, writer.Value]:
 
 def read(path: str | Path) -> Importance:
     """Read an importance matrix. Raises EdgeError if the file is not one in GGUF format."""
-    file = gguf_file.read(path, "importance matrix")
+    file = container.read(path, "importance matrix")
     found = Importance([Path(path).name])
     arrays = dict(_arrays(file))
     chunks = file.fields.get("imatrix.chunk_count")
@@ -163,7 +162,7 @@ def read(path: str | Path) -> Importance:
     return found
 
 
-def _arrays(file: gguf_file.GGUFFile) -> Iterator[tuple[str, Array]]:
+def _arrays(file: container.GGUFFile) -> Iterator[tuple[str, Array]]:
     for name, span in layout.spans(file).items():
         if name.endswith((SUMS, COUNTS)):
             if span.tensor.type != "F32" or len(span.tensor.ne) > 2:

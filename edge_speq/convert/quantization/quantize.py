@@ -20,8 +20,7 @@ from edge_speq._native.log import captured
 from edge_speq.convert.quantization import types
 from edge_speq.convert.quantization.imatrix import Importance
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import atomic, layout
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import atomic, container, layout
 from edge_speq.gguf import model as gguf_model
 from edge_speq.gguf.container import DEFAULT_ALIGNMENT, GGUFFile
 from edge_speq.progress import Progress, silent
@@ -109,7 +108,7 @@ def run(
     if written != expected.n_bytes:
         atomic.require_space(temporary, out)
         raise EdgeError(f"llama.cpp wrote {written} bytes, not the {expected.n_bytes} that were expected")
-    gguf_file.read(temporary, "quantized model")
+    container.read(temporary, "quantized model")
 
 
 def recipe(

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_speq.convert.evaluation import activations
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 from edge_speq.gguf.container import U32
 from edge_speq.gguf.model import architecture
 from edge_speq.progress import Progress, silent
@@ -58,7 +58,7 @@ def points(path: Path, ks: Sequence[int], token_bytes: int, progress: Progress =
 @contextmanager
 def _used(path: Path, k: int) -> Iterator[None]:
     """Set expert_used_count in a file's header while the block runs."""
-    file = gguf_file.read(path)
+    file = container.read(path)
     found = file.fields[f"{architecture(file)}.expert_used_count"]
     assert found.kind == U32 and isinstance(found.value, int)
     _write(path, found.offset + 4, k)
