@@ -86,8 +86,8 @@ def cases(
 
     Tests with 0 tokens are left out. Raises EdgeError if no test is left.
     """
-    wanted = [(n, 0) for n in prompts] + [(0, n) for n in generated] + list(pairs)
-    made = [Case(p, g, depth) for depth in depths for p, g in wanted if p or g]
+    tests = [(n, 0) for n in prompts] + [(0, n) for n in generated] + list(pairs)
+    made = [Case(p, g, depth) for depth in depths for p, g in tests if p or g]
     if not made:
         raise EdgeError("there is nothing to measure", "give -p, -n or -pg a number above 0", usage=True)
     return list(dict.fromkeys(made))

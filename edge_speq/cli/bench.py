@@ -86,12 +86,12 @@ def _add_competitors(p: argparse.ArgumentParser) -> None:
 
 
 def bench(options: argparse.Namespace) -> int:
-    wanted, shares = settings(options), _shares(options.resident)
+    chosen, shares = settings(options), _shares(options.resident)
     from edge_speq.bench.output import FORMATS
     from edge_speq.bench.runner import Series
 
     line, made = Line(name="bench"), list[Any]()
-    series = Series(wanted, shares, _timed(line))
+    series = Series(chosen, shares, _timed(line))
     try:
         with interrupt.handler(lambda *_: _stop(series), at_once=lambda: _stop_at_once(series)):
             for rows in _finished(series):

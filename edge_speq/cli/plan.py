@@ -50,14 +50,14 @@ def plan(options: argparse.Namespace) -> int:
 
     arguments.with_demo_defaults(options)
     laptop = _laptop(options)
-    wanted = survey.resolve(LoadRequest(options.model, **arguments.edge_options(options)))
+    request = survey.resolve(LoadRequest(options.model, **arguments.edge_options(options)))
     model_params, context_params = native_parameters(options.model, **arguments.llama_options(options))
-    draft_params, _keep_alive = survey.prepare(wanted, model_params, context_params)
-    found = survey.survey(wanted, model_params, draft_params, context_params)
+    draft_params, _keep_alive = survey.prepare(request, model_params, context_params)
+    found = survey.survey(request, model_params, draft_params, context_params)
     if laptop is not None:
-        wanted, found = elsewhere(laptop, wanted, found)
-    decided = survey.decide(wanted, found)
-    summary = summarize_plan(wanted, found, decided, context_params.n_ctx)
+        request, found = elsewhere(laptop, request, found)
+    decided = survey.decide(request, found)
+    summary = summarize_plan(request, found, decided, context_params.n_ctx)
     summary["estimate"] = None if laptop is None else _estimate(options, laptop, found, decided, summary)
     print(json.dumps(summary) if options.json else report(summary))
     return 0
@@ -80,7 +80,7 @@ def _laptop(options: argparse.Namespace) -> Laptop | None:
     return Laptop(options.vram_budget, ram, link, options.threads or THREADS)
 
 
-def elsewhere(laptop: Laptop, wanted: ResolvedRequest, found: Survey) -> tuple[ResolvedRequest, Survey]:
+def elsewhere(laptop: Laptop, request: ResolvedRequest, found: Survey) -> tuple[ResolvedRequest, Survey]:
     """Return the same request and survey for the GPU of another machine.
 
     Without a GPU here, the bytes of the weights come from the files' headers. KV cache and compute buffers are those
@@ -89,13 +89,13 @@ def elsewhere(laptop: Laptop, wanted: ResolvedRequest, found: Survey) -> tuple[R
     from edge_speq._native import Device
 
     gpu = Device("laptop", "a GPU that is not this machine's", True, False, laptop.vram_bytes, laptop.vram_bytes)
-    if not wanted.device.is_gpu:
+    if not request.device.is_gpu:
         draft = found.draft
-        if wanted.draft is not None:
-            draft = dataclasses.replace(draft, model_bytes=_on_gpu(wanted.draft, experts=True))
-        target = dataclasses.replace(found.target, model_bytes=_on_gpu(wanted.model, experts=False))
+        if request.draft is not None:
+            draft = dataclasses.replace(draft, model_bytes=_on_gpu(request.draft, experts=True))
+        target = dataclasses.replace(found.target, model_bytes=_on_gpu(request.model, experts=False))
         found = dataclasses.replace(found, target=target, draft=draft)
-    return dataclasses.replace(wanted, device=gpu), found
+    return dataclasses.replace(request, device=gpu), found
 
 
 def _on_gpu(path: Path, *, experts: bool) -> int:
@@ -126,21 +126,21 @@ def _estimate(
     return estimate(experts, decided, laptop, recorded, share)
 
 
-def summarize_plan(wanted: ResolvedRequest, found: Survey, decided: Plan, n_ctx: int) -> dict[str, Any]:
-    experts, on_gpu = found.experts, wanted.device.is_gpu
+def summarize_plan(request: ResolvedRequest, found: Survey, decided: Plan, n_ctx: int) -> dict[str, Any]:
+    experts, on_gpu = found.experts, request.device.is_gpu
     slots = decided.slots or (0,) * len(experts.groups)
     resident = experts.total_bytes if decided.placement == "all" and on_gpu else decided.slot_bytes
     drafts = (
-        wanted.draft is not None or wanted.draft_spec.itself
+        request.draft is not None or request.draft_spec.itself
     ) and decided.max_draft_tokens > 0  # the plan may drop the draft
     fixed = found.target.total + (found.draft.total if drafts else 0)
     # the plan counts routing buffers and padding in addition to the survey
     overhead = decided.fixed_bytes - fixed if decided.fixed_bytes else 0
     return {
-        "model": _file(wanted.model),
-        "draft": _draft(wanted),
+        "model": _file(request.model),
+        "draft": _draft(request),
         "n_ctx": n_ctx,
-        "device": dataclasses.asdict(wanted.device),
+        "device": dataclasses.asdict(request.device),
         "memory": {
             "target": _memory(found.target),
             "draft": _memory(found.draft) if drafts else None,
@@ -178,13 +178,13 @@ def _file(path: Path) -> dict[str, Any]:
     }
 
 
-def _draft(wanted: ResolvedRequest) -> dict[str, Any] | None:
+def _draft(request: ResolvedRequest) -> dict[str, Any] | None:
     """Return the draft's file and sizes; path "self" if the model drafts for itself."""
-    if wanted.draft is not None:
-        return _file(wanted.draft)
-    if not wanted.draft_spec.itself:
+    if request.draft is not None:
+        return _file(request.draft)
+    if not request.draft_spec.itself:
         return None
-    twin = wanted.draft_spec.twin
+    twin = request.draft_spec.twin
     path, n_bytes = ("self", 0) if twin is None else (str(twin.path), twin.n_bytes)
     return {"path": path, "dense_bytes": 0, "expert_bytes": n_bytes}
 

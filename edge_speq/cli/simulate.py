@@ -58,7 +58,7 @@ def simulate(options: argparse.Namespace) -> int:
     policies = registry.names(options.policy)
     if options.policy == "all" and learned is None:
         policies = [name for name in policies if name != "learned"]
-    wanted = report.SimulateOptions(
+    request = report.SimulateOptions(
         policies=policies,
         shares=[parse_share(share.strip()) for share in options.resident.split(",")],
         link_bytes_per_s=parse_rate(options.link_bandwidth, "--link-bandwidth"),
@@ -70,7 +70,7 @@ def simulate(options: argparse.Namespace) -> int:
         foresight=learned,
     )
     traces = [trace.read(path) for path in options.traces]
-    rows = report.simulate(traces, wanted, lambda text: print(f"simulate: {text}", file=sys.stderr))
+    rows = report.simulate(traces, request, lambda text: print(f"simulate: {text}", file=sys.stderr))
     if options.plot is not None:
         from edge_speq.simulate import plot
 

@@ -72,9 +72,9 @@ def tune(options: argparse.Namespace) -> int:
     options.draft = None if not several else ",".join(several) if chooses else several[0]
     arguments.with_demo_defaults(options)
     bounds = {"resident": options.resident, "vram_budget": options.vram_budget}
-    wanted = TuneOptions(options.model, options.draft, bounds, arguments.llama_options(options), options.seconds)
+    request = TuneOptions(options.model, options.draft, bounds, arguments.llama_options(options), options.seconds)
     with Line(name="tune", quiet=options.json) as line:
-        found = choose_draft.Choice(wanted, several, line.say).run() if chooses else Tuner(wanted, line.say).run()
+        found = choose_draft.Choice(request, several, line.say).run() if chooses else Tuner(request, line.say).run()
     path = None if options.dry_run else profiles.store(found)
     summary = {"profile": None if path is None else str(path), **dataclasses.asdict(found)}
     print(json.dumps(summary) if options.json else report(found))

@@ -70,7 +70,7 @@ class PackSummary:
 def pack(
     model: str | Path,
     out: str | Path,
-    wanted: PackOptions,
+    options: PackOptions,
     *,
     force: bool = False,
     dry_run: bool = False,
@@ -78,20 +78,20 @@ def pack(
 ) -> PackSummary:
     """Write the packed file and return a summary. Raises EdgeError if the model does not allow the options."""
     file = check_model(model)
-    if wanted.alignment not in ALIGNMENTS:
+    if options.alignment not in ALIGNMENTS:
         most = ALIGNMENTS[-1]
-        raise EdgeError(f"an alignment of {wanted.alignment}", f"give a power of two from 32 to {most}", usage=True)
+        raise EdgeError(f"an alignment of {options.alignment}", f"give a power of two from 32 to {most}", usage=True)
     blocks = expert_tensors.blocks(file)
     whys = {index: why for index, block in blocks.items() if (why := _unfusable(file, block))}
-    if wanted.fuse and whys:
+    if options.fuse and whys:
         expert_tensors.refuse(file, f"gate and up cannot be fused: {next(iter(whys.values()))}", "leave --fuse out")
-    fused = set() if wanted.fuse is False else set(blocks) - set(whys)
+    fused = set() if options.fuse is False else set(blocks) - set(whys)
     with Source(file) as source:
-        size = _rewrite(source, blocks, fused, {}, wanted.alignment).size
+        size = _rewrite(source, blocks, fused, {}, options.alignment).size
         atomic.check(out, force, sources=file.paths, expected_bytes=size)
-        trace = _trace(file, blocks, wanted.order)
+        trace = _trace(file, blocks, options.order)
         orders = {index: ordering.chain(ids, _n_expert(blocks[index])) for index, ids in trace.items()}
-        rewrite = _rewrite(source, blocks, fused, orders, wanted.alignment)
+        rewrite = _rewrite(source, blocks, fused, orders, options.alignment)
         if not dry_run:
             with atomic.output(out, force, sources=file.paths, expected_bytes=size) as path:
                 rewrite.write(path, progress)
@@ -101,12 +101,12 @@ def pack(
         out=str(out),
         n_bytes=size,
         source_bytes=file.size,
-        alignment=wanted.alignment,
+        alignment=options.alignment,
         fused_blocks=len(fused),
-        unfused="not wanted" if wanted.fuse is False else next(iter(whys.values()), None),
+        unfused="not requested" if options.fuse is False else next(iter(whys.values()), None),
         n_blocks=len(blocks),
         reads_per_expert=max(reads),
-        aligned_experts=_aligned_share(rewrite, wanted.alignment),
+        aligned_experts=_aligned_share(rewrite, options.alignment),
         runs_before=_mean_runs(trace, same) if trace else None,
         runs=_mean_runs(trace, orders) if trace else None,
     )

@@ -41,20 +41,20 @@ def read(file: GGUFFile, target: GGUFFile) -> DraftExpertsFile:
 
     path, n_layers = file.paths[0], _n_layers(target)
     made_for = file.fields.get(ROUTERS_HASH)
-    wanted = _experts(target)
-    blocks = {layer: number for number, layer in enumerate(sorted({layer for layer, _ in wanted}))}
+    expected = _experts(target)
+    blocks = {layer: number for number, layer in enumerate(sorted({layer for layer, _ in expected}))}
     numbers = {name: number for number, (name, _, _) in TYPES.items()}
     rows = []
     for name, span in layout.spans(file).items():
         match = EXPERTS.fullmatch(name)
         if match and int(match[1]) >= n_layers:
             continue
-        like = wanted.get((int(match[1]), match[2])) if match else None
+        like = expected.get((int(match[1]), match[2])) if match else None
         if match is None or like is None or span.tensor.ne != target.tensors[name].ne:
             raise _of_another(path, f"{name} is not one of its experts")
         rows.append((blocks[int(match[1])], ROLES[match[2]], numbers[span.tensor.type], span.offset))
-    if len(rows) != len(wanted):
-        raise _of_another(path, f"it has {len(rows)} expert tensors, the model {len(wanted)}")
+    if len(rows) != len(expected):
+        raise _of_another(path, f"it has {len(rows)} expert tensors, the model {len(expected)}")
     if made_for is None or made_for.value != routers_hash(target):
         raise _of_another(path, "it was made for other routers")
     if len(file.paths) > 1:

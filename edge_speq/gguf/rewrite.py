@@ -66,15 +66,15 @@ class Source:
     def read(self, tensor: Tensor, start: int = 0, size: int | None = None) -> bytes:
         """Return `size` bytes of a tensor from `start`; by default all. Raises EdgeError if they cannot be read."""
         path, position = tensor.file, self._spans[tensor.name].offset
-        wanted = tensor.n_bytes - start if size is None else size
+        length = tensor.n_bytes - start if size is None else size
         try:
             if path not in self._open:
                 self._open[path] = path.open("rb")
             self._open[path].seek(position + start)
-            data = self._open[path].read(wanted)
+            data = self._open[path].read(length)
         except OSError as error:
             raise EdgeError(f"{path} cannot be read: {error.strerror}") from error
-        if len(data) < wanted:
+        if len(data) < length:
             raise EdgeError(f"{path} became shorter while it was read", "let nobody write to it meanwhile")
         return data
 

@@ -126,7 +126,7 @@ def _stamp() -> dict[str, Any]:
     }
 
 
-def read(path: Path, wanted: Key) -> TuneProfile:
+def read(path: Path, expected: Key) -> TuneProfile:
     """Return the profile in a file. Raises EdgeError if it is corrupt, stale or made for another model or device."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -141,7 +141,7 @@ def read(path: Path, wanted: Key) -> TuneProfile:
         if data.get(name) != now:
             raise EdgeError(f"the profile {path} is stale: {name} was {data.get(name)!r} and is {now!r}", AGAIN)
     for field in dataclasses.fields(Key):
-        if getattr(profile.key, field.name) != getattr(wanted, field.name):
+        if getattr(profile.key, field.name) != getattr(expected, field.name):
             raise EdgeError(f"the profile {path} was made for another {field.name}", AGAIN)
     _require_draft(profile, path)
     return profile

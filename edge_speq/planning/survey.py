@@ -103,78 +103,78 @@ def _next_layer_prefetch(request: LoadRequest, on_miss: str, device: _native.Dev
     return device.is_gpu and on_miss != "fetch" and request.policy not in PUBLISHED_POLICIES
 
 
-def prepare(wanted: ResolvedRequest, model_params: Any, context_params: Any) -> tuple[Any, Any]:
+def prepare(request: ResolvedRequest, model_params: Any, context_params: Any) -> tuple[Any, Any]:
     """Set the native parameters (in place) that slots and the policy need.
 
     Return the draft's model parameters, and an object that must stay alive until the model is loaded.
     """
     context_params.swa_full = True  # rolling back drafted tokens needs the whole window
-    if wanted.policy == "specmoeoff":  # KV cache and attention on the host, as in SpecMoEOff
+    if request.policy == "specmoeoff":  # KV cache and attention on the host, as in SpecMoEOff
         context_params.offload_kqv = False
     draft_params = loading.copy_params(model_params)
     # repacked weights are copies in RAM, which a budget would have to count
-    draft_params.use_extra_bufts = wanted.budget_bytes is None
-    if wanted.sub_experts is not None:
-        wanted.sub_experts.use(model_params)
+    draft_params.use_extra_bufts = request.budget_bytes is None
+    if request.sub_experts is not None:
+        request.sub_experts.use(model_params)
     return draft_params, loading.experts_on_host(model_params)
 
 
-def draft_contexts(wanted: ResolvedRequest, context_params: Any) -> Any:
+def draft_contexts(request: ResolvedRequest, context_params: Any) -> Any:
     """Return the draft's context parameters: a copy, with attention on the device even under policy specmoeoff."""
     made = loading.copy_params(context_params)
-    made.offload_kqv = made.offload_kqv or wanted.policy == "specmoeoff"
+    made.offload_kqv = made.offload_kqv or request.policy == "specmoeoff"
     return made
 
 
-def survey(wanted: ResolvedRequest, model_params: Any, draft_params: Any, context_params: Any | None) -> Survey:
+def survey(request: ResolvedRequest, model_params: Any, draft_params: Any, context_params: Any | None) -> Survey:
     """Dry-load model and draft with prepared parameters. Without context_params find the experts only."""
     contexts = None if context_params is None else loading.copy_params(context_params)
     if contexts is not None and contexts.n_ctx == 0:
         contexts.n_batch = contexts.n_ubatch = 512  # llama_cpp.Llama fills these in after loading
-    experts, target = loading.dry_load(wanted.model, model_params, contexts, "model")
-    draft = wanted.draft_spec.memory
-    if wanted.draft is not None and contexts is not None:
-        _, draft = loading.dry_load(wanted.draft, draft_params, draft_contexts(wanted, contexts), "draft")
+    experts, target = loading.dry_load(request.model, model_params, contexts, "model")
+    draft = request.draft_spec.memory
+    if request.draft is not None and contexts is not None:
+        _, draft = loading.dry_load(request.draft, draft_params, draft_contexts(request, contexts), "draft")
     return Survey(experts, target, draft)
 
 
-def losses(wanted: ResolvedRequest, experts: Experts, k_max: int) -> str:
+def losses(request: ResolvedRequest, experts: Experts, k_max: int) -> str:
     """Return how a token runs fewer experts than the model's router chose, as a text; "" if it runs all of them."""
-    if wanted.sub_experts is not None and experts.n_expert_used < wanted.sub_experts.all_used:
-        return f"lossy: a token runs {experts.n_expert_used} of its experts' {wanted.sub_experts.all_used} parts"
-    if wanted.policy == "moe-spec" and k_max:
+    if request.sub_experts is not None and experts.n_expert_used < request.sub_experts.all_used:
+        return f"lossy: a token runs {experts.n_expert_used} of its experts' {request.sub_experts.all_used} parts"
+    if request.policy == "moe-spec" and k_max:
         return "lossy: a verify step runs a budget of experts, not all that its tokens' routers choose"
     return ""
 
 
-def decide(wanted: ResolvedRequest, found: Survey) -> Plan:
+def decide(request: ResolvedRequest, found: Survey) -> Plan:
     """Return the plan. With a shared budget, other models have already made room when this returns.
 
     Raises EdgeError if no plan is possible; the hint names the nearest possible request.
     """
-    budget_bytes, policy = wanted.budget_bytes, wanted.policy
-    if wanted.shared is not None:
+    budget_bytes, policy = request.budget_bytes, request.policy
+    if request.shared is not None:
         experts = found.experts.total_bytes if policy in SLOT_POLICIES else 0
-        whole = found.experts.total_bytes if policy == "all" and wanted.device.is_gpu else 0
-        budget_bytes = wanted.shared.admit(wanted, experts, found.fixed_bytes + whole)
+        whole = found.experts.total_bytes if policy == "all" and request.device.is_gpu else 0
+        budget_bytes = request.shared.admit(request, experts, found.fixed_bytes + whole)
         if policy == "auto" and found.experts.n_blocks:
             policy = "lfru"  # slots can be given back later, resident experts cannot
     made = planner.plan(
         found.experts,
         policy=policy,
-        resident=wanted.resident,
+        resident=request.resident,
         budget_bytes=budget_bytes,
-        fixed_bytes=found.fixed_bytes if wanted.budget_bytes is not None else 0,
-        draft_tokens=wanted.draft_tokens,
-        has_draft=wanted.draft is not None or wanted.draft_model is not None or wanted.draft_spec.itself,
-        experts_mapped=not wanted.device.is_gpu,
-        draft_bytes=found.draft.total if wanted.budget_bytes is not None else 0,
-        shared_memory=not wanted.is_bounded and wanted.device.is_integrated,
-        hybrid=wanted.hybrid,
+        fixed_bytes=found.fixed_bytes if request.budget_bytes is not None else 0,
+        draft_tokens=request.draft_tokens,
+        has_draft=request.draft is not None or request.draft_model is not None or request.draft_spec.itself,
+        experts_mapped=not request.device.is_gpu,
+        draft_bytes=found.draft.total if request.budget_bytes is not None else 0,
+        shared_memory=not request.is_bounded and request.device.is_integrated,
+        hybrid=request.hybrid,
     )
-    if wanted.draft_spec.itself and made.placement != "slots":
-        made = dataclasses.replace(made, max_draft_tokens=0, reason=spec.require_slots(made, wanted.policy))
-    lossy = losses(wanted, found.experts, made.max_draft_tokens)
+    if request.draft_spec.itself and made.placement != "slots":
+        made = dataclasses.replace(made, max_draft_tokens=0, reason=spec.require_slots(made, request.policy))
+    lossy = losses(request, found.experts, made.max_draft_tokens)
     if not lossy:
         return made
     log.warning("policy %s is %s", policy, lossy)

@@ -39,46 +39,46 @@ class SimulateOptions:
 
 
 def simulate(
-    traces: Sequence[Trace], wanted: SimulateOptions, said: Callable[[str], None] = lambda _: None
+    traces: Sequence[Trace], options: SimulateOptions, said: Callable[[str], None] = lambda _: None
 ) -> list[Row]:
     """Return a row for each policy and one for Belady's rule, per trace, share and class of texts.
 
     A share that is too small for a trace's draft length is reported through `said` and skipped. Raises EdgeError if
     every share was skipped.
     """
-    if "learned" in wanted.policies and wanted.foresight is None:
+    if "learned" in options.policies and options.foresight is None:
         raise EdgeError("policy learned needs a trained predictor", LEARN, usage=True)
     rows: list[Row] = []
     refused = None
     for trace in traces:
-        for share in wanted.shares:
+        for share in options.shares:
             try:
-                setting = make_setting(trace, share, wanted)
+                setting = make_setting(trace, share, options)
             except EdgeError as error:
                 refused = error
                 said(f"{trace.path.name}: {error.message}")
                 continue
-            for domain, steps in _classes(trace, wanted.by_class):
-                rows += _rows(trace, steps, domain, share, setting, wanted)
+            for domain, steps in _classes(trace, options.by_class):
+                rows += _rows(trace, steps, domain, share, setting, options)
     if not rows and refused is not None:
         raise refused
     return rows
 
 
-def make_setting(trace: Trace, share: float, wanted: SimulateOptions) -> PolicyContext:
+def make_setting(trace: Trace, share: float, options: SimulateOptions) -> PolicyContext:
     experts = trace.experts
     if not experts.n_blocks:
         raise EdgeError(f"{trace.path} is of a model without routed experts", "record a MoE")
-    learned = wanted.foresight
+    learned = options.foresight
     if learned is not None:
         learned.require(experts, trace.draft_experts)
     slots = slots_for(experts, share, trace.k_max)
-    link = wanted.link_bytes_per_s
+    link = options.link_bytes_per_s
     made = PolicyContext.nominal(experts, slots, trace.k_max, link, learned, has_twin=_has_twin(trace))
-    if wanted.block_ms is not None:
-        draft_ms = wanted.block_ms * experts.n_blocks if trace.k_max else 0.0
-        made = dataclasses.replace(made, block_ms=wanted.block_ms, draft_ms=draft_ms)
-    return made if wanted.draft_ms is None else dataclasses.replace(made, draft_ms=wanted.draft_ms)
+    if options.block_ms is not None:
+        draft_ms = options.block_ms * experts.n_blocks if trace.k_max else 0.0
+        made = dataclasses.replace(made, block_ms=options.block_ms, draft_ms=draft_ms)
+    return made if options.draft_ms is None else dataclasses.replace(made, draft_ms=options.draft_ms)
 
 
 def _has_twin(trace: Trace) -> bool:
@@ -94,13 +94,13 @@ def _classes(trace: Trace, by_class: bool) -> Iterator[tuple[str, Sequence[Step]
 
 
 def _rows(
-    trace: Trace, steps: Sequence[Step], domain: str, share: float, setting: PolicyContext, wanted: SimulateOptions
+    trace: Trace, steps: Sequence[Step], domain: str, share: float, setting: PolicyContext, options: SimulateOptions
 ) -> Iterator[Row]:
     costs = StepCosts.of_setting(setting)
-    if wanted.cpu_ms is not None:
-        costs = dataclasses.replace(costs, cpu_ms=wanted.cpu_ms)
+    if options.cpu_ms is not None:
+        costs = dataclasses.replace(costs, cpu_ms=options.cpu_ms)
     best = bounds(steps, setting, costs)
-    timed = {"governed": wanted.governed, "drafts": wanted.governed}
+    timed = {"governed": options.governed, "drafts": options.governed}
     lru = Replay("lru", setting, costs).run(steps)
     quality = window(steps, trace.experts, WINDOW) if setting.has_twin else None
     about = {
@@ -112,7 +112,7 @@ def _rows(
         "link_bytes_per_s": setting.link_bytes_per_s,
     }
     yield about | _belady_row(best, lru)
-    for name in wanted.policies:
+    for name in options.policies:
         outcome = lru if name == "lru" else Replay(name, setting, costs, **timed).run(steps)
         row = about | _row(outcome, lru, best)
         if quality is not None:

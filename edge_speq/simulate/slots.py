@@ -75,7 +75,7 @@ class Residency:
         self._unused = bytearray(experts.total)  # prefetched and not used since
         self._last = [0] * experts.total
         self._pinned: list[Key] = []
-        self._worth: list[float] = [0.0] * experts.total
+        self._scores: list[float] = [0.0] * experts.total
         self._expected: dict[Key, float] = {}  # scores of experts that the coming step is expected to use
         self._orders: list[tuple[Key, int, float]] = []  # key, deadline, score; the most urgent last
         self._ordered_at = self._budget = 0
@@ -137,13 +137,13 @@ class Residency:
                 self._offer(pool, key)
 
     def _offer(self, pool: _Pool, key: Key) -> None:
-        worth = self._expected.get(key)
-        heapq.heappush(pool.heap, (self._worth[key] if worth is None else worth, self._last[key], key))
+        score = self._expected.get(key)
+        heapq.heappush(pool.heap, (self._scores[key] if score is None else score, self._last[key], key))
 
-    def _find(self, pool: _Pool, wanted: list[Key]) -> tuple[list[Key], bool]:
+    def _find(self, pool: _Pool, keys: list[Key]) -> tuple[list[Key], bool]:
         """Pin the keys that are in slots. Return the absent keys, and whether a demanded key is still in transfer."""
         state, missing, late, clock = self._state, [], False, pool.clock
-        for key in wanted:
+        for key in keys:
             found = state[key]
             if found == ABSENT:
                 missing.append(key)
@@ -232,7 +232,7 @@ class Residency:
         """Change the slot counts between steps, and load the experts with the highest scores that fit."""
         self._orders = []
         self._settle_flight()
-        kept = [self._most_worth(pool, n) for pool, n in zip(self._pools, slots, strict=True)]
+        kept = [self._highest_scored(pool, n) for pool, n in zip(self._pools, slots, strict=True)]
         self._take_over_scores()
         self._expected = {}
         for pool, n, keys in zip(self._pools, slots, kept, strict=True):
@@ -244,13 +244,13 @@ class Residency:
             self.bytes_fetched += len(keys) * pool.expert_bytes
         self._rebuild()
 
-    def _most_worth(self, pool: _Pool, n: int) -> list[Key]:
+    def _highest_scored(self, pool: _Pool, n: int) -> list[Key]:
         held = [key for key in pool.keys.tolist() if self._state[key]]
-        return sorted(held, key=lambda key: (self.worth(key), self._last[key]), reverse=True)[:n]
+        return sorted(held, key=lambda key: (self.score(key), self._last[key]), reverse=True)[:n]
 
     def _take_over_scores(self) -> Scores:
         scores: Scores = _finite(self.scores).reshape(-1)
-        self._worth = scores.tolist()
+        self._scores = scores.tolist()
         return scores
 
     def _rebuild(self) -> None:
@@ -258,9 +258,9 @@ class Residency:
         pinned = set(self._pinned)
         for pool in self._pools:
             keys = pool.keys[state[pool.keys] == RESIDENT].tolist()
-            pool.heap = [(self._worth[key], self._last[key], key) for key in keys if key not in pinned]
+            pool.heap = [(self._scores[key], self._last[key], key) for key in keys if key not in pinned]
             if self._expected:
-                pool.heap = [(self._expected.get(key, worth), last, key) for worth, last, key in pool.heap]
+                pool.heap = [(self._expected.get(key, score), last, key) for score, last, key in pool.heap]
             heapq.heapify(pool.heap)
 
     def _run_orders(self) -> None:
@@ -269,16 +269,16 @@ class Residency:
                 self._land()
             if self._flight is not None or not self._orders:
                 return
-            key, deadline, worth = self._orders.pop()
+            key, deadline, score = self._orders.pop()
             if deadline > self._reached:
-                self._begin(key, worth)
+                self._begin(key, score)
 
-    def _begin(self, key: Key, worth: float) -> None:
+    def _begin(self, key: Key, score: float) -> None:
         pool = self._pool_of[key // self._experts.n_expert]
-        if self._state[key] or pool.expert_bytes > self._budget or not self._take(pool, key, worth):
+        if self._state[key] or pool.expert_bytes > self._budget or not self._take(pool, key, score):
             return
         self._unused[key] = 1
-        self._expected[key] = worth
+        self._expected[key] = score
         self._budget -= pool.expert_bytes
         self.prefetched += 1
         self.bytes_fetched += pool.expert_bytes
@@ -301,9 +301,9 @@ class Residency:
 
     # --- slots -----------------------------------------------------------------------------------------
 
-    def worth(self, key: Key) -> float:
+    def score(self, key: Key) -> float:
         """Return the score of a key plus its expected use in the coming step, as the native pool adds them."""
-        return self._expected.get(key, self._worth[key])
+        return self._expected.get(key, self._scores[key])
 
     def _take(self, pool: _Pool, key: Key, price: float) -> bool:
         """Take a slot for the key: a free one, or that of the lowest score if that is below `price`. Return success."""
@@ -318,11 +318,11 @@ class Residency:
     def _evict(self, pool: _Pool, price: float) -> bool:
         heap, state, last = pool.heap, self._state, self._last
         while heap:
-            worth, used, key = heap[0]
-            if state[key] != RESIDENT or used != last[key] or worth != self.worth(key):
+            score, used, key = heap[0]
+            if state[key] != RESIDENT or used != last[key] or score != self.score(key):
                 heapq.heappop(heap)
                 continue
-            if worth >= price:
+            if score >= price:
                 return False
             heapq.heappop(heap)
             state[key] = self._unused[key] = ABSENT
@@ -388,7 +388,7 @@ class Belady(Residency):
 
     def demand(self, block: int, ids: Iterable[int]) -> None:
         for key, later in self._next[self._time].items():
-            self._worth[key] = -later
+            self._scores[key] = -later
         self._time += 1
         super().demand(block, ids)
 

@@ -18,14 +18,14 @@ from edge_speq.drafting.spec import is_file
 from edge_speq.errors import EdgeError
 from edge_speq.planning import profile as profiles
 from edge_speq.planning.profile import TuneProfile
-from edge_speq.tune.measure import Trial, Worth
+from edge_speq.tune.measure import DraftValue, Trial
 from edge_speq.tune.predict import PREFERENCE
 from edge_speq.tune.tuner import TuneOptions, Tuner
 
 NONE = "none"
 IN_TURN = 0.3  # share of the time that is reserved for alternating measurements
 ROUNDS = 3  # alternating measurements of each draft, at most
-WORTH = tuple(field.name for field in dataclasses.fields(Worth))
+DRAFT_VALUES = tuple(field.name for field in dataclasses.fields(DraftValue))
 
 
 def names(given: Sequence[str]) -> list[str]:
@@ -72,11 +72,13 @@ class Choice:
     Raises EdgeError if a draft file is not a GGUF file.
     """
 
-    def __init__(self, wanted: TuneOptions, drafts: Sequence[str], say: Callable[[str], None] = lambda _: None) -> None:
-        self._wanted, self._say = wanted, say
-        self._until = time.monotonic() + wanted.seconds
+    def __init__(
+        self, request: TuneOptions, drafts: Sequence[str], say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._request, self._say = request, say
+        self._until = time.monotonic() + request.seconds
         self._keys = {
-            name: profiles.key(wanted.model, None if name == NONE else name) for name in dict.fromkeys([NONE, *drafts])
+            name: profiles.key(request.model, None if name == NONE else name) for name in dict.fromkeys([NONE, *drafts])
         }
         self._entries: list[_Entry] = []
         self._left_out: dict[str, str] = {}
@@ -88,16 +90,16 @@ class Choice:
         Raises EdgeError if the model does not fit even without a draft.
         """
         for n_done, name in enumerate(self._keys):
-            self._tune(name, (self._left() - IN_TURN * self._wanted.seconds) / (len(self._keys) - n_done))
+            self._tune(name, (self._left() - IN_TURN * self._request.seconds) / (len(self._keys) - n_done))
         self._measure_in_turn()
         return self._profile(self._fastest())
 
     def _tune(self, name: str, seconds: float) -> None:
         is_none = name == NONE
-        wanted = dataclasses.replace(
-            self._wanted, draft=None if is_none else name, seconds=max(1.0, seconds), must_draft=not is_none
+        request = dataclasses.replace(
+            self._request, draft=None if is_none else name, seconds=max(1.0, seconds), must_draft=not is_none
         )
-        tuner = Tuner(wanted, lambda text: self._say(f"{name}: {text}"))
+        tuner = Tuner(request, lambda text: self._say(f"{name}: {text}"))
         try:
             found = tuner.run()
         except EdgeError as error:
@@ -126,7 +128,7 @@ class Choice:
             started = time.monotonic()
             for n_threads, entry in itertools.product(threads, self._entries):
                 self._say(f"{entry.name}: measuring in turn, round {number}, n_threads={n_threads}")
-                seconds = max(1.0, 0.1 * self._wanted.seconds / len(self._keys))
+                seconds = max(1.0, 0.1 * self._request.seconds / len(self._keys))
                 try:
                     run = entry.tuner.trial(entry.chosen | {"n_threads": n_threads}, n, seconds)
                 except EdgeError as error:  # another process may have taken the device's memory
@@ -151,7 +153,7 @@ class Choice:
 
     def _profile(self, chosen: _Entry) -> TuneProfile:
         rows = [self._row(name, chosen) for name in self._keys]
-        seconds = round(self._wanted.seconds - self._left(), 1)
+        seconds = round(self._request.seconds - self._left(), 1)
         found = chosen.found.found | {"drafts": rows, "skipped": self._skipped, "seconds": seconds}
         made_for, bounds = self._keys[NONE], chosen.found.bounds
         if chosen.name == NONE:
@@ -162,13 +164,13 @@ class Choice:
     def _row(self, name: str, chosen: _Entry) -> dict[str, Any]:
         """Return the report's row of one draft. Values that do not apply or were not measured are None."""
         entry = next((entry for entry in self._entries if entry.name == name), None)
-        worth, best = (None, None) if entry is None else (entry.tuner.worth, entry.best)
+        draft_value, best = (None, None) if entry is None else (entry.tuner.draft_value, entry.best)
         predicted = [] if entry is None else entry.found.found["candidates"]
         return {
             "draft": name,
             "chosen": entry is chosen,
             "left_out": self._left_out.get(name),
-            **{name: getattr(worth, name, None) for name in WORTH},
+            **{name: getattr(draft_value, name, None) for name in DRAFT_VALUES},
             "predicted_tok_per_s": predicted[0]["predicted_tok_per_s"] if predicted else None,
             "tok_per_s": None if best is None else best.tok_per_s,
             "hit_rate": None if best is None else best.hit_rate,

@@ -68,7 +68,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Worth:
+class DraftValue:
     """Memory, acceptance and prediction quality of a draft that drafts k tokens in every step."""
 
     draft_bytes: int  # on the compute device
@@ -185,10 +185,10 @@ def trial(model: str, options: dict[str, Any], texts: Sequence[str], n: int, sec
         return Trial(done.tok_per_s, time.monotonic() - started, done.tokens_per_step, done.hit_rate)
 
 
-def worth(llm: EdgeLlama | Gauge, done: Live) -> Worth:
+def draft_value(llm: EdgeLlama | Gauge, done: Live) -> DraftValue:
     """Return the value of a model's draft. `done`: text in which every step drafted as many tokens as allowed."""
     plan, foreseen = llm.stats().plan, llm.stats().foreseen or {}
-    return Worth(
+    return DraftValue(
         draft_bytes=llm.draft_bytes(),
         resident=1.0 if plan.placement == "all" else plan.resident,
         k=plan.max_draft_tokens,

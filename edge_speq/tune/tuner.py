@@ -19,7 +19,7 @@ from edge_speq.policies.context import PolicyContext
 from edge_speq.simulate.costs import StepCosts
 from edge_speq.trace import Step
 from edge_speq.tune import measure, predict
-from edge_speq.tune.measure import FEWEST_TOKENS, MOST_TOKENS, PROMPT_TOKENS, Gauge, Live, Trial, Worth
+from edge_speq.tune.measure import FEWEST_TOKENS, MOST_TOKENS, PROMPT_TOKENS, DraftValue, Gauge, Live, Trial
 from edge_speq.tune.predict import Candidate, Hybrid, Measured
 from edge_speq.units import parse_share
 
@@ -68,13 +68,13 @@ class _Checked:
 
 
 class Tuner:
-    def __init__(self, wanted: TuneOptions, say: Callable[[str], None] = lambda _: None) -> None:
-        self._wanted, self._say = wanted, say
-        self._until = time.monotonic() + wanted.seconds
+    def __init__(self, request: TuneOptions, say: Callable[[str], None] = lambda _: None) -> None:
+        self._request, self._say = request, say
+        self._until = time.monotonic() + request.seconds
         self._skipped: list[str] = []
         self._texts = [prompt.text for prompt in prompts.bundled(1).chosen]
         self.n = FEWEST_TOKENS  # tokens to generate after each prompt
-        self.worth: Worth | None = None  # of the draft
+        self.draft_value: DraftValue | None = None  # of the draft
         self.trial_seconds = 0.0  # expected time of one trial
         self.best: Trial | None = None  # trial of the chosen options, None if there was no time for it
 
@@ -83,7 +83,7 @@ class Tuner:
 
         Raises EdgeError if the model cannot be loaded with these options.
         """
-        made_for = profiles.key(self._wanted.model, self._wanted.draft)
+        made_for = profiles.key(self._request.model, self._request.draft)
         recording = self._record()
         measured = recording.measured
         if recording.setting is not None:
@@ -93,12 +93,12 @@ class Tuner:
         ranked = predict.candidates(
             scaled, recording.setting, recording.steps, recording.resident, recording.resident_alone
         )
-        if self._wanted.must_draft:
+        if self._request.must_draft:
             ranked = [candidate for candidate in ranked if candidate.draft_tokens]
-        self.trial_seconds = recording.load_seconds + min(5.0, 0.3 * self._wanted.seconds)
+        self.trial_seconds = recording.load_seconds + min(5.0, 0.3 * self._request.seconds)
         checked = self._check(ranked, n_threads, recording)
         self.best = checked[0].trial
-        bounds = {name: self._wanted.bounds.get(name) for name in profiles.BOUNDS}
+        bounds = {name: self._request.bounds.get(name) for name in profiles.BOUNDS}
         return TuneProfile(made_for, bounds, checked[0].chosen, self._found(scaled, ranked, checked))
 
     # --- measuring -------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ class Tuner:
             records.clear()
             done, texts = measure.live(llm, tokens, self.n, self._share_of_time(0.2), llm.begin_passage)
             llm.write()
-            self.worth = measure.worth(llm, done)
+            self.draft_value = measure.draft_value(llm, done)
             llm.sink = None
             drafting = [record for record in records if not record.is_prompt]
             records.clear()
@@ -133,19 +133,19 @@ class Tuner:
 
     @contextlib.contextmanager
     def _gauge(self, on_miss: str, on_step: Callable[[StepRecord], None] | None = None) -> Any:
-        options = self._options(draft_tokens="auto", on_miss=on_miss, must_draft=self._wanted.must_draft)
-        llm = Gauge(self._wanted.model, on_step=on_step, **options)
+        options = self._options(draft_tokens="auto", on_miss=on_miss, must_draft=self._request.must_draft)
+        llm = Gauge(self._request.model, on_step=on_step, **options)
         with contextlib.closing(llm):
             yield llm
 
     def _options(self, **chosen: Any) -> dict[str, Any]:
-        return {"draft": self._wanted.draft, **self._wanted.bounds, **self._wanted.llama, **chosen}
+        return {"draft": self._request.draft, **self._request.bounds, **self._request.llama, **chosen}
 
     def _choose_length(self, llm: Gauge) -> None:
         """Choose the tokens per prompt so that all prompts together take about a tenth of the time."""
         tokens = measure.tokens_of(llm, self._texts[:1], PROMPT_TOKENS)
         tried, _ = measure.live(llm, tokens, FEWEST_TOKENS, self._share_of_time(0.1))
-        tokens_in_time = self._wanted.seconds / 10 * tried.tok_per_s / len(self._texts)
+        tokens_in_time = self._request.seconds / 10 * tried.tok_per_s / len(self._texts)
         self.n = round(min(MOST_TOKENS, max(FEWEST_TOKENS, tokens_in_time)))
 
     def _operators(
@@ -192,7 +192,7 @@ class Tuner:
         ends = sorted({1, k_max + 1})
         found = {llm.n_threads: {w: base[w] for w in ends}}
         for n in tried:
-            if self._left() < 0.5 * self._wanted.seconds:
+            if self._left() < 0.5 * self._request.seconds:
                 self._skip(f"{n} threads: no time")
                 continue
             self._say(f"{n} threads")
@@ -220,7 +220,7 @@ class Tuner:
         plan = llm.stats().plan
         if plan.budget_bytes is None:
             return resident
-        asked = self._wanted.bounds.get("resident")
+        asked = self._request.bounds.get("resident")
         ceiling = 1.0 if asked is None else parse_share(asked)
         return float(min(ceiling, resident + llm.draft_bytes() / llm.experts.total_bytes))
 
@@ -229,7 +229,7 @@ class Tuner:
 
         None if there is no time, loading fails, or nothing is missing; the reason is reported.
         """
-        if self._left() < recording.load_seconds + 0.4 * self._wanted.seconds:
+        if self._left() < recording.load_seconds + 0.4 * self._request.seconds:
             self._skip("hybrid: no time to load the model again")
             return None
         self._say("hybrid execution")
@@ -287,7 +287,7 @@ class Tuner:
 
     def trial(self, chosen: dict[str, Any], n: int, seconds: float) -> Trial:
         """Generate n tokens after each prompt with the chosen options. `seconds` limits each part of the trial."""
-        return measure.trial(self._wanted.model, self._options(**chosen), self._texts, n, seconds)
+        return measure.trial(self._request.model, self._options(**chosen), self._texts, n, seconds)
 
     def _found(self, measured: Measured, ranked: Sequence[Candidate], checked: Sequence[_Checked]) -> dict[str, Any]:
         return {
@@ -295,7 +295,7 @@ class Tuner:
             "candidates": [dataclasses.asdict(candidate) for candidate in ranked],
             "checked": [_row(one) for one in checked],
             "skipped": self._skipped,
-            "seconds": round(self._wanted.seconds - self._left(), 1),
+            "seconds": round(self._request.seconds - self._left(), 1),
         }
 
     # --- time ------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ class Tuner:
         return self._until - time.monotonic()
 
     def _share_of_time(self, share: float) -> float:
-        return max(1.0, min(share * self._wanted.seconds, self._left()))
+        return max(1.0, min(share * self._request.seconds, self._left()))
 
     def _skip(self, what: str) -> None:
         self._skipped.append(what)

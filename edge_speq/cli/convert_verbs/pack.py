@@ -33,12 +33,12 @@ def add_parser(verbs: Any) -> None:
 def pack(options: argparse.Namespace) -> int:
     from edge_speq.convert import pack as packing
 
-    wanted = packing.PackOptions(options.align, options.fuse, options.order)
+    request = packing.PackOptions(options.align, options.fuse, options.order)
     with common.progress(options, "writing") as progress:
         made = packing.pack(
             options.source,
             options.out,
-            wanted,
+            request,
             force=options.force,
             dry_run=options.dry_run,
             progress=progress,

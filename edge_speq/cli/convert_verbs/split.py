@@ -58,7 +58,7 @@ def add_parser(verbs: Any) -> None:
 def split(options: argparse.Namespace) -> int:
     from edge_speq.convert.sub_experts import split as splitting
 
-    wanted = SplitOptions(
+    request = SplitOptions(
         n_sub=options.sub_experts,
         requantize=options.requantize,
         used=options.k,
@@ -72,7 +72,7 @@ def split(options: argparse.Namespace) -> int:
     made = splitting.split(
         options.source,
         options.out,
-        wanted,
+        request,
         force=options.force,
         dry_run=options.dry_run,
         stage=lambda doing, unit: common.progress(options, doing, unit),

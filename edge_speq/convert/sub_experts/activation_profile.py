@@ -93,7 +93,7 @@ def partitions(
     file: GGUFFile,
     blocks: Mapping[int, Block],
     units: Mapping[int, int],
-    wanted: SplitOptions,
+    options: SplitOptions,
     target: Path,
     stage: Stage = unwatched,
 ) -> ActivationProfile:
@@ -104,7 +104,7 @@ def partitions(
     """
     try:
         with tempfile.TemporaryFile(dir=target.parent) as stream:
-            return _partitions(file, blocks, units, wanted, Spool(stream, blocks), stage)
+            return _partitions(file, blocks, units, options, Spool(stream, blocks), stage)
     except OSError as error:
         raise atomic.failure(target, error) from error
 
@@ -113,23 +113,23 @@ def _partitions(
     file: GGUFFile,
     blocks: Mapping[int, Block],
     units: Mapping[int, int],
-    wanted: SplitOptions,
+    options: SplitOptions,
     spool: Spool,
     stage: Stage,
 ) -> ActivationProfile:
-    n, contiguous, best = wanted.n_sub, [], []
-    texts = activations.texts(wanted.text)
+    n, contiguous, best = options.n_sub, [], []
+    texts = activations.texts(options.text)
     with stage("reading", "tokens") as progress:
-        inputs = spool.add_inputs if wanted.tilt else None
+        inputs = spool.add_inputs if options.tilt else None
         found = ActivationProfile(activations.watch(file.paths[0], texts, spool.add, progress, inputs))
     with stage("partitioning", "blocks") as progress:
         for done, index in enumerate(blocks):
             activation = spool.units(index, units[index])
             totals = activation.sum(axis=2, dtype=np.float64)
             seen = spool.counts[index] > 0
-            found.orders[index], shares = _partition(activation, totals, seen, n, wanted, seed=index)
-            if wanted.tilt:
-                found.tilts[index] = router_tilt.tilts(totals, found.orders[index], wanted.tilt)
+            found.orders[index], shares = _partition(activation, totals, seen, n, options, seed=index)
+            if options.tilt:
+                found.tilts[index] = router_tilt.tilts(totals, found.orders[index], options.tilt)
                 found.constants[index] = router_tilt.constant(
                     np.concatenate(spool.inputs.pop(index)).astype(np.float32)
                 )
@@ -146,22 +146,22 @@ def _partition(
     totals: npt.NDArray[np.float64],
     seen: npt.NDArray[np.bool_],
     n: int,
-    wanted: SplitOptions,
+    options: SplitOptions,
     seed: int,
 ) -> tuple[Order, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
     """Return the order of units, and each expert's objective before and after. Unseen experts keep their order."""
     n_expert, n_units, _ = activation.shape
-    spare = wanted.n_spare or n // 2
+    spare = options.n_spare or n // 2
     stay = np.broadcast_to(np.arange(n_units) * n // n_units, (n_expert, n_units))
     total = np.maximum(activation.sum(axis=(1, 2), dtype=np.float64), 1e-30)
     before = partition.objective(partition.masses(activation, stay, n), spare)
-    if wanted.tilt:
+    if options.tilt:
         order = router_tilt.by_mass(totals, n)
         parts = np.empty((n_expert, n_units), np.int64)
         np.put_along_axis(parts, order.reshape(n_expert, -1), np.repeat(np.arange(n), n_units // n)[None], axis=1)
         after = partition.objective(partition.masses(activation, parts, n), spare) / total
     else:
-        parts, _, after = partition.anneal(activation, partition.greedy(totals, n), n, spare, seed, wanted.iterations)
+        parts, _, after = partition.anneal(activation, partition.greedy(totals, n), n, spare, seed, options.iterations)
         order = partition.order(parts, totals, n)
     order[~seen] = partition.contiguous(n_expert, n_units, n)[~seen]
     return order, (before / total, after)

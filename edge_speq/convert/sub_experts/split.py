@@ -89,7 +89,7 @@ class SplitSummary:
 def split(
     model: str | Path,
     out: str | Path,
-    wanted: SplitOptions,
+    options: SplitOptions,
     *,
     force: bool = False,
     dry_run: bool = False,
@@ -99,15 +99,15 @@ def split(
     file = check_model(model)
     blocks = expert_tensors.blocks(file)
     _require_known(file, blocks)
-    n_used = _require_possible(file, blocks, wanted)
-    cuts = {index: Cut(_in_order(block, wanted.n_sub)) for index, block in blocks.items()}
+    n_used = _require_possible(file, blocks, options)
+    cuts = {index: Cut(_in_order(block, options.n_sub)) for index, block in blocks.items()}
     with Source(file) as source:
-        size = _rewrite(source, blocks, cuts, wanted, n_used).size
+        size = _rewrite(source, blocks, cuts, options, n_used).size
         target = atomic.check(out, force, sources=file.paths, expected_bytes=size)
         found, points = None, None
-        if wanted.profiled and not dry_run:
-            units = {index: _unit(block, wanted) for index, block in blocks.items()}
-            found = activation_profile.partitions(file, blocks, units, wanted, target, stage)
+        if options.profiled and not dry_run:
+            units = {index: _unit(block, options) for index, block in blocks.items()}
+            found = activation_profile.partitions(file, blocks, units, options, target, stage)
             cuts = {
                 index: Cut(
                     _neurons(found.orders[index], units[index]), found.tilts.get(index), found.constants.get(index)
@@ -117,13 +117,13 @@ def split(
         if not dry_run:
             with atomic.output(out, force, sources=file.paths, expected_bytes=size) as path:
                 with stage("writing", "") as progress:
-                    _rewrite(source, blocks, cuts, wanted, n_used).write(path, progress)
-                if wanted.measure:
-                    ks = elastic_k.choices(hyperparameter(file, "expert_used_count") * wanted.n_sub, wanted.n_sub)
-                    token_bytes = sum(_part_bytes(block, wanted) for block in blocks.values())
+                    _rewrite(source, blocks, cuts, options, n_used).write(path, progress)
+                if options.measure:
+                    ks = elastic_k.choices(hyperparameter(file, "expert_used_count") * options.n_sub, options.n_sub)
+                    token_bytes = sum(_part_bytes(block, options) for block in blocks.values())
                     with stage("measuring", "points") as progress:
                         points = elastic_k.points(path, ks, token_bytes, progress)
-    return _summary(file, blocks, wanted, n_used, out, size, found, points)
+    return _summary(file, blocks, options, n_used, out, size, found, points)
 
 
 def _require_known(file: GGUFFile, blocks: Mapping[int, Block]) -> None:
@@ -147,43 +147,43 @@ def _n_ff_keys(file: GGUFFile) -> tuple[str, ...]:
     return ("feed_forward_length",) if architecture(file) in N_FF_OF_EXPERTS else ()
 
 
-def _require_possible(file: GGUFFile, blocks: Mapping[int, Block], wanted: SplitOptions) -> int:
+def _require_possible(file: GGUFFile, blocks: Mapping[int, Block], options: SplitOptions) -> int:
     """Check N, k and types. Return the number of sub-experts used per token and block."""
-    n_expert, k, n = hyperparameter(file, "expert_count"), hyperparameter(file, "expert_used_count"), wanted.n_sub
-    units = max(_unit(block, wanted) for block in blocks.values())
+    n_expert, k, n = hyperparameter(file, "expert_count"), hyperparameter(file, "expert_used_count"), options.n_sub
+    units = max(_unit(block, options) for block in blocks.values())
     n_ff = next(iter(blocks.values())).n_ff
     allowed = [m for m in range(2, MAX_EXPERTS // n_expert + 1) if n_ff % (m * units) == 0]
     if n not in allowed:
-        kinds = sorted({_down_type(block, wanted) for block in blocks.values()})
+        kinds = sorted({_down_type(block, options) for block in blocks.values()})
         why = (
             f"{n} sub-experts are not possible: an expert's {n_ff} neurons, in blocks of {units} ({', '.join(kinds)}), "
         )
         why += f"and at most {MAX_EXPERTS} experts allow {', '.join(map(str, allowed)) or 'none'}"
-        free = "" if wanted.requantize else ", or give --requantize q8_0 (blocks of 32) or f16 (no blocks)"
+        free = "" if options.requantize else ", or give --requantize q8_0 (blocks of 32) or f16 (no blocks)"
         raise EdgeError(why, f"choose one of these{free}" if allowed else free.removeprefix(", or "), usage=True)
     for block in blocks.values():
-        if wanted.requantize is None and block.get("down.weight").type not in quant_blocks.SCALABLE:
+        if options.requantize is None and block.get("down.weight").type not in quant_blocks.SCALABLE:
             kind = block.get("down.weight").type
             raise EdgeError(f"the scales of {kind} cannot be multiplied in place", "give --requantize q8_0", usage=True)
-    used = k * n if wanted.used is None else wanted.used
-    if wanted.tilt and architecture(file) not in SCALED:
+    used = k * n if options.used is None else options.used
+    if options.tilt and architecture(file) not in SCALED:
         expert_tensors.refuse(
             file, f"llama.cpp's graph of {architecture(file)} has no scales of experts", "leave --tilt out"
         )
-    if wanted.tilt and not (0 < wanted.tilt <= 1 and wanted.profiled):
-        raise EdgeError(f"a tilt of {wanted.tilt}", "give more than 0 and at most 1, and a profile", usage=True)
+    if options.tilt and not (0 < options.tilt <= 1 and options.profiled):
+        raise EdgeError(f"a tilt of {options.tilt}", "give more than 0 and at most 1, and a profile", usage=True)
     if not 1 <= used <= k * n:
         raise EdgeError(f"k={used} is not a number of sub-experts", f"give 1 to {k * n}", usage=True)
     return used
 
 
-def _down_type(block: Block, wanted: SplitOptions) -> str:
-    return wanted.requantize.upper() if wanted.requantize else block.get("down.weight").type
+def _down_type(block: Block, options: SplitOptions) -> str:
+    return options.requantize.upper() if options.requantize else block.get("down.weight").type
 
 
-def _unit(block: Block, wanted: SplitOptions) -> int:
+def _unit(block: Block, options: SplitOptions) -> int:
     """Return how many neurons move together: a block of down, or one if down is requantized."""
-    return 1 if wanted.requantize else quant_blocks.block(block.get("down.weight").type)[0]
+    return 1 if options.requantize else quant_blocks.block(block.get("down.weight").type)[0]
 
 
 def _in_order(block: Block, n_sub: int) -> Order:
@@ -197,9 +197,9 @@ def _neurons(units: Order, size: int) -> Order:
 
 
 def _rewrite(
-    source: Source, blocks: Mapping[int, Block], cuts: Mapping[int, Cut], wanted: SplitOptions, n_used: int
+    source: Source, blocks: Mapping[int, Block], cuts: Mapping[int, Cut], options: SplitOptions, n_used: int
 ) -> Rewrite:
-    file, n = source.file, wanted.n_sub
+    file, n = source.file, options.n_sub
     arch, n_ff = architecture(file), next(iter(blocks.values())).n_ff
     changes: dict[str, Value | None] = {
         f"{arch}.expert_count": (U32, hyperparameter(file, "expert_count") * n),
@@ -217,8 +217,8 @@ def _rewrite(
         if tensor.name in roles:
             part, block = roles[tensor.name]
             cut = cuts[block.index]
-            tensors.append(_new(source, tensor, part, cut, wanted))
-            scaled = _factors(file, n)[1] != 1 or wanted.tilt
+            tensors.append(_new(source, tensor, part, cut, options))
+            scaled = _factors(file, n)[1] != 1 or options.tilt
             if part == "down.weight" and "down.scale" not in block.tensors and scaled:
                 tensors.append(_scales(tensor, n, cut.scales() * np.float32(_factors(file, n)[1])))
         else:
@@ -226,10 +226,10 @@ def _rewrite(
     return Rewrite(source, changes, tensors)
 
 
-def _new(source: Source, tensor: Tensor, part: str, cut: Cut, wanted: SplitOptions) -> NewTensor:
-    n, (role, kind), order = wanted.n_sub, part.split("."), cut.order
+def _new(source: Source, tensor: Tensor, part: str, cut: Cut, options: SplitOptions) -> NewTensor:
+    n, (role, kind), order = options.n_sub, part.split("."), cut.order
     if part == "down.weight":
-        return _new_down(source, tensor, order, wanted)
+        return _new_down(source, tensor, order, options)
     if role in ("gate", "up", "gate_up") and kind in ("weight", "bias"):
         *inner, rows, n_expert = tensor.ne
         data = functools.partial(_rows, source, tensor, order, 2 if role == "gate_up" else 1)
@@ -285,13 +285,13 @@ def _repeated(source: Source, tensor: Tensor, n: int, factors: npt.NDArray[np.fl
             yield data if factor == 1 else (np.frombuffer(data, np.float32) * factor).tobytes()
 
 
-def _new_down(source: Source, tensor: Tensor, order: Order, wanted: SplitOptions) -> NewTensor:
-    factor, _ = _factors(source.file, wanted.n_sub)
+def _new_down(source: Source, tensor: Tensor, order: Order, options: SplitOptions) -> NewTensor:
+    factor, _ = _factors(source.file, options.n_sub)
     n_ff, n_embd, n_expert = tensor.ne
-    ne = (n_ff // wanted.n_sub, n_embd, n_expert * wanted.n_sub)
-    if wanted.requantize:
-        data = functools.partial(_requantized, source, tensor, order, factor, wanted.requantize.upper())
-        return NewTensor(tensor.name, wanted.requantize.upper(), ne, data)
+    ne = (n_ff // options.n_sub, n_embd, n_expert * options.n_sub)
+    if options.requantize:
+        data = functools.partial(_requantized, source, tensor, order, factor, options.requantize.upper())
+        return NewTensor(tensor.name, options.requantize.upper(), ne, data)
     return NewTensor(tensor.name, tensor.type, ne, functools.partial(_columns, source, tensor, order, factor))
 
 
@@ -314,14 +314,14 @@ def _requantized(source: Source, tensor: Tensor, order: Order, factor: int, type
 def _summary(
     file: GGUFFile,
     blocks: Mapping[int, Block],
-    wanted: SplitOptions,
+    options: SplitOptions,
     n_used: int,
     out: str | Path,
     size: int,
     found: activation_profile.ActivationProfile | None,
     points: list[elastic_k.Point] | None,
 ) -> SplitSummary:
-    n, first = wanted.n_sub, next(iter(blocks.values()))
+    n, first = options.n_sub, next(iter(blocks.values()))
     return SplitSummary(
         out=str(out),
         n_bytes=size,
@@ -330,10 +330,10 @@ def _summary(
         n_expert_used=n_used,
         n_expert_used_full=hyperparameter(file, "expert_used_count") * n,
         sub_experts=n,
-        tilt=wanted.tilt,
+        tilt=options.tilt,
         n_ff=first.n_ff // n,
-        unit=max(_unit(block, wanted) for block in blocks.values()),
-        sub_expert_bytes=max(_part_bytes(block, wanted) for block in blocks.values()),
+        unit=max(_unit(block, options) for block in blocks.values()),
+        sub_expert_bytes=max(_part_bytes(block, options) for block in blocks.values()),
         router_bytes=sum(block.get("router.weight").n_bytes * n for block in blocks.values()),
         exact_scale=(factor := _factors(file, n)[0]) & (factor - 1) == 0,
         profiled_tokens=found.n_tokens if found else None,
@@ -344,9 +344,9 @@ def _summary(
     )
 
 
-def _part_bytes(block: Block, wanted: SplitOptions) -> int:
+def _part_bytes(block: Block, options: SplitOptions) -> int:
     """Return the bytes of one sub-expert."""
     inputs = [t for part, t in block.tensors.items() if part in ("gate.weight", "up.weight", "gate_up.weight")]
     n_ff, n_embd, _ = block.get("down.weight").ne
-    down = n_bytes(_down_type(block, wanted), (n_ff // wanted.n_sub, n_embd))
-    return down + sum(t.n_bytes // (t.ne[2] * wanted.n_sub) for t in inputs)
+    down = n_bytes(_down_type(block, options), (n_ff // options.n_sub, n_embd))
+    return down + sum(t.n_bytes // (t.ne[2] * options.n_sub) for t in inputs)

@@ -1,4 +1,4 @@
-"""Each preset does what its paper says, on routing small enough to follow; docs/reference/policies.md names them all."""
+"""Each published policy does what its paper says, on small routings (docs/reference/policies.md lists them all)."""
 
 from __future__ import annotations
 
