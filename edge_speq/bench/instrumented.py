@@ -110,7 +110,7 @@ class InstrumentedLlama(ModelHandle):
 
     @property
     def draft_seconds(self) -> float:
-        """Seconds that the draft took since the last watch began."""
+        """Return the seconds that the draft took since the last `watch` started."""
         return self.timer.draft_seconds
 
     def replay(self, steps: list[MeasuredStep]) -> float:

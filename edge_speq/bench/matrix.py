@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from edge_speq.errors import EdgeError
 
-MOST_VALUES = 1000  # of one option
+MOST_VALUES = 1000  # values of one option
 RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
 
 

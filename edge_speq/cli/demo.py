@@ -66,7 +66,7 @@ class SimulatedLaptop:
     """The simulated machine. The transfer of an expert of the bundled model takes transfer_ms."""
 
     n_blocks: int
-    bytes_per_s: int  # of the virtual link
+    bytes_per_s: int  # rate of the virtual link
     block_ms: float
 
     @property

@@ -11,7 +11,7 @@ from edge_speq.gguf.container import TOKENS, GGUFFile, Tensor
 from edge_speq.gguf.model import EXPERTS, architecture, check_model, hyperparameter
 from edge_speq.units import format_bytes
 
-PARTS = ("gate", "up", "gate_up", "down")  # of one expert
+PARTS = ("gate", "up", "gate_up", "down")  # parts of one expert
 ROLES = {"router": ("ffn_gate_inp.",), "attention": ("attn_",), "shared expert": ("shexp", "chexps")}
 ROLES |= {"feed-forward": ("ffn_",), "embedding": ("token_embd", "output.")}
 

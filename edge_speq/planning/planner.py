@@ -12,7 +12,7 @@ import math
 from edge_speq import _native
 from edge_speq.core import Experts, Plan
 from edge_speq.errors import EdgeError
-from edge_speq.units import parse_bytes
+from edge_speq.units import format_bytes, parse_bytes
 
 K_DEFAULT = 4  # draft tokens for "auto": acceptance falls with length, and CUDA's vector kernels end at 8 columns
 AUTO_MARGIN = 512 << 20  # bytes of free VRAM that "auto" leaves to other programs
@@ -161,8 +161,7 @@ def _overhead(experts: Experts, k: int) -> int:
 def _require_budget(what: str, needed: int, budget_bytes: int | None, less: str) -> None:
     if budget_bytes is not None and needed > budget_bytes:
         raise EdgeError(
-            f"{what} needs {needed / 2**20:.1f} MiB on the compute device, over the budget of "
-            f"{budget_bytes / 2**20:.1f} MiB",
+            f"{what} needs {format_bytes(needed)} on the compute device, over the budget of {format_bytes(budget_bytes)}",
             f"the smallest possible budget here is {math.ceil(needed / 2**20)}MiB{less}",
         )
 
@@ -225,7 +224,7 @@ def _under_floor(experts: Experts, k: int, slot_budget: int, budget_bytes: int |
     if budget_bytes is not None:
         hint = f"the smallest possible budget here is {math.ceil((fixed_bytes + floor_bytes) / 2**20)}MiB"
     return EdgeError(
-        f"{slot_budget / 2**20:.2f} MiB for slots are too few: a step with {k} draft tokens needs "
-        f"{sum(_floors(experts, k))} slots of {floor_bytes / 2**20:.2f} MiB",
+        f"{format_bytes(slot_budget)} for slots are too few: a step with {k} draft tokens needs "
+        f"{sum(_floors(experts, k))} slots of {format_bytes(floor_bytes)}",
         hint + (", or fewer draft tokens (--draft-tokens)" if k else ""),
     )

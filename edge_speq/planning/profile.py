@@ -60,7 +60,7 @@ class TuneProfile:
     bounds: dict[str, Any]
     chosen: dict[str, Any]
     found: dict[str, Any]
-    draft_hash: str | None = None  # of the chosen draft, as in Key
+    draft_hash: str | None = None  # hash of the chosen draft, as in Key
 
 
 def folder() -> Path:

@@ -97,7 +97,7 @@ class RequestQueue:
             return self._current is not None and self._current.is_over
 
     def _drop_abandoned(self) -> None:
-        """Remove cancelled requests. Cancelling itself leaves the queue alone, because it may run in _Handle.__del__."""
+        """Remove cancelled requests. Cancelling leaves the queue alone, because it may run in _Handle.__del__."""
         kept = [request for request in tuple(self._waiting) if request.is_load or not request.is_over]
         self._counts.abandoned += len(self._waiting) - len(kept)
         self._waiting = collections.deque(kept)

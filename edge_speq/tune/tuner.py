@@ -74,7 +74,7 @@ class Tuner:
         self._skipped: list[str] = []
         self._texts = [prompt.text for prompt in prompts.bundled(1).chosen]
         self.n = FEWEST_TOKENS  # tokens to generate after each prompt
-        self.draft_value: DraftValue | None = None  # of the draft
+        self.draft_value: DraftValue | None = None  # set by `run`
         self.trial_seconds = 0.0  # expected time of one trial
         self.best: Trial | None = None  # trial of the chosen options, None if there was no time for it
 

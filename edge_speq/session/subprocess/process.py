@@ -82,7 +82,7 @@ class Process:
             self._channel.send(kind, number, content)
 
     def receive(self, number: int, timeout: float | None = None) -> Answer | None:
-        """Return the next answer, None after `timeout` seconds. Raises EdgeError if the child died without an answer."""
+        """Return the next answer, None after `timeout` seconds. Raises EdgeError if the child has died."""
         with self._changed:
             inbox = self._inboxes[number]
             self._changed.wait_for(lambda: inbox or self._death, timeout)

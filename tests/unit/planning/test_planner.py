@@ -95,7 +95,7 @@ def test_auto_speculation_takes_little_from_other_groups() -> None:
 
 
 def test_asked_for_speculation_is_refused_with_the_share_it_needs() -> None:
-    with pytest.raises(EdgeError, match=r"2.29 MiB for slots are too few: .* 8 draft tokens needs 33 slots") as error:
+    with pytest.raises(EdgeError, match=r"2.3 MiB for slots are too few: .* 8 draft tokens needs 33 slots") as error:
         make(resident=1 / 8, draft_tokens=8)
     assert "resident of at least 0.172" in error.value.hint
     assert make(resident=0.172, draft_tokens=8).max_draft_tokens == 8
