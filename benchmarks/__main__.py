@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("names", metavar="NAME", nargs="+")
     p.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks", help="folder of the JSON (%(default)s)")
     p.add_argument("--work", type=Path, default=ROOT / "build" / "models", help="folder of the models (%(default)s)")
-    p.add_argument("--minutes", type=float, help="stop after that time; the same command goes on from there")
+    p.add_argument("--minutes", type=float, help="stop after that time; the same command continues")
     p.add_argument("--again", action="store_true", help="measure what is stored already")
     p.set_defaults(command=run)
     p = commands.add_parser("render", help="write the tables of README.md and docs/ from benchmarks/results")

@@ -1,4 +1,4 @@
-"""What each part of `auto` is worth, replayed.
+"""The value of each part of `auto`, replayed.
 
 `auto` with a twin at Q4_K_M over a recording of four classes, 8 texts of 64 tokens each, one part at a time switched
 off: foresight (`lfru`, which knows nothing of the draft's routing), utility eviction (`lru` with foresight's fetches),
@@ -43,12 +43,12 @@ class FetchesOnly(NextUse):
     def __init__(self, setting: PolicyContext) -> None:
         super().__init__(setting, most_ahead=1)
 
-    def foresee(self, slots: Slots, draft_routing: npt.NDArray[np.int32] | None, n_drafted: int) -> None:
-        super().foresee(_Unscored(slots), draft_routing, n_drafted)
+    def plan_prefetch(self, slots: Slots, draft_routing: npt.NDArray[np.int32] | None, n_drafted: int) -> None:
+        super().plan_prefetch(_Unscored(slots), draft_routing, n_drafted)
 
 
 class _Unscored:
-    """Slots whose scores stay what they are, and whose orders are worth just more than nothing."""
+    """Slots whose scores stay what they are, and whose requests are worth just more than nothing."""
 
     def __init__(self, slots: Slots) -> None:
         self._slots, self.scores = slots, np.zeros_like(slots.scores)
@@ -56,9 +56,9 @@ class _Unscored:
     def states(self) -> npt.NDArray[np.uint8]:
         return self._slots.states()
 
-    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
-        orders["priority"] = 1e-3
-        return self._slots.prefetch(orders, byte_budget)
+    def prefetch(self, requests: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
+        requests["priority"] = 1e-3
+        return self._slots.prefetch(requests, byte_budget)
 
 
 class Hybrid(EveryToken):

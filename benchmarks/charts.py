@@ -1,4 +1,4 @@
-"""The pictures of docs/images, drawn from benchmarks/results. Drawing needs matplotlib: pip install 'edge-speq[plot]'.
+"""The pictures of docs/images, drawn from benchmarks/results. Drawing needs matplotlib.
 
 Each SVG ends with a digest of the results that it shows, so that a picture of other results is found without drawing.
 """
@@ -15,17 +15,18 @@ from typing import Any
 from benchmarks.registry import RESULTS, ROOT, read
 from benchmarks.speed import Group, groups
 from benchmarks.tables import Row, Spread
+from edge_speq import system
 from edge_speq.errors import EdgeError
 from edge_speq.units import parse_share
 
-COLOURS = {"auto": "tab:blue", "device": "tab:cyan", "hybrid": "tab:purple", "lfru": "tab:green", "lru": "tab:orange",
-           "cpu-moe": "tab:red", "all": "tab:gray"}  # fmt: skip
+COLOURS = {"auto": "tab:blue", "auto, on miss fetch": "tab:cyan", "auto, on miss hybrid": "tab:purple",
+           "lfru": "tab:green", "lru": "tab:orange", "cpu-moe": "tab:red", "all": "tab:gray"}  # fmt: skip
 LANES = {"kernels": "tab:blue", "copies to slots": "tab:orange", "CPU experts": "tab:red",
          "waits for the device": "tab:gray", "waits for copies": "tab:brown", "decides": "tab:purple",
          "looks ahead": "tab:green"}  # fmt: skip
 SPANS = {"cpu": "CPU experts", "device": "waits for the device", "copies": "waits for copies", "decide": "decides",
          "ahead": "looks ahead"}  # fmt: skip
-N_BLOCKS = 5  # that a timeline shows by default
+N_BLOCKS = 5  # that a timeline shows
 Bar = tuple[float, float]  # begin and length in milliseconds
 
 
@@ -49,7 +50,7 @@ def pyplot() -> Any:
     try:
         import matplotlib  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
-        raise EdgeError("plots need matplotlib", "pip install 'edge-speq[plot]'") from error
+        raise EdgeError("plots need matplotlib", system.install_hint("plot")) from error
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "edge-speq"  # the same file for the same figures
     from matplotlib import pyplot as made  # type: ignore[import-not-found,unused-ignore]
@@ -155,27 +156,20 @@ def layers(record: dict[str, Any]) -> Any:
 # --- timelines -----------------------------------------------------------------------------------------------
 
 
-def boundaries(run: dict[str, Any], blocks: tuple[int, int] | None = None) -> dict[int, float]:
-    """When blocks of the last step began, in milliseconds: the given range, or some from the middle, and the end.
-
-    Raises EdgeError if blocks are not in the recording.
-    """
+def boundaries(run: dict[str, Any]) -> dict[int, float]:
+    """Return when each of N_BLOCKS blocks in the middle of the last step began, and the next one, in milliseconds."""
     began, ended = run["steps"][-1]
     begins = {block: begin for kind, block, begin, _ in run["spans"] if kind == "device" and began <= begin < ended}
     if not begins:
         raise EdgeError("the last step has no blocks", "record again: python -m benchmarks run timeline_laptop")
     least, most = min(begins), max(begins)
-    if blocks is None:
-        first = least + max(0, most - least + 1 - N_BLOCKS) // 2
-        blocks = first, min(most, first + N_BLOCKS - 1)
-    if not least <= blocks[0] <= blocks[1] <= most:
-        raise EdgeError(f"there are no blocks {blocks[0]}:{blocks[1]}", f"choose from {least}:{most}", usage=True)
+    first = least + max(0, most - least + 1 - N_BLOCKS) // 2
     begins[most + 1] = ended
-    return {block: begin for block, begin in sorted(begins.items()) if blocks[0] <= block <= blocks[1] + 1}
+    return {block: begin for block, begin in sorted(begins.items()) if first <= block <= first + N_BLOCKS}
 
 
 def lanes(run: dict[str, Any], begin: float, end: float) -> dict[str, list[Bar]]:
-    """What lies between begin and end, cut there, counted from begin."""
+    """Return the bars between begin and end, cut there, counted from begin."""
     spans: dict[str, list[Bar]] = {name: [] for name in LANES}
     spans["kernels"] = run["kernels"]
     spans["copies to slots"] = [(began, ended) for began, ended, _ in run["copies"]]
@@ -188,7 +182,7 @@ def lanes(run: dict[str, Any], begin: float, end: float) -> dict[str, list[Bar]]
 
 
 def timeline(record: dict[str, Any]) -> Any:
-    """What the device, the link and the decoding thread did in some blocks of a step; a panel for each policy.
+    """Draw the device, the link and the decoding thread in some blocks of a step; a panel for each policy.
 
     A block begins where the thread begins to wait for its routing, so its prefetches are drawn in the blocks before.
     """

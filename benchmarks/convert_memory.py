@@ -1,7 +1,7 @@
 """Peak memory of the verbs of `edge-speq convert`, beside two of the model's largest tensors.
 
 The model has the shape of Mixtral-8x7B, one layer and random Q4_0 weights; the checkpoint of `hf` is that of
-tests/support/tiny_checkpoint.py, widened. Each verb runs in a process of its own. Of each it notes:
+tests/support/tiny_checkpoint.py, widened. Verbs run one after the other, each in its own process. It notes:
 
 resident    VmHWM, the kernel's own peak of all pages, pages of mapped files among them (`hf`: sum of two processes)
 anonymous   RssAnon, the pages of the program itself, sampled: what lives shorter than the period may be missed

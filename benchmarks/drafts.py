@@ -101,13 +101,13 @@ def at_budget(target: Path, draft: str | None, budget: int) -> Row | None:
     try:
         with opened(target, draft, vram_budget=budget) as model:
             write(model, 0.8)
-            stats, quality = model.stats(), model._speculator.quality
+            stats, quality = model.stats(), model.foresight_quality()
     except EdgeError:
         return None
     experts, speculation = stats.experts, stats.speculation
     acceptance = speculation.acceptance
     return {
-        "resident": round(stats.plan.resident or 1.0, 3) if stats.plan.policy == "slots" else 1.0,
+        "resident": round(stats.plan.resident or 1.0, 3) if stats.plan.placement == "slots" else 1.0,
         "acceptance": None if not speculation.drafted else round(float(acceptance or 0.0), 3),
         "tokens_per_step": round(stats.timing.n_decoded / max(1, speculation.steps), 3),
         "hit_rate": None if experts.hit_rate is None else round(experts.hit_rate, 3),

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from edge_speq.bench.recorder import Recorder
+from edge_speq import EdgeLlama
+from edge_speq.bench.instrumented import DraftProxy
+from edge_speq.bench.recorder import StepWriter
 from edge_speq.core import Experts
+from edge_speq.drafting.base import Draft, Routing
 from edge_speq.policies.base import Policy
 from edge_speq.policies.context import PolicyContext
+from edge_speq.policies.prediction import is_twin
 from edge_speq.simulate.costs import StepCosts
 from edge_speq.simulate.replay import Replay, ReplayOutcome
 from edge_speq.simulate.steps import _part as part_of
@@ -43,37 +48,60 @@ class Recording:
         return [steps for steps, own in zip(self.steps, self.domains, strict=True) if own == domain]
 
 
+class _Proposals(DraftProxy):
+    """Notes what the draft proposes at each token, and the routing of one token more; the engine is shown nothing."""
+
+    def __init__(self, draft: Draft) -> None:
+        super().__init__(draft)
+        self.made: list[tuple[list[int], Routing | None, float]] = []  # tokens, their routing, milliseconds
+
+    def propose(self, text: Any, k: int, sampler: Any, *_: Any) -> tuple[list[int], None]:
+        started = time.perf_counter()
+        drafted, routing = self.draft.propose(text, k, sampler, 1)
+        ms = 1e3 * (time.perf_counter() - started)
+        self.made.append((list(drafted), None if routing is None else routing.copy(), ms))
+        return [], None
+
+
+class _Writer(StepWriter):
+    proposals: _Proposals
+
+    def on_draft(self, draft: Draft) -> Any:
+        self.draft_experts, self.proposals = draft.experts, _Proposals(draft)
+        return self.proposals
+
+
 def record(target: Path, draft: Path, prompts: Sequence[Prompt], k: int, n_tokens: int) -> Recording:
-    """Write n_tokens after each prompt with k drafted at each; the draft runs on for the routing of one more."""
-    model = Recorder(str(target), draft=str(draft), policy="all", draft_tokens=k, lookahead=1, n_ctx=512, n_threads=2)
-    with contextlib.closing(model):
-        steps = [_passage(model, index, prompt, k, n_tokens) for index, prompt in enumerate(prompts)]
-        return Recording(model._experts, bool(model.meta()["is_twin"]), k, steps, [prompt.domain for prompt in prompts])
+    """Write n_tokens after each prompt with k drafted at each."""
+    writer = _Writer(0, gates=False)
+    options: dict[str, Any] = {"policy": "all", "draft_tokens": k, "n_ctx": 512, "n_threads": 2}
+    with contextlib.closing(EdgeLlama(str(target), draft=str(draft), observer=writer, **options)) as llm:
+        steps = [_passage(llm, writer, index, prompt, k, n_tokens) for index, prompt in enumerate(prompts)]
+        has_twin = is_twin(llm.experts, writer.draft_experts)
+        return Recording(llm.experts, has_twin, k, steps, [prompt.domain for prompt in prompts])
 
 
-def _passage(model: Recorder, index: int, prompt: Prompt, k: int, n_tokens: int) -> list[Step]:
-    lookahead, made = model._speculator, list[Step]()
-    text = model.tokenize(prompt.text.encode(), add_bos=True, special=True)
-    proposals: list[list[int]] = []
-    model.reset()
-    model.set_seed(1)
-    model.begin_passage(index)
-    model.sink = None
-    model.extend(text, [])
-    model.write()
-    model.sink = made.append
-    n_prompt = len(text)
-    with contextlib.closing(model._init_sampler(temp=TEMPERATURE)) as sampler:
-        text.append(int(sampler.sample(model._ctx, -1)))
-        for _ in range(n_tokens + k):  # the last k only show what was right
-            assert lookahead._draft is not None
-            drafted, _ = lookahead._draft.propose(np.asarray(text, dtype=np.intc), k, sampler)
-            model.extend(text[-1:], drafted)
-            text.append(int(sampler.sample(model._ctx, -len(drafted) - 1)))
-            model.roll_back(len(drafted))
-            proposals.append(drafted)
-    right = [_right(drafted, text[n_prompt + 1 + at :]) for at, drafted in enumerate(proposals[:n_tokens])]
-    return [dataclasses.replace(step, n_accepted=n) for step, n in zip(made, right, strict=False)]
+def _passage(llm: EdgeLlama, writer: _Writer, index: int, prompt: Prompt, k: int, n_tokens: int) -> list[Step]:
+    """Write the text a token at a time, then verify what was proposed at each of its places."""
+    begin = llm.tokenize(prompt.text.encode(), add_bos=True, special=True)
+    writer.sink, writer.proposals.made = None, []
+    llm.reset()
+    llm.set_seed(1)
+    with contextlib.closing(llm.generate(begin, temp=TEMPERATURE)) as stream:
+        text = list(itertools.islice(stream, n_tokens + k + 1))  # the last k only show what was right
+    made: list[Step] = []
+    llm.reset()
+    writer.begin_passage(index)
+    llm.extend(begin, [])
+    writer.write()
+    writer.sink = made.append
+    proposals = writer.proposals.made[:n_tokens]
+    for token, (drafted, routing, ms) in zip(text, proposals, strict=False):
+        writer.shown, writer.draft_ms = (routing, 0 if routing is None else min(k, routing.shape[1])), ms
+        llm.extend([token], drafted)
+        llm.roll_back(len(drafted))
+    right = [_right(drafted, text[at + 1 :]) for at, (drafted, _, _) in enumerate(proposals)]
+    return [dataclasses.replace(step, n_accepted=n) for step, n in zip(made, right, strict=True)]
 
 
 def _right(drafted: Sequence[int], text: Sequence[int]) -> int:
@@ -104,7 +132,7 @@ class EveryToken(Replay):
             k = 0 if governor is None else min(governor.k(), steps[at].n_drafted)
             part = part_of(steps[at], 0, k, min(k, steps[at].n_accepted))
             self.lengths.append(k)
-            self._safely(self.policy.verifying, steps[at].tokens[: k + 1].tolist())
+            self._safely(self.policy.on_verify_begin, steps[at].tokens[: k + 1].tolist())
             self._foresee(part)
             ms = self._step(part) + (self.setting.draft_ms * unread / READ_AT_ONCE if k else 0.0)
             unread = 0 if k else unread + 1

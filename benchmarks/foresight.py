@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from benchmarks import store
 from benchmarks.tables import Row, markdown
 from benchmarks.twins import ALONE, CASES, LINK, held_out, make_twin
-from edge_speq import EdgeLlama, _native
+from edge_speq import _native
+from edge_speq.bench.instrumented import InstrumentedLlama
 from edge_speq.convert.quantization import quantize
 from edge_speq.gguf import bundled as demo
 from edge_speq.simulate import slots as residency
@@ -30,17 +28,6 @@ KINDS = ("none", "Q2_K, all", "Q2_K", "Q4_K_M")
 POLICIES = {"lru": "lru", "counts": "lfru", "twin": "twin", "waits +1": "waits", "waits": "waits"}
 NEEDS_TWIN = ("twin", "waits +1", "waits")
 N_TOKENS = 64
-
-
-class Recorded(EdgeLlama):
-    """Keeps the routing of every step that slots served."""
-
-    steps: list[npt.NDArray[np.int32]]
-
-    def _decode(self, chunk: list[int], past: int, n_rows: int) -> None:
-        super()._decode(chunk, past, n_rows)
-        if self._hook is not None and self._hook.routing().shape[1]:
-            self.steps.append(self._hook.routing().copy())
 
 
 def twin_of(target: Path, kind: str, folder: Path) -> str | None:
@@ -56,18 +43,17 @@ def twin_of(target: Path, kind: str, folder: Path) -> str | None:
 
 def measure(target: str, twin: str | None, share: str, k: int, kept_by: str) -> Row:
     options: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 2, "deterministic": True}
-    model = Recorded(target, draft=twin, resident=share, policy=POLICIES[kept_by], draft_tokens=k, **options)
-    model.steps = []
-    if kept_by == "waits +1":
-        model._speculator.depth.limit = lambda wanted: min(wanted, 1)  # type: ignore[method-assign]
-    with contextlib.closing(model):
+    options |= {"draft": twin, "resident": share, "policy": POLICIES[kept_by], "draft_tokens": k}
+    with contextlib.closing(InstrumentedLlama(target, **options)) as model, model.watch() as steps:
+        if kept_by == "waits +1":
+            model.llm.limit_lookahead(1)
         texts: list[Any] = [
             model.create_completion(prompt, max_tokens=N_TOKENS, temperature=0.8, seed=1)["choices"][0]["text"]
             for prompt in held_out()
         ]
-        stats, quality = model.stats(), model._speculator.quality
-        experts, slots = model._experts, stats.plan.slots
-    e = stats.experts
+        stats, quality = model.llm.stats(), model.llm.foresight_quality()
+        experts, slots = model.llm.experts, stats.plan.slots
+    routings, e = [step.routing for step in steps if step.routing is not None], stats.experts
     row: Row = {
         "hits": e.hits,
         "misses": e.misses,
@@ -83,7 +69,7 @@ def measure(target: str, twin: str | None, share: str, k: int, kept_by: str) -> 
     if quality is not None and quality.predicted.any():
         row["recall"] = [round(float(v), 3) for v in quality.recall]
         row["precision"] = [round(float(v), 3) for v in quality.precision]
-    best = residency.Belady(experts, slots, model.steps, link_bytes_per_s=LINK, block_ns=0).replay()
+    best = residency.Belady(experts, slots, routings, link_bytes_per_s=LINK, block_ns=0).replay()
     return row | {"belady_misses": best.misses, "belady_bytes": best.bytes_fetched, "texts": texts}
 
 

@@ -1,7 +1,7 @@
 """Draft length control against every fixed draft length, in the simulator.
 
 Three drafts of the bundled model (twins at Q4_K_M and Q2_K, and the small dense one) propose at every token of 32
-prompts of four classes, 64 tokens each. What a step costs is made up: links of 3 to 50 GB/s, draft tokens of 0.02 to 1
+prompts of four classes, 64 tokens each. Step costs are made up: links of 3 to 50 GB/s, draft tokens of 0.02 to 1
 step, verifying that is nearly free or adds 0.6 of a step for each token, blocks that compute half as long as an expert
 travels at 12.5 GB/s or four times as long. Each class is a user with cold slots and a control that knows nothing; its
 texts are written three times. Takes a quarter of an hour.
@@ -143,7 +143,7 @@ def row(recording: Recording, cell: Cell, domain: str) -> Row:
 
 def table(rows: list[Row]) -> str:
     headings = (
-        "class", "cases", "drafting pays in", "of the best fixed K: median, least tenth, worst", "within 5 %",
+        "class", "cases", "drafting is faster in", "of the best fixed K: median, least tenth, worst", "within 5 %",
         "of K = 0: median, worst", "first 512 tokens: least tenth of best, of K = 0",
         "Cascade: median, worst of best; worst of K = 0",
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Draft length control against fixed draft lengths on this machine, interleaved.
 
-Each class of text has a model of its own for each length in each round, and one whose control knows nothing at first.
+Each class of text has its own model for each length in each round, and one whose control knows nothing at first.
 All write the same text after a prompt before the next prompt's turn, another one first each time. Speeds are those of
 decoding, medians of the rounds.
 """
@@ -53,7 +53,7 @@ def measure(
 
 
 def summary(domain: str, rounds: list[Row]) -> Row:
-    """of_best refers to the length with the best median, so that chance does not choose it anew each round."""
+    """of_best refers to the length with the best median, so that chance does not choose another one each round."""
     speeds = {k: statistics.median(r["tok_per_s"][k] for r in rounds) for k in rounds[0]["tok_per_s"]}
     best = max((k for k in speeds if k != "auto"), key=lambda k: speeds[k])
     return {
@@ -81,7 +81,7 @@ def table(rows: list[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     a = parser().parse_args(argv)
-    options = {"model_path": a.model, "draft": a.draft, "resident": a.resident, "n_ctx": 1024, "link": a.link}
+    options = {"model_path": a.model, "draft": a.draft, "resident": a.resident, "n_ctx": 1024, "throttle_link": a.link}
     options |= {"n_threads": a.threads} if a.threads else {}
     every = prompts.bundled(a.texts).chosen
     domains = list(dict.fromkeys(prompt.domain for prompt in every))

@@ -13,43 +13,49 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks import loading, store
 from benchmarks.tables import markdown
-from edge_speq import system
+from edge_speq import EdgeLlama, system
 from edge_speq import texts as prompts
-from edge_speq.bench.instrumented import InstrumentedLlama
+from edge_speq.bench.instrumented import InstrumentedLlama, StepTimer
 from edge_speq.bench.rows import machine as hardware
+from edge_speq.engine.observer import Decode
 
-RESIDENT = 2  # of Hook.states(), and above it
+RESIDENT = 2  # of EdgeLlama.residency(), and above it
 
 
-class Counted(InstrumentedLlama):
-    """Counts demands and residents of each block while it is watched."""
+class Layers(StepTimer):
+    """Counts the experts that each block demands, and those of them that are in slots when the step begins."""
 
-    def begin(self) -> None:
-        self.demanded = np.zeros(self._experts.n_blocks, dtype=np.int64)
-        self.found, self.hits, self.misses = self.demanded.copy(), 0, 0
+    llm: EdgeLlama
+    demanded: npt.NDArray[np.int64]  # [n_blocks], as found
+    found: npt.NDArray[np.int64]
 
-    def _decode(self, chunk: list[int], past: int, n_rows: int) -> None:
-        hook = self._hook
-        if self.steps is None or hook is None:
-            super()._decode(chunk, past, n_rows)
+    def begin(self, llm: EdgeLlama) -> None:
+        self.llm, self.before = llm, llm.stats().experts
+        self.demanded, self.found = np.zeros((2, llm.experts.n_blocks), dtype=np.int64)
+        self.hits = self.misses = 0
+
+    def on_decode_begin(self) -> None:
+        self.states, self.before = self.llm.residency(), self.llm.stats().experts
+
+    def on_decode(self, decode: Decode) -> None:
+        after = self.llm.stats().experts
+        self.hits += (after.hits or 0) - (self.before.hits or 0)
+        self.misses += (after.misses or 0) - (self.before.misses or 0)
+        if self.states is None or decode.routing is None:
             return
-        states, before = hook.states(), hook.counters()
-        super()._decode(chunk, past, n_rows)
-        after, routing = hook.counters(), self.steps[-1].routing
-        self.hits += (after.hits or 0) - (before.hits or 0)
-        self.misses += (after.misses or 0) - (before.misses or 0)
-        for block, ids in enumerate(routing if routing is not None else ()):
+        for block, ids in enumerate(decode.routing):
             wanted = np.unique(ids)
             self.demanded[block] += len(wanted)
-            self.found[block] += int(np.count_nonzero(states[block, wanted] >= RESIDENT))
+            self.found[block] += int(np.count_nonzero(self.states[block, wanted] >= RESIDENT))
 
 
-def record(model: Counted, n_tokens: int) -> dict[str, Any]:
+def record(model: InstrumentedLlama, layers: Layers, n_tokens: int) -> dict[str, Any]:
     for recording in (False, True):
-        model.begin()
+        layers.begin(model.llm)
         for prompt in prompts.bundled().chosen:
             model.reset()
             stream = model.generate(model.words(prompt.text, add_bos=True), temp=0.0)
@@ -58,8 +64,8 @@ def record(model: Counted, n_tokens: int) -> dict[str, Any]:
                 with model.watch() if recording else contextlib.nullcontext():
                     for _ in range(n_tokens):
                         next(stream)
-    hit_rate = model.hits / (model.hits + model.misses)
-    return {"hit_rate": hit_rate, "demanded": model.demanded.tolist(), "found": model.found.tolist()}
+    hit_rate = layers.hits / (layers.hits + layers.misses)
+    return {"hit_rate": hit_rate, "demanded": layers.demanded.tolist(), "found": layers.found.tolist()}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -77,8 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     runs = []
     for name, options in loading.options_of(arguments).items():
-        with contextlib.closing(Counted(arguments.model, **options)) as model:
-            runs.append({"policy": name} | record(model, arguments.n))
+        layers = Layers()
+        with contextlib.closing(InstrumentedLlama(arguments.model, layers, **options)) as model:
+            runs.append({"policy": name} | record(model, layers, arguments.n))
     made = {"model": Path(arguments.model).name, "emulation": arguments.emulate, "resident": arguments.resident}
     arguments.out.write_text(store.whole(made | hardware(system.cpu_model(), None) | {"runs": runs}), "utf-8")
     return 0

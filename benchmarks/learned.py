@@ -3,7 +3,7 @@
 Drafts: none; the bundled one, which has no experts; a pruned copy of the target with every second expert gone, as a
 MoE of another geometry; and twins. For each of them text after the held-out prompts is recorded and learned from, and
 text after the bundled prompts is replayed. Needs torch and gguf. Takes half an hour on two cores; --folder keeps
-recordings, and goes on from those that are there.
+recordings and reads the recordings that exist.
 """
 
 from __future__ import annotations

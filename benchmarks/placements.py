@@ -67,7 +67,8 @@ class Placement:
     def _fill(hook: _native.Hook) -> None:
         """Put random experts into all slots."""
         absent = np.random.default_rng(4).permutation(np.argwhere(hook.states() == 0))[: hook.n_slots]
-        hook.prefetch(np.array([(block, expert, 1 << 20, 1.0) for block, expert in absent], dtype=_native.PREFETCH_REQUEST))
+        requests = [(block, expert, 1 << 20, 1.0) for block, expert in absent]
+        hook.prefetch(np.array(requests, dtype=_native.PREFETCH_REQUEST))
         hook.drain()
 
     def step(self, tokens: list[int], past: int) -> float:

@@ -29,7 +29,7 @@ from edge_speq.simulate.replay import Replay
 from edge_speq.trace.reader import Trace
 from edge_speq.trace.step import Step
 
-NAMES = [name for name in PRESETS if name != "learned"]  # it has an entry of its own
+NAMES = [name for name in PRESETS if name != "learned"]  # it has its own entry
 N_TEXTS, N_TOKENS = 4, 64  # of each class, of each text
 BY_CLASS = ("waits", "waits-keep")  # whose classes are stored, too
 LEFT_OUT = ("trace", "link_bytes_per_s", "bound_fraction", "kept_pairs")

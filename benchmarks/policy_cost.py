@@ -1,19 +1,16 @@
-"""What policies cost: microseconds before and after a step.
+"""Costs of policies: microseconds before and after a step.
 
-In isolation a policy sees random routing with favourites, of which a token keeps half of the one before; a draft that
-is right for nineteen experts of twenty; and slots that only note scores and states. In the engine (--model) all that
-runs around a policy is counted: lookahead, native calls, the check of the scores ("native" is the part of prefetch and
-states). There a decode has just emptied the CPU's caches, and the same code takes three to four times as long.
+A policy sees random routing with favourites, of which a token keeps half of the one before. The draft is right for
+nineteen experts of twenty. The slots only note scores and states. In the engine the same code takes longer, because a
+decode has just emptied the CPU's caches.
 """
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,7 @@ import numpy.typing as npt
 
 from benchmarks import store
 from benchmarks.tables import Row, markdown, number
-from edge_speq import EdgeLlama, _native
+from edge_speq import _native
 from edge_speq.core import ExpertGroup, Experts
 from edge_speq.policies import registry as presets
 from edge_speq.policies.context import PolicyContext
@@ -30,7 +27,6 @@ STEPS, WARM_UP = 600, 100
 CASES = (  # policy, drafted tokens
     ("waits", 4), ("waits", 2), ("waits", 0), ("auto", 0), ("lfru", 0), ("twin", 4), ("moe-spac", 4)
 )  # fmt: skip
-PROMPT = "Once upon a time there was"
 Routing = npt.NDArray[np.int32]
 
 
@@ -41,8 +37,8 @@ class Slots:
         self.scores = np.zeros((experts.n_blocks, experts.n_expert), dtype=np.float32)
         self._states = (np.random.default_rng(1).random(self.scores.shape) < share).astype(np.uint8) * np.uint8(2)
 
-    def prefetch(self, orders: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
-        return len(orders)
+    def prefetch(self, requests: npt.NDArray[Any], byte_budget: int = _native.NO_BUDGET, margin: float = 0.0) -> int:
+        return len(requests)
 
     def states(self) -> npt.NDArray[np.uint8]:
         states: npt.NDArray[np.uint8] = self._states.copy()
@@ -77,9 +73,12 @@ def isolated(experts: Experts, name: str, k: int) -> Row:
         at = step * width
         seen = np.ascontiguousarray(shown[:, at : at + 2 * width]) if k else None
         mine = np.ascontiguousarray(line[:, at : at + width])
-        before.append(_us(lambda seen=seen: policy.foresee(slots, seen, k)))  # type: ignore[misc]
+        before.append(_us(lambda seen=seen: policy.plan_prefetch(slots, seen, k)))  # type: ignore[misc]
         after.append(_us(lambda mine=mine: policy.observe(mine, k)))  # type: ignore[misc]
-    return _row("isolated", experts, name, k, before[WARM_UP:], after[WARM_UP:])
+    both = sorted(b + a for b, a in zip(before[WARM_UP:], after[WARM_UP:], strict=True))
+    made = {"experts": f"{experts.n_blocks} x {experts.n_expert}", "policy": name, "tokens": width}
+    made |= {"before_us": statistics.median(before[WARM_UP:]), "after_us": statistics.median(after[WARM_UP:])}
+    return made | {"sum_us": statistics.median(both), "slow_us": both[len(both) * 9 // 10]}
 
 
 def _us(act: Callable[[], object]) -> float:
@@ -88,50 +87,10 @@ def _us(act: Callable[[], object]) -> float:
     return (time.perf_counter_ns() - started) / 1e3
 
 
-def live(model: Path, draft: Path | None, resident: str, tokens: int, k: int) -> Row:
-    """Of the lookahead that the engine has around its policy."""
-    options: dict[str, Any] = {"resident": resident, "draft_tokens": k, "policy": "auto", "n_threads": 1, "n_ctx": 512}
-    with contextlib.closing(EdgeLlama(str(model), draft=draft if k else None, **options)) as llm:
-        lookahead = llm._speculator
-        before, after = _timed(lookahead, "foresee"), _timed(lookahead, "observe")
-        native = [_timed(lookahead._hook, called) for called in ("prefetch_waits", "prefetch", "states")]
-        llm.create_completion(PROMPT, max_tokens=tokens, temperature=0)
-        assert lookahead._policy is not None and not lookahead.failures
-        experts = lookahead._policy.setting.experts
-    skipped = min(WARM_UP, len(before) // 4)
-    native_us = sum(statistics.median(times[skipped:]) for times in native if times)
-    made = _row("engine", experts, "waits" if k else "auto", k, before[skipped:], after[skipped:])
-    return made | {"native_us": native_us}
-
-
-def _timed(holder: Any, name: str) -> list[float]:
-    act, times = getattr(holder, name), []
-
-    def timed(*arguments: Any) -> Any:
-        started = time.perf_counter_ns()
-        result = act(*arguments)
-        times.append((time.perf_counter_ns() - started) / 1e3)
-        return result
-
-    setattr(holder, name, timed)
-    return times
-
-
-def _row(where: str, experts: Experts, name: str, k: int, before: list[float], after: list[float]) -> Row:
-    both = sorted(b + a for b, a in zip(before, after, strict=False))
-    size = f"{experts.n_blocks} x {experts.n_expert}"
-    made = {"where": where, "experts": size, "policy": name, "tokens": k + 1}
-    made |= {f"{what}_us": statistics.median(times) for what, times in (("before", before), ("after", after))}
-    return made | {"sum_us": statistics.median(both), "slow_us": both[len(both) * 9 // 10]}
-
-
 def table(rows: list[Row]) -> str:
-    heads = ("where", "experts", "policy", "tokens a step", "before, µs", "after, µs", "both", "ninth of ten", "native")
-    keys = ("before_us", "after_us", "sum_us", "slow_us", "native_us")
-    cells = [
-        [row["where"], row["experts"], row["policy"], str(row["tokens"]), *(number(row.get(k), 0) for k in keys)]
-        for row in rows
-    ]
+    heads = ("experts", "policy", "tokens a step", "before, µs", "after, µs", "both", "ninth of ten")
+    keys = ("before_us", "after_us", "sum_us", "slow_us")
+    cells = [[r["experts"], r["policy"], str(r["tokens"]), *(number(r[k], 0) for k in keys)] for r in rows]
     return markdown(heads, cells)
 
 
@@ -140,8 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     n_blocks, n_expert, used = map(int, options.shape.split("x"))
     experts = Experts(n_blocks, n_expert, used, (ExpertGroup(n_blocks, n_blocks * n_expert, 1000),))
     rows = [isolated(experts, name, k) for name, k in CASES]
-    for k in (0, 2, 4) if options.draft else (0,) if options.model else ():
-        rows.append(live(options.model, options.draft, options.resident, options.tokens, k))
     options.out.write_text(store.whole(rows), encoding="utf-8")
     return 0
 
@@ -149,10 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> Any:
     made = store.parser(__doc__)
     made.add_argument("--shape", default="48x128x8", help="blocks x experts x experts a token (48x128x8)")
-    made.add_argument("--model", type=Path, help="a MoE GGUF file, for the engine's rows")
-    made.add_argument("--draft", type=Path, help="its twin; without one only `auto` without a draft is measured")
-    made.add_argument("--resident", default="1/2", help="share of the experts in slots, in the engine (1/2)")
-    made.add_argument("--tokens", type=int, default=300, help="that the engine writes (300)")
     return made
 
 

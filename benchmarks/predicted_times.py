@@ -40,7 +40,7 @@ def recorded(options: argparse.Namespace, policy: str, share: str, k: int) -> tu
         resident=share,
         draft_tokens=k,
         on_miss="fetch",
-        link=options.link,
+        throttle_link=options.link,
         n_ctx=1024,
         n_threads=options.threads,
         **drafting,
@@ -52,13 +52,14 @@ def recorded(options: argparse.Namespace, policy: str, share: str, k: int) -> tu
             model.begin_passage(index)
             model.create_completion(prompt.text, max_tokens=options.n_tokens, temperature=0.0)
         model.write()
-        plan = model._plan
+        plan = model.llm.plan
         link = parse_rate(options.link) if options.link else 1
-        return steps, PolicyContext(model._experts, plan.slots, plan.k_max, link, 0.0, 0.0, has_twin=k > 0)
+        known = (model.llm.experts, plan.slots, plan.max_draft_tokens, link)
+        return steps, PolicyContext(*known, 0.0, 0.0, has_twin=k > 0)
 
 
 class Fit:
-    """What a run under lru says of the machine."""
+    """Costs of the machine, fitted to a run under lru."""
 
     def __init__(self, steps: Steps, made: PolicyContext) -> None:
         self.costs = StepCosts.fit(steps)

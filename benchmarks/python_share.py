@@ -13,44 +13,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
-
 from benchmarks import loading, store
 from benchmarks.tables import Spread, markdown
 from edge_speq import _native, texts
 from edge_speq.bench.instrumented import InstrumentedLlama
 
 
-class Timed(InstrumentedLlama):
-    decoding = 0.0  # seconds
-
-    def _decode(self, chunk: list[int], past: int, n_rows: int) -> None:
-        started = time.perf_counter()
-        super()._decode(chunk, past, n_rows)
-        llama_cpp.llama_synchronize(self._ctx.ctx)
-        self.decoding += time.perf_counter() - started
-
-    def share(self, text: str, n: int) -> tuple[float, float]:
-        """Seconds outside of decodes, of a token, and their share of all."""
-        self.reset()
-        with contextlib.closing(self.generate(self.words(text, add_bos=True), temp=0.0)) as stream:
-            next(stream)
-            self.decoding = self.draft_seconds = 0.0
+def outside(model: InstrumentedLlama, text: str, n: int) -> tuple[float, float]:
+    """Return the seconds per token outside of decodes, and their share of all seconds."""
+    model.reset()
+    with contextlib.closing(model.generate(model.words(text, add_bos=True), temp=0.0)) as stream:
+        next(stream)
+        with model.watch() as steps:
             started = time.perf_counter()
             for _ in range(n):
                 next(stream)
             seconds = time.perf_counter() - started
-        outside = seconds - self.decoding - self.draft_seconds
-        return outside / n, outside / seconds
+    found = seconds - sum(step.seconds for step in steps) - model.draft_seconds
+    return found / n, found / seconds
 
 
 def measure(loads: dict[str, dict[str, Any]], path: str, n: int, repetitions: int) -> list[dict[str, Any]]:
-    models = {name: Timed(path, **options) for name, options in loads.items()}
+    models = {name: InstrumentedLlama(path, **options) for name, options in loads.items()}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for repetition in range(1 + repetitions):
         for prompt in texts.bundled().chosen:
             for name, model in models.items():
-                seen = model.share(prompt.text, n)
+                seen = outside(model, prompt.text, n)
                 if repetition:  # the first warms up
                     found[name].append(seen)
     return [

@@ -61,7 +61,7 @@ def _links(entry: Entry) -> str:
 
 
 def _commands(entry: Entry) -> str:
-    return "\n".join(f"    {line}" for line in entry.commands)
+    return "\n".join(["```sh", *entry.commands, "```"])
 
 
 def _index() -> str:
@@ -84,7 +84,7 @@ def _index() -> str:
 
 
 def wanted(root: Path = ROOT) -> dict[Path, str]:
-    """What each page is to be, by its path in the repository: those with markers, and the results pages."""
+    """Return the text of each results page and of each page with markers, by its path in the repository."""
     known, made = entries(), dict[str, str]()
 
     def table(name: str) -> str:

@@ -94,7 +94,7 @@ class Runner:
                 process.communicate(timeout=GRACE)
             except subprocess.TimeoutExpired:
                 process.kill()
-            raise Failed("interrupted: what was measured is stored, the same command goes on from there") from error
+            raise Failed("interrupted: what was measured is stored, the same command continues") from error
         if process.returncode:
             raise Failed(f"exit code {process.returncode}: {' '.join(command)}")
         return text or ""

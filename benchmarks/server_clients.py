@@ -204,7 +204,7 @@ class Client:
         return {"messages": [{"role": "user", "content": self._dice.choice(PROMPTS)}], "seed": 1}
 
     def _long(self, *, stream: bool) -> bytes:
-        """A request that would go on for long."""
+        """Return a request for a long text."""
         return _post("/v1/completions", {"prompt": self._dice.choice(PROMPTS), "max_tokens": 400, "stream": stream})
 
     @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Does `edge-speq serve` withstand its clients? Thousands of requests, good and bad, from many clients at once.
 
-Starts the server as a process of its own, with a queue too short for all clients. Answers are compared with those of an
+Starts the server in its own process, with a queue too short for all clients. Answers are compared with those of an
 EdgeLlama in this process. Other requests are malformed, slow, half closed, given up. Between rounds, while the server
 is idle, it notes the server's anonymous memory, descriptors and threads. Exit code 1: an answer that differs, a status
 that was not expected, more memory than --limit MiB per 1,000 requests after the first rounds, any more descriptors or
@@ -30,10 +30,10 @@ from urllib.parse import urlsplit
 
 from benchmarks import store
 from benchmarks.server_clients import CONTEXT, RESIDENT, TIMEOUT, Client, Expected
+from benchmarks.soak import MIB, more_of, process_sample
 from benchmarks.tables import markdown
 from edge_speq.gguf import bundled as demo
 
-MIB = 1 << 20
 ROUNDS = 10
 WARMUP = 2  # of the rounds
 QUEUE = 16  # fewer than clients, so that it is full now and then
@@ -78,14 +78,8 @@ class Process:
 
     def sample(self, requests: int, started: float) -> Sample:
         self._wait_until_idle()
-        folder = Path("/proc", str(self._process.pid))
-        return Sample(
-            requests,
-            time.perf_counter() - started,
-            _number(folder / "smaps_rollup", "Anonymous:") << 10,
-            len(list((folder / "fd").iterdir())),
-            _number(folder / "status", "Threads:"),
-        )
+        found = process_sample(Path("/proc", str(self._process.pid)))
+        return Sample(requests, time.perf_counter() - started, *found)
 
     def _wait_until_idle(self) -> None:
         address = urlsplit(self.url)
@@ -114,10 +108,6 @@ class Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return -9
-
-
-def _number(file: Path, key: str) -> int:
-    return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(key))
 
 
 def _round(url: str, expected: Expected, n: int, n_clients: int, seed: int, report: Report) -> None:
@@ -168,10 +158,7 @@ def judge(report: Report, limit: float) -> None:
     )
     if report.growth_mib_per_1000 > limit:
         report.problems.append(f"anonymous memory grows by {report.growth_mib_per_1000:.2f} MiB per 1,000 requests")
-    for name in ("descriptors", "threads"):
-        before, after = getattr(first, name), getattr(last, name)
-        if after > before:
-            report.problems.append(f"{name}: {before} at first, {after} at last")
+    report.problems += more_of(first, last)
     if report.exit_code != 0:
         report.problems.append(f"the server ended with exit code {report.exit_code}")
 

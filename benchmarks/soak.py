@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import gc
 import random
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from edge_speq.gguf import bundled as demo
 MIB = 1 << 20
 WARMUP = 1000  # generations
 PROMPTS = ("The old house", "Once upon a time there was", "def main(", "1 + 1 =", "A fox and a hare", "Dear")
-REOPEN, CANCEL, STATE, RESET = 20, 13, 50, 97  # every so many generations
+REOPEN, CANCEL, STATE, RESET = 20, 13, 50, 97  # generations between two of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,41 +58,45 @@ class Report:
     leaks: list[str] = field(default_factory=list)
 
 
-def proc(file: str, key: str) -> int:
-    match = re.search(rf"^{key}:\s+(\d+)", Path("/proc/self", file).read_text(), re.MULTILINE)
-    if match is None:
-        raise SystemExit(f"error: /proc/self/{file} has no {key}")
-    return int(match[1])
+def number_of(file: Path, key: str) -> int:
+    """Return the number of a line `key: number` of a file under /proc."""
+    return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(f"{key}:"))
 
 
-def anonymous_bytes() -> int:
-    """Bytes in use, after garbage collection and after glibc's malloc has returned what it keeps."""
+def process_sample(folder: Path) -> tuple[int, int, int]:
+    """Return anonymous bytes, descriptors and threads of a process; its folder is /proc/self or /proc/PID."""
+    anonymous = number_of(folder / "smaps_rollup", "Anonymous") << 10
+    return anonymous, len(list((folder / "fd").iterdir())), number_of(folder / "status", "Threads")
+
+
+def more_of(first: Any, last: Any) -> list[str]:
+    """Return the complaints about descriptors and threads that became more between two samples."""
+    pairs = [(name, getattr(first, name), getattr(last, name)) for name in ("descriptors", "threads")]
+    return [f"{name}: {before} at first, {after} at last" for name, before, after in pairs if after > before]
+
+
+def own_sample() -> tuple[int, int, int]:
+    """Return process_sample() after garbage collection and after glibc's malloc has returned what it keeps."""
     gc.collect()
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-    return proc("smaps_rollup", "Anonymous") << 10
+    return process_sample(Path("/proc/self"))
 
 
 def sample(generations: int, started: float) -> Sample:
     device = _native.compute_device()
-    return Sample(
-        generations,
-        time.perf_counter() - started,
-        anonymous_bytes(),
-        len(list(Path("/proc/self/fd").iterdir())),
-        proc("status", "Threads"),
-        device.free_bytes if device.is_gpu else None,
-    )
+    free_bytes = device.free_bytes if device.is_gpu else None
+    return Sample(generations, time.perf_counter() - started, *own_sample(), free_bytes)
 
 
 class Soak:
     def __init__(self, open_model: Callable[[], EdgeLlama], n_tokens: int, report: Report) -> None:
         self._open, self._n_tokens, self._report = open_model, n_tokens, report
         self._dice = random.Random(0)
-        before = anonymous_bytes()
+        before = own_sample()[0]
         self._llm = open_model()
         self.generate(self._llm)
-        report.loading_anonymous_bytes = anonymous_bytes() - before
+        report.loading_anonymous_bytes = own_sample()[0] - before
         report.loading_used_bytes = self._llm.stats().used_bytes
 
     def close(self) -> None:
@@ -152,10 +155,7 @@ def judge(report: Report, warmup: int, limit_mib: float) -> None:
         report.device_mib_per_1000 = -slope(settled, free) / MIB
         if report.device_mib_per_1000 > limit_mib:
             report.leaks.append(f"device memory: {report.device_mib_per_1000:.2f} MiB per 1,000 generations")
-    for name in ("descriptors", "threads"):
-        first, last = getattr(settled[0], name), getattr(settled[-1], name)
-        if last > first:
-            report.leaks.append(f"{name}: {first} at first, {last} at last")
+    report.leaks += more_of(settled[0], settled[-1])
 
 
 def soak(open_model: Callable[[], EdgeLlama], arguments: argparse.Namespace) -> Report:

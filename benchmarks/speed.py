@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import NONE, Row, Spread, markdown, number
+from benchmarks.tables import NONE, Row, Spread, arm_name, markdown, number
 
 BASELINES = ("lru", "cpu-moe")
+RENAMED = {"device": "auto, on miss fetch", "hybrid": "auto, on miss hybrid"}  # policies of earlier recordings
 SHARES = ("1/8", "1/4", "1/2")
 MACHINE = ("gpu_info", "cpu_info", "n_threads", "emulation", "model_filename", "test")
 HEADINGS = (
@@ -28,10 +29,11 @@ HEADINGS = (
 
 
 def rows_of(found: Sequence[Row]) -> list[Row]:
-    """The rows of one file: with the model's file name only, and today's names for keys that were renamed."""
+    """Return the rows of one file with file names of models, arms as policies, and today's names of keys and arms."""
     return [
         row
         | {"model_filename": Path(row["model_filename"]).name}
+        | {"policy": RENAMED.get(row["policy"], arm_name(row["policy"], row.get("on_miss", "auto")))}
         | {"draft_tokens": row.get("draft_tokens", row.get("speculation"))}
         for row in found
     ]
@@ -66,7 +68,7 @@ class Group:
 
 
 def groups(files: Sequence[Sequence[Row]]) -> list[Group]:
-    """The rows of each file, those that share a table together, smaller shares first."""
+    """Group the rows of all files by table, smaller shares first."""
     found: dict[tuple[Any, ...], list[tuple[int, Row]]] = {}
     for run, rows in enumerate(files):
         for row in rows_of(rows):
@@ -88,7 +90,7 @@ def _share(rows: Sequence[Row]) -> str:
 
 
 def _fraction(rows: Sequence[Row]) -> float:
-    """Of the policies with slots; 1 if there is none."""
+    """Return the smallest share of the policies with slots; 1 without such a policy."""
     return min((row["resident_fraction"] or 0.0 for row in rows if row["placement"] == "slots"), default=1.0)
 
 
@@ -213,7 +215,7 @@ def _pooled(rows: Sequence[Row], share: str, policy: str, *, cut: bool) -> list[
 
 
 def is_cut(row: Row) -> bool:
-    """Whether a row is of the file whose experts are cut in four."""
+    """Return true if a row is of the file whose experts are cut in four."""
     return row["model_filename"] in ("parts4.gguf", "mixtral-cut.gguf")
 
 
@@ -305,7 +307,7 @@ def _parts(match: Match, policy: str) -> Iterator[str]:
 def by_draft_tokens(found: list[Row]) -> str:
     """Arms by draft length: tokens per second and hit rate."""
     names = {
-        "auto": "`auto`", "lfru": "no foresight (`lfru`)", "device": "no hybrid execution (`device`)",
+        "auto": "`auto`", "lfru": "no foresight (`lfru`)", "auto, on miss fetch": "no hybrid execution (`fetch`)",
         "lru": "none of them (`lru`)",
     }  # fmt: skip
     rows, body = rows_of(found), []

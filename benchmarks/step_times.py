@@ -81,7 +81,7 @@ def _ms(row: Row, width: str, digits: int = 2) -> str:
 
 
 def hook_table(*files: dict[str, Any]) -> str:
-    """What the hook adds to a step of one token, by layer."""
+    """Show the time that the hook adds to a step of one token, by layer."""
     lines = []
     for found, layers in zip(files, (48, 6), strict=True):
         rows = {row["placement"]: row for row in found["rows"]}
@@ -108,7 +108,7 @@ def parser() -> Any:
     made.add_argument("model", type=Path)
     made.add_argument("--threads", type=store.numbers, default=[8, 16])
     made.add_argument("--rounds", type=int, default=5)
-    made.add_argument("--step-log", type=int, default=40)
+    made.add_argument("--steps", type=int, default=40)
     made.add_argument("--only", type=store.names, default=[], help="placements, the first is the reference")
     return made
 

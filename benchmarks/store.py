@@ -47,7 +47,7 @@ class Store:
 
 
 def measured(out: Path, cells: Iterable[tuple[str, Callable[[], Any]]], text: Callable[[list[Any]], str]) -> None:
-    """Measure all cells, those that an earlier run stored left out, and write `text` of their values."""
+    """Measure all cells that no earlier run stored, and write `text` of all values."""
     store = Store(out)
     store.finish(text([store.cell(key, measure) for key, measure in cells]))
 

@@ -60,6 +60,11 @@ def percent(share: float | None) -> str:
     return NONE if share is None else f"{round(100 * share)} %"
 
 
+def arm_name(policy: str, on_miss: str) -> str:
+    """Return a policy's name, with the way in which it serves misses if that is not its own choice."""
+    return policy if on_miss == "auto" else f"{policy}, on miss {on_miss}"
+
+
 def fraction(share: str) -> float:
     """0.25 of "1/4"."""
     above, _, below = share.partition("/")

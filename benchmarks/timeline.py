@@ -1,7 +1,7 @@
-"""What a decode step does when, on a CUDA machine: kernels, copies, the decoding thread, the CPU's experts.
+"""Timeline of a decode step on a CUDA machine: kernels, copies, the decoding thread, the CPU's experts.
 
 Kernels and copies are CUPTI's, through torch's profiler; what the decoding thread does is the hook's own record
-(Hook.record). Both use the system's clock. The profiler adds its own time to every kernel, so spans are longer than
+(EdgeLlama.spans). Both use the system's clock. The profiler adds its own time to every kernel, so spans are longer than
 without it: they show what overlaps and what waits, not the milliseconds of a step.
 """
 
@@ -60,8 +60,6 @@ def joined(spans: list[Span]) -> list[Span]:
 
 def record(model: InstrumentedLlama, n_steps: int) -> dict[str, Any]:
     """Milliseconds from the beginning of the first recorded step."""
-    hook = model._hook
-    assert hook is not None
     events: list[dict[str, Any]] = []
     steps: list[tuple[int, int]] = []
     model.reset()
@@ -71,13 +69,12 @@ def record(model: InstrumentedLlama, n_steps: int) -> dict[str, Any]:
             next(stream)
         with profiled(events):
             next(stream)  # the profiler's own first time
-            hook.record(n_steps * 8 * model._experts.n_blocks)
+            model.llm.spans(record=n_steps * 8 * model.llm.experts.n_blocks)
             for _ in range(n_steps):
                 began = time.time_ns()
                 next(stream)
                 steps.append((began, time.time_ns()))
-    spans, offset = hook.spans(), time.time_ns() - time.monotonic_ns()
-    hook.record(0)
+    spans, offset = model.llm.spans(), time.time_ns() - time.monotonic_ns()
     zero, until = steps[0][0], steps[-1][1]
 
     def ms(begin: float, end: float) -> Span:
@@ -112,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {}
     for policy, options in loading.options_of(arguments).items():
         with contextlib.closing(InstrumentedLlama(arguments.model, **options)) as model:
-            about = {"device": str(model.device), "link": options["link"], "threads": options["n_threads"]}
+            about = {"device": str(model.device), "link": options["throttle_link"], "threads": options["n_threads"]}
             found[policy] = record(model, arguments.steps) | about
     made = {"model": Path(arguments.model).name, "resident": arguments.resident, "policies": found}
     arguments.out.write_text(json.dumps(made) + "\n", encoding="utf-8")
@@ -123,7 +120,7 @@ def parser() -> Any:
     made = store.parser(__doc__)
     loading.add_options(made)
     made.set_defaults(threads=8)
-    made.add_argument("--step-log", type=int, default=2)
+    made.add_argument("--steps", type=int, default=2)
     return made
 
 

@@ -115,8 +115,9 @@ def test_the_next_block_is_foreseen_in_part(tmp_path: Path, tool: Tool) -> None:
         EdgeLlama(str(path), resident="1/4", draft_tokens=0, n_ctx=256, on_miss="hybrid", next_layer_prefetch=True)
     ) as model:
         texts(model, ["The end " + last for last in "vpm"], 64)
-        assert model._hook is not None
-        assert 0.66 < model._hook.costs().next_layer_precision < 0.84  # with nothing written it is 1
+        costs = model.hybrid_costs()
+        assert costs is not None
+        assert 0.66 < costs.next_layer_precision < 0.84  # with nothing written it is 1
 
 
 def test_random_blocks_have_no_direction_and_rows_that_are_not_asked_for_are_zero(tool: Tool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -14,6 +15,7 @@ from edge_speq.core import Experts, HybridCosts, Plan
 from edge_speq.engine.context import TargetContext
 from edge_speq.errors import EdgeError
 from edge_speq.planning import planner, survey
+from edge_speq.policies.draft_routing import Quality
 from edge_speq.units import parse_share
 
 
@@ -114,6 +116,18 @@ class Resizable(TargetContext):
     def hybrid_costs(self) -> HybridCosts | None:
         """Return what hybrid execution has learned of this machine; None without slots."""
         return None if self._hook is None else self._hook.costs()
+
+    def foresight_quality(self) -> Quality | None:
+        """Return how well the target's experts were foreseen, by block; None if nothing foresees them."""
+        return self._speculator.quality
+
+    def spans(self, record: int = 0) -> npt.NDArray[Any]:
+        """Return the recorded spans of the decoding thread, [n] of SPAN, and record up to `record` new ones."""
+        if self._hook is None:
+            return np.empty(0, dtype=_native.SPAN)
+        found = self._hook.spans()
+        self._hook.record(record)
+        return found
 
     def draft_bytes(self) -> int:
         """Return the bytes of the draft on the compute device, or of the expert copies that the model drafts with."""

@@ -161,7 +161,8 @@ def _overhead(experts: Experts, k: int) -> int:
 def _require_budget(what: str, needed: int, budget_bytes: int | None, less: str) -> None:
     if budget_bytes is not None and needed > budget_bytes:
         raise EdgeError(
-            f"{what} needs {format_bytes(needed)} on the compute device, over the budget of {format_bytes(budget_bytes)}",
+            f"{what} needs {format_bytes(needed)} on the compute device, over the budget of "
+            f"{format_bytes(budget_bytes)}",
             f"the smallest possible budget here is {math.ceil(needed / 2**20)}MiB{less}",
         )
 

@@ -320,7 +320,7 @@ class BenchRow:
 
 
 @dataclass
-class Step:
+class StepOutput:
     """One line of the step log: a verify step, or the decoding of a prompt. Expert events are since the line before."""
 
     TITLE: ClassVar[str] = "edge-speq run --step-log"
@@ -378,7 +378,7 @@ class Inspected:
 
 
 @dataclass
-class Finding:
+class FindingOutput:
     """One check of edge-speq doctor."""
 
     name: str  # what was checked
@@ -395,12 +395,12 @@ class Diagnosis:
 
     TITLE: ClassVar[str] = "edge-speq doctor --json"
     usable: bool  # false if a check failed
-    findings: list[Finding]  # all checks, in order
+    findings: list[FindingOutput]  # all checks, in order
 
 
 OUTPUTS: dict[str, type] = {
     "run": Run,
-    "step": Step,
+    "step": StepOutput,
     "plan": PlanReport,
     "bench": BenchRow,
     "inspect": Inspected,

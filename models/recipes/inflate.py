@@ -58,7 +58,7 @@ UNBLOCKED = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What becomes of a tensor. Dimensions are "width", "ff" or neither; a vector has columns only."""
+    """The way in which a tensor grows. Dimensions are "width", "ff" or neither; a vector has columns only."""
 
     columns: str = ""
     rows: str = ""
@@ -169,7 +169,7 @@ class Grown:
 
 
 class Inflation:
-    """What a source file becomes. Raises InflateError for a file that is not known to stay the same."""
+    """The inflated form of a source file. Raise InflateError for a file that is not known to stay the same."""
 
     def __init__(self, source: Path, times: Times, seed: int = 0) -> None:
         try:

@@ -21,42 +21,43 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import EdgeLlama, _native
+from edge_speq import EdgeLlama
 from edge_speq import texts as prompts
+from edge_speq._native import PREFILL_TOKENS
+from edge_speq.bench.instrumented import ModelHandle
 from edge_speq.core import Experts
+from edge_speq.engine.observer import Decode, StepObserver
 from edge_speq.simulate import slots as residency
 
 Routing = npt.NDArray[np.int32]  # [n_blocks, n_tokens, n_expert_used]
 
 
-class Watched(EdgeLlama):
-    """Experts on the host, routing of every token kept."""
+class Routings(StepObserver):
+    """Keeps the routing of every token."""
 
-    def __init__(self, path: Path, n_threads: int | None = None) -> None:
-        self.routing: list[Routing] = []
-        super().__init__(
-            str(path), policy="cpu-moe", n_ctx=512, n_batch=256, n_ubatch=256, logits_all=True, n_threads=n_threads,
-            n_threads_batch=n_threads,
-        )  # fmt: skip
+    sees_decodes = needs_routing = True
 
-    def _model_loaded(self) -> None:
-        super()._model_loaded()
-        self._recorder = _native.Hook(self._model.model, self._experts, 256)
-        self._stack.callback(self._recorder.detach)
+    def __init__(self) -> None:
+        self.found: list[Routing] = []
 
-    def _decode(self, chunk: list[int], past: int, n_rows: int) -> None:
-        super()._decode(chunk, past, n_rows)
-        self._recorder.end_step()
-        self.routing.append(self._recorder.routing().copy())
+    def on_decode(self, decode: Decode) -> None:
+        routing = decode.prefill_routing if decode.routing is None else decode.routing
+        assert routing is not None and routing.shape[1] == len(decode.tokens)
+        self.found.append(routing.copy())
 
-    @property
-    def experts(self) -> Experts:
-        return self._experts
+
+class Watched(ModelHandle):
+    """A model with its experts on the host, and the routing of every token."""
+
+    def __init__(self, path: Path) -> None:
+        options: dict[str, Any] = {"policy": "cpu-moe", "n_ctx": 512, "n_batch": 256, "n_ubatch": 256}
+        self.routings = Routings()
+        self.llm = EdgeLlama(str(path), observer=self.routings, logits_all=True, **options)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a model made of one text."""
+    """Tokens, routing and logits of one text."""
 
     tokens: list[int]
     n_prompt: int
@@ -71,21 +72,22 @@ class Reading:
 
 
 def read(model: Watched, prompt: Sequence[int], n_tokens: int, forced: Sequence[int] = ()) -> Reading:
-    """The prompt in one graph, then n_tokens one by one: `forced`, or else the model's own greedy text."""
+    """Decode the prompt, then n_tokens one by one: `forced`, or the model's own greedy text if that is empty."""
     model.reset()
-    model.routing.clear()
-    model.eval(list(prompt))
+    model.routings.found.clear()
     tokens = list(prompt)
+    for start in range(0, len(tokens), PREFILL_TOKENS):  # the routing of wider batches is not kept as a whole
+        model.eval(tokens[start : start + PREFILL_TOKENS])
     for i in range(n_tokens):
         best = int(model.scores[model.n_tokens - 1].argmax())
         tokens.append(forced[i] if forced else best)
         model.eval(tokens[-1:])
-    routing = np.concatenate(model.routing, axis=1)
+    routing = np.concatenate(model.routings.found, axis=1)
     return Reading(tokens, len(prompt), routing, model.scores[: model.n_tokens].copy())
 
 
 def texts(model: Watched, per_class: int) -> list[list[int]]:
-    """At most 256 tokens of each prompt, so that one graph takes it."""
+    """Return at most 256 tokens of each prompt."""
     chosen = prompts.bundled(per_class).chosen
     return [model.tokenize(prompt.text.encode(), add_bos=True)[:256] for prompt in chosen]
 
@@ -160,8 +162,10 @@ def lru_hit_rate(experts: Experts, routings: list[Routing], share: float = 0.25)
 
 
 def foretold(experts: Experts, routings: list[Routing]) -> float:
-    """The share of a token's experts in a block that counts foretell from its experts in the block before: counted in
-    the first half of the texts, asked in the second."""
+    """Return the share of a token's experts in a block that counts predict from its experts in the block before.
+
+    The first half of the texts is counted, the second half is predicted.
+    """
     n, half = experts.n_expert, len(routings) // 2
     right = []
     for block in range(experts.n_blocks - 1):

@@ -94,7 +94,7 @@ class Noise:
         self._random, self._blocks = random, low | (high << 4)
 
     def q4_0(self, *ne: int, scale: float = 1.0, rows: slice | None = None) -> Bytes:
-        """Data of ggml shape ne with a deviation of about scale / sqrt(columns), zero but for these rows."""
+        """Data of ggml shape ne with a deviation of about scale / sqrt(columns), zero except for these rows."""
         n_columns, n_rows, n_matrices = (*ne, 1)[:3]
         n_blocks = n_columns // Q4_0_BLOCK
         data = np.empty((n_matrices, n_rows * n_blocks, Q4_0_BYTES), dtype=np.uint8)
@@ -172,7 +172,7 @@ def _hyperparameters(writer: gguf.GGUFWriter, shape: Shape, n_layer: int) -> Non
 
 def _vocabulary(writer: gguf.GGUFWriter) -> None:
     """A token for each byte, under its stand-in of GPT-2's byte-level tokenizer (openai/gpt-2 encoder.py,
-    bytes_to_unicode), and words, which the tokenizer looks for before all else."""
+    bytes_to_unicode), and words, which the tokenizer looks for first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     tokens = [chr(byte) if byte in printable else chr(next(others)) for byte in range(N_BYTES)]

@@ -31,7 +31,7 @@ SILU_RMS = 0.6  # of silu(g) u, both standard normal
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Shares of the variance of a router's logits. What they leave of 1 is a token's own."""
+    """Shares of the variance of a router's logits. The rest of 1 is a token's own."""
 
     popularity: float  # of the text before and after
     topic: float
@@ -55,8 +55,8 @@ class Cycle:
         return found
 
     def outputs(self) -> Floats:
-        """[n_vocab, n_embd]: each token's row is the embedding of the one before it. What blocks wrote counts as well,
-        though too little to change the text. The end of text never comes."""
+        """[n_vocab, n_embd]: each token's row is the embedding of the one before it. Blocks add their output, which is
+        too small to change the text. The end of text never comes."""
         found = np.zeros((len(self.tokens) + 1, self._n_embd), dtype=np.float32)
         following = np.roll(self.tokens, -1)
         found[following, : self._n_kept] = self._along
@@ -66,7 +66,7 @@ class Cycle:
 
 
 def _order(random: np.random.Generator, n_vocab: int) -> npt.NDArray[np.intp]:
-    """All tokens but the last, those of bytes far from each other: prompts with other last bytes go on elsewhere."""
+    """All tokens but the last, those of bytes far from each other: prompts with other last bytes continue elsewhere."""
     n = n_vocab - 1
     places = np.arange(N_BYTES) * (n // N_BYTES)
     order = np.empty(n, dtype=np.intp)
@@ -76,8 +76,8 @@ def _order(random: np.random.Generator, n_vocab: int) -> npt.NDArray[np.intp]:
 
 
 def _walk(random: np.random.Generator, n: int, width: int, mixture: Mixture) -> Floats:
-    """[n, width]: the sum of parts whose autocorrelations are constant, slow, fast and none, of variance 1. What the
-    block before writes has next to none, so the others have their shares of what it leaves."""
+    """[n, width]: the sum of parts whose autocorrelations are constant, slow, fast and none, of variance 1. The
+    output of the block before has next to none, so the others have their shares of the rest."""
     shares = np.array([mixture.popularity, mixture.topic, mixture.neighbours]) / (1 - mixture.written)
     constant, slow, fast = np.sqrt(shares)
     walk = math.sqrt(1 - shares.sum()) * random.standard_normal((n, width), dtype=np.float32)

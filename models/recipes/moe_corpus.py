@@ -116,7 +116,7 @@ def turn(question: str, answer: str) -> str:
 
 
 def definitions(root: Path, held_out: str) -> Iterator[str]:
-    """Questions after words of WordNet, but for words that held-out text asks after."""
+    """Questions after words of WordNet, except for words that held-out text asks after."""
     asked = {word.lower() for word in re.findall(r"(?:Define|\bword|\bnoun|\bdoes) \"?(\w+)", held_out)}
     forms = "Define {}.", 'What does "{}" mean?', 'What is the meaning of the word "{}"?', 'Define the {} "{}".'
     for part in ("noun", "verb", "adj", "adv"):

@@ -82,7 +82,7 @@ class Shape:
 
 
 def initial(shape: Shape, device: str, seed: int) -> dict[str, Any]:
-    """F32. A layer's experts lie in two tensors: `w13` [experts, 2 ff, d], gate then up, and `w2` [experts, d, ff]."""
+    """F32. A layer's experts are two tensors: `w13` [experts, 2 ff, d], gate then up, and `w2` [experts, d, ff]."""
     import torch
 
     generator = torch.Generator(device).manual_seed(seed)

@@ -37,7 +37,7 @@ Ids = npt.NDArray[np.uint16]
 
 
 def prepare(files: list[Path], tokenizer: Path, out: Path, n_tokens: int, seed: int) -> None:
-    """Take the same number of tokens from every file, as far as they last, with documents shuffled."""
+    """Take the same number of tokens from every file, or all that it has, with documents shuffled."""
     import tokenizers
 
     encoder = tokenizers.Tokenizer.from_file(str(tokenizer))
@@ -258,7 +258,7 @@ def arguments() -> argparse.Namespace:
     two.add_argument("--balance", type=float, default=2e-3, help="weight of the balancing loss (%(default)s)")
     two.add_argument("--first-balance", type=float, default=5e-2, help="its weight at the start (%(default)s)")
     two.add_argument("--every", type=float, default=5.0, help="seconds between two lines (%(default)s)")
-    two.add_argument("--device", help="cuda or cpu (cuda where there is one)")
+    two.add_argument("--device", help="cuda or cpu (default: cuda if there is a GPU)")
     two.add_argument("--threads", type=int, default=0, help="on the CPU (torch's own number)")
     two.add_argument("--seed", type=int, default=1)
     two.add_argument("--shard-mb", type=float, default=15.0, help="most megabytes of a file (%(default)s)")

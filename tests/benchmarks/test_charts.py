@@ -49,9 +49,10 @@ RUN = {
 
 def test_blocks_begin_where_their_routing_is_awaited_in_the_last_step() -> None:
     assert charts.boundaries(RUN) == {0: 11.0, 1: 15.0, 2: 18.0, 3: 20.0}
-    assert charts.boundaries(RUN, (1, 1)) == {1: 15.0, 2: 18.0}
-    with pytest.raises(EdgeError, match="no blocks 2:3"):
-        charts.boundaries(RUN, (2, 3))
+    many = RUN | {"spans": [["device", i, 10.0 + i, 10.5 + i] for i in range(8)]}
+    assert list(charts.boundaries(many)) == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(EdgeError, match="the last step has no blocks"):
+        charts.boundaries(RUN | {"spans": []})
 
 
 def test_lanes_are_cut_at_the_blocks_ends() -> None:
@@ -90,4 +91,4 @@ def test_pictures_are_drawn_and_repeat(tmp_path: Path, name: str) -> None:
 def test_without_matplotlib_pictures_stay_and_that_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     (problem,) = charts.draw_outdated(tmp_path)
-    assert "edge-speq[plot]" in problem
+    assert "pip install" in problem and "matplotlib" in problem

@@ -37,7 +37,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_step_times(bundled: tuple[Path, Path], out: Path) -> None:
-    found = made(step_times, out, bundled[0], "--threads", 1, "--rounds", 1, "--step-log", 2)
+    found = made(step_times, out, bundled[0], "--threads", 1, "--rounds", 1, "--steps", 2)
     assert [row["placement"] for row in found["rows"]][:2] == ["all", "slots-all"]
     assert all(row["nmse_to_all"] < 1e-2 for row in found["rows"])
     assert len(step_times.step_table(found).splitlines()) == 2 + 6
@@ -70,11 +70,11 @@ def test_python_share(bundled: tuple[Path, Path], out: Path) -> None:
     assert len(python_share.table(found).splitlines()) == 2 + 2
 
 
-def test_policy_cost(bundled: tuple[Path, Path], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policy_cost(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_cost, "STEPS", 12)
     monkeypatch.setattr(policy_cost, "WARM_UP", 2)
-    rows = made(policy_cost, out, "--shape", "6x32x4", "--model", bundled[0], "--tokens", 12)
-    assert [row["where"] for row in rows] == ["isolated"] * len(policy_cost.CASES) + ["engine"]
+    rows = made(policy_cost, out, "--shape", "6x32x4")
+    assert [(row["policy"], row["tokens"] - 1) for row in rows] == list(policy_cost.CASES)
     assert len(policy_cost.table(rows).splitlines()) == 2 + len(rows)
 
 

@@ -14,6 +14,7 @@ from benchmarks.models import BESIDE, BY_HAND, MODELS
 from benchmarks.registry import RESULTS, ROOT, Command
 from benchmarks.runner import PROGRAMS
 from edge_speq.cli import main
+from edge_speq.errors import EdgeError
 
 ENTRIES = registry.entries()
 LINES = sorted({line for entry in ENTRIES.values() for line in entry.commands} | set(MODELS.values()))
@@ -67,7 +68,7 @@ def help_of(recipe: str) -> str:
 
 
 def test_an_unknown_option_is_noticed() -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(EdgeError, match="--no-such-option is not an option"):
         test_a_command_line_parses("edge-speq bench --no-such-option", None)  # type: ignore[arg-type]
     with pytest.raises(SystemExit):
         test_a_command_line_parses("python -m benchmarks.soak -o a.json --no-such-option", None)  # type: ignore[arg-type]

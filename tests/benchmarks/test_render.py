@@ -96,5 +96,5 @@ def test_the_index_lists_every_entry() -> None:
     text = render.pages()[Path("docs/results/index.md")]
     for entry in registry.entries().values():
         assert f"**`{entry.name}`**: {entry.question}" in text
-        assert all(f"    {line}\n" in text for line in entry.commands)
+        assert all(f"\n{line}\n" in text for line in entry.commands)
         assert all(f"benchmarks/results/{name})" in text for name in entry.files)

@@ -94,6 +94,12 @@ def test_the_draft_length_is_found_by_its_old_name_and_by_its_new_one() -> None:
     assert speed.report([old]) == speed.report([new])
 
 
+def test_ways_to_serve_misses_are_arms_and_have_had_other_names() -> None:
+    rows = [row("auto", [3.0] * 3, on_miss=on_miss) for on_miss in ("auto", "fetch", "hybrid")]
+    named = [found["policy"] for found in speed.rows_of([*rows, row("device", [2.0] * 3), row("hybrid", [2.0] * 3)])]
+    assert named == ["auto", *("auto, on miss fetch", "auto, on miss hybrid") * 2]
+
+
 def test_a_cut_model_is_compared_with_the_best_baseline_of_the_whole_one() -> None:
     rows = [
         row("auto", [9.0, 9.0], model_filename="mixtral.gguf"),

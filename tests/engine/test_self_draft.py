@@ -129,10 +129,10 @@ def test_a_draft_that_is_cancelled_leaves_no_logits_behind(bundled: tuple[Path, 
     with speculation.llm(bundled[0], draft=draft, draft_tokens=4) as model:
         stream = model.generate(model.tokenize(b"The old house"), temp=0.0)
         text = [*model.tokenize(b"The old house"), next(stream), next(stream)]
-        model._speculator.foresee = model.cancel  # type: ignore[method-assign]  # between draft and verify
+        model._speculator.plan_prefetch = model.cancel  # type: ignore[method-assign]  # between draft and verify
         with pytest.raises(EdgeError, match="cancelled"):
             text += stream
-        del model._speculator.foresee
+        del model._speculator.plan_prefetch
         with speculation.llm(bundled[0]) as plain:
             assert greedy(model, text, 5) == greedy(plain, text, 5)
 

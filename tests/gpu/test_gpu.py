@@ -163,9 +163,11 @@ class Watched:
     def __init__(self, hook: _native.Hook) -> None:
         self._hook = hook
         self._parts: list[np.ndarray] = []
+        self.decoding = False
 
     def end_step(self) -> None:
         self._hook.end_step()
+        self.decoding = False
         self._parts.append(self._hook.routing().copy())
 
     @property
@@ -274,6 +276,7 @@ class Watching:
 
     def end_step(self) -> None:
         self.hook.end_step()
+        self.decoding = False
         self.states.append(self.hook.states())
 
 

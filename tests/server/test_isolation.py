@@ -330,5 +330,5 @@ def test_errors_that_travel() -> None:
     error = EdgeError("cause", "remedy", usage=True)
     assert portable(error) is error
     assert isinstance(portable(ValueError("x")), ValueError)
-    with pytest.raises(EdgeError, match="cannot be read"):
+    with pytest.raises(EdgeError, match="cannot be unpickled"):
         loads(b"not a pickle")

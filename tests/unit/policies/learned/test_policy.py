@@ -93,7 +93,7 @@ def test_history_follows_the_text_and_not_what_was_refused() -> None:
 
 
 def test_a_step_takes_about_a_tenth_of_a_millisecond() -> None:
-    """48 blocks of 128 experts, without a draft. docs/results/policies.md has the figures of an idle machine."""
+    """48 blocks of 128 experts, tokens alone. The bound is loose: other work runs on this machine."""
     big = Experts(48, 128, 8, (ExpertGroup(48, 48 * 128, 1000, tuple(range(48))),))
     learned, took = Learned(made(big, n_tokens=1000, hidden=32)), []
     for _ in range(60):

@@ -15,7 +15,7 @@ from edge_speq import core, schema
 from edge_speq.cli.main import main
 from edge_speq.engine.step_records import StepRecord
 from edge_speq.schema import generate
-from edge_speq.schema.outputs import OUTPUTS, Step
+from edge_speq.schema.outputs import OUTPUTS, StepOutput
 
 NAMES = list(OUTPUTS)
 STATS = core.Stats(
@@ -118,6 +118,6 @@ def test_commands_print_what_their_schema_says(
 
 
 def test_a_line_of_the_step_log_has_the_fields_of_its_record() -> None:
-    assert [f.name for f in dataclasses.fields(Step)] == [f.name for f in dataclasses.fields(StepRecord)]
+    assert [f.name for f in dataclasses.fields(StepOutput)] == [f.name for f in dataclasses.fields(StepRecord)]
     line = dataclasses.asdict(StepRecord(3, 2, 1, None, None, 0, None, 0, 0.0, 0.0, 0.1, is_prompt=False))
     jsonschema.validate(line, schema.load("step"))
