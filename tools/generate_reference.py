@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 if TYPE_CHECKING:
     from edge_speq.planning.shared_budget import Budget
 
-LLAMA_OPTIONS = (  # of llama_cpp.Llama, which this package passes on
+LLAMA_OPTIONS = (  # options that are passed on to llama_cpp.Llama
 {names})
 
 

@@ -1,5 +1,8 @@
-"""What PyInstaller needs to freeze an application with edge_speq. It finds this folder through the entry point
-`pyinstaller40: hook-dirs` (PyInstaller's manual, "Providing PyInstaller Hooks with your Package")."""
+"""PyInstaller hooks for applications that use edge_speq.
+
+PyInstaller finds this folder through the entry point `pyinstaller40: hook-dirs` (PyInstaller's manual, "Providing
+PyInstaller Hooks with your Package").
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON schemas and the bundled models lie beside the modules; the engine's process is named by no import."""
+"""Collect the data files of edge_speq, and the modules of the engine subprocess, which no import statement names."""
 
 from PyInstaller.utils.hooks import collect_data_files
 

@@ -1,7 +1,11 @@
-"""edge-speq bench: policies against each other at equal bytes on the compute device, with llama-bench's habits.
+"""edge-speq bench: compare policies with equal bytes on the compute device, with llama-bench's tests and formats.
 
-matrix   which tests                    policies  which model each policy is, and who is in memory
-prompts  the texts that are read        measure   one repetition of one test
-compare  whether the texts agree        bound     what a clairvoyant cache would need
-runner   the rounds                     rows, output  what is printed
+- matrix: the tests
+- arms: the combinations of policy and options, and the models that are loaded for them
+- measure, instrumented: one repetition of one test, and a model that times its steps
+- compare: comparison of the generated texts
+- clairvoyant_bound: upper bound of the speed
+- runner: the rounds of repetitions
+- rows, output: the results in llama-bench's formats
+- recorder: records the routing of steps, for traces
 """

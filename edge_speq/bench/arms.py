@@ -1,4 +1,4 @@
-"""Which model each policy is, at equal bytes on the compute device, and which of them are in memory."""
+"""Arms of a benchmark (combinations of policy and options), loaded with equal bytes on the compute device."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from edge_speq.core import OWN_POLICIES, SLOT_POLICIES, Experts
 from edge_speq.gguf import model as gguf_model
 from edge_speq.planning import planner
 from edge_speq.planning.load_request import READS_PREDICTOR, READS_TRACE
-from edge_speq.runtime import loading as engine
+from edge_speq.runtime import loading
 from edge_speq.texts import Texts
 
 SLOTS = SLOT_POLICIES
-WARM_UP = 16  # tokens after each load: graphs are built and slots filled
+WARM_UP = 16  # tokens generated after each load, to build graphs and fill slots
 DEFAULT_RESIDENT = "1/4"
 CONTEXT_STEP = 256  # llama_context pads n_ctx to this many cells
-ROOM_TO_SPARE = 16  # cells: the last verify step may look further than the text goes
+ROOM_TO_SPARE = 16  # cells for draft tokens of the last verify step
 
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """What is to be measured, checked."""
+    """Checked settings of one benchmark."""
 
     model: str
     draft: str | None
@@ -43,11 +43,11 @@ class BenchSettings:
     vram_budget: int | str | None
     baseline: str
     throttle_link: int | None = None  # bytes per second
-    on_miss: tuple[str, ...] = ("auto",)  # of policies that are not published systems
+    on_miss: tuple[str, ...] = ("auto",)  # for policies that are not published systems
     next_layer_prefetch: bool | None = None
     deterministic: bool = False
-    emulation: str | None = None  # in words, for every row
-    load_mode: str = "auto"  # of stock arms: "mmap", "none", or whichever is faster
+    emulation: str | None = None  # description of the emulated machine, copied to every row
+    load_mode: str = "auto"  # of arms without slots: "mmap", "none", or the faster one
     warm_up: bool = True
     predictor: str | None = None  # a file of tune --learn
     trace: str | None = None  # a file of trace
@@ -55,7 +55,7 @@ class BenchSettings:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One competitor."""
+    """One combination of policy and options."""
 
     policy: str
     draft_tokens: int | str
@@ -71,7 +71,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What an arm turned out to be when it was loaded."""
+    """Properties of a loaded arm."""
 
     used_bytes: int
     resident_fraction: float | None
@@ -84,12 +84,12 @@ class Facts:
     n_batch: int
     n_ubatch: int
     flash_attn: bool
-    is_uncounted: bool  # every expert resident where no GPU is: used_bytes leaves mapped pages out
-    lossy: bool = False  # a token runs less of its experts than the model's router chose
+    is_uncounted: bool  # experts are mapped pages that used_bytes leaves out: no GPU and no slots
+    lossy: bool = False  # a token runs fewer experts than the model's router chose
 
 
 def arms(settings: BenchSettings) -> list[Arm]:
-    """All combinations, in the order of the arguments."""
+    """Return all combinations, in the order of the arguments."""
     return [
         Arm(policy, k, threads, on_miss)
         for threads in settings.threads
@@ -100,33 +100,31 @@ def arms(settings: BenchSettings) -> list[Arm]:
 
 
 def rotated(competitors: list[Arm], repetition: int) -> list[Arm]:
-    """Another arm begins in each repetition, so that none always runs on the warmest machine."""
+    """Return the arms, with another one first in each repetition, so that none always runs on the warmest machine."""
     start = repetition % len(competitors)
     return competitors[start:] + competitors[:start]
 
 
 def reference(settings: BenchSettings) -> Arm:
-    """Whose text the others must write: demand loads only, no draft."""
+    """Return the arm whose texts are the reference: policy lru, without a draft."""
     return Arm("lru", 0, settings.threads[0])
 
 
 class Fleet:
-    """Opens arms. As many stay in memory as device and host have room for.
+    """Loads arms, and keeps as many in memory as device and host have room for.
 
-    The anchor, the first arm with slots, is bounded as the user said, and what it then uses is the budget of the
-    others: slots with another draft length get it as vram_budget, cpu-moe as room for whole layers of experts. `all`
-    gets no bound.
-
-    rebound() changes the share and keeps what does not depend on it.
+    The anchor is the first arm with slots; it gets the user's bounds. The bytes that it uses are the budget of the
+    other arms. Slots with another draft length get it as vram_budget, cpu-moe as room for whole layers of experts.
+    Policy `all` is not bounded.
     """
 
     def __init__(self, settings: BenchSettings, say: Callable[[str], None]) -> None:
         self.facts: dict[Arm, Facts] = {}
         self.budget_bytes: int | None = None
-        self.resident = settings.resident  # of the anchor; None where a budget decides
+        self.resident = settings.resident  # share of the anchor; None if a budget decides
         self._settings, self._say = settings, say
         self._open: dict[Arm, InstrumentedLlama] = {}
-        self._mapped: dict[Arm, bool] = {}  # of stock arms: the better load mode
+        self._mapped: dict[Arm, bool] = {}  # arms without slots: true if mapping the file is faster
         self._n_cpu_moe: dict[Arm, int | None] = {}  # found by dry loads
         self._anchor = next((arm for arm in arms(settings) if arm.policy in SLOTS), reference(settings))
         self._n_ctx = self._size = 0
@@ -143,8 +141,10 @@ class Fleet:
         self._open = {}
 
     def rebound(self, resident: str | None) -> None:
-        """Another share of the experts in slots. `all` stays in memory, and load modes once found stay known: on the
-        CPU side an expert costs what it costs, however many layers are there."""
+        """Change the share of the experts in slots, and close the arms that depend on it.
+
+        Arms of policy `all` and the chosen load modes are kept, because they do not depend on the share.
+        """
         self._settings = dataclasses.replace(self._settings, resident=resident)
         for arm in [arm for arm in self._open if arm.policy != "all"]:
             self._open.pop(arm).close()
@@ -153,12 +153,12 @@ class Fleet:
         self._n_cpu_moe = {}
 
     def cancel(self) -> None:
-        """From any thread: what runs ends soon."""
+        """Cancel the running graphs; callable from any thread."""
         for model in list(self._open.values()):
             model.cancel()
 
     def open(self, arm: Arm) -> InstrumentedLlama:
-        """An arm, loaded and warmed up. Raises EdgeError."""
+        """Return an arm, loaded and warmed up. Raises EdgeError if it cannot be loaded."""
         if self.budget_bytes is None:
             _native.load_backends()
             self._settle_bounds()
@@ -170,7 +170,7 @@ class Fleet:
         return self._open[arm]
 
     def _load(self, arm: Arm) -> None:
-        while self._open and not self._has_room(arm):  # arms take turns, so the last one waits longest for its next
+        while self._open and not self._has_room(arm):  # arms run in a cycle: the last one is needed latest
             self._open.popitem()[1].close()
         if arm.policy not in SLOTS:
             self._open[arm] = self._stock(arm)
@@ -184,11 +184,11 @@ class Fleet:
     def _has_room(self, arm: Arm) -> bool:
         known, free_bytes = self.facts.get(arm), _native.compute_device().free_bytes
         need = known.used_bytes if known is not None else (self.budget_bytes or 0) + self._size * (arm.policy == "all")
-        # page-locked experts are a copy in RAM for each model; without room for it they would be mapped for some only
-        return free_bytes >= need + planner.AUTO_MARGIN and engine.fits_in_memory(self._size)
+        # each model has its page-locked copy of the experts; without room, only some models would be mapped
+        return free_bytes >= need + planner.AUTO_MARGIN and loading.fits_in_memory(self._size)
 
     def _settle_bounds(self) -> None:
-        """One size for the whole run, though what is free on the device changes."""
+        """Compute the budget and the context size once, because the free memory changes during the run."""
         if not self._n_ctx:
             self._vram_budget = planner.budget(self._settings.vram_budget, _native.compute_device())
         bounded = self._settings.resident is not None or self._vram_budget is not None
@@ -196,7 +196,7 @@ class Fleet:
         self._n_ctx, self._size = self._context(), gguf_model.check_model(self._settings.model).size
 
     def _context(self) -> int:
-        """Tokens that the longest test puts into the context; a generation test's prompt is as long as its text."""
+        """Return the context size of the longest test in tokens. A generation test reads a whole text."""
         longest = max(len(prompt.text.encode()) for prompt in self._settings.texts.chosen)
         needs = [
             c.n_depth + c.n_tokens + (longest if not c.n_prompt and not c.n_depth else 0) for c in self._settings.cases
@@ -227,8 +227,7 @@ class Fleet:
         return self._faster_load(arm) if mapped is None else self._load_stock(arm, mapped)
 
     def _faster_load(self, arm: Arm) -> StockLlama:
-        """The mapped file or the file read into memory, whichever is faster at prompts, and at generating where that is
-        asked for. Each is tried once."""
+        """Load the arm with the file mapped and with the file read into memory, and return the faster one."""
         models = dict[bool, StockLlama]()
         times = dict[bool, float]()
         try:
@@ -264,7 +263,7 @@ class Fleet:
         return options | ({"n_threads": arm.threads, "n_threads_batch": arm.threads} if arm.threads else {})
 
     def _tried(self, model: InstrumentedLlama) -> float:
-        """Seconds of what is going to be measured, in short: a prompt, and tokens after it where they are asked for."""
+        """Return the seconds of a short version of the tests: a prompt, and some tokens if a test generates tokens."""
         texts, cases = self._settings.texts, self._settings.cases
         case = max(cases, key=lambda case: (case.n_gen > 0, case.n_prompt))
         read = reading(model, case, texts.chosen[0], texts)
@@ -277,7 +276,7 @@ class Fleet:
         return time.perf_counter() - started
 
     def _warm(self, model: InstrumentedLlama) -> None:
-        """Some tokens after the first prompt's first."""
+        """Generate WARM_UP tokens after the start of the first prompt."""
         model.reset()
         prompt = self._settings.texts.chosen[0].text
         stream = model.generate(model.words(prompt, add_bos=True)[:WARM_UP], temp=0.0)

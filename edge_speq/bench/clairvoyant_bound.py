@@ -1,24 +1,23 @@
-"""How fast the same steps could be at best: a clairvoyant cache, and transfers that cost nothing but the link.
+"""Upper bound of the speed of recorded steps: a clairvoyant cache, and transfers that overlap with computation.
 
-For the steps of a slots run, as they were recorded,
+For the recorded steps of a run with slots:
 
     bound_seconds = max(clairvoyant_bytes / (link + cpu), compute_seconds)
     bound_ts = tokens / bound_seconds            bound_fraction = avg_ts / bound_ts
 
-clairvoyant_bytes: what Belady's rule (1966: evict what is needed again last) fetches with the same slots, when all
-    routing is known beforehand and the experts that one block demands in one step arrive together. The slots may hold
-    the best experts already when the timed part begins, so as many fetches as there are slots are free. No cache of
-    this size fetches less, with or without prefetches.
-link: bytes per second, measured (orders of absent experts until the link is idle, the best of three), or emulated.
-cpu: with hybrid execution, the bytes of expert weights per second that the CPU computes with while nothing else runs,
-    as the hook has learned it; 0 without. What the cache misses is then served from both sides at once, and need not be
-    kept. Without policy all in the run there is no bound for it: the CPU's part of the steps' own time is not compute.
-compute_seconds: what the same steps, token by token and width by width, take with everything resident, plus what the
-    draft took. "all": the steps replayed on policy all, llama.cpp's own kernels with repacked weights, the fastest of
-    two replays and of all's own repetitions, where it took the same steps. "stalls": without policy all in the run,
-    the steps' own time less that in which they waited.
+- clairvoyant_bytes: bytes that Belady's rule (1966: evict the expert whose next use is farthest away) fetches with the
+  same slots and with all routing known in advance. One block's demands in a step are served together. The slots may
+  start with the best experts, so as many fetches as there are slots are free. No cache of this size fetches fewer
+  bytes, with or without prefetches.
+- link: bytes per second, emulated, or measured by prefetching absent experts (the best of three trials).
+- cpu: with hybrid execution, expert bytes per second that the CPU computes with while nothing else runs, as measured
+  by the native code; otherwise 0. Link and CPU then serve misses at the same time, and experts need not be kept.
+  This bound needs policy all in the run, because the steps' own time includes CPU work.
+- compute_seconds: time of the same steps with every expert resident, plus the time of the draft. With "all", the steps
+  are replayed on policy all (llama.cpp's kernels with repacked weights): the fastest of two replays and of that
+  policy's repetitions with the same steps. With "stalls" (no policy all in the run), the steps' time less their stalls.
 
-The bound says nothing of better drafts or of faster kernels.
+The bound does not account for better drafts or faster kernels.
 """
 
 from __future__ import annotations
@@ -44,8 +43,10 @@ Routing = npt.NDArray[np.int32]
 def clairvoyant_bytes(
     experts: Experts, slots: Sequence[int], steps: Sequence[Routing], *, warm: bool = True, bypass: bool = False
 ) -> int:
-    """Bytes that a clairvoyant cache fetches for steps of [n_blocks, n_tokens, n_expert_used]; warm: it may begin with
-    the best contents; bypass: what it misses need not be kept, since the CPU computes it."""
+    """Return the bytes that a clairvoyant cache fetches for steps of [n_blocks, n_tokens, n_expert_used].
+
+    `warm`: the cache may start with the best contents. `bypass`: the CPU computes misses, so they need no slot.
+    """
     if bypass:
         fetched = _bypassing_bytes(experts, slots, steps)
     else:
@@ -61,7 +62,7 @@ def clairvoyant_bytes(
 
 
 def _bypassing_bytes(experts: Experts, slots: Sequence[int], steps: Sequence[Routing]) -> int:
-    """After each block, of what was held and what it demanded, what is needed again first stays."""
+    """Return the bytes fetched with bypass: after each block, keep the experts that are needed again first."""
     group_of = {block: g for g, group in enumerate(experts.groups) for block in group.blocks}
     held: list[dict[int, float]] = [{} for _ in slots]  # key to its next use, by group
     last: list[list[tuple[float, int]]] = [[] for _ in slots]
@@ -80,29 +81,29 @@ def _bypassing_bytes(experts: Experts, slots: Sequence[int], steps: Sequence[Rou
 
 
 def hybrid_costs(model: InstrumentedLlama) -> HybridCosts | None:
-    """What the CPU's part of missing experts costs; None where it computes none."""
+    """Return the measured costs of hybrid execution; None if the CPU has computed no experts."""
     costs: HybridCosts | None = model.hybrid_costs() if model.stats().experts.cpu_computed else None
     return costs
 
 
 def link_rate(model: EdgeLlama | InstrumentedLlama) -> float | None:
-    """Bytes per second of orders into the model's slots; None where every expert is in a slot."""
+    """Return the bytes per second of prefetches into the model's slots; None if every expert is in a slot."""
     rates = [rate for rate in (model.prefetch_rate(N_ORDERS) for _ in range(TRIALS)) if rate is not None]
     return max(rates, default=None)
 
 
 def steps_key(sample: Sample) -> object:
-    """The same for samples that decoded the same tokens in the same widths at the same places."""
+    """Return a key that is equal for samples with the same tokens, widths and positions of their steps."""
     return tuple((step.tokens, step.past) for passage in sample.passages for step in passage.steps)
 
 
 def own_seconds(sample: Sample) -> float:
-    """Of its steps, stalls included."""
+    """Return the seconds of a sample's steps, stalls included."""
     return sum(step.seconds for passage in sample.passages for step in passage.steps)
 
 
 def compute_seconds(sample: Sample, ceiling: InstrumentedLlama | None) -> float:
-    """What the steps of a sample cost without a stall; the draft comes on top."""
+    """Return the seconds of a sample's steps without stalls and drafting."""
     if ceiling is None:
         stalled = (sample.events.get("stall_ms") or 0.0) / 1e3
         return max(0.0, own_seconds(sample) - stalled)

@@ -1,4 +1,4 @@
-"""Whether two policies write the same text. Speeds of different texts are not compared."""
+"""Comparison of greedy texts between policies. Speeds are compared only if the texts are equal or near ties."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from edge_speq.bench.instrumented import InstrumentedLlama
 from edge_speq.bench.measure import PassageSample, Reading
 
-NEAR_TIE = 0.5  # logits: kernels for other widths and packings move this model's by more (docs/performance.md)
+NEAR_TIE = 0.5  # logits; kernels for other widths and packings change logits by more (docs/results)
 
 
 @dataclass(slots=True)
 class Verdict:
-    """How a policy's greedy texts compare with the reference's, over all prompts and repetitions."""
+    """Result of comparing a policy's greedy texts with the reference's, over all prompts and repetitions."""
 
-    match: bool | str = True  # "near tie" where every first difference was one
-    first_difference: int | None = None  # least position in a generated text at which two differed
-    logit_gap: float | None = None  # greatest distance, in logits of the reference, of two tokens picked there
-    # (infinite where the benchmark ended before it was known)
+    match: bool | str = True  # "near tie" if every first difference is one
+    first_difference: int | None = None  # first position at which a generated text differs
+    # largest distance, in the reference's logits, of the two tokens at a first difference; inf if it was not measured
+    logit_gap: float | None = None
 
     def add(self, position: int, gap: float) -> None:
         self.first_difference = position if self.first_difference is None else min(position, self.first_difference)
@@ -28,12 +28,12 @@ class Verdict:
 
 
 def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
-    """The first position at which two texts of equal length differ."""
+    """Return the first position at which two texts of equal length differ, or None."""
     return next((i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b), None)
 
 
 class Judge:
-    """Compares with what the reference wrote; asks the reference how close a call was, once for each question."""
+    """Compares texts with the reference's, and measures the logit gap of each first difference once."""
 
     def __init__(self, expected: list[PassageSample]) -> None:
         self._expected = expected
@@ -41,14 +41,17 @@ class Judge:
         self._gaps: dict[tuple[int, int, int], float] = {}
 
     def compare(self, outputs: list[list[int]], verdict: Verdict) -> None:
-        """Notes the first difference of each text; settle() decides what it means."""
+        """Store the first difference of each text; `settle` evaluates them."""
         for passage, got in zip(self._expected, outputs, strict=True):
             at = first_difference(passage.output, got)
             if at is not None:
                 self._open.append((verdict, passage.reading, passage.output, at, got[at]))
 
     def settle(self, reference: Callable[[], InstrumentedLlama] | None) -> None:
-        """reference is only called for what was not asked before; without it such texts count as different."""
+        """Add the stored differences to their verdicts.
+
+        `reference` is called only for gaps that were not measured yet. Without it, such texts count as different.
+        """
         for verdict, read, expected, at, token in self._open:
             key = (id(read), at, token)
             if key not in self._gaps and reference is not None:
@@ -58,7 +61,7 @@ class Judge:
 
 
 def logit_gap(reference: InstrumentedLlama, read: Reading, expected: list[int], at: int, token: int) -> float:
-    """How far, in the reference's logits, token lies behind what the reference wrote at a position."""
+    """Return the reference's logit of its own token at a position, less its logit of `token`."""
     reference.reset()
     for part in (read.before, read.prompt, *([t] for t in expected[:at])):
         if part:

@@ -25,16 +25,16 @@ EXPERT_TENSORS_OF = r"blk\.{}\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # llm_ffn_
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStep:
-    """One decode: the tokens of a verify step, their place, who served them and how long it took."""
+    """One decode: the tokens of a verify step, their position, their routing and the time."""
 
     tokens: tuple[int, ...]
-    past: int
-    routing: npt.NDArray[np.int32] | None  # [n_blocks, n_tokens, n_expert_used]; None where slots did not serve it
+    past: int  # position of the first token
+    routing: npt.NDArray[np.int32] | None  # [n_blocks, n_tokens, n_expert_used]; None if slots did not serve it
     seconds: float  # stalls included
 
 
 class DraftProxy:
-    """A draft that passes everything on, for observers that want to see what it proposes."""
+    """A draft that forwards every call, as a base for observers of its proposals."""
 
     def __init__(self, draft: Draft) -> None:
         self.draft = draft
@@ -44,7 +44,7 @@ class DraftProxy:
 
 
 class TimedDraft(DraftProxy):
-    """Adds the seconds of each proposal to an observer's."""
+    """A draft that adds the seconds of each proposal to the timer."""
 
     def __init__(self, draft: Draft, timer: StepTimer) -> None:
         super().__init__(draft)
@@ -59,7 +59,7 @@ class TimedDraft(DraftProxy):
 
 
 class StepTimer(StepObserver):
-    """Keeps every decode and the seconds that the draft takes, while `steps` is a list."""
+    """Stores every decode, and the seconds of the draft, while `steps` is a list."""
 
     def __init__(self) -> None:
         self.steps: list[MeasuredStep] | None = None
@@ -80,7 +80,7 @@ class StepTimer(StepObserver):
 
 
 class ModelHandle:
-    """A model that a tool opened; attributes that are not its own are those of `llm`."""
+    """A wrapper of a loaded model. Attributes that it does not have are those of `llm`."""
 
     llm: EdgeLlama
 
@@ -91,9 +91,9 @@ class ModelHandle:
 
 
 class InstrumentedLlama(ModelHandle):
-    """A model whose steps are kept while it is watched. Arguments are those of EdgeLlama."""
+    """A model that stores its steps inside `watch`. Its arguments are those of EdgeLlama."""
 
-    n_cpu_moe: int | None = None  # layers whose experts stay on the CPU; None where that is not what decides
+    n_cpu_moe: int | None = None  # layers whose experts stay on the CPU; None for policies with slots
 
     def __init__(self, model_path: str, observer: StepTimer | None = None, **options: Any) -> None:
         self.timer = observer or StepTimer()
@@ -101,7 +101,7 @@ class InstrumentedLlama(ModelHandle):
 
     @contextmanager
     def watch(self) -> Iterator[list[MeasuredStep]]:
-        """Keep the steps of the block; they stay readable after it."""
+        """Store the steps that run in the block; the list stays valid afterwards."""
         self.timer.steps, self.timer.draft_seconds = [], 0.0
         try:
             yield self.timer.steps
@@ -110,12 +110,14 @@ class InstrumentedLlama(ModelHandle):
 
     @property
     def draft_seconds(self) -> float:
-        """Seconds that the draft took since the last watch began."""
+        """Return the seconds that the draft took since the last `watch` started."""
         return self.timer.draft_seconds
 
     def replay(self, steps: list[MeasuredStep]) -> float:
-        """Return the seconds of decoding the same tokens in the same widths at the same places; the context holds what
-        stands before the first of them."""
+        """Decode the same tokens again, in the same widths at the same positions, and return the seconds.
+
+        The context must hold the tokens before the first step.
+        """
         return sum(self.llm.decode_again(step.tokens, step.past) for step in steps)
 
     def words(self, text: str, *, add_bos: bool) -> list[int]:
@@ -123,7 +125,7 @@ class InstrumentedLlama(ModelHandle):
         return list(self.llm.tokenize(text.encode(), add_bos=add_bos, special=True))
 
     def resident_fraction(self) -> float | None:
-        """Return the share of the routed-expert bytes that lie on the compute device; None for a dense model."""
+        """Return the share of the routed-expert bytes on the compute device; None for a dense model."""
         if not self.llm.experts.n_expert:
             return None
         if self.llm.plan.placement == "slots":
@@ -132,11 +134,10 @@ class InstrumentedLlama(ModelHandle):
 
 
 class StockPlacement(StepTimer):
-    """llama.cpp without slots: `--n-cpu-moe N`, repacking and all other defaults of its own.
+    """llama.cpp's own placement without slots: `--n-cpu-moe N`, repacked weights and its other defaults.
 
-    With a budget the experts of the first N layers stay on the CPU and the others go on the device, N the smallest
-    number with which everything fits. Without one everything goes on the device, and on a machine that has no GPU
-    everything is on the CPU in any case. `known`: that number, where it was found before.
+    With a budget, the experts of the first N layers stay on the CPU, with the smallest N that keeps the budget. Without
+    a budget everything is on the device. Without a GPU everything is on the CPU. `known`: N from an earlier load.
     """
 
     def __init__(self, device_budget: int | None, known: int | None = None) -> None:
@@ -153,7 +154,7 @@ class StockPlacement(StepTimer):
             self._keep_on_cpu(load, self.n_cpu_moe)
 
     def _fewest(self, load: NativeLoad, budget: int) -> int:
-        """Return the smallest N that keeps the budget, found by dry loads; all layers where none does."""
+        """Return the smallest N that keeps the budget, found by dry loads; all layers if none does."""
         low, high = 0, n_layers(str(load.request.model))
         while low < high:
             middle = (low + high) // 2
@@ -170,7 +171,7 @@ class StockPlacement(StepTimer):
 
 
 class StockLlama(InstrumentedLlama):
-    """A model that llama.cpp places itself, by layers."""
+    """A model with llama.cpp's own placement, by layers."""
 
     def __init__(
         self, model_path: str, *, device_budget: int | None, n_cpu_moe: int | None = None, **options: Any

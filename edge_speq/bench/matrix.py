@@ -1,4 +1,4 @@
-"""The tests of a benchmark, named and listed as llama-bench does."""
+"""Tests of a benchmark, with llama-bench's names and order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from edge_speq.errors import EdgeError
 
-MOST_VALUES = 1000  # of one option
+MOST_VALUES = 1000  # values of one option
 RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
 
 
@@ -22,18 +22,18 @@ class Case:
 
     @property
     def name(self) -> str:
-        """pp512, tg128 or pp512+tg128, with " @ d512" where the context is not empty."""
+        """Return pp512, tg128 or pp512+tg128, with " @ d512" if the context is not empty."""
         parts = [f"pp{self.n_prompt}"] * (self.n_prompt > 0) + [f"tg{self.n_gen}"] * (self.n_gen > 0)
         return "+".join(parts) + (f" @ d{self.n_depth}" if self.n_depth else "")
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that the test's speed counts."""
+        """Return the number of tokens that the test's speed counts."""
         return self.n_prompt + self.n_gen
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """The values of "512", "128,256", "0-512+128" or "1-64*2". Raises EdgeError for anything else."""
+    """Return the values of "512", "128,256", "0-512+128" or "1-64*2". Raises EdgeError for other texts."""
     found: list[int] = []
     for part in text.split(","):
         match = RANGE.fullmatch(part.strip())
@@ -64,7 +64,7 @@ def _expand(first: int, last: int, operator: str, step: int, what: str) -> list[
 
 
 def pair(text: str, option: str) -> tuple[int, int]:
-    """Prompt and generated tokens of "512,128". Raises EdgeError for anything else."""
+    """Return the prompt and generated tokens of "512,128". Raises EdgeError for other texts."""
     match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
     if match is None:
         raise EdgeError(f"{option} {text!r} is not a pair of numbers", "write it like 512,128", usage=True)
@@ -72,7 +72,7 @@ def pair(text: str, option: str) -> tuple[int, int]:
 
 
 def choices(text: str, check: Callable[[str], object]) -> list[str]:
-    """The parts of a comma-separated list, each once, each of which check accepts by not raising."""
+    """Return the distinct parts of a comma-separated list. `check` raises for a part that is not valid."""
     parts = list(dict.fromkeys(part.strip() for part in text.split(",")))
     for part in parts:
         check(part)
@@ -82,10 +82,12 @@ def choices(text: str, check: Callable[[str], object]) -> list[str]:
 def cases(
     prompts: Sequence[int], generated: Sequence[int], pairs: Sequence[tuple[int, int]], depths: Sequence[int]
 ) -> list[Case]:
-    """llama-bench's order: for each depth the prompt tests, the generation tests and the pairs; zeros are left out.
-    Raises EdgeError when nothing is left."""
-    wanted = [(n, 0) for n in prompts] + [(0, n) for n in generated] + list(pairs)
-    made = [Case(p, g, depth) for depth in depths for p, g in wanted if p or g]
+    """Return the tests in llama-bench's order: for each depth the prompt tests, the generation tests and the pairs.
+
+    Tests with 0 tokens are left out. Raises EdgeError if no test is left.
+    """
+    tests = [(n, 0) for n in prompts] + [(0, n) for n in generated] + list(pairs)
+    made = [Case(p, g, depth) for depth in depths for p, g in tests if p or g]
     if not made:
         raise EdgeError("there is nothing to measure", "give -p, -n or -pg a number above 0", usage=True)
     return list(dict.fromkeys(made))

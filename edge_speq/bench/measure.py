@@ -1,4 +1,4 @@
-"""One repetition of one test with one policy: every prompt once, and what happened meanwhile."""
+"""One repetition of one test with one policy: every prompt once, with times and expert events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVENTS = tuple(f.name for f in dataclasses.fields(ExpertCounters) if f.name not 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a test feeds for one prompt: tokens that lie in the context beforehand, and those that are read for it."""
+    """Tokens of a test for one prompt: `before` is in the context already, `prompt` is read by the test."""
 
     before: list[int]
     prompt: list[int]
@@ -32,9 +32,9 @@ class PassageSample:
     prompt: Prompt
     reading: Reading
     output: list[int]  # greedy
-    seconds: float  # of the timed part
+    seconds: float  # time of the timed part
     ttft_seconds: float | None
-    steps: list[MeasuredStep]  # of the timed part, only where tokens are generated and nothing else
+    steps: list[MeasuredStep]  # steps of the timed part; empty unless the test only generates tokens
 
 
 @dataclass(slots=True)
@@ -49,11 +49,11 @@ class Sample:
     drafted: int = 0
     accepted: int = 0
     n_steps: int = 0
-    foreseen: dict[str, float] | None = None  # how good foresight was, since the model was loaded
+    foreseen: dict[str, float] | None = None  # quality of expert prediction since the model was loaded
 
     @property
     def speed(self) -> float:
-        """Tokens per second."""
+        """Return the tokens per second."""
         return self.n_tokens / self.seconds
 
     @property
@@ -62,8 +62,11 @@ class Sample:
 
 
 def reading(model: InstrumentedLlama, case: Case, prompt: Prompt, texts: Texts) -> Reading:
-    """A generation test reads its prompt as it is, or as many tokens as its depth says; other tests as many tokens as
-    they are to read, after as many as the depth says."""
+    """Return the tokens of a test for one prompt.
+
+    A generation test reads the whole prompt, or n_depth tokens of it if there is a depth. Other tests read n_prompt
+    tokens after n_depth tokens that are in the context before.
+    """
     if case.n_prompt == 0:
         return Reading([], texts.tokens(prompt, case.n_depth, model.words))
     tokens = texts.tokens(prompt, case.n_depth + case.n_prompt, model.words)
@@ -71,7 +74,7 @@ def reading(model: InstrumentedLlama, case: Case, prompt: Prompt, texts: Texts) 
 
 
 def measure(model: InstrumentedLlama, case: Case, texts: Texts, prompts: Iterable[Prompt] | None = None) -> Sample:
-    """One repetition. Times are the clock's; in deterministic mode the stalls, which are virtual, are added to them."""
+    """Run one repetition. Times are wall times; in deterministic mode the virtual stalls are added."""
     sample = Sample()
     for prompt in texts.chosen if prompts is None else prompts:
         read = reading(model, case, prompt, texts)
@@ -111,7 +114,7 @@ def _passage(model: InstrumentedLlama, case: Case, prompt: Prompt, read: Reading
 
 
 def _add_events(sample: Sample, before: Stats, after: Stats) -> float:
-    """Adds what happened between two snapshots; returns the seconds of stalls."""
+    """Add the events between two snapshots to the sample, and return the seconds of stalls."""
     for name in EVENTS:
         was, now = getattr(before.experts, name), getattr(after.experts, name)
         sample.events[name] = None if now is None or was is None else (sample.events.get(name) or 0) + now - was

@@ -1,4 +1,4 @@
-"""Rows as md, csv, json and jsonl, in the formats of llama-bench."""
+"""Output of rows as Markdown, CSV, JSON and JSON lines, in llama-bench's formats."""
 
 from __future__ import annotations
 

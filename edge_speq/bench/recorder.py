@@ -1,4 +1,4 @@
-"""A model whose steps are recorded: what the routers chose, what the draft showed before, and how long it took."""
+"""Record the steps of a model: the routers' choices, the draft's routing before each step, and the times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edge_speq.trace.step import Routing, Step
 
 
 class StepWriter(StepObserver):
-    """Hands each narrow step to `sink` once it is known how much of it was accepted."""
+    """Passes each recorded step to `sink` once the number of accepted tokens is known. Prefill batches are too wide."""
 
     sees_decodes = True
     needs_routing = True
@@ -33,12 +33,12 @@ class StepWriter(StepObserver):
         self.shown: tuple[Routing | None, int] = (None, 0)
         self.draft_ms = 0.0
         self._gates = GateReader() if gates else None
-        self._made: dict[str, Any] | None = None  # the step that is not settled yet
+        self._made: dict[str, Any] | None = None  # the step whose accepted tokens are not known yet
         self._stalled = 0.0
         self._n_drafted = 0
         self._is_prompt = self._request_is_new = False
-        self._n_wide = 0  # batches since the last settled step that were too wide
-        self._read: Routing | None = None  # of the last of them
+        self._n_wide = 0  # batches since the last step that were too wide to record
+        self._read: Routing | None = None  # prefill routing of the last such batch
 
     def on_load(self, load: NativeLoad) -> None:
         if self._gates is not None:
@@ -50,7 +50,7 @@ class StepWriter(StepObserver):
         return noted  # type: ignore[no-any-return]
 
     def begin_passage(self, index: int) -> None:
-        """The next text is prompt number `index`."""
+        """Start the recording of prompt number `index`."""
         self.write()
         self.passage, self._request_is_new = index, True
 
@@ -92,7 +92,7 @@ class StepWriter(StepObserver):
         self.write(n_rejected)
 
     def write(self, n_rejected: int = 0) -> None:
-        """Hand over the step that waits for its outcome, if there is one."""
+        """Pass the pending step, if any, to the sink. `n_rejected`: its rejected draft tokens."""
         if self._made is not None and self.sink is not None:
             made, self._made = self._made, None
             self.sink(Step(n_accepted=made["n_drafted"] - n_rejected, **made))
@@ -100,7 +100,7 @@ class StepWriter(StepObserver):
 
 
 class _NotedDraft(DraftProxy):
-    """Runs on for the recorder, and shows the engine no more than what it asked for."""
+    """A draft that decodes more tokens ahead for the recorder, and returns to the engine only what it asked for."""
 
     def __init__(self, draft: Draft, writer: StepWriter) -> None:
         super().__init__(draft)
@@ -118,10 +118,10 @@ class Recorder(ModelHandle):
     """A model that records its steps.
 
     Args (besides EdgeLlama's):
-        lookahead: tokens that the draft runs on beyond those that it proposes, for their routing.
-        gates: record gate weights too, through llama.cpp's eval callback: every block waits for the host.
+        lookahead: tokens that the draft decodes after its proposal, to record their routing.
+        gates: record gate weights too, through llama.cpp's eval callback, which makes every block wait for the host.
 
-    Without slots the routing is read by a hook that only watches, so recording needs no budget and no policy.
+    Without slots a read-only hook records the routing, so that recording needs neither a budget nor a policy.
     """
 
     def __init__(self, model_path: str, *, lookahead: int = 0, gates: bool = False, **options: Any) -> None:
@@ -134,7 +134,7 @@ class Recorder(ModelHandle):
 
     @property
     def sink(self) -> Callable[[Step], None] | None:
-        """What each step is handed to."""
+        """Return the function that receives each step."""
         return self.writer.sink
 
     @sink.setter
@@ -142,20 +142,20 @@ class Recorder(ModelHandle):
         self.writer.sink = sink
 
     def begin_passage(self, index: int) -> None:
-        """The next text is prompt number `index`."""
+        """Start the recording of prompt number `index`."""
         self.writer.begin_passage(index)
 
     def write(self) -> None:
-        """Hand over the step that waits for its outcome, if there is one."""
+        """Pass the pending step, if any, to the sink."""
         self.writer.write()
 
     @property
     def is_twin(self) -> bool:
-        """Whether the draft's routing maps expert to expert."""
+        """Return true if the draft has the target's experts, so that its routing predicts the target's directly."""
         return is_twin(self.llm.experts, self.writer.draft_experts)
 
     def meta(self) -> dict[str, Any]:
-        """Return what a trace says of where it comes from; counters as they are now."""
+        """Return the metadata of a trace: models, plan, policy, device, versions and the current counters."""
         llm, stats = self.llm, self.llm.stats()
         draft_experts = self.writer.draft_experts
         return {

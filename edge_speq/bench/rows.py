@@ -1,4 +1,4 @@
-"""Results as rows: llama-bench's keys first, ours after them, the same in every format and in the schema."""
+"""Rows of results, with the same keys in every format: llama-bench's keys first, then those of edge_speq."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NESTED = (*SAMPLES, "ts_by_class")
 
 
 def machine(cpu: str, ram_bytes: int | None) -> Row:
-    """The keys about build and hardware."""
+    """Return the keys about build and hardware."""
     device = _native.compute_device()
     return {
         "build_commit": _native.llama_cpp_commit()[:9],
@@ -45,7 +45,7 @@ def machine(cpu: str, ram_bytes: int | None) -> Row:
 
 
 def model_keys(path: str) -> Row:
-    """The keys about the model's file. model_hash: sha256 of header and size of each part."""
+    """Return the keys about the model's file. model_hash: SHA-256 of each part's header and size."""
     file = gguf_model.check_model(path)
     return {"model_filename": path, "model_hash": header_hash(file)} | _description(path)
 
@@ -67,7 +67,7 @@ def _description(path: str) -> Row:
 
 
 def rows(results: Iterable[ArmResult], bench: Bench, hardware: Row) -> list[Row]:
-    """One row for each result, in the order of tests and arms."""
+    """Return one row for each result, in the order of tests and arms."""
     settings = bench.settings
     common = hardware | model_keys(settings.model)
     done = sorted(results, key=lambda result: settings.cases.index(result.case))
@@ -81,8 +81,10 @@ def rows(results: Iterable[ArmResult], bench: Bench, hardware: Row) -> list[Row]
 
 
 def speedup(row: Row, others: list[Row], baseline: str) -> float | None:
-    """How many times the baseline's speed, of its best draft length; None where a text differs by more than near ties,
-    since speeds of different texts do not compare."""
+    """Return the speed divided by the baseline's, with the baseline's best draft length.
+
+    None if a text differs by more than near ties, because speeds of different texts cannot be compared.
+    """
     alike = [
         other["avg_ts"]
         for other in others
@@ -94,7 +96,7 @@ def speedup(row: Row, others: list[Row], baseline: str) -> float | None:
 
 
 def _compares(row: Row) -> bool:
-    """Kernels explain a near tie; where less is computed it is another text all the same."""
+    """Return true if the texts are equal, or near ties of a policy that is not lossy: kernels explain near ties."""
     return row["outputs_match"] is True or (row["outputs_match"] is not False and not row["lossy"])
 
 
@@ -168,7 +170,7 @@ def _edge_keys(result: ArmResult, facts: Facts, settings: BenchSettings, budget:
 
 
 def _events(result: ArmResult) -> Row:
-    """Sums over the counted repetitions' timed parts."""
+    """Return the sums over the timed parts of the counted repetitions."""
 
     def total(name: str) -> float | None:
         values = [sample.events.get(name) for sample in result.samples]
@@ -201,7 +203,7 @@ def _ttft_ms(result: ArmResult) -> float | None:
 
 
 def _by_class(result: ArmResult) -> dict[str, float]:
-    """Tokens per second of each class of texts, over all repetitions."""
+    """Return the tokens per second of each class of texts, over all repetitions."""
     seconds: dict[str, list[float]] = {}
     for sample in result.samples:
         for passage in sample.passages:
@@ -210,5 +212,5 @@ def _by_class(result: ArmResult) -> dict[str, float]:
 
 
 def deviation(values: list[Any]) -> float:
-    """Of the sample, with n - 1, as llama-bench's; 0 of a single value."""
+    """Return the sample standard deviation (n - 1, as in llama-bench); 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0

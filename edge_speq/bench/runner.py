@@ -1,4 +1,4 @@
-"""The rounds: every repetition visits every arm, another one first each time."""
+"""Rounds of a benchmark: every repetition runs every arm, starting with another one each time."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ class ArmResult:
     case: Case
     samples: list[Sample] = field(default_factory=list)
     verdict: Verdict = field(default_factory=Verdict)
-    test_time: str = ""  # RFC 3339, of the first repetition
+    test_time: str = ""  # start of the first repetition, RFC 3339
     bound_ts: float | None = None
-    cpu_bytes_per_s: int | None = None  # of hybrid execution: expert weights that the CPU computes with, by itself
-    contention: float | None = None  # part of the time that CPU and link share by which the CPU's grows
+    cpu_bytes_per_s: int | None = None  # hybrid execution: expert bytes per second of the CPU while the link is idle
+    contention: float | None = None  # slowdown of the CPU while the link is busy, as a share of the shared time
     bound_compute: str | None = None
     link_bytes_per_s: int | None = None
 
 
 class Bench:
-    """One benchmark. run() may be interrupted by stop(), from any thread; what was finished stays.
+    """One benchmark. `stop` interrupts `run` from any thread; finished results are kept.
 
-    A fleet that is given stays open."""
+    A fleet that is passed in stays open.
+    """
 
     def __init__(
         self, settings: BenchSettings, say: Callable[[str], None] = lambda _: None, fleet: Fleet | None = None
@@ -50,14 +51,14 @@ class Bench:
         self.stopped = False
         self._say = say
         self._judges: dict[Case, Judge] = {}
-        self._replayed: dict[object, float] = {}  # seconds that policy all takes for steps of other arms
+        self._replayed: dict[object, float] = {}  # seconds of policy all for the steps of other arms
 
     def stop(self) -> None:
         self.stopped = True
         self.fleet.cancel()
 
     def run(self) -> list[ArmResult]:
-        """The finished results. Raises EdgeError."""
+        """Run all rounds and return the finished results. Raises EdgeError if an arm cannot be loaded or fails."""
         with self.fleet if self._closes else contextlib.nullcontext():
             try:
                 self._rounds()
@@ -79,7 +80,7 @@ class Bench:
                 judge.settle(self._reference)
 
     def _expect(self) -> None:
-        """What the reference writes, its warm-up."""
+        """Generate the reference texts, which also warms the reference up."""
         for case in self.settings.cases:
             self._say(f"reference text, {case.name}")
             self._judges[case] = Judge(measure(self._reference(), case, self.settings.texts).passages)
@@ -97,7 +98,7 @@ class Bench:
             if self.stopped:
                 raise EdgeError("stopped")
             self._say(f"{what}: {arm.name}, {case.name}")
-            if not counted and arm.policy not in SLOTS:  # nothing to fill
+            if not counted and arm.policy not in SLOTS:  # no slots to fill
                 measure(model, case, self.settings.texts, self.settings.texts.chosen[-1:])
                 continue
             started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -108,7 +109,7 @@ class Bench:
                 result.test_time = result.test_time or started
 
     def _open(self, arm: Arm) -> InstrumentedLlama | None:
-        """None for an `all` that does not fit: a ceiling may be out of reach."""
+        """Return the loaded arm; None if policy all does not fit, which is then left out."""
         if arm not in self.arms:
             return None
         try:
@@ -178,7 +179,7 @@ class Bench:
         return LAPTOP_LINK if self.settings.deterministic else clairvoyant_bound.link_rate(self.fleet.open(arm))
 
     def _ceiling(self, arm: Arm) -> InstrumentedLlama | None:
-        """Its steps do as much as the arm's: not where the arm runs fewer parts of experts."""
+        """Return the arm of policy all with the same threads and the same number of experts per token, or None."""
         used = self.fleet.facts[arm].experts.n_expert_used
         found = [other for other in self.arms if other.policy == "all" and other.threads == arm.threads]
         found = [other for other in found if self.fleet.facts[other].experts.n_expert_used == used]
@@ -186,25 +187,27 @@ class Bench:
 
 
 class Series:
-    """A benchmark for each share of experts in slots, one after the other. Policies take turns within a share, where
-    they are compared; what does not depend on the share stays in memory."""
+    """Benchmarks for several shares of experts in slots, one after the other.
+
+    Policies are compared within a share. Models that do not depend on the share stay in memory.
+    """
 
     def __init__(
         self, settings: BenchSettings, shares: Sequence[str | None], say: Callable[[str], None] = lambda _: None
     ) -> None:
-        self.stopped = self.interrupted = False  # the latter: a Ctrl-C was noted
+        self.stopped = self.interrupted = False  # interrupted: Ctrl-C was pressed once
         self._settings, self._shares, self._say = settings, shares, say
         self._fleet = Fleet(settings, say)
         self._job: Bench | None = None
 
     def stop(self) -> None:
-        """From any thread: no more than what is finished."""
+        """Stop after the finished results; callable from any thread."""
         self.stopped = True
         if self._job is not None:
             self._job.stop()
 
     def run(self) -> Iterator[tuple[Bench, list[ArmResult]]]:
-        """Each share's finished results, to be read before the next is asked for. Raises EdgeError."""
+        """Yield the finished results of each share. Read them before the next share starts. Raises EdgeError."""
         with self._fleet:
             for share in self._shares:
                 if self.stopped:

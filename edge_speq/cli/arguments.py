@@ -1,4 +1,4 @@
-"""The options that several commands share, made from LoadRequest's table, and the model that they describe."""
+"""Command-line options that several commands share, made from LoadRequest's table, and loading with them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PLACEMENT = ("draft", "resident", "vram_budget", "draft_tokens", "policy", "on_m
 TRANSFERS = ("throttle_link", "deterministic")
 LEARNED = ("predictor", "latency_limit_ms")
 
-# of bench and simulate: they say less, or what another system said
+# policies for bench and simulate only: published systems, and the oracle
 FOR_COMPARISON = (*(name for name in PUBLISHED_POLICIES if name != "lru"), "oracle")
 RUN_POLICIES = ("auto", "cpu-moe", "all")
 OTHER_POLICIES = tuple(name for name in (*OWN_POLICIES, "lru") if name not in (*RUN_POLICIES, *FOR_COMPARISON))
 
 
 def add_model(p: argparse.ArgumentParser, *, compares: bool = False) -> None:
-    """Add MODEL, where its experts go, and how it computes. `compares`: policies of published systems are taken too."""
+    """Add MODEL and the options of its load. `compares`: also accept the policies of published systems."""
     add_model_file(p)
     for name in PLACEMENT:
         add_option(p, name, **({} if name != "policy" or compares else {"type": run_policy}))
@@ -48,13 +48,13 @@ def add_model(p: argparse.ArgumentParser, *, compares: bool = False) -> None:
         "--mmap",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="map the file, or read it into memory (default: what is faster where there is memory for it)",
+        help="map the file, or read it into memory (default: the faster one, if there is memory for it)",
     )
     p.add_argument("-t", "--threads", metavar="N", type=at_least(1, "threads"), help="CPU threads")
 
 
 def add_model_file(p: argparse.ArgumentParser) -> None:
-    """Add MODEL, which -m names as well."""
+    """Add MODEL, and -m as another spelling."""
     p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file (default: the bundled MoE)")
     p.add_argument("-m", "--model", metavar="MODEL", dest="model_option", help=argparse.SUPPRESS)
 
@@ -65,13 +65,13 @@ def add_transfers(p: argparse.ArgumentParser) -> None:
 
 
 def add_profile(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--no-profile", action="store_true", help="ignore what edge-speq tune found for this model")
+    p.add_argument("--no-profile", action="store_true", help="ignore the stored result of edge-speq tune")
     for name in LEARNED:
         add_option(p, name)
 
 
 def add_option(p: argparse.ArgumentParser, name: str, **changes: Any) -> None:
-    """Add a field of LoadRequest, with its own spelling and help. `changes`: other keywords of add_argument."""
+    """Add a field of LoadRequest with its spelling and help. `changes`: other keywords of add_argument."""
     option, default = OPTIONS[name], DEFAULTS[name]
     keywords: dict[str, Any] = {"dest": name, "default": default, "help": _help(option, default)}
     if option.is_switch:
@@ -88,7 +88,7 @@ def _help(option: Option, default: Any) -> str:
 
 
 def parser_of(option: Option) -> Callable[[str], Any]:
-    """Return the option's parser for a word of the command line, which its errors name by its flag."""
+    """Return the option's parser for the command line. Its errors name the option's flag."""
 
     def parse(text: str) -> Any:
         try:
@@ -105,13 +105,13 @@ def parser_of(option: Option) -> Callable[[str], Any]:
 
 
 def _after_value(message: str, text: str) -> str:
-    """Return what an error says of a value, without the option's name and the value, which the flag repeats."""
+    """Return an error message without its leading `name=value`, which the flag replaces."""
     _, found, rest = message.partition(f"={text!r}")
     return rest if found else f": {message}"
 
 
 def at_least(least: int, what: str) -> Callable[[str], int]:
-    """Return a parser of whole numbers. Raises EdgeError (usage) for anything below `least`."""
+    """Return a parser of whole numbers. It raises EdgeError (usage) below `least`."""
 
     def parse(text: str) -> int:
         try:
@@ -126,7 +126,7 @@ def at_least(least: int, what: str) -> Callable[[str], int]:
 
 
 def temperature(text: str) -> float:
-    """Return a sampling temperature. Raises EdgeError (usage) for anything that is not 0 or more."""
+    """Return a sampling temperature. Raises EdgeError (usage) unless it is a number of at least 0."""
     try:
         value = float(text)
     except ValueError:
@@ -143,10 +143,10 @@ def add_sampling(p: argparse.ArgumentParser, n_predict: int) -> None:
         metavar="N",
         type=at_least(0, "tokens"),
         default=n_predict,
-        help="most tokens, 0 for as many as fit (%(default)s)",
+        help="tokens to generate at most, 0: until the context is full (%(default)s)",
     )
     p.add_argument(
-        "--seed", metavar="S", type=at_least(0, "a seed"), help=f"of the sampler (the demo's is {DEMO_SEED})"
+        "--seed", metavar="S", type=at_least(0, "a seed"), help=f"seed of the sampler (bundled model: {DEMO_SEED})"
     )
     p.add_argument("--temp", metavar="T", type=temperature, default=0.8, help="temperature, 0 is greedy (%(default)s)")
 
@@ -157,7 +157,7 @@ def add_output(p: argparse.ArgumentParser, json: str) -> None:
 
 
 def settle_model(arguments: argparse.Namespace) -> None:
-    """Take the model of -m where MODEL is left out. Raises EdgeError (usage) where both are given."""
+    """Use the model of -m if MODEL is left out. Raises EdgeError (usage) if both are given."""
     named = getattr(arguments, "model_option", None)
     if named is not None and arguments.model is not None:
         raise EdgeError("MODEL and -m are both given", "leave one of them out", usage=True)
@@ -165,10 +165,10 @@ def settle_model(arguments: argparse.Namespace) -> None:
 
 
 def run_policy(policy: str) -> str:
-    """Return the policy. Raises EdgeError (usage) for one that only bench and simulate compare."""
+    """Return the policy. Raises EdgeError (usage) for policies of bench and simulate only."""
     if policy in FOR_COMPARISON:
         raise EdgeError(
-            f"policy {policy} is there to be compared, not to be run",
+            f"policy {policy} is only for comparison, in bench and simulate",
             f"use edge-speq bench or simulate with it, or one of {', '.join((*RUN_POLICIES, *OTHER_POLICIES))} here",
             usage=True,
         )
@@ -176,7 +176,7 @@ def run_policy(policy: str) -> str:
 
 
 def with_demo_defaults(arguments: argparse.Namespace) -> None:
-    """Without a model: the bundled pair, half of the experts resident unless the arguments bound them."""
+    """Without a model, use the bundled model and draft, with half of the experts resident unless there is a bound."""
     settle_model(arguments)
     if arguments.model is not None:
         return
@@ -189,7 +189,7 @@ def with_demo_defaults(arguments: argparse.Namespace) -> None:
 
 
 def edge_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of LoadRequest that the arguments have, the rarer ones where they differ from the default."""
+    """Return the arguments that are options of LoadRequest; rare options only if they differ from their defaults."""
     given = {name: getattr(arguments, name) for name in PLACEMENT if hasattr(arguments, name)}
     for name in (*TRANSFERS, *LEARNED):
         value = getattr(arguments, name, None)
@@ -201,7 +201,7 @@ def edge_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def llama_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of llama_cpp.Llama itself. Warns of a context beyond the trained one."""
+    """Return the arguments of llama_cpp.Llama. Warns if the context is longer than the trained one."""
     from edge_speq.runtime.loading import trained_context
 
     trained = trained_context(arguments.model)
@@ -211,7 +211,7 @@ def llama_options(arguments: argparse.Namespace) -> dict[str, Any]:
             f"warning: -c {n_ctx} is beyond the {trained} tokens that the model was trained for: text will degrade",
             file=sys.stderr,
         )
-    # llama.cpp makes that many cells and llama_cpp.Llama would leave the last ones unused
+    # llama.cpp rounds the context up to this many cells, and llama_cpp.Llama would not use the last ones
     options: dict[str, Any] = {"n_ctx": -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP}
     if arguments.mmap is not None:
         options["use_mmap"] = arguments.mmap
@@ -221,7 +221,7 @@ def llama_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(arguments: argparse.Namespace, **more: Any) -> EdgeLlama:
-    """Load the model, with a line of progress on a terminal when that takes a while. more: keywords of EdgeLlama."""
+    """Load the model, with a progress line on a terminal. `more`: keywords of EdgeLlama."""
     from edge_speq.engine.llama import EdgeLlama
 
     options = edge_options(arguments) | llama_options(arguments) | more

@@ -1,4 +1,4 @@
-"""edge-speq bench: policies measured against each other, as llama-bench measures models."""
+"""edge-speq bench: compare the speed of policies, with llama-bench's tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edge_speq.cli import arguments, interrupt
 from edge_speq.cli.progress import Line
 from edge_speq.core import ON_MISS, POLICIES
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import bundled
 from edge_speq.planning.load_request import OPTIONS, READS_PREDICTOR, READS_TRACE
 from edge_speq.units import parse_rate, require_choice
 
@@ -34,8 +34,7 @@ def add_parser(commands: Any) -> None:
     p: argparse.ArgumentParser = commands.add_parser(
         "bench",
         help="measure policies against each other",
-        description="Policies against each other at equal bytes on the compute device, with llama-bench's tests. "
-        f"{RANGES}.",
+        description=f"Compares policies with equal bytes on the compute device, with llama-bench's tests. {RANGES}.",
     )
     arguments.add_model_file(p)
     arguments.add_option(p, "draft")
@@ -53,18 +52,20 @@ def _add_tests(p: argparse.ArgumentParser) -> None:
     p.add_argument("-p", "--n-prompt", metavar="N", action="append", help="tokens of prompt tests (512; 0: none)")
     p.add_argument("-n", "--n-gen", metavar="N", action="append", help="tokens of generation tests (128; 0: none)")
     p.add_argument("-pg", metavar="P,N", action="append", help="tests that read P tokens and generate N")
-    p.add_argument("-d", "--n-depth", metavar="D", action="append", help="tokens in the context beforehand (0)")
+    p.add_argument("-d", "--n-depth", metavar="D", action="append", help="tokens in the context before the test (0)")
     repetitions = arguments.at_least(1, "repetitions")
-    p.add_argument("-r", "--repetitions", metavar="R", type=repetitions, default=5, help="of each test (%(default)s)")
-    p.add_argument("--no-warmup", action="store_true", help="no round before those that count")
+    p.add_argument(
+        "-r", "--repetitions", metavar="R", type=repetitions, default=5, help="repetitions of each test (%(default)s)"
+    )
+    p.add_argument("--no-warmup", action="store_true", help="do not run an uncounted round first")
     p.add_argument("-t", "--threads", metavar="T", action="append", help="CPU threads")
-    p.add_argument("--prompts", metavar="FILE", help='own texts: JSONL with "prompt" and perhaps "domain"')
+    p.add_argument("--prompts", metavar="FILE", help='own texts: JSON lines with "prompt" and optionally "domain"')
     texts = arguments.at_least(1, "texts")
     p.add_argument("--texts", metavar="N", type=texts, default=1, help="bundled texts of each class (%(default)s)")
 
 
 def _add_competitors(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--policy", metavar="LIST", help=f"{', '.join(POLICIES)} ({DEFAULT_POLICIES})")
+    p.add_argument("--policy", metavar="LIST", help=f"policies to compare: {', '.join(POLICIES)} ({DEFAULT_POLICIES})")
     p.add_argument(
         "--on-miss",
         metavar="LIST",
@@ -76,19 +77,21 @@ def _add_competitors(p: argparse.ArgumentParser) -> None:
     p.add_argument("--draft-tokens", metavar="LIST", default="auto", help="draft tokens per step (%(default)s)")
     p.add_argument("--resident", metavar="LIST", help="shares of the expert bytes in slots, one after the other (1/4)")
     arguments.add_option(p, "vram_budget")
-    p.add_argument("--baseline", metavar="POLICY", help="what speed-ups refer to (cpu-moe where listed)")
-    p.add_argument("-lm", "--load-mode", choices=LOAD_MODES, default="auto", help="of cpu-moe and all; auto tries both")
-    p.add_argument("--emulate", metavar="WHAT", help="another machine: link=12.5GB/s,threads=6")
+    p.add_argument("--baseline", metavar="POLICY", help="policy that speed-ups refer to (cpu-moe if it is listed)")
+    p.add_argument(
+        "-lm", "--load-mode", choices=LOAD_MODES, default="auto", help="loading of cpu-moe and all; auto tries both"
+    )
+    p.add_argument("--emulate", metavar="WHAT", help="emulate another machine: link=12.5GB/s,threads=6")
     arguments.add_transfers(p)
 
 
 def bench(options: argparse.Namespace) -> int:
-    wanted, shares = settings(options), _shares(options.resident)
+    chosen, shares = settings(options), _shares(options.resident)
     from edge_speq.bench.output import FORMATS
     from edge_speq.bench.runner import Series
 
     line, made = Line(name="bench"), list[Any]()
-    series = Series(wanted, shares, _timed(line))
+    series = Series(chosen, shares, _timed(line))
     try:
         with interrupt.handler(lambda *_: _stop(series), at_once=lambda: _stop_at_once(series)):
             for rows in _finished(series):
@@ -129,7 +132,7 @@ def _stop_at_once(job: Series) -> None:
 
 
 def _timed(line: Line) -> Callable[[str], None]:
-    """Return a function that shows what is measured and the seconds since the start."""
+    """Return a function that prints a message with the seconds since the start."""
     started = time.monotonic()
     return lambda text: line.say(f"{time.monotonic() - started:.1f} s: {text}")
 
@@ -138,7 +141,7 @@ def _timed(line: Line) -> Callable[[str], None]:
 
 
 def settings(options: argparse.Namespace) -> BenchSettings:
-    """The options, checked. Raises EdgeError (exit code 2) for what they do not allow."""
+    """Return the checked options. Raises EdgeError (usage) for invalid ones."""
     from edge_speq.bench.arms import BenchSettings
 
     arguments.settle_model(options)
@@ -175,15 +178,17 @@ def settings(options: argparse.Namespace) -> BenchSettings:
 
 
 def _list(text: str, name: str) -> list[str]:
-    """Return the values of a list, each of which the option takes."""
+    """Return the values of a comma-separated list, each checked with the option's parser."""
     from edge_speq.bench import matrix
 
     return matrix.choices(text, arguments.parser_of(OPTIONS[name]))
 
 
 def _read_by(path: str | None, flag: str, policies: list[str], readers: tuple[str, ...]) -> str | None:
-    """Return the path, and read the file once before models are loaded. Raises EdgeError where no policy reads it, or
-    where one that needs it gets none."""
+    """Return the path, after reading the file once, before models are loaded.
+
+    Raises EdgeError if no policy reads the file, if it is invalid, or if a policy needs a file and there is no path.
+    """
     from edge_speq.policies import oracle
     from edge_speq.policies.learned import network_file
 
@@ -197,7 +202,7 @@ def _read_by(path: str | None, flag: str, policies: list[str], readers: tuple[st
 
 
 def emulation(text: str | None) -> dict[str, str]:
-    """{"link": "12.5GB/s", "threads": "6"} of "link=12.5GB/s,threads=6". Raises EdgeError for anything else."""
+    """Return {"link": "12.5GB/s", "threads": "6"} for "link=12.5GB/s,threads=6". Raises EdgeError for other keys."""
     found: dict[str, str] = {}
     for part in text.split(",") if text else ():
         key, _, value = part.strip().partition("=")
@@ -214,8 +219,8 @@ def _models(options: argparse.Namespace) -> tuple[str, str | None]:
     from edge_speq.gguf import model as gguf_model
 
     if options.model is None:
-        draft = options.draft or str(demo.path(demo.DRAFT))
-        options.model = str(demo.path(demo.MODEL))
+        draft = options.draft or str(bundled.path(bundled.DRAFT))
+        options.model = str(bundled.path(bundled.MODEL))
     else:
         draft = options.draft
     spec.read(draft, gguf_model.check_model(options.model))
@@ -244,7 +249,7 @@ def _threads(options: argparse.Namespace, emulated: dict[str, str]) -> tuple[int
         raise EdgeError("-t and --emulate threads are both given", "leave one of them out", usage=True)
     found = _numbers(options.threads or ([emulated["threads"]] if "threads" in emulated else []), "-t")
     if 0 in found:
-        raise EdgeError("-t 0 is no number of threads", "give at least 1", usage=True)
+        raise EdgeError("-t 0 is not a number of threads", "give at least 1", usage=True)
     return tuple(found) or (None,)
 
 

@@ -1,4 +1,4 @@
-"""edge-speq chat: a conversation with a model, as `ollama run` and llama-cli hold it."""
+"""edge-speq chat: a conversation with a model in the terminal, like `ollama run` and llama-cli."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
     from edge_speq.cli.conversation import Conversation, Pieces
     from edge_speq.engine.llama import EdgeLlama
 
-COMMAND = re.compile(r"/(\w*)(?:\s+(.*))?")  # /usr/bin is no command
+COMMAND = re.compile(r"/(\w*)(?:\s+(.*))?")  # does not match /usr/bin
 HELP = '''\
-/help          this list
-/exit          leave, as Ctrl-D and /bye do
+/help          show this list
+/exit          leave, like Ctrl-D and /bye
 /clear         forget the conversation, keep the system message
-/stats         what happened since the model was loaded
-/regen         another reply to the last message
+/stats         show speed and expert events since the model was loaded
+/regen         write another reply to the last message
 /system TEXT   set the system message, without TEXT remove it
-"""            begins and ends a message of several lines
-Ctrl-C         stops a reply; at the prompt it leaves with exit code 130'''
+"""            start and end a message of several lines
+Ctrl-C         stop a reply; at the prompt leave with exit code 130'''
 
 
 def add_parser(commands: Any) -> None:
     p: argparse.ArgumentParser = commands.add_parser(
         "chat",
         help="talk to a model",
-        description="A conversation with a model: from a terminal, or each line of a piped stdin a message.",
+        description="A conversation with a model, in the terminal or with one message per line of a piped stdin.",
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments.add_model(p)
     arguments.add_transfers(p)
     arguments.add_profile(p)
-    p.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    p.add_argument("--system", metavar="TEXT", help="system message")
     arguments.add_sampling(p, n_predict=0)
-    arguments.add_output(p, json="print one JSON object a reply")
+    arguments.add_output(p, json="print one JSON object per reply")
     p.set_defaults(command=chat)
 
 
@@ -65,21 +65,21 @@ def chat(options: argparse.Namespace) -> int:
 
 
 class ChatSession:
-    """Reads messages and commands and writes replies. With `data`, one JSON object a reply."""
+    """Reads messages and commands, and writes replies. With `data`, each reply is one JSON object."""
 
     def __init__(self, llm: EdgeLlama, conversation: Conversation, *, data: bool) -> None:
         self._llm = llm
         self._conversation = conversation
         self._data = data
         self._lines = Lines(data=data)
-        self._n_forgotten = 0  # turns, as far as the user was told
+        self._n_forgotten = 0  # forgotten turns that were reported to the user
 
     def run(self) -> None:
-        """Until the end of stdin or /exit. Raises KeyboardInterrupt for Ctrl-C at the prompt of a terminal."""
+        """Run until the end of stdin or /exit. Raises KeyboardInterrupt for Ctrl-C at the prompt of a terminal."""
         if self._lines.typed:
             say("/help lists the commands, Ctrl-D leaves")
         with contextlib.suppress(EOFError):
-            while self._obey(*self._read()):
+            while self._handle(*self._read()):
                 pass
 
     def _read(self) -> tuple[str, bool]:
@@ -89,11 +89,11 @@ class ChatSession:
             try:
                 return self._lines.message()
             except (EOFError, KeyboardInterrupt):
-                say("")  # the shell's prompt gets a line of its own
+                say("")  # the shell's prompt starts on a new line
                 raise
 
-    def _obey(self, text: str, quoted: bool) -> bool:
-        """Whether the conversation goes on after this message or command."""
+    def _handle(self, text: str, quoted: bool) -> bool:
+        """Answer a message or run a command. Return false for /exit."""
         command = None if quoted else COMMAND.fullmatch(text.strip())
         try:
             if command and command[1] in ("exit", "bye"):
@@ -121,11 +121,11 @@ class ChatSession:
         elif name == "help":
             say(HELP)
         else:
-            say(f"/{name} is no command, /help lists them")
+            say(f"/{name} is not a command, /help lists them")
 
     def _answer(self, pieces: Pieces) -> None:
         reply = ChatReply(self._llm)
-        with reply.stoppable() if self._lines.typed else contextlib.nullcontext():  # else Ctrl-C ends the command
+        with reply.stoppable() if self._lines.typed else contextlib.nullcontext():  # otherwise Ctrl-C ends the command
             for piece in reply.read(pieces):
                 self._tell_forgotten()
                 if not self._data:
@@ -146,7 +146,7 @@ class ChatSession:
 
 
 class ChatReply:
-    """A reply while it is written, and how Ctrl-C stops it."""
+    """A reply that is being generated; Ctrl-C stops it."""
 
     def __init__(self, llm: EdgeLlama) -> None:
         self.text = ""
@@ -165,7 +165,7 @@ class ChatReply:
             log.removeFilter(self._is_news)
 
     def read(self, pieces: Pieces) -> Iterator[str]:
-        """Pieces until the reply ends or is stopped."""
+        """Yield pieces until the reply ends or is stopped."""
         try:
             with contextlib.closing(pieces):  # the history takes the text so far
                 for piece in pieces:
@@ -178,7 +178,7 @@ class ChatReply:
                 raise
 
     def _cancel_prefill(self) -> None:
-        """Called from another thread. A prompt may take long to decode; a token does not, and is worth its wait."""
+        """Cancel a long prefill; called from another thread. A token is short, so its end is awaited."""
         if not self.text:
             self._cancelled = True
             self._llm.cancel()

@@ -1,4 +1,4 @@
-"""What was said in a chat, kept within the model's context."""
+"""Messages of a chat, kept within the model's context."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ if TYPE_CHECKING:
     from edge_speq.engine.llama import EdgeLlama
 
 Message = dict[str, str]  # role and content
-Pieces = Generator[str, None, None]  # of a reply
+Pieces = Generator[str, None, None]  # parts of a reply
 
 
 class Conversation:
-    """The turns of a chat. `ask` forgets the oldest ones when the context would not hold them and a reply: n_predict
-    tokens of it, or, without a limit, a quarter of the context."""
+    """The turns of a chat. `ask` forgets the oldest turns if they and the reply do not fit in the context.
+
+    The space for the reply is n_predict tokens, but at most a quarter of the context.
+    """
 
     def __init__(self, llm: EdgeLlama, system: str | None, n_predict: int, temperature: float, seed: int | None):
         self.system = system
-        self.turns: list[tuple[str, str]] = []  # what the user and the model said
-        self.finish_reason = ""  # of the last reply: "stop", "length" or "interrupted"
-        self.n_forgotten = 0  # turns, since the conversation began
+        self.turns: list[tuple[str, str]] = []  # message and reply
+        self.finish_reason = ""  # for the last reply: "stop", "length" or "interrupted"
+        self.n_forgotten = 0  # turns forgotten since the conversation began
         self._llm = llm
         self._n_predict = n_predict
         self._temperature = temperature
@@ -33,8 +35,11 @@ class Conversation:
         self._attempt = 0  # another reply to the same message takes another seed
 
     def ask(self, text: str) -> Pieces:
-        """The pieces of the reply to text. Closed early, it keeps what was said so far; a reply that was interrupted
-        before its first piece leaves nothing behind. Raises EdgeError for what the context or the template refuse."""
+        """Yield the pieces of the reply to a message, and store both as a turn.
+
+        If the generator is closed early, the turn has the text so far; without any text no turn is stored. Raises
+        EdgeError if the message does not fit in the context or the chat template refuses it.
+        """
         said: list[str] = []
         self.finish_reason = "interrupted"
         try:
@@ -51,7 +56,7 @@ class Conversation:
                 self._attempt = 0
 
     def ask_again(self) -> Pieces:
-        """Another reply to the last message. Raises EdgeError when there is none."""
+        """Yield another reply to the last message. Raises EdgeError if there was no message."""
         if not self.turns:
             raise EdgeError("there is no reply to write again", "say something first")
         text, said = self.turns.pop()
@@ -88,7 +93,7 @@ class Conversation:
         return self._messages(text)
 
     def _count(self, messages: list[Message]) -> int:
-        """Tokens of the prompt that the model's chat format makes of messages."""
+        """Return the number of prompt tokens that the model's chat format makes of the messages."""
         stand_in = _Tokenizer(self._llm)
         try:
             type(self._llm).create_chat_completion(stand_in, messages, stream=True)
@@ -108,7 +113,7 @@ class Conversation:
 
 
 class _Tokenizer:
-    """Stands in for a model whose chat handler is to make the prompt and not to complete it."""
+    """A stand-in for the model that takes the prompt of the chat handler without completing it."""
 
     def __init__(self, llm: EdgeLlama) -> None:
         self._llm = llm

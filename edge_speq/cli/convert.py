@@ -1,4 +1,4 @@
-"""edge-speq convert: GGUF files made from checkpoints and from each other. One file a verb in convert_verbs/."""
+"""edge-speq convert: make GGUF files. Each verb is a module of convert_verbs/."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
     p: argparse.ArgumentParser = commands.add_parser(
         "convert",
         help="make GGUF files",
-        description="Makes GGUF files. What is written is whole or absent; nothing is replaced without --force.",
+        description="Makes GGUF files. Outputs are written atomically; existing files are replaced only with --force.",
     )
     verbs = p.add_subparsers(title="verbs", metavar="VERB", required=True)
     for verb in VERBS:
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
 
 
 def convert(options: argparse.Namespace) -> int:
-    # Leaving at once is right here too, but not without removing what is half written.
+    # leaves immediately, but removes temporary files first
     with interrupt.handler(_leave, _leave):
         return int(options.verb(options))
 

@@ -1,20 +1,20 @@
-"""edge-speq demo: the bundled MoE on a simulated laptop, with three ways to choose which experts are on the device.
+"""edge-speq demo: the bundled MoE on a simulated laptop, with three ways to choose the experts on the device.
 
-The experts are computed for real; only time is simulated, so counters repeat exactly. The virtual link is slowed down
-until an expert of the bundled model takes as long as one of Qwen3-30B-A3B over 12.5 GB/s, so that milliseconds have the
-size that they have there. Simulated time is simulate.costs.StepCosts.step_ms with the laptop of PolicyContext.nominal:
+The model really runs; only time is simulated, so that counters repeat exactly. The virtual link is slowed down until a
+transfer of an expert takes as long as one of Qwen3-30B-A3B over 12.5 GB/s, so that the milliseconds are realistic.
+Simulated time is simulate.costs.StepCosts.step_ms with the laptop of PolicyContext.nominal:
 
     ms = n_blocks * block_ms * steps + draft_ms * decoded + stall_ms
 
     block_ms    half of the transfer time of an expert, as in EdgeLlama(deterministic=True)
-    draft_ms    n_blocks * block_ms: a token of the draft costs as much as one of the model
+    draft_ms    n_blocks * block_ms: a draft token costs as much as a token of the model
     decoded     tokens that the draft computed: K + 1 in a step of K draft tokens, the last one for its routing only
-    stall_ms    of the virtual clock, in native/src/virtual_clock.h
+    stall_ms    stalls of the virtual clock (native/src/virtual_clock.h)
 
-The clock stands still while the draft runs: transfers that would go on meanwhile count as stalls.
+The virtual clock stops while the draft runs, so transfers that would overlap with the draft count as stalls.
 
-Deterministic mode lets the draft run on for the routing of 2 K + 2 tokens, since drafting takes no virtual time. Here
-it costs draft_ms, so the draft runs on by one token, which is where the engine begins when it follows a clock.
+In deterministic mode the draft decodes ahead for the routing of 2 K + 2 tokens, since drafting takes no virtual time.
+Here drafting costs draft_ms, so the draft decodes one token ahead, the engine's initial value with a real clock.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from edge_speq.cli import arguments, interrupt
 from edge_speq.cli.console import table
 from edge_speq.core import Stats
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import bundled
 
 if TYPE_CHECKING:
     from edge_speq.engine.step_records import StepRecord
 
 RESIDENT = "1/4"
-DRAFT_TOKENS = 1  # fixed: `auto` follows the seconds that steps take, and virtual time has none to follow
+DRAFT_TOKENS = 1  # fixed, because `auto` depends on measured step times
 N_TOKENS = 96
-AHEAD = 1  # tokens that the draft runs on, where a clocked engine begins (engine.draft_length.lookahead_depth)
-TWIN_BITS = 2  # of convert.bundled_twin.TWIN_TYPE
+AHEAD = 1  # tokens that the draft decodes ahead: the initial value of engine.draft_length.lookahead_depth
+TWIN_BITS = 2  # bits of convert.bundled_twin.TWIN_TYPE
 N_CTX = 512
 SEED = 7
 TEMPERATURE = 0.0
@@ -63,10 +63,10 @@ ARMS = (DemoArm("lru", "lru", False), DemoArm("auto", "auto", False), DemoArm("a
 
 @dataclass(frozen=True, slots=True)
 class SimulatedLaptop:
-    """The simulated machine. An expert of the bundled model takes transfer_ms on its link."""
+    """The simulated machine. The transfer of an expert of the bundled model takes transfer_ms."""
 
     n_blocks: int
-    bytes_per_s: int  # of the virtual link
+    bytes_per_s: int  # rate of the virtual link
     block_ms: float
 
     @property
@@ -75,7 +75,7 @@ class SimulatedLaptop:
 
     @property
     def token_ms(self) -> float:
-        """Compute time of a token, of the model and of its draft alike."""
+        """Return the compute time of a token in ms, equal for the model and its draft."""
         return self.n_blocks * self.block_ms
 
 
@@ -103,7 +103,7 @@ class DemoResult:
 
     @property
     def tok_per_s(self) -> float:
-        """Simulated. The first token comes from the prompt, whose steps are not simulated."""
+        """Return the simulated speed. The first token is not counted: its prompt has no simulated time."""
         return 1e3 * self.stats.timing.n_decoded / self.simulated.ms if self.simulated.ms else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,17 +115,17 @@ class DemoResult:
 def add_parser(commands: Any) -> None:
     p: argparse.ArgumentParser = commands.add_parser(
         "demo",
-        help="compare three ways to keep experts, on the bundled model",
-        description="Writes one text three times with the bundled model, a quarter of its experts in slots, over the "
-        "simulated link of a laptop. Shows hits, misses, transfers and stalls with LRU, with policy auto, and with a "
-        "draft whose routing foresees experts. The first run makes the draft's experts, 12 MB in the cache folder.",
+        help="compare three policies on the bundled model",
+        description="Generates one text three times with the bundled model, with a quarter of its experts in slots and "
+        "the simulated link of a laptop. Shows hits, misses, transfers and stalls with LRU, with policy auto, and with "
+        "a draft whose routing predicts experts. The first run makes the draft's experts (12 MB, cache folder).",
     )
     arguments.add_output(p, json="print one JSON object per row instead of text and table")
     p.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    machine = laptop(demo.path(demo.MODEL))
+    machine = laptop(bundled.path(bundled.MODEL))
     shows = not options.json
     if shows:
         print(f"{headline(machine)}\n", flush=True)
@@ -139,14 +139,14 @@ def run(options: argparse.Namespace) -> int:
     for other in results[1:]:
         if other.text != results[0].text:
             raise EdgeError(
-                f"{other.arm.name} wrote another text than {results[0].arm.name}: residency must not change a text",
+                f"{other.arm.name} wrote another text than {results[0].arm.name}; policies must not change texts",
                 "report it with the output of: edge-speq doctor --json",
             )
     return 0
 
 
 def laptop(model: Path) -> SimulatedLaptop:
-    """Return the machine on which an expert of the model's first block travels as long as one of REFERENCE."""
+    """Return the machine on which the transfer of an expert of the first block takes as long as one of REFERENCE."""
     from edge_speq.engine.llama import LAPTOP_LINK
     from edge_speq.gguf import model as gguf_model
 
@@ -173,7 +173,7 @@ def _run(arm: DemoArm, machine: SimulatedLaptop, *, shows: bool) -> DemoResult:
     with contextlib.ExitStack() as stack:
         draft = stack.enter_context(bundled_twin.twin(_tell_making)) if arm.drafts else None
         llm = EdgeLlama(
-            str(demo.path(demo.MODEL)),
+            str(bundled.path(bundled.MODEL)),
             draft=draft,
             resident=RESIDENT,
             draft_tokens=DRAFT_TOKENS if arm.drafts else 0,
@@ -184,23 +184,23 @@ def _run(arm: DemoArm, machine: SimulatedLaptop, *, shows: bool) -> DemoResult:
             n_ctx=N_CTX,
         )
         stack.callback(llm.close)
-        llm.limit_lookahead(AHEAD)  # in virtual time a draft runs on at no cost, which the formula charges
+        llm.limit_lookahead(AHEAD)  # in virtual time decoding ahead is free, but the formula charges it
         text = _write(llm, shows=shows)
         stats = llm.stats()
     return DemoResult(arm, text, stats, simulate(machine, steps, stats.experts.stall_ms))
 
 
 def _tell_making() -> None:
-    print("making the draft's experts, once: this takes some seconds", file=sys.stderr, flush=True)
+    print("making the draft's experts (only once, takes some seconds)", file=sys.stderr, flush=True)
 
 
 def _write(llm: Any, *, shows: bool) -> str:
     parts = []
     if shows:
         interrupt.last_words(interrupt.NEW_LINE)
-        print(demo.PROMPT, end="", flush=True)
+        print(bundled.PROMPT, end="", flush=True)
     for chunk in llm.create_completion(
-        demo.PROMPT, max_tokens=N_TOKENS, temperature=TEMPERATURE, seed=SEED, stream=True
+        bundled.PROMPT, max_tokens=N_TOKENS, temperature=TEMPERATURE, seed=SEED, stream=True
     ):
         parts.append(chunk["choices"][0]["text"])
         if shows:

@@ -1,6 +1,6 @@
-"""edge-speq doctor: check that this installation and this machine can run models, and say what to do if not.
+"""edge-speq doctor: check that this installation and this machine can run models, and name a remedy if not.
 
-Measuring takes a second or two; with a MODEL also as long as loading it does.
+The measurements take one or two seconds; with a MODEL, loading it comes on top.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_speq import __version__
-from edge_speq import system as machine
+from edge_speq import __version__, system
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import bundled
 from edge_speq.gguf import model as gguf_model
 from edge_speq.units import format_bytes, format_rate
 
 MIN_DISK = 1 << 30  # bytes
 MIN_MEMORY = 1 << 30
 LARGE_EXPERT = 1 << 20
-NOT_MODULES = re.compile(r"(lib)?ggml-(base|cpu)\b")  # linked in
+NOT_MODULES = re.compile(r"(lib)?ggml-(base|cpu)\b")  # linked, not loaded as a module
 CUDA_RUNTIME = re.compile(rb"lib(?:cudart|cublas)\.so\.(\d+)")
 CUDA_DRIVERS = ((13, 580), (12, 525), (0, 450))  # major version of CUDA, the oldest driver branch that runs it (Linux)
 MOST_OF_A_MODULE = 64 << 20
-EXTRAS = {  # of pyproject.toml, with what is imported of them
+EXTRAS = {  # extras of pyproject.toml, with the modules that are imported
     "serve": ("fastapi", "uvicorn", "starlette", "sse_starlette"),
     "convert": ("torch", "transformers", "safetensors", "sentencepiece", "google.protobuf", "yaml", "tqdm", "requests"),
     "train": ("torch",),
@@ -57,16 +56,16 @@ class Finding:
     status: str
     text: str
     remedy: str = ""
-    values: dict[str, Any] = field(default_factory=dict)  # the numbers in text
+    values: dict[str, Any] = field(default_factory=dict)  # the numbers of `text`, by name
 
 
 def add_parser(commands: Any) -> None:
     p: argparse.ArgumentParser = commands.add_parser(
         "doctor",
-        help="is everything here to run models",
-        description="Looks at the installation and the machine. Exit code 0 when models can be run, 1 when not.",
+        help="check the installation and the machine",
+        description="Checks the installation and the machine. Exit code 0 if models can be run, otherwise 1.",
     )
-    p.add_argument("model", nargs="?", metavar="MODEL", help="whose disk and experts to measure with (the bundled one)")
+    p.add_argument("model", nargs="?", metavar="MODEL", help="model for measuring disk and link (the bundled one)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("-v", "--verbose", action="store_true", help="show the log")
     p.set_defaults(command=doctor)
@@ -79,7 +78,7 @@ def doctor(options: argparse.Namespace) -> int:
         print(json.dumps({"usable": usable, "findings": [dataclasses.asdict(finding) for finding in findings]}))
     else:
         print("\n".join(line for finding in findings for line in lines(finding)))
-        print("usable" if usable else "not usable: see what failed above")
+        print("usable" if usable else "not usable: see the failed checks above")
     return 0 if usable else 1
 
 
@@ -153,7 +152,7 @@ def backends() -> Iterator[Finding]:
 
 
 def backend_modules() -> list[Path]:
-    """Return the modules beside the installed libraries and those that EDGE_SPEQ_BACKENDS names."""
+    """Return the modules in the folder of the installed libraries, and the modules that EDGE_SPEQ_BACKENDS names."""
     import llama_cpp
 
     named = [Path(name) for name in os.environ.get("EDGE_SPEQ_BACKENDS", "").split(os.pathsep) if name]
@@ -195,13 +194,13 @@ def built_for(info: str) -> Finding:
 
 
 def cpu() -> Finding:
-    cores, usable = machine.cores(), machine.usable_cpus()
-    text = f"{machine.cpu_model()}, {f'{cores} cores, ' if cores else ''}{usable} of {os.cpu_count()} processors usable"
+    cores, usable = system.cores(), system.usable_cpus()
+    text = f"{system.cpu_model()}, {f'{cores} cores, ' if cores else ''}{usable} of {os.cpu_count()} processors usable"
     return Finding("cpu", "ok", text, values={"cores": cores, "processors": os.cpu_count(), "usable": usable})
 
 
 def memory() -> Finding:
-    found = machine.memory()
+    found = system.memory()
     if found is None:
         return Finding("memory", "ok", "unknown on this system")
     total, available = found
@@ -213,7 +212,7 @@ def memory() -> Finding:
 
 
 def locked_memory() -> Finding:
-    limit = machine.locked_memory_limit()
+    limit = system.locked_memory_limit()
     if limit is None:
         return Finding("memlock", "ok", "no such limit on this system")
     text = "unlimited" if limit < 0 else f"{format_bytes(limit)}"
@@ -223,7 +222,7 @@ def locked_memory() -> Finding:
 
 def page_locked() -> Finding:
     """Report the largest total size of experts that is read into page-locked memory."""
-    most = machine.most_page_locked()
+    most = system.most_page_locked()
     if most is None:
         return Finding("pinned", "ok", "unknown on this system: models are mapped")
     text = f"experts of up to {format_bytes(most)} are read into page-locked memory for a GPU, larger ones are mapped"
@@ -234,11 +233,11 @@ def page_locked() -> Finding:
 
 def driver() -> Finding:
     """Find GPU drivers and, if a CUDA backend is present, whether the NVIDIA driver is new enough for it."""
-    found = machine.gpu_drivers()
-    installed, cuda = machine.nvidia_driver(), cuda_version()
+    found = system.gpu_drivers()
+    installed, cuda = system.nvidia_driver(), cuda_version()
     needed = None if cuda is None else next(driver for version, driver in CUDA_DRIVERS if cuda >= version)
     values = {"modules": found, "nvidia_driver": installed, "cuda": cuda, "needed_driver": needed}
-    text = ", ".join(found) or "none that this system tells of"
+    text = ", ".join(found) or "none found"
     if cuda is None:
         return Finding("driver", "ok", text, values=values)
     text += f"; the CUDA {cuda} backend needs an NVIDIA driver of at least {needed}"
@@ -261,7 +260,7 @@ def cuda_version() -> int | None:
 
 
 def _start_of(path: Path) -> bytes:
-    """Return the first bytes of a library, where the linker puts the names of those that it needs."""
+    """Return the first bytes of a library, which hold the names of the libraries that it needs."""
     try:
         with path.open("rb") as file:
             return file.read(MOST_OF_A_MODULE)
@@ -274,12 +273,12 @@ def disk_rate(model: str | None) -> Finding:
     from edge_speq.tune import link_speed
 
     try:
-        path = Path(model) if model is not None else demo.path(demo.MODEL)
+        path = Path(model) if model is not None else bundled.path(bundled.MODEL)
         rate = link_speed.disk(path)
     except (OSError, EdgeError) as error:
         return Finding("disk speed", "warn", f"not measured: {error}", "name a file that can be read")
     if rate is None:
-        return Finding("disk speed", "ok", "not measured: this system keeps what it has read")
+        return Finding("disk speed", "ok", "not measured: this system cannot drop cached file pages")
     text = f"{format_rate(rate.bytes_per_s)}, {format_bytes(rate.n_bytes)} of {path.name} read"
     values = {"bytes_per_s": rate.bytes_per_s, "n_bytes": rate.n_bytes}
     return Finding("disk speed", "ok", text, values=values)
@@ -296,7 +295,7 @@ def link_rate(model: str | None) -> Finding:
             rate = link_speed.link(model)
     except EdgeError as error:
         return Finding("link speed", "warn", f"not measured: {error.message}", error.hint or "name another MODEL")
-    small = "" if rate.n_bytes >= LARGE_EXPERT else "; name a MODEL with larger ones, which go faster"
+    small = "" if rate.n_bytes >= LARGE_EXPERT else "; give a MODEL with larger experts, which transfer faster"
     text = f"{format_rate(rate.bytes_per_s)} with experts of {format_bytes(rate.n_bytes)}{small}"
     return Finding("link speed", "ok", text, values={"bytes_per_s": rate.bytes_per_s, "expert_bytes": rate.n_bytes})
 
@@ -306,7 +305,7 @@ def extras() -> Iterator[Finding]:
         missing = [module for module in modules if not _importable(module)]
         values = {"extra": name, "missing": missing}
         if missing:
-            text, remedy = f"{name}: {', '.join(missing)} missing", machine.install_hint(name)
+            text, remedy = f"{name}: {', '.join(missing)} missing", system.install_hint(name)
             yield Finding("optional", "note", text, remedy, values)
         else:
             yield Finding("optional", "ok", f"{name}: installed", values=values)
@@ -320,9 +319,9 @@ def _importable(module: str) -> bool:
 
 
 def bundled_models() -> Iterator[Finding]:
-    for name in (demo.MODEL, demo.DRAFT):
+    for name in (bundled.MODEL, bundled.DRAFT):
         try:
-            file = gguf_model.check_model(demo.path(name))
+            file = gguf_model.check_model(bundled.path(name))
         except EdgeError as error:
             yield Finding("demo", "warn", error.message, error.hint)
         else:
@@ -333,12 +332,12 @@ def disk() -> Finding:
     """Check the free space of the folder with the bundled models, or of the current folder."""
     folder = Path.cwd()
     with contextlib.suppress(EdgeError):
-        folder = demo.path(demo.MODEL).parent
+        folder = bundled.path(bundled.MODEL).parent
     usage = shutil.disk_usage(folder)
     text = f"{format_bytes(usage.free)} of {format_bytes(usage.total)} free in the model folder"
     values = {"free_bytes": usage.free, "total_bytes": usage.total}
     if usage.free < MIN_DISK:
-        return Finding("disk", "warn", text, "make room: models take gigabytes", values)
+        return Finding("disk", "warn", text, "free some space: models take gigabytes", values)
     return Finding("disk", "ok", text, values=values)
 
 

@@ -15,9 +15,9 @@ Grid = npt.NDArray[Any]  # [n_blocks, n_expert]
 
 FILLED, PLAIN = "·░▒▓█", ".-+=#"  # by the share of a cell's experts that is resident: none, up to thirds, all
 LOADING, PLAIN_LOADING = "↓", "v"
-COLOURS = (240, 67, 72, 214, 203)  # of xterm's 256: from not demanded in recent steps to demanded in nearly every step
-HOT = 0.75  # of the steps
-FADING = 0.9  # of the heat in one step
+COLOURS = (240, 67, 72, 214, 203)  # xterm colours: from not demanded in recent steps to demanded in nearly every step
+HOT = 0.75  # share of steps from which the hottest colour is used
+FADING = 0.9  # factor of the heat per step
 RESIDENT = 2  # and above, in Hook.states()
 
 

@@ -11,14 +11,16 @@ from edge_speq.gguf.container import TOKENS, GGUFFile, Tensor
 from edge_speq.gguf.model import EXPERTS, architecture, check_model, hyperparameter
 from edge_speq.units import format_bytes
 
-PARTS = ("gate", "up", "gate_up", "down")  # of one expert
+PARTS = ("gate", "up", "gate_up", "down")  # parts of one expert
 ROLES = {"router": ("ffn_gate_inp.",), "attention": ("attn_",), "shared expert": ("shexp", "chexps")}
 ROLES |= {"feed-forward": ("ffn_",), "embedding": ("token_embd", "output.")}
 
 
 def add_parser(commands: Any) -> None:
     p: argparse.ArgumentParser = commands.add_parser(
-        "inspect", help="what a GGUF file holds", description="Checks a GGUF file and shows its experts and types."
+        "inspect",
+        help="show the contents of a GGUF file",
+        description="Checks a GGUF file and shows its experts and types.",
     )
     p.add_argument("model", metavar="FILE", help="a GGUF file, the first one of a split model")
     p.add_argument("--json", action="store_true", help="print one JSON object")
@@ -103,12 +105,12 @@ def report(summary: dict[str, Any]) -> str:
         f"dense      {format_bytes(s['dense_bytes'])}",
     ]
     if e["groups"]:
-        used = f"{e['n_expert_used']} of {e['n_expert']} experts a token and block"
+        used = f"{e['n_expert_used']} of {e['n_expert']} experts per token and block"
         lines.append(f"experts    {format_bytes(e['total_bytes'])}, {used}")
     for group in e["groups"]:
         types = ", ".join(f"{part} {kind}" for part, kind in group["types"].items())
         lines.append(
-            f"           {group['n_blocks']} blocks with {format_bytes(group['expert_bytes'])} an expert: {types}"
+            f"           {group['n_blocks']} blocks with {format_bytes(group['expert_bytes'])} per expert: {types}"
         )
     for kind, counts in s["bytes_by_role_and_type"].items():
         types = ", ".join(f"{format_bytes(n_bytes)} {name}" for name, n_bytes in counts.items())

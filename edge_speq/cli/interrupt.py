@@ -1,8 +1,8 @@
-"""What Ctrl-C does to the edge-speq command. The library itself installs no handler.
+"""Ctrl-C in the edge-speq command. The library itself installs no signal handler.
 
-By default the process leaves at once with exit code 130. Nothing is half written that unwinding would save, and a
-KeyboardInterrupt would come out of half-imported modules and ctypes callbacks as a traceback, or only after a native
-call of many seconds. Imports nothing of ours, so that __main__ can begin with it.
+By default the process exits immediately with code 130. Unwinding would save nothing, since outputs are written
+atomically. A KeyboardInterrupt would appear as a traceback from half-imported modules and ctypes callbacks, or only
+after a native call of many seconds. This module imports nothing of edge_speq, so that __main__ can import it first.
 """
 
 from __future__ import annotations
@@ -15,36 +15,38 @@ import sys
 from collections.abc import Callable, Iterator
 
 EXIT_CODE = 130
-ERASE_LINE = b"\r\x1b[2K\x1b[?25h"  # and show the cursor, which rich hides
+ERASE_LINE = b"\r\x1b[2K\x1b[?25h"  # also shows the cursor, which rich hides
 NEW_LINE = b"\n"
 
-_last_words = b""  # for the terminal, when the cursor is in the middle of a line
+_last_words = b""  # bytes written to the terminal at exit, for example to end the current line
 
 
 def leave_at_once() -> None:
-    """From now on Ctrl-C ends the process, also in the middle of a native call. Call it from the main thread."""
+    """Let Ctrl-C end the process immediately, even inside a native call. Call it from the main thread."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        return  # the shell started us in the background, or nohup did
+        return  # started in the background or with nohup
     signal.signal(signal.SIGINT, _leave)
     signal.set_wakeup_fd(_watcher(_leave), warn_on_full_buffer=False)
 
 
 def never_again() -> None:
-    """The work is done: Ctrl-C while the interpreter shuts down changes nothing any more."""
+    """Ignore Ctrl-C from now on, because the work is done and the interpreter shuts down."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def last_words(text: bytes) -> None:
-    """What an interrupted process writes to the terminal, so that the shell's prompt gets a line of its own."""
+    """Set the bytes that an interrupted process writes to the terminal, such as a line end for the shell's prompt."""
     global _last_words  # noqa: PLW0603  # one process, one terminal
     _last_words = text
 
 
 @contextlib.contextmanager
 def handler(handle: Callable[..., None], at_once: Callable[[], None] | None = None) -> Iterator[None]:
-    """As long as the block runs, Ctrl-C calls handle between two bytecodes of the main thread, and at_once in another
-    thread, even in the middle of a native call."""
-    # a watcher of its own: the other one may come to look only when the block is over
+    """While the block runs, let Ctrl-C call `handle` in the main thread and `at_once` in another thread.
+
+    `handle` runs between two bytecodes; `at_once` runs even during a native call.
+    """
+    # not the watcher of leave_at_once: its thread may read the signal only after the block
     writer = -1 if at_once is None else _watcher(at_once)
     watched = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     before = signal.signal(signal.SIGINT, handle)
@@ -58,8 +60,10 @@ def handler(handle: Callable[..., None], at_once: Callable[[], None] | None = No
 
 
 class Stop:
-    """What Ctrl-C asks for while a reply is written. The first one is only noted, so that the reply ends between two
-    tokens, not in the middle of native code that calls Python; the second one is raised."""
+    """Handler of Ctrl-C while a reply is generated. The second Ctrl-C raises KeyboardInterrupt.
+
+    The first one only sets `requested`, so that the reply ends between two tokens and not inside native code.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -71,9 +75,9 @@ class Stop:
 
 
 def _watcher(action: Callable[[], None]) -> int:
-    """A descriptor for set_wakeup_fd: for Ctrl-C a thread calls action. Closing it ends the thread."""
+    """Return a descriptor for set_wakeup_fd. A thread calls `action` on Ctrl-C, until the descriptor is closed."""
     if sys.platform == "win32":
-        return -1  # it must be a socket there
+        return -1  # Windows needs a socket
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     _thread.start_new_thread(_watch, (reader, action))
@@ -81,7 +85,7 @@ def _watcher(action: Callable[[], None]) -> int:
 
 
 def _watch(reader: int, action: Callable[[], None]) -> None:
-    """The handler proper waits for the main thread to come back from native code; this thread does not."""
+    """Call `action` for each SIGINT. A signal handler would wait until the main thread returns from native code."""
     while data := os.read(reader, 1):
         if data[0] == signal.SIGINT:
             action()

@@ -1,4 +1,4 @@
-"""Messages that a user types or pipes into a chat."""
+"""Input of a chat: messages that the user types or pipes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ QUOTES = '"""'
 class Lines:
     """Reads messages from stdin.
 
-    A terminal gets prompts. It also gets editing and history if the replies go to the same terminal. Prompts are never
-    written to stdout when stdout is data.
+    A terminal gets prompts. It also gets editing and history if replies go to the same terminal. With `data`, prompts
+    are never written to stdout.
     """
 
     def __init__(self, *, data: bool) -> None:
@@ -26,7 +26,7 @@ class Lines:
             sys.stdin.reconfigure(errors="replace")
 
     def read(self, prompt: str = ">>> ") -> str:
-        """Return one line. Raises EOFError at the end."""
+        """Return one line. Raises EOFError at the end of the input."""
         if self._editing:
             return input(prompt)
         if self.typed:
@@ -37,7 +37,7 @@ class Lines:
         return line.rstrip("\r\n")
 
     def message(self) -> tuple[str, bool]:
-        '''Return a message and whether it stood between """, which allows several lines. Raises EOFError at the end.'''
+        '''Return a message, and true if it was quoted with """ (several lines). Raises EOFError at the end.'''
         line = self.read()
         if not line.startswith(QUOTES):
             return line, False

@@ -1,4 +1,4 @@
-"""Residency, link and draft of a model while it generates, on stderr: a screen on a terminal, else a line a second."""
+"""Live view of slots, link and draft on stderr: full screen on a terminal, otherwise one line per second."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from edge_speq.engine.llama import EdgeLlama
 
-RESTORE = "\x1b[0m\x1b[?25h\x1b[?1049l"  # what an interrupted process writes: colours, cursor, the first screen
+RESTORE = "\x1b[0m\x1b[?25h\x1b[?1049l"  # resets colours, cursor and screen after an interrupt
 FRAME_SECONDS, LINE_SECONDS = 0.1, 1.0
-WINDOW = 32  # steps that the figures are of
+WINDOW = 32  # recent steps over which figures are computed
 TEXT_LINES = 4
 
 
@@ -113,7 +113,7 @@ class View:
         size = self._live.console.size
         self._live.update(Group(*self.frame(size.width, size.height)), refresh=True)
 
-    # --- what is shown ---------------------------------------------------------------------------------
+    # --- contents ---------------------------------------------------------------------------------
 
     def frame(self, width: int, height: int) -> list[Text]:
         """Return at most height lines of at most width columns."""
@@ -134,7 +134,7 @@ class View:
         return [Text(), *heatmap.rows(states, self._heat.share, height=height, width=width, plain=self._plain)]
 
     def _figures(self) -> list[tuple[str, str]]:
-        """Return names and figures of the last steps."""
+        """Return names and figures of the recent steps."""
         recent = list(self._recent)
         seconds = sum(step.seconds for step in recent)
         drafted, accepted = sum(step.drafted for step in recent), sum(step.accepted for step in recent)
@@ -153,7 +153,7 @@ class View:
         stalled = sum(step.stall_ms for step in recent) / 1e3
         served = f"{100 * hits / (hits + misses):.1f} % hits" if hits + misses else "no demands"
         if on_cpu:
-            served += f", {on_cpu / len(recent):.1f} a step on the CPU"
+            served += f", {on_cpu / len(recent):.1f} per step on the CPU"
         rate = n_bytes / seconds if seconds else 0.0
         use = f" ({100 * rate / self._link:.0f} % of {self._link / 1e9:.1f})" if self._link else ""
         waits = f", stalled {100 * stalled / seconds:.0f} % of the time" if seconds else ""
@@ -164,7 +164,7 @@ class View:
 
 
 def _tail(text: str, width: int, n: int) -> list[str]:
-    """Return the last n lines of a text, wrapped; nothing in them moves the cursor."""
+    """Return the last n lines of a text, wrapped and without control characters."""
     lines: list[str] = []
     for line in text.split("\n")[-n:]:
         clean = "".join(c if c.isprintable() else " " for c in line)

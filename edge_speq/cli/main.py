@@ -1,4 +1,4 @@
-"""The edge-speq command. stdout is data, stderr is progress; exit 0 ok, 1 failure, 2 usage, 130 on Ctrl-C."""
+"""The edge-speq command. Data on stdout, progress on stderr; exit codes 0 ok, 1 failure, 2 usage, 130 Ctrl-C."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class _Version(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """argparse with one `error:` line and one `hint:` line, without prefix matching.
 
-    It takes PROMPTS behind options, too: before Python 3.12.7 argparse gives all positional arguments that may be left
-    out their values at the first one that it meets.
+    It also accepts PROMPTS after options: before Python 3.12.7, argparse assigns all optional positional arguments at
+    the first positional word.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def _refuse_unknown(self, words: list[str]) -> None:
-        """Raise EdgeError for -ngl and the like, which argparse would read as -n with the value gl."""
+        """Raise EdgeError for options such as -ngl, which argparse would parse as -n with the value gl."""
         if self._subparsers is not None:  # the command's own parser knows its options
             return
         for word in itertools.takewhile(lambda word: word != "--", words):
@@ -82,21 +82,21 @@ class Parser(argparse.ArgumentParser):
         raise EdgeError(message, f"{self.prog} --help shows how to call it", usage=True)
 
 
-# spellings of llama.cpp's tools that people bring along, and what does the same here
+# options of llama.cpp's tools, with the equivalent here
 FROM_LLAMA_CPP = {
-    "-ngl": "all layers go to the GPU; --vram-budget bounds what lies there, --policy cpu-moe keeps experts off it",
-    "--n-gpu-layers": "all layers go to the GPU; --vram-budget bounds what lies there",
+    "-ngl": "all layers go to the GPU; --vram-budget limits its memory, --policy cpu-moe keeps experts on the CPU",
+    "--n-gpu-layers": "all layers go to the GPU; --vram-budget limits its memory",
     "-cmoe": "--policy cpu-moe",
     "--cpu-moe": "--policy cpu-moe",
     "-ncmoe": "--vram-budget, which places experts one by one, or --policy cpu-moe",
     "--n-cpu-moe": "--vram-budget, which places experts one by one, or --policy cpu-moe",
-    "--moe-cache-mib": "--vram-budget, which bounds everything on the device",
+    "--moe-cache-mib": "--vram-budget, which limits everything on the device",
     "-md": "--draft",
     "--model-draft": "--draft",
     "--draft-max": "--draft-tokens",
     "--draft-n": "--draft-tokens",
-    "--no-mmap": "--no-mmap, of run, chat, serve, plan, tune and trace",
-    "-np": "requests wait for each other: there is one sequence at a time",
+    "--no-mmap": "run, chat, serve, plan, tune and trace have --no-mmap",
+    "-np": "the server runs one sequence at a time: requests wait in a queue",
 }
 
 
@@ -123,5 +123,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return interrupt.EXIT_CODE
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read stdout has gone; nobody wants a traceback
+        sys.stderr.close()  # the reader of stdout has exited: no traceback
         return 1

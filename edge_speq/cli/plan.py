@@ -1,4 +1,4 @@
-"""edge-speq plan: what a model would hold where under a budget, without loading its weights; here or on a laptop."""
+"""edge-speq plan: show the memory plan of a model without loading its weights, for this or another machine."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ if TYPE_CHECKING:
     from edge_speq.planning.survey import ResolvedRequest, Survey
     from edge_speq.simulate.estimate import Laptop
 
-NO_GPU = "no GPU: the CPU computes, and weights, which are mapped file pages, are not counted"
+NO_GPU = "no GPU: the CPU computes; weights are mapped file pages, which are not counted"
 LINK = "12.5GB/s"  # PCIe 4 x8
-LARGE = 32 << 20  # bytes of an expert, milliseconds of a laptop's link: while one travels the CPU has nothing to do
+LARGE = (
+    32 << 20
+)  # bytes of an expert: above, a transfer takes milliseconds, in which the CPU has no other miss to compute
 
 
 def add_parser(commands: Any) -> None:
     p: argparse.ArgumentParser = commands.add_parser(
         "plan",
-        help="what would go where",
-        description="What a model would hold on the compute device, with the arguments of run. Loads no weights. With "
-        "--ram or --link it is about another machine with a GPU of --vram, and estimates bytes and time per token.",
+        help="show the memory plan of a model",
+        description="Shows the memory that a model would use on the compute device, with the arguments of run. Loads "
+        "no weights. With --ram or --link-bandwidth it plans for another machine, whose GPU has the memory of --vram, "
+        "and estimates bytes and time per token.",
     )
     arguments.add_model(p)
-    p.add_argument("--ram", metavar="SIZE", help="of the other machine: 16GiB")
-    p.add_argument("--link-bandwidth", metavar="RATE", help=f"to the other machine's GPU ({LINK})")
-    p.add_argument("--trace", metavar="FILE", help="of edge-speq trace: else routing is taken to be even")
+    p.add_argument("--ram", metavar="SIZE", help="memory of the other machine, such as 16GiB")
+    p.add_argument("--link-bandwidth", metavar="RATE", help=f"link to the other machine's GPU ({LINK})")
+    p.add_argument("--trace", metavar="FILE", help="file of edge-speq trace for the estimate (default: even routing)")
     arguments.add_output(p, json="print one JSON object")
     p.set_defaults(command=plan)
 
@@ -47,21 +50,21 @@ def plan(options: argparse.Namespace) -> int:
 
     arguments.with_demo_defaults(options)
     laptop = _laptop(options)
-    wanted = survey.resolve(LoadRequest(options.model, **arguments.edge_options(options)))
+    request = survey.resolve(LoadRequest(options.model, **arguments.edge_options(options)))
     model_params, context_params = native_parameters(options.model, **arguments.llama_options(options))
-    draft_params, _keep_alive = survey.prepare(wanted, model_params, context_params)
-    found = survey.survey(wanted, model_params, draft_params, context_params)
+    draft_params, _keep_alive = survey.prepare(request, model_params, context_params)
+    found = survey.survey(request, model_params, draft_params, context_params)
     if laptop is not None:
-        wanted, found = elsewhere(laptop, wanted, found)
-    decided = survey.decide(wanted, found)
-    summary = summarize_plan(wanted, found, decided, context_params.n_ctx)
+        request, found = elsewhere(laptop, request, found)
+    decided = survey.decide(request, found)
+    summary = summarize_plan(request, found, decided, context_params.n_ctx)
     summary["estimate"] = None if laptop is None else _estimate(options, laptop, found, decided, summary)
     print(json.dumps(summary) if options.json else report(summary))
     return 0
 
 
 def _laptop(options: argparse.Namespace) -> Laptop | None:
-    """The other machine, None when this one is meant. Raises EdgeError for half of a description."""
+    """Return the other machine, or None for this one. Raises EdgeError if the description is incomplete."""
     from edge_speq.simulate.estimate import THREADS, Laptop
 
     if options.ram is None and options.link_bandwidth is None:
@@ -77,24 +80,29 @@ def _laptop(options: argparse.Namespace) -> Laptop | None:
     return Laptop(options.vram_budget, ram, link, options.threads or THREADS)
 
 
-def elsewhere(laptop: Laptop, wanted: ResolvedRequest, found: Survey) -> tuple[ResolvedRequest, Survey]:
-    """The same request for a GPU that is not here. Where this machine has none itself, its weights come from the files'
-    headers; KV and compute buffers are those of the dry load here."""
+def elsewhere(laptop: Laptop, request: ResolvedRequest, found: Survey) -> tuple[ResolvedRequest, Survey]:
+    """Return the same request and survey for the GPU of another machine.
+
+    Without a GPU here, the bytes of the weights come from the files' headers. KV cache and compute buffers are those
+    of the dry load on this machine.
+    """
     from edge_speq._native import Device
 
     gpu = Device("laptop", "a GPU that is not this machine's", True, False, laptop.vram_bytes, laptop.vram_bytes)
-    if not wanted.device.is_gpu:
+    if not request.device.is_gpu:
         draft = found.draft
-        if wanted.draft is not None:
-            draft = dataclasses.replace(draft, model_bytes=_on_gpu(wanted.draft, experts=True))
-        target = dataclasses.replace(found.target, model_bytes=_on_gpu(wanted.model, experts=False))
+        if request.draft is not None:
+            draft = dataclasses.replace(draft, model_bytes=_on_gpu(request.draft, experts=True))
+        target = dataclasses.replace(found.target, model_bytes=_on_gpu(request.model, experts=False))
         found = dataclasses.replace(found, target=target, draft=draft)
-    return dataclasses.replace(wanted, device=gpu), found
+    return dataclasses.replace(request, device=gpu), found
 
 
 def _on_gpu(path: Path, *, experts: bool) -> int:
-    """Bytes of a file's tensors that go there: llama.cpp leaves token embeddings on the CPU, unless they are the
-    output matrix as well."""
+    """Return the bytes of a file's tensors that llama.cpp puts on a GPU.
+
+    Token embeddings stay on the CPU unless they are also the output matrix.
+    """
     tensors = check_model(path).tensors
     skipped = {"token_embd.weight"} if "output.weight" in tensors else set()
     return sum(
@@ -118,19 +126,21 @@ def _estimate(
     return estimate(experts, decided, laptop, recorded, share)
 
 
-def summarize_plan(wanted: ResolvedRequest, found: Survey, decided: Plan, n_ctx: int) -> dict[str, Any]:
-    experts, on_gpu = found.experts, wanted.device.is_gpu
+def summarize_plan(request: ResolvedRequest, found: Survey, decided: Plan, n_ctx: int) -> dict[str, Any]:
+    experts, on_gpu = found.experts, request.device.is_gpu
     slots = decided.slots or (0,) * len(experts.groups)
     resident = experts.total_bytes if decided.placement == "all" and on_gpu else decided.slot_bytes
-    drafts = (wanted.draft is not None or wanted.draft_spec.itself) and decided.max_draft_tokens > 0  # may do without
+    drafts = (
+        request.draft is not None or request.draft_spec.itself
+    ) and decided.max_draft_tokens > 0  # the plan may drop the draft
     fixed = found.target.total + (found.draft.total if drafts else 0)
-    # the routing leaves and padding that a plan counts besides what was surveyed
+    # the plan counts routing buffers and padding in addition to the survey
     overhead = decided.fixed_bytes - fixed if decided.fixed_bytes else 0
     return {
-        "model": _file(wanted.model),
-        "draft": _draft(wanted),
+        "model": _file(request.model),
+        "draft": _draft(request),
         "n_ctx": n_ctx,
-        "device": dataclasses.asdict(wanted.device),
+        "device": dataclasses.asdict(request.device),
         "memory": {
             "target": _memory(found.target),
             "draft": _memory(found.draft) if drafts else None,
@@ -149,13 +159,13 @@ def summarize_plan(wanted: ResolvedRequest, found: Survey, decided: Plan, n_ctx:
 
 
 def _advice(expert_bytes: int) -> str | None:
-    """What else would be faster, as docs/performance.md measured it."""
+    """Return a change that makes large experts faster (measured in docs/results), or None."""
     parts = 1 << max(0, math.ceil(math.log2(expert_bytes / LARGE)))
     if parts == 1:
         return None
     return (
-        f"experts of {format_bytes(expert_bytes)} are too large for CPU and link to share one that is missing: "
-        f"cut them with edge-speq convert split --sub-experts {parts} --no-profile"
+        f"experts of {format_bytes(expert_bytes)} are so large that CPU and link cannot share the misses of a block: "
+        f"split them with edge-speq convert split --sub-experts {parts} --no-profile"
     )
 
 
@@ -168,13 +178,13 @@ def _file(path: Path) -> dict[str, Any]:
     }
 
 
-def _draft(wanted: ResolvedRequest) -> dict[str, Any] | None:
-    """A file, or what the model drafts for itself with."""
-    if wanted.draft is not None:
-        return _file(wanted.draft)
-    if not wanted.draft_spec.itself:
+def _draft(request: ResolvedRequest) -> dict[str, Any] | None:
+    """Return the draft's file and sizes; path "self" if the model drafts for itself."""
+    if request.draft is not None:
+        return _file(request.draft)
+    if not request.draft_spec.itself:
         return None
-    twin = wanted.draft_spec.twin
+    twin = request.draft_spec.twin
     path, n_bytes = ("self", 0) if twin is None else (str(twin.path), twin.n_bytes)
     return {"path": path, "dense_bytes": 0, "expert_bytes": n_bytes}
 
@@ -211,7 +221,7 @@ def _estimated(estimate: dict[str, Any] | None) -> list[str]:
         return [*lines, f"estimate   none: {estimate['unavailable_reason']}"]
     link = format_rate(laptop["link_bytes_per_s"])
     lines += [
-        f"ESTIMATE   not measured: {each['method']}, {link}, computing as long as half of the experts' transfers take",
+        f"ESTIMATE   not measured: {each['method']}, {link}, a block computes for half of an expert's transfer time",
         f"per token  {format_bytes(each['bytes_fetched'])} fetched of {format_bytes(each['bytes_demanded'])} demanded",
         f"time       {each['total_ms']:.2f} ms: {each['computing_ms']:.2f} computing, {each['waiting_ms']:.2f} waiting",
         f"instead    {each['hybrid_ms']:.2f} ms with hybrid, {each['cpu_moe_ms']:.2f} ms with cpu-moe, "
@@ -223,7 +233,7 @@ def _estimated(estimate: dict[str, Any] | None) -> list[str]:
 
 
 def _parts(summary: dict[str, Any]) -> list[str]:
-    """One line for each kind of memory that is not experts, target and draft side by side."""
+    """Return one line for each kind of memory except experts, with target and draft."""
     memory, lines = summary["memory"], []
     names = {"dense": "model_bytes", "KV": "context_bytes", "compute": "compute_bytes"}
     for name, key in names.items():
@@ -232,7 +242,9 @@ def _parts(summary: dict[str, Any]) -> list[str]:
             parts.append(f"{format_bytes(memory['draft'][key])} draft")
         if name == "dense" and not summary["device"]["is_gpu"]:
             files = [summary["model"]["dense_bytes"]]
-            if memory["draft"] is not None and summary["draft"]["dense_bytes"]:  # what is copied is counted
+            if (
+                memory["draft"] is not None and summary["draft"]["dense_bytes"]
+            ):  # copied weights are counted, mapped ones not
                 files.append(summary["draft"]["dense_bytes"] + summary["draft"]["expert_bytes"])
             parts.append(f"{' and '.join(format_bytes(n) for n in files)} not counted")
         lines.append(f"{name:10} {', '.join(parts)}")
@@ -250,7 +262,7 @@ def _experts(summary: dict[str, Any]) -> list[str]:
     return [
         f"{'experts' if group is groups[0] else '':10} {group['slots']} of {group['n_experts']} in slots, "
         f"{format_bytes(group['slot_bytes'])}: {group['n_blocks']} blocks with "
-        f"{format_bytes(group['expert_bytes'])} an expert"
+        f"{format_bytes(group['expert_bytes'])} per expert"
         for group in groups
     ]
 
@@ -259,4 +271,4 @@ def _speculation(summary: dict[str, Any]) -> str:
     if summary["draft"] is None:
         return "none"
     k = summary["plan"]["max_draft_tokens"]
-    return f"up to {k} tokens a step" if k else "not loaded: the slots would be too few"
+    return f"up to {k} tokens per step" if k else "not loaded: the slots would be too few"

@@ -1,4 +1,4 @@
-"""Progress of a command: one line on a terminal that is erased afterwards."""
+"""Progress of a command: one line on the terminal, erased at the end."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ BAR = 20  # columns
 
 
 class Line:
-    """Shows progress on a terminal. Leaving the block erases it.
+    """A progress line on a terminal; a context manager that erases it at the end.
 
-    Call it with the fraction of a load that is done, or use `amount` for counted work and `say` for steps with names.
-    Elsewhere than on a terminal, `say` writes a line each if the command has a `name`; fractions and amounts show
-    nothing. `quiet` shows nothing anywhere.
+    Call it with the fraction of a load that is done, or use `amount` for counted work and `say` for named steps.
+    Without a terminal, `say` writes one line each if there is a `name`, and nothing else is shown. `quiet` disables it.
     """
 
     def __init__(
@@ -56,13 +55,13 @@ class Line:
             self._show(f"{self._doing} {int(100 * fraction)} %", fraction)
 
     def amount(self, done: int, total: int) -> None:
-        """Show `writing 43 % of 812.5 MiB, 96.1 MB/s, 0:05 left`. Counts bytes unless there is a unit."""
+        """Show `writing 43 % of 812.5 MiB, 96.1 MB/s, 0:05 left`. The amount is in bytes unless there is a unit."""
         if self._is_due():
             text = describe(done, total, self._clock() - self._started, self._unit)
             self._show(f"{self._doing} {text}", done / total if total else 0.0)
 
     def say(self, text: str) -> None:
-        """Show what is being done."""
+        """Show the name of the current step."""
         if self._on_terminal:
             self._show(text)
         elif self._name and not self._quiet:
@@ -98,7 +97,7 @@ class Line:
             *bar,
             console=console(self._stream),
             transient=True,
-            auto_refresh=False,  # a thread that draws would disturb what is measured
+            auto_refresh=False,  # a drawing thread would disturb measurements
             redirect_stdout=False,  # stdout is data
             redirect_stderr=False,
         )
@@ -125,9 +124,10 @@ def clock(seconds: float) -> str:
 
 
 class LoadCallback:
-    """A Python callable as llama.cpp's progress callback.
+    """llama.cpp's progress callback for a Python callable.
 
-    False ends the load, and so does an exception, which is kept in `error`: ctypes would only print it.
+    The load ends if the callable returns False or raises; the exception is kept in `error`, as ctypes would only print
+    it.
     """
 
     def __init__(self, progress: Callable[[float], bool | None]) -> None:
@@ -146,7 +146,7 @@ class LoadCallback:
 
 
 def attach(model_params: Any, progress: Callable[[float], bool | None]) -> LoadCallback:
-    """Have llama.cpp call progress with fractions from 0 to 1 while it loads. The result must outlive the load."""
+    """Let llama.cpp call `progress` with fractions from 0 to 1 while it loads. Keep the result until the load ends."""
     callback = LoadCallback(progress)
     model_params.progress_callback = callback.function
     return callback

@@ -1,4 +1,4 @@
-"""edge-speq run: text from a model under a budget, and what happened to its experts meanwhile."""
+"""edge-speq run: generate text within a memory budget, and report speed and expert events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from edge_speq.cli import arguments, interrupt
 from edge_speq.core import Stats
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import bundled
 from edge_speq.units import format_bytes
 
 if TYPE_CHECKING:
@@ -25,15 +25,17 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     p: argparse.ArgumentParser = commands.add_parser(
-        "run", help="generate text", description="Without arguments: the bundled demo, half of its experts resident."
+        "run",
+        help="generate text",
+        description="Generates text. Without arguments: the bundled model, half of its experts resident.",
     )
     arguments.add_model(p)
     arguments.add_transfers(p)
     arguments.add_profile(p)
-    p.add_argument("-p", "--prompt", metavar="TEXT", default=demo.PROMPT)
+    p.add_argument("-p", "--prompt", metavar="TEXT", default=bundled.PROMPT)
     arguments.add_sampling(p, n_predict=128)
-    p.add_argument("--live", action="store_true", help="show slots, link and draft on stderr while it writes")
-    p.add_argument("--step-log", metavar="FILE", help="write what each verify step did, a JSON object a line")
+    p.add_argument("--live", action="store_true", help="show slots, link and draft on stderr while generating")
+    p.add_argument("--step-log", metavar="FILE", help="write one JSON object per verify step")
     arguments.add_output(p, json="print one JSON object instead of text and report")
     p.set_defaults(command=run)
 
@@ -70,14 +72,16 @@ def _view(options: argparse.Namespace) -> View:
 
 @contextlib.contextmanager
 def _steps_file(path: str | None) -> Iterator[TextIO | None]:
-    """Open the file of steps. It is written line by line: an interrupted command leaves whole lines."""
+    """Open the step log, line-buffered, so that an interrupted command leaves whole lines."""
     if path is None:
         yield None
         return
     try:
         file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115  # only opening may fail for this reason
     except OSError as error:
-        raise EdgeError(f"cannot write {path}: {error.strerror}", "give a file that can be made", usage=True) from error
+        raise EdgeError(
+            f"cannot write {path}: {error.strerror}", "give a file that can be created", usage=True
+        ) from error
     with file:
         yield file
 
@@ -154,7 +158,7 @@ def report(stats: Stats) -> str:
     if s.drafted:
         lines.append(
             f"draft      {s.accepted} of {s.drafted} draft tokens accepted ({100 * s.acceptance:.1f} %), "
-            f"{s.mean_draft_tokens:.1f} drafted a step"
+            f"{s.mean_draft_tokens:.1f} drafted per step"
         )
     budget = f" of {format_bytes(stats.plan.budget_bytes)}" if stats.plan.budget_bytes is not None else ""
     lines.append(f"memory     {format_bytes(stats.used_bytes)}{budget} on the compute device, mapped files not counted")
@@ -165,4 +169,4 @@ def _profile(stats: Stats) -> list[str]:
     if stats.profile is None:
         return []
     applied = ", ".join(f"{name}={value}" for name, value in stats.profile["applied"].items())
-    return [f"profile    {applied or 'nothing left to fill in'} ({stats.profile['path']})"]
+    return [f"profile    {applied or 'no option was left to fill in'} ({stats.profile['path']})"]

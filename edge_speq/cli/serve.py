@@ -1,4 +1,4 @@
-"""edge-speq serve: a model over HTTP, with OpenAI's interface and a page that shows its experts."""
+"""edge-speq serve: an HTTP server with OpenAI's API, and a page that shows the resident experts."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ KEY_VARIABLE = "EDGE_SPEQ_API_KEY"
 def add_parser(commands: Any) -> None:
     p: argparse.ArgumentParser = commands.add_parser(
         "serve",
-        help="answer over HTTP",
-        description="An HTTP server with OpenAI's interface, and a page at / that shows which experts are resident. "
+        help="serve a model over HTTP",
+        description="An HTTP server with OpenAI's API, and a page at / that shows which experts are resident. "
         "Without a MODEL: the bundled one.",
     )
     arguments.add_model(p)
     arguments.add_transfers(p)
     arguments.add_profile(p)
     p.add_argument("--host", metavar="H", default=HOST, help="address to listen on (%(default)s)")
-    p.add_argument("--port", metavar="P", type=int, default=PORT, help="0 for any free one (%(default)s)")
-    p.add_argument("--api-key", metavar="KEY", help=f"that clients must send; {KEY_VARIABLE} hides it from ps")
-    p.add_argument("--api-key-file", metavar="FILE", help="a file that holds it")
-    p.add_argument("--alias", metavar="NAME", help="the model's name for clients (the file's)")
-    p.add_argument("--chat-format", metavar="F", help="one of llama_cpp's, such as chatml-function-calling")
+    p.add_argument("--port", metavar="P", type=int, default=PORT, help="port, 0 for any free one (%(default)s)")
+    p.add_argument("--api-key", metavar="KEY", help=f"key that clients must send; {KEY_VARIABLE} hides it from ps")
+    p.add_argument("--api-key-file", metavar="FILE", help="file with the key")
+    p.add_argument("--alias", metavar="NAME", help="name of the model for clients (default: the file's name)")
+    p.add_argument("--chat-format", metavar="F", help="chat format of llama_cpp, such as chatml-function-calling")
     p.add_argument("--queue", metavar="N", type=int, default=QUEUE, help="requests that may wait (%(default)s)")
     arguments.add_output(p, json="print one line of JSON when the model is loaded: url and model")
     p.set_defaults(command=serve)
@@ -60,7 +60,7 @@ def serve(options: argparse.Namespace) -> int:
         _say(f"listening on {url}, loading {settings.name}")
         session = _open(options, settings)
         server = Server(session, settings, lambda: _ready(options, settings, url))
-        # llama.cpp calls a graph that was cancelled an error
+        # llama.cpp logs a cancelled graph as an error
         logging.getLogger("edge_speq.llama_cpp").addFilter(lambda _: options.verbose or not session.is_cancelling)
         with _signals(server) as received:
             server.run(listener)
@@ -87,7 +87,7 @@ def _api_key(options: argparse.Namespace) -> str | None:
 
 
 def _open(options: argparse.Namespace, settings: ServerSettings) -> Session:
-    """Return a session that begins to load."""
+    """Return a session that starts to load."""
     from edge_speq.server.service import open_session
 
     given = arguments.edge_options(options) | arguments.llama_options(options)
@@ -118,7 +118,10 @@ def _say(text: str) -> None:
 
 @contextlib.contextmanager
 def _signals(server: Server) -> Iterator[list[int]]:
-    """While the block runs, Ctrl-C and SIGTERM stop the server, the second one at once. Yields the first one."""
+    """While the block runs, let Ctrl-C and SIGTERM stop the server; the second signal exits immediately.
+
+    Yield a list that receives the number of the first signal.
+    """
     received: list[int] = []
 
     def stop(number: int, _frame: object) -> None:

@@ -1,4 +1,4 @@
-"""edge-speq trace: what the routers chose over prompts, written to a file that edge-speq simulate replays."""
+"""edge-speq trace: record the routing of generated text, for edge-speq simulate."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ def add_parser(commands: Any) -> None:
     p: argparse.ArgumentParser = commands.add_parser(
         "trace",
         help="record routing for simulate",
-        description="Generates text after each prompt and records every step: tokens, expert ids, what the draft had "
-        "shown, what was accepted, times. Ctrl-C ends it; what was recorded stays.",
+        description="Generates text after each prompt and records every step: tokens, expert ids, the draft's routing, "
+        "accepted tokens and times. Ctrl-C ends it and keeps the recorded steps.",
     )
     arguments.add_model(p, compares=True)
     p.add_argument(
-        "own_prompts", nargs="?", metavar="PROMPTS", help='JSONL with "prompt", perhaps "domain" (bundled ones)'
+        "own_prompts",
+        nargs="?",
+        metavar="PROMPTS",
+        help='JSON lines with "prompt" and optionally "domain" (bundled prompts)',
     )
-    p.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="the trace, an npz file")
+    p.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="trace to write, an npz file")
     p.add_argument(
         "--texts",
         metavar="N",
@@ -44,9 +47,9 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         type=arguments.at_least(0, "tokens"),
         default=0,
-        help="tokens that the draft runs on (%(default)s)",
+        help="tokens that the draft decodes ahead, to record their routing (%(default)s)",
     )
-    p.add_argument("--gates", action="store_true", help="gate weights as well: slower")
+    p.add_argument("--gates", action="store_true", help="also record gate weights, which is slower")
     arguments.add_transfers(p)
     arguments.add_sampling(p, n_predict=64)
     arguments.add_output(p, json="print one JSON object about the trace")
@@ -79,29 +82,29 @@ def trace(options: argparse.Namespace) -> int:
 
 
 def _refuse_unwritable(path: Path) -> None:
-    """Before the model is loaded."""
+    """Raise EdgeError if the trace cannot be written, before the model is loaded."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise EdgeError(f"cannot write {path}", "give a file in a folder that exists", usage=True)
 
 
 def _load(options: argparse.Namespace) -> Recorder:
     from edge_speq.bench.recorder import Recorder
-    from edge_speq.gguf import bundled as demo
+    from edge_speq.gguf import bundled
 
     arguments.settle_model(options)
     if options.model is None:  # everything resident: routing does not depend on slots
-        options.model = str(demo.path(demo.MODEL))
-        options.draft = options.draft or str(demo.path(demo.DRAFT))
+        options.model = str(bundled.path(bundled.MODEL))
+        options.draft = options.draft or str(bundled.path(bundled.DRAFT))
     given = arguments.edge_options(options) | arguments.llama_options(options)
     model = Recorder(options.model, lookahead=options.lookahead, gates=options.gates, **given)
     if not model.has_routing:
         model.close()
-        raise EdgeError(f"{options.model} has no routed experts to record", "give a MoE")
+        raise EdgeError(f"{options.model} has no routed experts to record", "give a MoE model")
     return model
 
 
 def _record(model: Recorder, chosen: tuple[Prompt, ...], options: argparse.Namespace, stop: interrupt.Stop) -> int:
-    """How many prompts were recorded to their end."""
+    """Record the prompts, and return how many were recorded to their end."""
     for index, prompt in enumerate(chosen):
         if stop.requested:
             return index
@@ -129,7 +132,7 @@ def _stop(stop: interrupt.Stop, model: Recorder) -> None:
 
 
 def _hush(model: Recorder) -> None:
-    """Ends the graph that runs; what llama.cpp says of that is no news."""
+    """Cancel the running graph, and hide the errors that llama.cpp logs for it."""
     LLAMA_CPP_LOG.setLevel(logging.CRITICAL)
     model.cancel()
 

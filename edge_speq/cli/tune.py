@@ -1,4 +1,4 @@
-"""edge-speq tune: find the fastest parameters for a model on this machine and store them for later runs.
+"""edge-speq tune: find the fastest options for a model on this machine, and store them for later runs.
 
 With --learn it trains a predictor of experts on traces instead.
 """
@@ -29,29 +29,31 @@ SECONDS = 150.0
 def add_parser(commands: Any) -> None:
     p: argparse.ArgumentParser = commands.add_parser(
         "tune",
-        help="find the fastest parameters",
-        description="Measures what steps, drafted tokens, misses and threads cost here, predicts the fastest draft "
-        "length, way to serve misses and number of threads, checks it against a run without a profile, and stores a "
-        "profile that run, chat and serve pick up. With --learn it measures nothing: it trains foresight on traces of "
-        "the model and its draft (needs torch), for --predictor of run, chat, serve, bench and simulate.",
+        help="find the fastest options for a model",
+        description="Measures steps, draft tokens, misses and threads on this machine. Predicts the fastest draft "
+        "length, on-miss mode and number of threads, checks them against the defaults, and stores a profile that run, "
+        "chat and serve use. With --learn it instead trains a predictor of experts on traces (needs torch), for "
+        "--predictor of run, chat, serve, bench and simulate.",
     )
-    p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file; the bundled MoE when left out")
+    p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file (default: the bundled MoE)")
     p.add_argument(
         "--draft",
         metavar="D[,D...]",
         action="append",
-        help="a draft GGUF, a twin's experts alone, self or ngram; of a list like none,self,draft.gguf the one that "
-        "pays inside the bounds is chosen, for runs that name no draft",
+        help="draft file, self or ngram; from a list like none,self,draft.gguf the fastest is chosen, for runs without "
+        "--draft",
     )
     p.add_argument("--resident", metavar="SHARE", help="share of the expert bytes that slots may hold: 1/4, 0.25")
-    p.add_argument("--vram-budget", "--vram", metavar="SIZE", help="ceiling for everything on the device: 6GiB, auto")
+    p.add_argument(
+        "--vram-budget", "--vram", metavar="SIZE", help="limit for everything on the compute device: 6GiB, auto"
+    )
     p.add_argument("-c", "--ctx-size", metavar="N", type=int, help="context (the model's, at most 4096)")
     p.add_argument("--mmap", action=argparse.BooleanOptionalAction, help="map the file, or read it into memory")
-    p.add_argument("--seconds", metavar="S", type=float, default=SECONDS, help="to take at most (%(default)g)")
-    p.add_argument("--dry-run", action="store_true", help="store nothing")
-    p.add_argument("--learn", metavar="TRACE", nargs="+", help="train foresight on files of edge-speq trace")
-    p.add_argument("-o", "--out", metavar="FILE", type=Path, help="where --learn writes it, an npz file")
-    p.add_argument("--seed", metavar="S", type=int, default=1, help="of --learn (%(default)s)")
+    p.add_argument("--seconds", metavar="S", type=float, default=SECONDS, help="time limit (%(default)g)")
+    p.add_argument("--dry-run", action="store_true", help="do not store the profile")
+    p.add_argument("--learn", metavar="TRACE", nargs="+", help="train a predictor on files of edge-speq trace")
+    p.add_argument("-o", "--out", metavar="FILE", type=Path, help="predictor that --learn writes, an npz file")
+    p.add_argument("--seed", metavar="S", type=int, default=1, help="seed of --learn (%(default)s)")
     arguments.add_output(p, json="print one JSON object")
     p.set_defaults(command=tune, policy="auto", threads=None)
 
@@ -64,28 +66,30 @@ def tune(options: argparse.Namespace) -> int:
     from edge_speq.tune.tuner import TuneOptions, Tuner
 
     if options.seconds <= 0:
-        raise EdgeError("--seconds is a time", f"give more than 0, such as {SECONDS:g}", usage=True)
+        raise EdgeError("--seconds must be more than 0", f"write it like --seconds {SECONDS:g}", usage=True)
     several = choose_draft.names(options.draft or [])
     chooses = several == [choose_draft.NONE] or len(several) > 1
     options.draft = None if not several else ",".join(several) if chooses else several[0]
     arguments.with_demo_defaults(options)
     bounds = {"resident": options.resident, "vram_budget": options.vram_budget}
-    wanted = TuneOptions(options.model, options.draft, bounds, arguments.llama_options(options), options.seconds)
+    request = TuneOptions(options.model, options.draft, bounds, arguments.llama_options(options), options.seconds)
     with Line(name="tune", quiet=options.json) as line:
-        found = choose_draft.Choice(wanted, several, line.say).run() if chooses else Tuner(wanted, line.say).run()
+        found = choose_draft.Choice(request, several, line.say).run() if chooses else Tuner(request, line.say).run()
     path = None if options.dry_run else profiles.store(found)
     summary = {"profile": None if path is None else str(path), **dataclasses.asdict(found)}
     print(json.dumps(summary) if options.json else report(found))
     if path is not None and not options.json:
         where = " with this MODEL and without --draft" if chooses else ""
-        print(f"stored     {path}: run, chat and serve{where} pick it up (--no-profile ignores it)", file=sys.stderr)
+        print(f"stored     {path}: run, chat and serve{where} use it (--no-profile ignores it)", file=sys.stderr)
     return 0
 
 
 def learn(options: argparse.Namespace) -> int:
     if options.learn is None or options.out is None:
         raise EdgeError("--learn TRACE and -o FILE go together", "give both", usage=True)
-    is_other = options.out.exists() and not options.out.is_file()  # a folder; a device, which a rename would replace
+    is_other = (
+        options.out.exists() and not options.out.is_file()
+    )  # a folder, or a device file that a rename would replace
     if is_other or not options.out.absolute().parent.is_dir():
         raise EdgeError(f"cannot write {options.out}", "give a file in a folder that exists", usage=True)
     from edge_speq import trace
@@ -124,8 +128,8 @@ def learned(made: Weights) -> str:
     knows = "tokens alone" if made.draft is None else "tokens and the draft's routing"
     return "\n".join(
         [
-            f"learned    from {meta['steps']} steps, {meta['tokens']} tokens known by name; sees {knows}",
-            f"held out   {held['steps']} steps: of what the coming one demands, precision {held['precision']:.2f}, "
+            f"learned    from {meta['steps']} steps, {meta['tokens']} known tokens; inputs: {knows}",
+            f"held out   {held['steps']} steps: experts of the coming step, precision {held['precision']:.2f}, "
             f"recall {held['recall']:.2f}",
         ]
     )
@@ -135,15 +139,19 @@ def report(found: TuneProfile) -> str:
     """Return costs, candidates, measurements and the choice, as lines."""
     costs, results = found.found["costs"], found.found
     widths = ", ".join(f"{ms:.2f} of {width}" for width, ms in costs["base_ms"].items())
-    lines = [f"steps      {widths} tokens, in ms without stalls, {costs['overhead_ms']:.2f} ms more a token"]
+    lines = [f"steps      {widths} tokens, in ms without stalls, plus {costs['overhead_ms']:.2f} ms per token"]
     if costs["k_max"]:
         accepted = ", ".join(f"{100 * share:.0f} %" for share in costs["accepted"])
-        lines.append(f"draft      {costs['draft_ms']:.2f} ms a token; the first 1, 2, ... are kept in {accepted}")
+        lines.append(
+            f"draft      {costs['draft_ms']:.2f} ms per token; first 1, 2, ... accepted in {accepted} of the steps"
+        )
     if costs["link_bytes_per_s"]:
         lines.append(f"link       {format_rate(costs['link_bytes_per_s'])} on demand")
     if costs["hybrid"]:
         hybrid = costs["hybrid"]
-        lines.append(f"hybrid     {1e3 * hybrid['miss_ms']:.0f} us a miss, {hybrid['miss_ratio']:.2f} times as many")
+        lines.append(
+            f"hybrid     {1e3 * hybrid['miss_ms']:.0f} us per miss, {hybrid['miss_ratio']:.2f} times as many misses"
+        )
     threads = ", ".join(f"{sum(ms.values()):.2f} ms with {n}" for n, ms in costs["threads_ms"].items())
     lines.append(f"threads    {threads}")
     for candidate in results["candidates"][:3]:
@@ -162,15 +170,12 @@ def _candidate(candidate: dict[str, Any]) -> str:
 
 def _checked(one: dict[str, Any]) -> str:
     error = one["prediction_error"]
-    note = "what a run without a profile does" if error is None else f"predicted {100 * error:+.0f} %"
+    note = "the defaults, without a profile" if error is None else f"predicted {100 * error:+.0f} %"
     return f"measured   {one['tok_per_s']:.1f} tok/s: {_named(one['chosen'])} ({note})"
 
 
 def _drafts(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a table of the drafts that fit: size, acceptance, foresight, and the fastest run with each.
-
-    A draft that was left out has a line of its own.
-    """
+    """Return a table of the drafts that fit: size, acceptance, prediction quality, and the fastest run with each."""
     heads = ("draft", "MiB", "slots", "K", "accepted", "tokens", "precision", "recall", "predicted", "runs K", "hits")
     cells = [(*heads, "tok/s"), *(_cells(row) for row in rows if row["left_out"] is None)]
     return [f"{'' if i else 'drafts':10} {line}" for i, line in enumerate(table(cells))]

@@ -1,4 +1,4 @@
-"""GGUF files made and changed: what `edge-speq convert` does, one verb a module.
+"""Make and change GGUF files: the functions behind the verbs of `edge-speq convert`.
 
-Every output goes through `atomic.output`: it is whole or absent, whatever happens. Sources are only read.
+Every output is written atomically with `atomic.output`. Sources are only read.
 """

@@ -1,4 +1,4 @@
-"""A low-bit copy of the bundled MoE's experts, made once and kept in the cache folder, as the demo's draft."""
+"""The demo's draft: a low-bit copy of the bundled MoE's experts, made once and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 from edge_speq import _native
 from edge_speq.convert.quantization import draft
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import bundled, draft_experts
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import bundled, container, draft_experts
 from edge_speq.gguf import model as gguf_model
 
 TWIN_TYPE = "q2_k"
@@ -31,9 +30,9 @@ def cache_folder() -> Path:
 def twin(on_making: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield a file of the bundled MoE's experts at TWIN_TYPE, 12 MB: `edge-speq convert draft --experts-only`.
 
-    The first call makes it within seconds, after calling on_making, and keeps it in the cache folder. The name holds
-    the llama.cpp commit, since another quantizer may write other bytes. A file that is damaged or was made from other
-    weights is made again. Where the folder cannot be written, the file is temporary and goes after the block.
+    The first call makes it within seconds, after calling on_making, and keeps it in the cache folder. The name has the
+    llama.cpp commit, since another quantizer may write other bytes. A file that is damaged or from other weights is
+    made again. If the folder cannot be written, the file is temporary and removed after the block.
     """
     name = f"{Path(bundled.MODEL).stem}-{TWIN_TYPE}-experts-{_native.llama_cpp_commit()[:10]}.gguf"
     kept = _kept(name, on_making)
@@ -47,7 +46,7 @@ def twin(on_making: Callable[[], None] = lambda: None) -> Iterator[Path]:
 
 
 def _kept(name: str, on_making: Callable[[], None]) -> Path | None:
-    """Return the file in the cache folder, made where it is missing; None where that is impossible."""
+    """Return the file in the cache folder, made if it is missing; None if that is not possible."""
     try:
         file = cache_folder() / name
         if not _is_twin(file):
@@ -65,11 +64,11 @@ def _make(out: Path) -> None:
 
 
 def _is_twin(file: Path) -> bool:
-    """Whether the file is whole and holds experts of the bundled MoE."""
+    """Return true if the file is valid and has the experts of the bundled MoE."""
     if not file.is_file():
         return False
     try:
-        draft_experts.read(gguf_file.read(file, "twin's experts"), gguf_model.check_model(bundled.path(bundled.MODEL)))
+        draft_experts.read(container.read(file, "twin's experts"), gguf_model.check_model(bundled.path(bundled.MODEL)))
     except EdgeError:
         return False
     return True

@@ -1,7 +1,7 @@
-"""An order of a block's experts in which those that are chosen together lie side by side.
+"""Order of a block's experts that puts experts chosen together next to each other.
 
-A greedy chain: begin with the expert that is chosen most, then always the one that was chosen most often together with
-the last one placed; ties go to the one that is chosen more, then to the lower number.
+A greedy chain: start with the expert that is chosen most often, then append the expert that was chosen most often
+together with the last one. Ties go to the expert that is chosen more often, then to the lower number.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from edge_speq.convert.evaluation.graph import Ids
 from edge_speq.convert.evaluation.reader import read_text
 from edge_speq.errors import EdgeError
 
-Permutation = npt.NDArray[np.int64]  # the source's expert at each place
+Permutation = npt.NDArray[np.int64]  # [n_expert]: the source's expert at each position
 
 FORMAT = 'write {"routing": {"0": [[expert, expert, ...], ...], ...}}: by block, for each token the experts chosen'
 
 
 def routing(model: Path, given: str) -> dict[int, Ids]:
-    """A trace from a .json file, or that of reading a text file with the model ("bundled": the texts of edge-speq bench
-    that convert split profiles). Raises EdgeError for what is neither."""
+    """Return the routing by block, from a .json file or by reading a text file with the model.
+
+    "bundled" reads the same texts of edge-speq bench as convert split. Raises EdgeError if the file is neither.
+    """
     if given == "bundled":
         return activations.routing(model, activations.calibration())
     if given.endswith(".json"):
@@ -48,7 +50,7 @@ def read(path: Path) -> dict[int, Ids]:
 
 
 def check(trace: Mapping[int, Ids], blocks: Mapping[int, int]) -> None:
-    """Raises EdgeError unless the trace is about blocks with these numbers of experts."""
+    """Raise EdgeError unless the trace fits blocks with these numbers of experts."""
     for block, ids in trace.items():
         if block not in blocks or ids.min() < 0 or ids.max() >= blocks[block]:
             raise EdgeError(f"the trace is not of this model: block {block}, experts up to {ids.max()}", usage=True)
@@ -71,8 +73,7 @@ def chain(ids: Ids, n_expert: int) -> Permutation:
 
 
 def runs(ids: Ids, order: Permutation) -> float:
-    """Ranges of adjacent experts that a token's experts make up in this order, the mean over tokens: how many separate
-    places of a tensor are read for it."""
+    """Return the mean number of ranges of adjacent experts per token: the separate places read in a tensor."""
     place = np.argsort(order)[ids]
     gaps = np.diff(np.sort(place, axis=1), axis=1) > 1
     return float(1 + gaps.sum(axis=1).mean())

@@ -1,12 +1,12 @@
-"""The same model, laid out for fetches of single experts; stock llama.cpp runs it.
+"""Write a model in a layout for fetches of single experts, which stock llama.cpp can run.
 
-A GGUF tensor is one array [columns, rows, n_expert], so one expert's gate, up and down cannot lie together, and nothing
-can be put between two experts of a tensor. What the format does allow:
+A GGUF tensor is one array [columns, rows, n_expert]. One expert's gate, up and down can therefore not be contiguous,
+and there can be no padding between two experts of a tensor. The format allows:
 
-- every tensor begins on a page (general.alignment), and so does every expert whose bytes are a multiple of it;
-- dense tensors first, then each block's expert tensors in a row;
-- gate and up fused into one tensor, where the architecture's loader takes that: two reads an expert instead of three;
-- experts reordered within their block, router rows with them, so that experts chosen together lie together.
+- Every tensor starts on a page (general.alignment), and so does every expert whose size is a multiple of a page.
+- Dense tensors come first, then the expert tensors of each block.
+- gate and up are fused into one tensor, if the architecture's loader supports it: two reads per expert, not three.
+- Experts are reordered within their block, with their router rows, so that experts chosen together are adjacent.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from edge_speq.gguf.model import MOE_ARCHITECTURES, TABLES, architecture, check_
 from edge_speq.gguf.rewrite import NewTensor, Rewrite, Source
 from edge_speq.progress import Progress, silent
 
-# whose loaders ask for ffn_gate_up_exps first: llama_model_base::create_tensor_gate_up_exps and gemma4.cpp
+# architectures whose loaders try ffn_gate_up_exps first: llama_model_base::create_tensor_gate_up_exps and gemma4.cpp
 _FUSABLE = "cohere2moe deepseek2 deepseek2-ocr gemma4 granite_swa hy_v3 qwen35moe qwen3next qwen4exp"
 FUSABLE = frozenset(_FUSABLE.split())
-# whose experts' places mean something: chunk experts shared by neighbours, experts chosen by token id
+# architectures in which positions of experts matter: chunk experts shared by neighbours, experts chosen by token id
 ORDERED = frozenset(("grovemoe", "deepseek4", "hy_v4", "glm5-next"))
 PAGE = 4096
 WEIGHTS = ("gate.weight", "up.weight", "gate_up.weight", "down.weight")
@@ -45,7 +45,7 @@ ALIGNMENTS = tuple(1 << i for i in range(5, MAX_ALIGNMENT.bit_length()))
 @dataclass(frozen=True, slots=True)
 class PackOptions:
     alignment: int = PAGE
-    fuse: bool | None = None  # None: where the architecture and the tensors allow it
+    fuse: bool | None = None  # None: if the architecture and the tensors allow it
     order: str | None = None  # a trace, a text, or "bundled"
 
 
@@ -56,11 +56,11 @@ class PackSummary:
     source_bytes: int
     alignment: int
     fused_blocks: int
-    unfused: str | None  # why not all are
+    unfused: str | None  # why some blocks are not fused
     n_blocks: int
-    reads_per_expert: int  # tensors that an expert's weights are in, most over blocks
-    aligned_experts: float  # share of all experts' parts that begin on a page
-    runs_before: float | None  # places read in a tensor for one token, mean over blocks, on the trace
+    reads_per_expert: int  # tensors with weights of one expert, the maximum over blocks
+    aligned_experts: float  # share of all experts' parts that start on a page
+    runs_before: float | None  # separate places read in a tensor for one token, mean over blocks, on the trace
     runs: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,28 +70,28 @@ class PackSummary:
 def pack(
     model: str | Path,
     out: str | Path,
-    wanted: PackOptions,
+    options: PackOptions,
     *,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> PackSummary:
-    """Raises EdgeError for what cannot be packed as wanted."""
+    """Write the packed file and return a summary. Raises EdgeError if the model does not allow the options."""
     file = check_model(model)
-    if wanted.alignment not in ALIGNMENTS:
+    if options.alignment not in ALIGNMENTS:
         most = ALIGNMENTS[-1]
-        raise EdgeError(f"an alignment of {wanted.alignment}", f"give a power of two from 32 to {most}", usage=True)
+        raise EdgeError(f"an alignment of {options.alignment}", f"give a power of two from 32 to {most}", usage=True)
     blocks = expert_tensors.blocks(file)
     whys = {index: why for index, block in blocks.items() if (why := _unfusable(file, block))}
-    if wanted.fuse and whys:
+    if options.fuse and whys:
         expert_tensors.refuse(file, f"gate and up cannot be fused: {next(iter(whys.values()))}", "leave --fuse out")
-    fused = set() if wanted.fuse is False else set(blocks) - set(whys)
+    fused = set() if options.fuse is False else set(blocks) - set(whys)
     with Source(file) as source:
-        size = _rewrite(source, blocks, fused, {}, wanted.alignment).size
+        size = _rewrite(source, blocks, fused, {}, options.alignment).size
         atomic.check(out, force, sources=file.paths, expected_bytes=size)
-        trace = _trace(file, blocks, wanted.order)
+        trace = _trace(file, blocks, options.order)
         orders = {index: ordering.chain(ids, _n_expert(blocks[index])) for index, ids in trace.items()}
-        rewrite = _rewrite(source, blocks, fused, orders, wanted.alignment)
+        rewrite = _rewrite(source, blocks, fused, orders, options.alignment)
         if not dry_run:
             with atomic.output(out, force, sources=file.paths, expected_bytes=size) as path:
                 rewrite.write(path, progress)
@@ -101,12 +101,12 @@ def pack(
         out=str(out),
         n_bytes=size,
         source_bytes=file.size,
-        alignment=wanted.alignment,
+        alignment=options.alignment,
         fused_blocks=len(fused),
-        unfused="not wanted" if wanted.fuse is False else next(iter(whys.values()), None),
+        unfused="not requested" if options.fuse is False else next(iter(whys.values()), None),
         n_blocks=len(blocks),
         reads_per_expert=max(reads),
-        aligned_experts=_aligned_share(rewrite, wanted.alignment),
+        aligned_experts=_aligned_share(rewrite, options.alignment),
         runs_before=_mean_runs(trace, same) if trace else None,
         runs=_mean_runs(trace, orders) if trace else None,
     )
@@ -121,12 +121,12 @@ def _is_weight(part: str) -> bool:
 
 
 def _unfusable(file: GGUFFile, block: Block) -> str | None:
-    """Why a block's gate and up stay as they are."""
+    """Return why a block's gate and up cannot be fused, or None."""
     if architecture(file) not in FUSABLE:
-        return f"llama.cpp's loader of {architecture(file)} takes no fused tensor"
+        return f"llama.cpp's loader of {architecture(file)} does not support a fused tensor"
     gate, up = block.tensors.get("gate.weight"), block.tensors.get("up.weight")
     if gate is None or up is None:
-        return "it has no two tensors to fuse"
+        return "it does not have both tensors"
     if (gate.type, gate.ne) != (up.type, up.ne):
         return f"gate is {gate.type}, up {up.type}"
     extra = [part for part in block.tensors if part.split(".")[0] in ("gate", "up") and not _is_weight(part)]
@@ -160,7 +160,7 @@ def _rewrite(
     weights = {t.name for block in blocks.values() for part, t in block.tensors.items() if _is_weight(part)}
     routed_by = {t.name: index for index, block in blocks.items() for t in block.tensors.values()}
     tensors = []
-    for tensor in source.file.tensors.values():  # dense ones first, in the file's order
+    for tensor in source.file.tensors.values():  # dense tensors first, in the file's order
         if tensor.name not in weights:
             tensors.append(_permuted(source, tensor.name, orders.get(routed_by.get(tensor.name, -1))))
     for index, block in blocks.items():
@@ -181,7 +181,7 @@ def _permuted(source: Source, name: str, order: Permutation | None) -> NewTensor
 
 
 def _fused(source: Source, block: Block, order: Permutation | None) -> NewTensor:
-    """gate's rows, then up's, expert by expert: build_moe_ffn views the first half as gate."""
+    """Return the fused tensor, with gate's rows first in each expert: build_moe_ffn reads the first half as gate."""
     gate, up = block.get("gate.weight"), block.get("up.weight")
     columns, rows, n_expert = gate.ne
     name = gate.name.replace("ffn_gate_exps", "ffn_gate_up_exps")
@@ -196,7 +196,7 @@ def _fused(source: Source, block: Block, order: Permutation | None) -> NewTensor
 
 
 def _aligned_share(rewrite: Rewrite, alignment: int) -> float:
-    """Of the experts' parts, those that begin on a page of that size."""
+    """Return the share of the experts' parts that start at a multiple of the alignment."""
     parts = [tensor for tensor in rewrite.tensors if "_exps.weight" in tensor.name]
     sizes = [(tensor.n_bytes // tensor.ne[2], tensor.ne[2]) for tensor in parts]
     begin = sum(sum(i * size % alignment == 0 for i in range(n)) for size, n in sizes)

@@ -8,8 +8,7 @@ from pathlib import Path
 from edge_speq.core import MemoryUse, Plan
 from edge_speq.drafting.ngram import NGramDraft
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import container as gguf_file
-from edge_speq.gguf import draft_experts
+from edge_speq.gguf import container, draft_experts
 from edge_speq.gguf import model as gguf_model
 from edge_speq.gguf.container import GGUFFile
 from edge_speq.gguf.draft_experts import DraftExpertsFile
@@ -43,7 +42,7 @@ def read(draft: str | Path | None, target: GGUFFile) -> DraftSpec:
         return DraftSpec(model=NGramDraft())
     if draft == SELF:
         return DraftSpec(itself=True)
-    file = gguf_file.read(draft, "draft")
+    file = container.read(draft, "draft")
     if draft_experts.is_experts_only(file):
         return DraftSpec(itself=True, twin=draft_experts.read(file, target))
     gguf_model.check(file)

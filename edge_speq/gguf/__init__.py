@@ -1,1 +1,1 @@
-"""GGUF files: read and checked, written, rewritten."""
+"""GGUF files: read and check, write, rewrite."""

@@ -1,8 +1,7 @@
-"""Files that are whole or absent: written beside the target under another name, then renamed over it.
+"""Atomic output files: written to a temporary file in the target's folder, then renamed over the target.
 
-A process that is killed leaves its temporary file behind, `.NAME.<random>.edge-speq-partial`. The next one that
-writes the same target removes it; on POSIX a lock that dies with its process tells it from one in use, on Windows an
-open file cannot be removed anyway.
+A killed process leaves its temporary file `.NAME.<random>.edge-speq-partial` behind. The next process that writes the
+same target removes it. A file in use is not removed: on POSIX its writer holds a lock, on Windows the system refuses.
 """
 
 from __future__ import annotations
@@ -20,24 +19,26 @@ from pathlib import Path
 from edge_speq.errors import EdgeError
 
 SUFFIX = ".edge-speq-partial"
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space, no quota, over RLIMIT_FSIZE or what a file system can hold
-SPARE = 1 << 20  # bytes that file systems take besides a file's own
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space, no quota, over RLIMIT_FSIZE or the file system's limit
+SPARE = 1 << 20  # bytes of file system overhead per file
 PROBE = 1 << 20
 
-_open: set[Path] = set()  # temporary files of this process, for `discard_all`
+_open: set[Path] = set()  # temporary files of this process, read by `discard_all`
 
 
 @contextlib.contextmanager
 def output(
     path: str | Path, force: bool = False, *, sources: Iterable[str | Path] = (), expected_bytes: int | None = None
 ) -> Iterator[Path]:
-    """Yields the path of an empty temporary file, which becomes `path` when the block ends well and is removed when it
-    does not. Raises EdgeError when the target exists (unless `force`), is one of `sources` or is no place for a file,
-    and when `expected_bytes` do not fit on the disk or the disk gets full."""
+    """Yield an empty temporary file; rename it to `path` if the block succeeds, remove it if the block raises.
+
+    Raises EdgeError if the target exists (unless `force`), is one of `sources` or cannot be a file. Raises EdgeError
+    also if the disk has no room for `expected_bytes` or becomes full.
+    """
     target = check(path, force, sources=sources)
     with scratch(target, expected_bytes) as temporary:
         yield temporary
-        if not force and os.path.lexists(target):  # it was made meanwhile
+        if not force and os.path.lexists(target):  # another process created it meanwhile
             raise _exists(target)
         try:
             _sync(temporary)
@@ -49,8 +50,10 @@ def output(
 
 @contextlib.contextmanager
 def scratch(target: Path, expected_bytes: int | None = None) -> Iterator[Path]:
-    """Yields an empty temporary file beside target, which is gone after the block. Raises EdgeError when the disk is
-    or gets full."""
+    """Yield an empty temporary file in the target's folder, and remove it after the block.
+
+    Raises EdgeError if the disk is or becomes full.
+    """
     try:
         _remove_stale(target)
         if expected_bytes is not None:
@@ -75,7 +78,7 @@ def scratch(target: Path, expected_bytes: int | None = None) -> Iterator[Path]:
 def check(
     path: str | Path, force: bool = False, *, sources: Iterable[str | Path] = (), expected_bytes: int | None = None
 ) -> Path:
-    """What `output` checks before it writes, for `--dry-run` too. Returns where the file will be, links followed."""
+    """Run the checks of `output` without writing, as `--dry-run` does. Return the target with links resolved."""
     target = Path(os.path.realpath(path))
     for source in sources:
         if target.exists() and Path(source).exists() and os.path.samefile(target, source):
@@ -92,7 +95,7 @@ def check(
 
 
 def require_free(target: Path, n_bytes: int) -> None:
-    """Raises EdgeError when the disk of target has no room for so many bytes."""
+    """Raise EdgeError if the target's disk has less than n_bytes (and SPARE) free."""
     free = shutil.disk_usage(target.parent).free
     if n_bytes + SPARE > free:
         message = f"{target} takes {n_bytes} bytes, but only {free} are free in {target.parent}"
@@ -100,7 +103,7 @@ def require_free(target: Path, n_bytes: int) -> None:
 
 
 def require_space(temporary: Path, target: str | Path) -> None:
-    """After native code failed to write without saying why: raises EdgeError when the disk takes no more bytes."""
+    """Raise EdgeError if the disk is full. Call it after native code failed to write without an error code."""
     try:
         with temporary.open("ab") as file:
             file.write(bytes(PROBE))
@@ -111,7 +114,7 @@ def require_space(temporary: Path, target: str | Path) -> None:
 
 
 def discard_all() -> None:
-    """Removes the temporary files of this process, which is about to end without unwinding."""
+    """Remove the temporary files of this process, before it exits without unwinding."""
     for temporary in list(_open):
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -133,11 +136,11 @@ def _create(target: Path) -> tuple[Path, int | None]:
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     _open.add(temporary)
     if sys.platform == "win32":
-        os.close(descriptor)  # an open file can be neither truncated by others nor renamed
+        os.close(descriptor)  # Windows cannot rename an open file
         return temporary, None
     import fcntl
 
-    with contextlib.suppress(OSError):  # a file system without locks: the file counts as stale, see _remove_stale
+    with contextlib.suppress(OSError):  # without locks on this file system, _remove_stale treats the file as stale
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return temporary, descriptor
 
@@ -158,7 +161,7 @@ def _remove_unless_locked(path: Path) -> None:
 
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises OSError while the writer runs
         path.unlink()
     finally:
         os.close(descriptor)
@@ -173,7 +176,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the rename durable. Windows has no way to, and some network file systems refuse."""
+    """Make the rename durable. Windows cannot, and some network file systems refuse."""
     if sys.platform == "win32":
         return
     descriptor = os.open(folder, os.O_RDONLY)

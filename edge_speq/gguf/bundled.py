@@ -1,4 +1,4 @@
-"""The bundled models: a small MoE and its draft, enough to see residency and speculation at work offline."""
+"""The bundled models: a small MoE and its draft, which show slots and speculation without a download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ MODEL, DRAFT = "tales-moe.gguf", "tales-draft.gguf"
 
 
 def path(name: str) -> Path:
-    """A bundled model file: inside the installed package, or models/ of a source checkout."""
+    """Return the path of a bundled model file: in the installed package, or in models/ of a source checkout.
+
+    Raises EdgeError if the file is missing.
+    """
     package = Path(__file__).parents[1]
     for folder in (package / "models", package.parent / "models"):
         if (folder / name).is_file():

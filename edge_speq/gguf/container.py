@@ -1,8 +1,7 @@
-"""A bounded reader of GGUF v2 and v3: everything a file says about itself is checked before llama.cpp sees it.
+"""Reader of GGUF v2 and v3 headers that checks every length and offset before llama.cpp opens the file.
 
-The layout, and what is refused, follow ggml/src/gguf.cpp of the pinned llama.cpp and docs/gguf.md of ggml. Arrays are
-walked, not built: only short arrays of numbers are kept (152,000 tokens with their merges take 0.09 s). What the
-tensors mean is gguf_model's business.
+The layout and the refused files follow ggml/src/gguf.cpp of the pinned llama.cpp and docs/gguf.md of ggml. Long arrays
+are skipped, not stored: only the first MAX_KEPT numbers are kept. gguf/model.py checks the meaning of the tensors.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ MAX_KEY = (1 << 16) - 1  # the format's own limit
 MAX_TENSOR_NAME = 63  # GGML_MAX_NAME with its final zero
 MAX_STRING = 16 << 20  # chat templates are the longest, with some 100 KiB
 MAX_TOKENS = 1 << 20
-MAX_STRINGS = 1 << 22  # of one array: merges outnumber tokens
-MAX_KEPT = 4096  # numbers of one array, kept for per-layer hyper-parameters
+MAX_STRINGS = 1 << 22  # strings of one array: merges outnumber tokens
+MAX_KEPT = 4096  # stored numbers of one array, enough for per-layer hyper-parameters
 MAX_ALIGNMENT = 1 << 16
 MAX_PARTS = 1024
 DEFAULT_ALIGNMENT = 32
@@ -64,10 +63,10 @@ class GGUFError(EdgeError):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One key's value: a number, a bool or a string; of an array the length, and the numbers where they are few."""
+    """Value of one key: a number, a bool or a string. For an array: its length and its first MAX_KEPT numbers."""
 
-    kind: int  # GGUF type, of an array that of its elements
-    offset: int
+    kind: int  # GGUF type of the value, or of the array's elements
+    offset: int  # byte of the value in the file
     value: int | float | bool | str | None = None
     count: int | None = None  # elements of an array
     values: tuple[int | float | bool, ...] = ()
@@ -80,12 +79,12 @@ class Tensor:
     ne: tuple[int, ...]  # ggml's order, columns first
     n_bytes: int
     file: Path
-    offset: int  # of its entry in the header
+    offset: int  # byte of its entry in the header
 
 
 @dataclass(slots=True)
 class GGUFFile:
-    """One file, or the parts of a split one: the fields are the first part's."""
+    """One GGUF file, or all parts of a split one. `fields` are those of the first part."""
 
     paths: list[Path]
     role: str
@@ -93,11 +92,13 @@ class GGUFFile:
     version: int = 0
     fields: dict[str, Field] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    missing_bytes: list[int] = field(default_factory=list)  # for which no token stands, as <0x0A> or as itself
-    has_byte_tokens: bool = False  # by their type
+    missing_bytes: list[int] = field(
+        default_factory=list
+    )  # bytes without a token, neither as <0x0A> nor as the byte itself
+    has_byte_tokens: bool = False  # true if token_type marks byte tokens
 
     def fail(self, key: str, problem: str, tensor: Tensor | None = None) -> NoReturn:
-        """Raises GGUFError at a field or at a tensor's entry."""
+        """Raise GGUFError with the offset of a field, or of the tensor's entry."""
         if tensor is not None:
             raise GGUFError(tensor.file, key, tensor.offset, problem, role=self.role)
         offset = self.fields[key].offset if key in self.fields else 0
@@ -105,8 +106,10 @@ class GGUFFile:
 
 
 def read(path: str | Path, role: str = "model") -> GGUFFile:
-    """A GGUF file and, when it is the first of a split, all its parts. Raises GGUFError when anything about it is
-    wrong and EdgeError when it is not there."""
+    """Read the header of a GGUF file, and of all parts if it is the first part of a split model.
+
+    Raises GGUFError if a header is invalid, and EdgeError if the file is missing or cannot be read.
+    """
     first = _read_part(Path(path), role)
     if "split.count" not in first.fields:
         return first
@@ -141,7 +144,7 @@ def read(path: str | Path, role: str = "model") -> GGUFFile:
 
 
 def _split_field(file: GGUFFile, key: str) -> int:
-    """llama.cpp aborts when a part's number is of another type."""
+    """Return a split field, which must be 16 bits wide: llama.cpp aborts on other types."""
     found = file.fields.get(key)
     if found is None or found.kind != U16 or not isinstance(found.value, int):
         file.fail(key, "a split model needs it as a 16-bit number")
@@ -169,11 +172,11 @@ def _read_part(path: Path, role: str) -> GGUFFile:
 
 
 class _MoreError(Exception):
-    """The header goes on after the bytes that were read."""
+    """The header is longer than the bytes read so far."""
 
 
 def _front(stream: BinaryIO, n: int) -> bytes:
-    """The file's first n bytes. Not mapped: a disk's error is then an OSError, not the end of the process."""
+    """Return the first n bytes of a file. It is not mapped, so that a disk error raises OSError instead of SIGBUS."""
     stream.seek(0)
     data = stream.read(n)
     if len(data) < n:
@@ -182,7 +185,7 @@ def _front(stream: BinaryIO, n: int) -> bytes:
 
 
 class _Reader:
-    """Walks the header from front to back; `pos` never passes `end`, where the bytes end that were read."""
+    """Parser of one header, from front to back. `_pos` never passes `_end`, the number of bytes read."""
 
     def __init__(self, data: bytes, size: int, path: Path, role: str) -> None:
         self._data, self._end, self._pos = data, len(data), len(MAGIC)
@@ -206,7 +209,7 @@ class _Reader:
         alignment = self._alignment()
         entries = [self._tensor(i) for i in range(n_tensors)]
         data = -(-self._pos // alignment) * alignment
-        expected = 0  # llama.cpp wants the tensors in a row: nothing overlaps, nothing is left out
+        expected = 0  # llama.cpp requires contiguous tensor data: no overlaps, no gaps
         for tensor, relative in entries:
             if relative != expected:
                 why = "overlaps the tensor before it" if relative < expected else "leaves a gap before it"
@@ -232,7 +235,7 @@ class _Reader:
             self.fail(field, self._pos, f"{what}, {n} bytes are missing")
 
     def _count(self, field: str, most: int, least_bytes: int) -> int:
-        """A count that the rest of the header has room for, at least_bytes each."""
+        """Read a count, and check that the rest of the header has room for `least_bytes` per item."""
         start = self._pos
         count = self._number(_U64, field)
         if count > most:
@@ -306,7 +309,10 @@ class _Reader:
         return Field(_STRING, start, count=count)
 
     def _tokens(self, count: int) -> None:
-        """llama.cpp aborts on a token that occurs twice; it cuts tokens at a zero byte and renames empty ones."""
+        """Skip the tokens and refuse duplicates, on which llama.cpp aborts.
+
+        As in llama.cpp, a token ends at its first zero byte, and empty tokens get a name with their index.
+        """
         data, pos, end, unpack = self._data, self._pos, self._end, _U64.unpack_from
         seen: set[bytes] = set()
         for i in range(count):

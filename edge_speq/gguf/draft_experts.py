@@ -1,4 +1,7 @@
-"""A file of a twin's routed experts alone (`edge-speq convert draft --experts-only`), read against its target."""
+"""File with the routed experts of a twin (`edge-speq convert draft --experts-only`), checked against its target.
+
+A twin is a low-bit copy of the target model that serves as its draft.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ ROLES = {"up": 0, "gate": 1, "down": 2, "gate_up": 3}  # EDGE_ROLE_...
 @dataclass(frozen=True, slots=True)
 class DraftExpertsFile:
     path: Path
-    tensors: npt.NDArray[Any]  # of _native.DRAFT_TENSOR
+    tensors: npt.NDArray[Any]  # [n_tensors] of _native.DRAFT_TENSOR
     n_bytes: int  # on the compute device
 
 
@@ -33,27 +36,27 @@ def is_experts_only(file: GGUFFile) -> bool:
 
 
 def read(file: GGUFFile, target: GGUFFile) -> DraftExpertsFile:
-    """The experts of a twin of the target. Raises EdgeError when they are another model's."""
-    from edge_speq.gguf import layout  # that takes a moment, and most drafts are whole models
+    """Return the experts of a twin of the target. Raises EdgeError if they belong to another model."""
+    from edge_speq.gguf import layout  # slow import, and most drafts are whole models
 
     path, n_layers = file.paths[0], _n_layers(target)
     made_for = file.fields.get(ROUTERS_HASH)
-    wanted = _experts(target)
-    blocks = {layer: number for number, layer in enumerate(sorted({layer for layer, _ in wanted}))}
+    expected = _experts(target)
+    blocks = {layer: number for number, layer in enumerate(sorted({layer for layer, _ in expected}))}
     numbers = {name: number for number, (name, _, _) in TYPES.items()}
     rows = []
     for name, span in layout.spans(file).items():
         match = EXPERTS.fullmatch(name)
         if match and int(match[1]) >= n_layers:
             continue
-        like = wanted.get((int(match[1]), match[2])) if match else None
+        like = expected.get((int(match[1]), match[2])) if match else None
         if match is None or like is None or span.tensor.ne != target.tensors[name].ne:
             raise _of_another(path, f"{name} is not one of its experts")
         rows.append((blocks[int(match[1])], ROLES[match[2]], numbers[span.tensor.type], span.offset))
-    if len(rows) != len(wanted):
-        raise _of_another(path, f"it has {len(rows)} expert tensors, the model {len(wanted)}")
+    if len(rows) != len(expected):
+        raise _of_another(path, f"it has {len(rows)} expert tensors, the model {len(expected)}")
     if made_for is None or made_for.value != routers_hash(target):
-        raise _of_another(path, "its routers were others")
+        raise _of_another(path, "it was made for other routers")
     if len(file.paths) > 1:
         raise EdgeError(f"{path} is split", "give the twin's experts as one file")
     n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
@@ -61,8 +64,7 @@ def read(file: GGUFFile, target: GGUFFile) -> DraftExpertsFile:
 
 
 def routers_hash(target: GGUFFile) -> str:
-    """SHA-256 of a model's routers, in the order of their names: what a twin shares with its target, wherever the file
-    has it. They are small."""
+    """Return the SHA-256 of a model's routers, sorted by name. A twin and its target have the same routers."""
     from edge_speq.gguf import layout
 
     digest = hashlib.sha256()
@@ -81,7 +83,7 @@ def _experts(target: GGUFFile) -> dict[tuple[int, str], str]:
 
 
 def _n_layers(target: GGUFFile) -> int:
-    """Without those that predict further tokens, which no graph of ours has."""
+    """Return the number of layers, without multi-token-prediction layers, which the decoding graph does not have."""
     return hyperparameter(target, "block_count") - hyperparameter(target, "nextn_predict_layers")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 
 
-def header_hash(file: gguf_file.GGUFFile) -> str:
-    """sha256 of each part's bytes up to the end of its tensor table, then of its size as 8 bytes, low ones first. Tells
-    models, types and shapes apart, and finds a truncated file; does not read the weights."""
+def header_hash(file: container.GGUFFile) -> str:
+    """Return the SHA-256 over each part's header (up to the end of its tensor table) and its file size (8 bytes, LE).
+
+    Models that differ in metadata, types or shapes, and truncated files, have different hashes. Weights are not read.
+    """
     digest = hashlib.sha256()
     for path in file.paths:
         entries = [t for t in file.tensors.values() if t.file == path]

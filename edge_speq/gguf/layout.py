@@ -1,5 +1,7 @@
-"""How a GGUF file is laid out (docs/gguf.md of ggml): pieces of its header, where the bytes of its tensors are, and
-their hashes. Reads in pieces, so that memory stays small."""
+"""Layout of a GGUF file (docs/gguf.md of ggml): entries of its header, offsets of tensor data, and hashes.
+
+Data are read in pieces of PIECE bytes, so that memory use stays small.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 from edge_speq.gguf.container import DEFAULT_ALIGNMENT, GGUFFile, Tensor
 from edge_speq.progress import Progress, silent
 
@@ -20,7 +22,7 @@ HEADER_BYTES = 24  # magic, version, tensor count, key count
 @dataclass(frozen=True, slots=True)
 class Span:
     tensor: Tensor
-    offset: int  # of its data in tensor.file
+    offset: int  # byte of its data in tensor.file
 
     def pieces(self) -> Iterator[bytes]:
         try:
@@ -38,18 +40,18 @@ class Span:
 
 
 def string(text: str) -> bytes:
-    """A string as the header has it."""
+    """Return a string in the header's encoding: a 64-bit length and UTF-8 bytes."""
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
 
 
 def entry(name: str, ne: Sequence[int], type_id: int, offset: int) -> bytes:
-    """A tensor's entry in the header. type_id: ggml's; offset: of its data after the header, in bytes."""
+    """Return a tensor's entry in the header. `type_id`: ggml type; `offset`: bytes from the end of the header."""
     return string(name) + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, type_id, offset)
 
 
 def entry_bytes(tensor: Tensor, n_dims: int | None = None) -> int:
-    """Bytes of a tensor's entry in the header: name, dimensions, type, offset."""
+    """Return the bytes of a tensor's entry in the header: name, dimensions, type, offset."""
     return 8 + len(tensor.name.encode()) + 4 + 8 * (len(tensor.ne) if n_dims is None else n_dims) + 4 + 8
 
 
@@ -59,12 +61,14 @@ def alignment(file: GGUFFile) -> int:
 
 
 def spans(file: GGUFFile) -> dict[str, Span]:
-    """Every tensor with its data's offset, in the order of the file. gguf_file.read has checked that the data lie in
-    a row, so offsets follow from sizes."""
+    """Return every tensor with the offset of its data, in the order of the file.
+
+    Offsets follow from the sizes, because container.read has checked that the data are contiguous.
+    """
     found: dict[str, Span] = {}
     for path in file.paths:
-        # a part of a split model has an alignment of its own
-        align = alignment(file if len(file.paths) == 1 else gguf_file._read_part(path, file.role))
+        # each part of a split model may have another alignment
+        align = alignment(file if len(file.paths) == 1 else container._read_part(path, file.role))
         tensors = [tensor for tensor in file.tensors.values() if tensor.file == path]
         if not tensors:
             continue
@@ -81,7 +85,7 @@ def padded(n_bytes: int, align: int) -> int:
 
 
 def hashes(file: GGUFFile, progress: Progress = silent) -> dict[str, str]:
-    """SHA-256 of every tensor's data, in the order of the file."""
+    """Return the SHA-256 of every tensor's data, in the order of the file."""
     found, done = {}, 0
     everything = spans(file)
     total = sum(span.tensor.n_bytes for span in everything.values())
@@ -96,13 +100,15 @@ def hashes(file: GGUFFile, progress: Progress = silent) -> dict[str, str]:
 
 
 def content_hash(file: GGUFFile, tensors: dict[str, str]) -> str:
-    """One SHA-256 over names, types, shapes and hashes of all tensors, sorted by name: it says what the weights are,
-    whatever their order, alignment and metadata."""
+    """Return one SHA-256 over the names, types, shapes and hashes of all tensors, sorted by name.
+
+    It identifies the weights independently of tensor order, alignment and metadata.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = file.tensors[name]
         ne = list(tensor.ne)
-        while len(ne) > 1 and ne[-1] == 1:  # llama.cpp drops them when it writes
+        while len(ne) > 1 and ne[-1] == 1:  # llama.cpp drops trailing dimensions of 1 when it writes
             ne.pop()
         digest.update(f"{name}\0{tensor.type}\0{','.join(map(str, ne))}\0{tensors[name]}\n".encode())
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""What the tensors of a GGUF file mean, checked against its hyper-parameters before llama.cpp sees the file.
+"""Checks of a GGUF model's tensors and hyper-parameters before llama.cpp opens the file.
 
-Refused is what would abort or crash llama.cpp, whose own checks of hyper-parameters are assertions, and experts that
-could not be moved one by one. What llama.cpp refuses with a message of its own (missing tensors, say) is left to it.
+llama.cpp checks hyper-parameters with assertions that end the process. This module refuses such files with an error,
+and experts that cannot be moved one by one. Errors that llama.cpp reports itself (missing tensors) are left to it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ MAX_WINDOW = 1 << 26  # set_input_kq_mask reserves that many indices
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")  # LLAMA_ROPE_SCALING_TYPES
 GATING_FUNCTIONS = range(1, 5)  # llama_expert_gating_func_type; a file without the key gets its architecture's
 ROUTER_TYPES = ("F32", "F16", "BF16")
-NOT_WEIGHTS = ("F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K")  # the last two are for activations only
+NOT_WEIGHTS = ("F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K")  # the last two hold activations only
 TABLES = re.compile(r"d2t|t2d|tid2eid")  # integers by design: token maps of drafts, expert ids by token
 EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(up|gate|down|gate_up)_exps\.weight")
 ROUTER = re.compile(r"blk\.\d+\.ffn_gate_inp\.weight")
 HEADS = re.compile(r"blk\.(\d+)\.attn_([qkv])\.weight")
 _KV = ("key", "value")
 SHARED_GATE = re.compile(r"blk\.\d+\.ffn_gate_inp_shexp\.weight")
-# Added, multiplied or handed to an operator, not multiplied as a matrix: ggml does that with F32 only. On F16 or BF16
-# norms and biases the CPU backend ends the process ("unsupported types", binary-ops.cpp; add_id and rope assert), CUDA
-# too (binbcast.cu), and select_weight_buft's trial does not see it: the CPU backend claims to support every such
-# operator. convert_hf_to_gguf.py and llama-quantize never write them in another type.
+# ggml supports only F32 for tensors that are not operands of a matrix product. With F16 or BF16 the CPU backend aborts
+# (binary-ops.cpp; add_id and rope assert), and so does CUDA (binbcast.cu). llama.cpp's loader does not notice: the CPU
+# backend claims to support these operators. convert_hf_to_gguf.py and llama-quantize always write F32.
 F32_ONLY = re.compile(r"norm\.weight$|\.bias$|\.scale$|rope_(freqs|factors_long|factors_short)\.weight$|attn_sinks")
 
-# architectures of the pinned src/models whose experts are [width, n_ff, n_expert]; others get container checks only
+# architectures of the pinned src/models whose experts are [width, n_ff, n_expert]; experts of others are not checked
 _MOE = """
     afmoe arctic bailingmoe bailingmoe2 bailingmoe3 cohere2moe dbrx deepseek deepseek2 deepseek2-ocr deepseek32
     deepseek4 dflash dots1 dots3note ernie4_5-moe exaone-moe gemma4 glm-dsa glm4moe glm5-next gpt-oss granite
@@ -44,7 +43,7 @@ _MOE = """
 """
 MOE_ARCHITECTURES = frozenset(_MOE.split())
 
-# architectures whose graph asserts, or takes for granted, that the whole head is rotated and values are as wide as keys
+# architectures whose graph requires that RoPE rotates the whole head and that values are as wide as keys
 _FULL_ROTATION = """
     apertus arcee arctic baichuan chameleon codeshell cogvlm cohere2moe dbrx deci deepseek dots1 dream ernie4_5
     ernie4_5-moe exaone exaone-moe exaone4 falcon gpt-oss granite granite_swa granitemoe graniteswitch grok grovemoe
@@ -54,7 +53,7 @@ _FULL_ROTATION = """
 """
 FULL_ROTATION = frozenset(_FULL_ROTATION.split())
 
-# architectures whose graph asserts only that values are as wide as keys
+# architectures whose graph requires only that values are as wide as keys
 _EQUAL_WIDTHS = """
     afmoe bailingmoe2 bitnet bloom chatglm cohere2 command-r deepseek4 glm4 glm4moe gpt2 gptneox granitehybrid jais
     laguna maple minimax-01 minimax-m2 minimax-m3 modern-bert mpt muse-glimmer nanbeige nemotron nemotron_h
@@ -63,7 +62,7 @@ _EQUAL_WIDTHS = """
 """
 EQUAL_WIDTHS = FULL_ROTATION | frozenset(_EQUAL_WIDTHS.split())
 
-# architectures whose query, key and value are those of all heads, of one width in all layers, and nothing more
+# architectures whose query, key and value tensors hold all heads, of one width in all layers, and nothing else
 _PLAIN_HEADS = """
     arctic cohere2moe dbrx deepseek dots1 ernie4_5-moe exaone-moe gpt-oss granite granitemoe grok grovemoe hunyuan-moe
     hy_v3 llada-moe llama llama4 mistral3 olmoe phimoe qwen2 qwen2moe qwen3 qwen3moe qwen3vlmoe rnd1 smallthinker
@@ -74,12 +73,12 @@ NO_HEADS = frozenset(("arwkv7", "clip", "mamba", "mamba2", "rwkv6", "rwkv6qwen2"
 
 
 def check_model(path: str | Path, role: str = "model") -> GGUFFile:
-    """A model's file or files. Raises GGUFError when they must not be loaded, EdgeError when they are not there."""
+    """Read and check a model's file or parts. Raises GGUFError if llama.cpp must not load it, EdgeError if missing."""
     return check(read(path, role))
 
 
 def check(file: GGUFFile) -> GGUFFile:
-    """The file, which is a model's that may be loaded. Raises GGUFError."""
+    """Return the file unchanged. Raises GGUFError if llama.cpp must not load it."""
     _check_types(file)
     _check_numbers(file)
     _check_hyperparameters(file)
@@ -96,7 +95,10 @@ def architecture(file: GGUFFile) -> str:
 
 
 def hyperparameter(file: GGUFFile, name: str) -> int:
-    """A whole number from 0 on, the largest where each layer has its own; 0 where the file has none."""
+    """Return a hyper-parameter, its maximum if it is given per layer, or 0 if the file lacks it.
+
+    Raises GGUFError if it is not a whole number of at least 0.
+    """
     key = f"{architecture(file)}.{name}"
     found = file.fields.get(key)
     if found is None:
@@ -109,7 +111,7 @@ def hyperparameter(file: GGUFFile, name: str) -> int:
 
 
 def per_layer(file: GGUFFile, name: str) -> list[int]:
-    """A whole number for each layer; [] where the file has none."""
+    """Return a hyper-parameter for each layer; [] if the file lacks it."""
     found = file.fields.get(f"{architecture(file)}.{name}")
     if found is None:
         return []
@@ -132,7 +134,7 @@ def _check_types(file: GGUFFile) -> None:
 
 
 def _check_numbers(file: GGUFFile) -> None:
-    """Numbers that operators and graphs assert, each in one place."""
+    """Check single numbers that ggml operators and graphs assert."""
     arch = architecture(file)
     for key, found in file.fields.items():
         if key.endswith("_epsilon") and not (isinstance(found.value, float) and 0 <= found.value < 1):
@@ -147,7 +149,7 @@ def _check_numbers(file: GGUFFile) -> None:
 
 
 def _check_hyperparameters(file: GGUFFile) -> None:
-    """The assertions of llama_model_base::load_hparams: each would end the process."""
+    """Check the assertions of llama_model_base::load_hparams, each of which would end the process."""
     arch = architecture(file)
     n_layer, n_nextn = hyperparameter(file, "block_count"), hyperparameter(file, "nextn_predict_layers")
     n_expert, n_used = hyperparameter(file, "expert_count"), hyperparameter(file, "expert_used_count")
@@ -177,7 +179,7 @@ def _check_hyperparameters(file: GGUFFile) -> None:
 
 
 def _check_heads(file: GGUFFile) -> None:
-    """Sizes that would wrap around in llama.cpp, and its graphs' assertions about heads and their rotated part."""
+    """Check sizes that would overflow in llama.cpp, and its assertions about heads and their rotated part."""
     arch = architecture(file)
     limits = {"attention.head_count": MAX_HEADS, "attention.head_count_kv": MAX_HEADS, "context_length": MAX_CONTEXT}
     limits["attention.sliding_window"] = MAX_WINDOW
@@ -196,7 +198,7 @@ def _check_heads(file: GGUFFile) -> None:
 
 
 def _check_widths(file: GGUFFile, heads: list[int], heads_kv: list[int]) -> None:
-    """Of keys, values and the rotated part of a head; without a key of its own each is n_embd / n_head."""
+    """Check the widths of keys, values and the rotated part of a head; the default width is n_embd / n_head."""
     arch = architecture(file)
 
     def width(name: str, otherwise: int) -> int:
@@ -208,7 +210,7 @@ def _check_widths(file: GGUFFile, heads: list[int], heads_kv: list[int]) -> None
         file.fail(f"{arch}.attention.value_length", f"{value}, but keys are {key} wide")
     if n_rot != key and (arch in FULL_ROTATION or n_rot > key or n_rot % 2):
         file.fail(f"{arch}.rope.dimension_count", f"{n_rot}, but heads are {key} wide")
-    if not n_rot and arch in EQUAL_WIDTHS | LATENT_HEADS:  # rope would not come to an end
+    if not n_rot and arch in EQUAL_WIDTHS | LATENT_HEADS:  # rope would not terminate
         file.fail(f"{arch}.rope.dimension_count", "heads must be rotated")
     if arch in PLAIN_HEADS:
         sliding = {"attention.key_length_swa": key, "attention.value_length_swa": value}
@@ -230,8 +232,10 @@ def _check_plain_heads(file: GGUFFile, width: int, heads: list[int], heads_kv: l
 
 
 def _check_latent_heads(file: GGUFFile, key: int, value: int, n_rot: int, equal: bool) -> None:
-    """Multi-head latent attention: one key of the latent vector and the rotated part, its value the latent vector. A
-    file from before that has a key for each head instead."""
+    """Check multi-head latent attention: one key (latent vector and rotated part) and one value (latent vector).
+
+    Files of older converters have a key for each head instead.
+    """
     arch = architecture(file)
     latent = hyperparameter(file, "attention.kv_lora_rank")
     wide, value_wide = (hyperparameter(file, f"attention.{which}_length_mla") for which in _KV)
@@ -249,7 +253,7 @@ def _check_latent_heads(file: GGUFFile, key: int, value: int, n_rot: int, equal:
 
 
 def _check_vocabulary(file: GGUFFile) -> None:
-    """What would abort llama.cpp on the first text, long after loading."""
+    """Refuse vocabularies that let llama.cpp load the model but abort on the first text."""
     key = "tokenizer.ggml.model"
     model = file.fields[key].value if key in file.fields else None
     if model in ("no_vocab", "none") or (TOKENS in file.fields and not file.fields[TOKENS].count):
@@ -264,8 +268,11 @@ def _check_vocabulary(file: GGUFFile) -> None:
 
 
 def _check_experts(file: GGUFFile) -> None:
-    """Routers are [n_embd, n_expert], up and gate [width, n_ff, n_expert], down [n_ff, width, n_expert], gate_up as
-    up with twice the n_ff; the width is n_embd or, in some families, a latent one."""
+    """Check the shapes of routers and experts.
+
+    Router: [n_embd, n_expert]. up and gate: [width, n_ff, n_expert]; gate_up: [width, 2 n_ff, n_expert]; down:
+    [n_ff, width, n_expert]. The width is n_embd, or a latent width in some architectures.
+    """
     n_expert, n_embd = hyperparameter(file, "expert_count"), hyperparameter(file, "embedding_length")
     latent = (hyperparameter(file, "moe_latent_size"), hyperparameter(file, "expert_latent_length"))
     blocks: dict[str, dict[str, Tensor]] = {}

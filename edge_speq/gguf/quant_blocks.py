@@ -1,4 +1,4 @@
-"""Quantized blocks as bytes: their scales multiplied in place, or numbers made of them and back, by ggml itself."""
+"""Arithmetic on quantized blocks: multiply their scales, and dequantize or quantize rows with ggml's functions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from edge_speq.gguf.rewrite import TYPE_IDS
 
 Bytes = npt.NDArray[np.uint8]
 
-# Byte offsets, within a block, of the half-precision numbers that all its values are proportional to (ggml-common.h).
-# IQ1_M spreads its scale over other fields; NVFP4's scales have no room for every factor.
+# Byte offsets within a block of its half-precision scales, to which all values are proportional (ggml-common.h).
+# IQ1_M spreads its scale over other fields, and NVFP4's scales cannot represent every factor.
 HALVES: dict[str, tuple[int, ...]] = {
     "F16": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82),
     "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,),
@@ -26,14 +26,17 @@ SCALABLE = frozenset((*HALVES, "F32", "BF16", "MXFP4"))
 
 
 def block(type_name: str) -> tuple[int, int]:
-    """Elements and bytes of a block."""
+    """Return the elements and bytes of a block."""
     _, elements, size = TYPES[TYPE_IDS[type_name]]
     return elements, size
 
 
 def scale(blocks: Bytes, type_name: str, factor: int) -> Bytes:
-    """Blocks [..., bytes of a block] whose values are factor times as large. Exact for powers of two, else each scale
-    is rounded to half precision (2^-11 of it at most). Raises EdgeError where a scale would overflow."""
+    """Return blocks, [..., bytes of a block], with all values multiplied by a factor.
+
+    Exact for powers of two; otherwise each scale is rounded to half precision (relative error up to 2^-11). Raises
+    EdgeError if a scale would overflow.
+    """
     if factor == 1:
         return blocks
     out: Bytes = np.ascontiguousarray(blocks).copy()
@@ -59,7 +62,7 @@ def scale(blocks: Bytes, type_name: str, factor: int) -> Bytes:
 
 
 def _scale_exponent(out: Bytes, factor: int) -> None:
-    """MXFP4's scale is a power of two: byte e stands for 2^(e - 128)."""
+    """Multiply MXFP4's scale, a power of two: byte e represents 2^(e - 128)."""
     power = factor.bit_length() - 1
     if 1 << power != factor or int(out[..., 0].max(initial=0)) + power > 254:
         raise _not_scalable("MXFP4", factor)
@@ -105,7 +108,7 @@ class _Traits(ctypes.Structure):
 
 
 def dequantize(data: bytes, type_name: str, columns: int) -> npt.NDArray[np.float32]:
-    """The numbers of whole rows, [n_rows, columns]."""
+    """Return the numbers of whole rows, [n_rows, columns]."""
     if type_name == "F32":
         return np.frombuffer(data, np.float32).reshape(-1, columns)
     elements, size = block(type_name)
@@ -117,7 +120,7 @@ def dequantize(data: bytes, type_name: str, columns: int) -> npt.NDArray[np.floa
 
 
 def quantize(numbers: npt.NDArray[np.float32], type_name: str) -> bytes:
-    """Whole rows [n_rows, columns] as ggml quantizes them without an importance matrix."""
+    """Return the bytes of rows, [n_rows, columns], quantized by ggml without an importance matrix."""
     rows = np.ascontiguousarray(numbers, np.float32)
     if type_name == "F32":
         return rows.tobytes()

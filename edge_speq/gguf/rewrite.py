@@ -1,7 +1,6 @@
-"""A GGUF file made of another one: fields are kept byte for byte but for those that change, tensors are streamed.
+"""Write a GGUF file from another one: unchanged fields are copied byte by byte, tensors are streamed.
 
-No more of a tensor than layout.PIECE, or than one expert where a caller asks, is in memory at a time. The same source
-and the same changes give the same bytes.
+At most layout.PIECE bytes, or one expert, of a tensor are in memory at a time. The output is deterministic.
 """
 
 from __future__ import annotations
@@ -13,23 +12,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import container as gguf_file
-from edge_speq.gguf import layout
+from edge_speq.gguf import container, layout
 from edge_speq.gguf.container import DEFAULT_ALIGNMENT, MAGIC, TYPES, U32, GGUFFile, Tensor
 from edge_speq.progress import Progress, silent
 
 ALIGNMENT = "general.alignment"
-F32, STRING = 6, 8  # GGUF's types of values
+F32, STRING = 6, 8  # GGUF value types
 TYPE_IDS = {name: number for number, (name, _, _) in TYPES.items()}
 
 Value = tuple[int, int | float | str]  # GGUF type and value of a field
-Changes = Mapping[str, Value | None]  # fields to set, or with None to leave out
+Changes = Mapping[str, Value | None]  # fields to set; None removes a field
 Data = Callable[[], Iterable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor to write: `data` yields its bytes when it is its turn."""
+    """A tensor to write. `data` is called once to yield its bytes."""
 
     name: str
     type: str
@@ -50,7 +48,7 @@ def n_bytes(type_name: str, ne: Sequence[int]) -> int:
 
 
 class Source:
-    """A checked model's fields and the bytes of its tensors. Closed by leaving the block."""
+    """Fields and tensor bytes of a checked model; a context manager that closes the files."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -66,27 +64,27 @@ class Source:
         self._open = {}
 
     def read(self, tensor: Tensor, start: int = 0, size: int | None = None) -> bytes:
-        """size bytes of a tensor from start on, all of them by default."""
+        """Return `size` bytes of a tensor from `start`; by default all. Raises EdgeError if they cannot be read."""
         path, position = tensor.file, self._spans[tensor.name].offset
-        wanted = tensor.n_bytes - start if size is None else size
+        length = tensor.n_bytes - start if size is None else size
         try:
             if path not in self._open:
                 self._open[path] = path.open("rb")
             self._open[path].seek(position + start)
-            data = self._open[path].read(wanted)
+            data = self._open[path].read(length)
         except OSError as error:
             raise EdgeError(f"{path} cannot be read: {error.strerror}") from error
-        if len(data) < wanted:
+        if len(data) < length:
             raise EdgeError(f"{path} became shorter while it was read", "let nobody write to it meanwhile")
         return data
 
     def expert(self, tensor: Tensor, index: int) -> bytes:
-        """The bytes of one expert of a stacked tensor, whose last dimension counts experts."""
+        """Return the bytes of one expert of a stacked tensor, whose last dimension counts experts."""
         size = tensor.n_bytes // tensor.ne[-1]
         return self.read(tensor, index * size, size)
 
     def copy(self, tensor: Tensor) -> NewTensor:
-        """The tensor as it is."""
+        """Return the tensor unchanged, as one to write."""
         return NewTensor(tensor.name, tensor.type, tensor.ne, lambda: self._chunks(tensor))
 
     def _chunks(self, tensor: Tensor) -> Iterator[bytes]:
@@ -94,13 +92,13 @@ class Source:
             yield self.read(tensor, start, min(layout.PIECE, tensor.n_bytes - start))
 
     def fields(self) -> list[tuple[str, bytes]]:
-        """Each field's name and its bytes in the header, in the file's order; those of a split model are left out."""
+        """Return the name and header bytes of each field, in the file's order, without the split.* fields."""
         path = self.file.paths[0]
         names = sorted(self.file.fields.items(), key=lambda item: item[1].offset)
         starts = [found.offset - len(key.encode()) - 8 for key, found in names]
         entries = [tensor.offset for tensor in self.file.tensors.values() if tensor.file == path]
         with path.open("rb") as stream:
-            # a first part may hold no tensors: then the fields end where the last one does, which the split keys' are
+            # a first part may hold no tensors: the fields then end with the last one, usually a split.* number
             header = stream.read(min(entries)) if entries else _whole_header(stream, self.file)
         ends = [*starts[1:], len(header)]
         raw = [(key, header[a:b]) for (key, _), a, b in zip(names, starts, ends, strict=True)]
@@ -108,11 +106,11 @@ class Source:
 
 
 def _whole_header(stream: BinaryIO, file: GGUFFile) -> bytes:
-    """A first part without tensors: its last field must be a scalar, so that its end is known."""
+    """Return the header of a first part without tensors. Its last field must be a number, so that its end is known."""
     key, last = max(file.fields.items(), key=lambda item: item[1].offset)
     if last.count is not None or isinstance(last.value, str):
         file.fail(key, "the first part holds no tensors and ends with text: merge the parts first")
-    code = gguf_file._SCALARS[last.kind]
+    code = container._SCALARS[last.kind]
     return stream.read(last.offset + 4 + struct.calcsize(f"<{code}"))
 
 
@@ -121,11 +119,11 @@ def _field(key: str, value: Value) -> bytes:
     head = layout.string(key) + struct.pack("<I", kind)
     if isinstance(content, str):
         return head + layout.string(content)
-    return head + struct.pack(f"<{gguf_file._SCALARS[kind]}", content)
+    return head + struct.pack(f"<{container._SCALARS[kind]}", content)
 
 
 class Rewrite:
-    """What the new file will hold: fields of the source with changes, and tensors in the order they are written."""
+    """The file to write: the source's fields with changes, and tensors in the order in which they are written."""
 
     def __init__(self, source: Source, changes: Changes, tensors: Sequence[NewTensor], alignment: int = 0) -> None:
         kept = source.file.fields.get(ALIGNMENT)
@@ -152,7 +150,7 @@ class Rewrite:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Return the size of the file in bytes."""
         return len(self._header) + sum(layout.padded(tensor.n_bytes, self.alignment) for tensor in self.tensors)
 
     def write(self, path: Path, progress: Progress = silent) -> None:

@@ -1,4 +1,4 @@
-"""Writes GGUF v3 files (docs/gguf.md of ggml; little endian) of a few keys and of tensors that come in pieces."""
+"""Writer of GGUF v3 files (docs/gguf.md of ggml; little endian) with streamed tensor data."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ U32, STRING, ARRAY = 4, 8, 9
 class Entry:
     name: str
     ne: tuple[int, ...]  # columns first
-    type: int  # of ggml
+    type: int  # ggml type
     n_bytes: int
-    pieces: Iterable[bytes]  # its data, n_bytes together
+    pieces: Iterable[bytes]  # its data, n_bytes in total
 
 
 def write(path: Path, keys: dict[str, Value], entries: Sequence[Entry], progress: Progress = silent) -> None:
-    """Raises OSError. A deterministic file: keys and tensors in the order given."""
+    """Write a file with keys and tensors in the given order, deterministically. Raises OSError."""
     total, done = size(keys, entries), 0
     with path.open("wb") as file:
         header = _header(keys, entries)
@@ -42,7 +42,7 @@ def write(path: Path, keys: dict[str, Value], entries: Sequence[Entry], progress
 
 
 def size(keys: dict[str, Value], entries: Sequence[Entry]) -> int:
-    """Bytes of the file that `write` makes."""
+    """Return the bytes of the file that `write` makes."""
     header = padded(len(_header(keys, entries)), DEFAULT_ALIGNMENT)
     return header + sum(padded(each.n_bytes, DEFAULT_ALIGNMENT) for each in entries)
 

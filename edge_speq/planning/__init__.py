@@ -1,1 +1,1 @@
-"""What goes where, decided before anything is allocated."""
+"""Load options, and the memory plan that is computed before anything is allocated."""

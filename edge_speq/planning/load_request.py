@@ -25,7 +25,7 @@ READS_TRACE = ("oracle",)
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How one field of LoadRequest is spelled and explained. `flag` None: the command line has none."""
+    """Spelling, parser and help text of one field of LoadRequest. Without a `flag` the command line lacks it."""
 
     help: str
     parse: Callable[[Any], Any]
@@ -34,7 +34,7 @@ class Option:
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
     unit: str = ""
-    accepts: str = ""  # the type that callers may give, where it is parsed into another
+    accepts: str = ""  # type annotation for callers, if the parser accepts more types than it returns
     is_switch: bool = False
 
     @property
@@ -51,14 +51,14 @@ def _optional(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def parse_budget(value: Any) -> Any:
-    """Return bytes, "auto", or a shared Budget as it is. Raises EdgeError for anything else."""
+    """Return a size in bytes; return None, "auto" and a shared Budget unchanged. Raises EdgeError for other values."""
     if value is None or value == "auto" or hasattr(value, "admit"):
         return value
     return parse_bytes(value, "vram_budget")
 
 
 def parse_flag(name: str) -> Callable[[Any], bool]:
-    """Return a parser of True and False. Other values, such as the text "no", are refused."""
+    """Return a parser that accepts True and False only. It raises EdgeError for other values, such as the text "no"."""
 
     def parse(value: Any) -> bool:
         if not isinstance(value, bool):
@@ -69,14 +69,14 @@ def parse_flag(name: str) -> Callable[[Any], bool]:
 
 
 def parse_n_keep(value: Any) -> int:
-    """Return a number of tokens, or -1 for the whole prompt. Raises EdgeError for anything else."""
+    """Return a number of tokens, or -1 for the whole prompt. Raises EdgeError for other values."""
     if isinstance(value, bool) or not isinstance(value, int) or value < -1:
         raise EdgeError(f"n_keep={value!r} is not a number of tokens", "give 0 or more, or -1", usage=True)
     return value
 
 
 def parse_milliseconds(value: Any) -> float:
-    """Return a positive number of milliseconds. Raises EdgeError for anything else."""
+    """Return a positive number of milliseconds. Raises EdgeError for other values."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise EdgeError(f"latency_limit_ms={value!r} is not a time", "give milliseconds, more than 0", usage=True)
     return float(value)
@@ -84,17 +84,16 @@ def parse_milliseconds(value: Any) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """What a caller asks for when a model is loaded, checked. Values are parsed: bytes, bytes per second, shares.
+    """Checked options of one model load. Sizes are parsed to bytes, rates to bytes per second, shares to 0..1.
 
-    Raises EdgeError (usage) for a value that is not understood and for options that exclude each other.
+    Raises EdgeError (usage) for a value that cannot be parsed and for options that exclude each other.
     """
 
     model: str
     draft: str | Path | None = _option(
         None,
-        "draft that proposes tokens and whose routing predicts experts: a GGUF file with the model's vocabulary, the "
-        "experts of a low-bit copy (convert draft --experts-only), self (the model with its experts in slots), or "
-        "ngram (repeats what followed the same tokens earlier)",
+        "source of draft tokens and expert predictions: a GGUF file with the same vocabulary, a file of convert draft "
+        "--experts-only, self (the model with its slots), or ngram (repeats earlier text)",
         flag="--draft",
         metavar="DRAFT",
     )
@@ -110,8 +109,8 @@ class LoadRequest:
     )
     vram_budget: int | str | Budget | None = _option(
         None,
-        "ceiling for everything on the compute device (weights, KV cache, draft, buffers, slots), such as 6GiB, or "
-        "auto for what is free less 512 MiB; a shared Budget in Python",
+        "limit for everything on the compute device (weights, KV cache, draft, buffers, slots): a size such as 6GiB, "
+        "auto (free memory less 512 MiB), or in Python a shared Budget",
         parse_budget,
         flag="--vram-budget",
         aliases=("--vram",),
@@ -120,7 +119,7 @@ class LoadRequest:
     )
     draft_tokens: int | str = _option(
         "auto",
-        "draft tokens per step, 0 to 64, or auto for as many as pay",
+        "draft tokens per step: 0 to 64, or auto (the number that measures fastest)",
         parse_draft_tokens,
         flag="--draft-tokens",
         metavar="K",
@@ -128,30 +127,31 @@ class LoadRequest:
     )
     policy: str = _option(
         "auto",
-        "which experts stay on the device: auto (slots, or everything where it fits), cpu-moe (none), all; more "
-        "policies for comparison: docs/reference/policies.md",
+        "which experts stay on the device: auto (all if they fit, otherwise slots), cpu-moe (none), all; for "
+        "comparison also those of docs/reference/policies.md",
         lambda value: require_choice("policy", value, POLICIES),
         flag="--policy",
         metavar="POLICY",
     )
     on_miss: str = _option(
         "auto",
-        "what happens to an expert that is not in a slot: fetch it to the device, hybrid (the CPU computes some while "
-        "others are fetched), or auto for whichever has been faster",
+        "how to serve an expert that is not in a slot: fetch it to the device, hybrid (the CPU computes some while "
+        "others are fetched), auto (the faster one)",
         lambda value: require_choice("on_miss", value, ON_MISS),
         flag="--on-miss",
         choices=ON_MISS,
     )
     next_layer_prefetch: bool | None = _option(
         None,
-        "prefetch experts that a block's input predicts for the next block; default: on a GPU unless on_miss is fetch",
+        "prefetch the experts that a block's input predicts for the next block; on by default on a GPU unless on_miss "
+        "is fetch",
         _optional(parse_flag("next_layer_prefetch")),
         flag="--next-layer-prefetch",
         is_switch=True,
     )
     context_shift: bool = _option(
         False,
-        "when the context is full, discard half of it and go on instead of ending the text",
+        "when the context is full, discard half of it and continue instead of ending the text",
         parse_flag("context_shift"),
     )
     n_keep: int = _option(
@@ -159,7 +159,7 @@ class LoadRequest:
     )
     throttle_link: int | None = _option(
         None,
-        "slow transfers down to this rate, to stand in for another machine, such as 12.5GB/s",
+        "limit transfers to this rate, such as 12.5GB/s, to emulate another machine",
         _optional(lambda value: parse_rate(value, "throttle_link")),
         flag="--throttle-link",
         metavar="RATE",
@@ -168,28 +168,28 @@ class LoadRequest:
     )
     deterministic: bool = _option(
         False,
-        "transfers take virtual time and nothing follows the clock: text and counters repeat for a seed",
+        "use virtual transfer times and ignore the clock, so that text and counters repeat for a seed",
         parse_flag("deterministic"),
         flag="--deterministic",
         is_switch=True,
     )
     profile: str | Path | None = _option(
         None,
-        'what `edge-speq tune` stored: "auto" looks for one of this model, draft and device, a path names one; it '
-        "fills in options that are left at their defaults",
+        'result of `edge-speq tune` for options left at their defaults: "auto" (the stored one for this model, draft '
+        "and device) or a path",
     )
     predictor: str | Path | None = _option(
         None,
-        "file of `edge-speq tune --learn`, for policies auto and learned (experimental)",
+        "file written by `edge-speq tune --learn`, for policies auto and learned (experimental)",
         flag="--predictor",
         metavar="FILE",
     )
     trace: str | Path | None = _option(
-        None, "file of `edge-speq trace` of the same text, for policy oracle", flag="--trace", metavar="FILE"
+        None, "file written by `edge-speq trace` for the same text, for policy oracle", flag="--trace", metavar="FILE"
     )
     latency_limit_ms: float | None = _option(
         None,
-        "longest that a step of drafting and verifying should take, with draft_tokens auto",
+        "target for the longest time of one step (drafting and verifying), with draft_tokens auto",
         _optional(parse_milliseconds),
         flag="--latency-limit",
         metavar="MS",
@@ -204,7 +204,7 @@ class LoadRequest:
         self._require_one("draft", "draft_model")
         self._require_one("predictor", "trace")
         if self.draft_model is not None and not callable(self.draft_model):
-            raise EdgeError("draft_model is no LlamaDraftModel", "give a draft GGUF as draft=", usage=True)
+            raise EdgeError("draft_model is not a LlamaDraftModel", "for a GGUF file use draft=", usage=True)
         self._require_reader("predictor", READS_PREDICTOR)
         self._require_reader("trace", READS_TRACE)
         if self.policy in READS_TRACE and self.trace is None:
@@ -220,10 +220,12 @@ class LoadRequest:
 
     def _require_reader(self, name: str, policies: tuple[str, ...]) -> None:
         if getattr(self, name) is not None and self.policy not in policies:
-            raise EdgeError(f"policy {self.policy} reads no {name}", f"use policy {' or '.join(policies)}", usage=True)
+            raise EdgeError(
+                f"policy {self.policy} does not use a {name}", f"use policy {' or '.join(policies)}", usage=True
+            )
 
     def _require_possible_on_miss(self) -> None:
-        """Published systems fetch every miss, except MoE-SpAc, whose misses the CPU computes."""
+        """Refuse on_miss values that a published system does not have: all fetch, except MoE-SpAc (CPU only)."""
         if self.policy == "moe-spac":
             if self.on_miss == "fetch":
                 raise EdgeError("moe-spac computes missing experts on the CPU", "leave on_miss out", usage=True)
@@ -235,7 +237,7 @@ class LoadRequest:
             )
         if self.on_miss == "fetch" and self.next_layer_prefetch:
             raise EdgeError(
-                "next_layer_prefetch fills the link while the CPU computes misses: on_miss=fetch leaves it no room",
+                "next_layer_prefetch uses the link while the CPU computes misses, which on_miss=fetch never does",
                 "use on_miss=hybrid or auto",
                 usage=True,
             )
@@ -256,9 +258,9 @@ DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in dataclasses.fields(Loa
 
 
 def split_options(options: Mapping[str, Any], also: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of LoadRequest and those of llama_cpp.Llama. `also` names further ones that the caller takes.
+    """Return two dicts: the options of LoadRequest and those of llama_cpp.Llama. `also` names the caller's own options.
 
-    Raises EdgeError that names the nearest right one for an option that nobody knows.
+    Raises EdgeError for an unknown option; the hint names the nearest known one.
     """
     from edge_speq.planning.load_options import LLAMA_OPTIONS
 
@@ -271,7 +273,7 @@ def split_options(options: Mapping[str, Any], also: tuple[str, ...] = ()) -> tup
 
 
 def unknown_option(name: str, known: tuple[str, ...]) -> EdgeError:
-    """Return the error for an option that is not known, with the nearest known one as its hint."""
+    """Return the error for an unknown option, with the nearest known one as its hint."""
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]}?" if near else "docs/reference/options.md lists them"
     return EdgeError(f"{name} is not an option", hint, usage=True)

@@ -1,7 +1,7 @@
-"""Decides what goes where before anything is allocated: slots per expert group, draft length, policy.
+"""Memory plan of a model: slots per expert group, most draft tokens per step, and placement without slots.
 
-One budget bounds everything on the compute device: dense weights, KV caches, draft, compute buffers and
-slots. What the fixed parts need comes from a dry load of llama.cpp, not from formulas.
+One budget bounds everything on the compute device: dense weights, KV caches, draft, compute buffers and slots.
+The sizes of the fixed parts come from a dry load of llama.cpp (see survey.py), not from formulas.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import math
 from edge_speq import _native
 from edge_speq.core import Experts, Plan
 from edge_speq.errors import EdgeError
-from edge_speq.units import parse_bytes
+from edge_speq.units import format_bytes, parse_bytes
 
-K_DEFAULT = 4  # draft tokens of "auto": past 8 columns CUDA leaves its vector kernels, and acceptance decays
-AUTO_MARGIN = 512 << 20  # bytes of free VRAM that "auto" leaves to the desktop
-MOST_TAKEN = 0.03  # of the slots, by floors from groups that they do not bind
-PADDING = 64 << 10  # bytes for the padding of slot tensors, a few hundred each
+K_DEFAULT = 4  # draft tokens for "auto": acceptance falls with length, and CUDA's vector kernels end at 8 columns
+AUTO_MARGIN = 512 << 20  # bytes of free VRAM that "auto" leaves to other programs
+MOST_TAKEN = 0.03  # largest share of the slots that the floors of some groups may take from the other groups
+PADDING = 64 << 10  # bytes for the padding of slot tensors, a few hundred bytes each
 
 
 def plan(
@@ -34,15 +34,18 @@ def plan(
     shared_memory: bool = False,
     hybrid: bool = False,
 ) -> Plan:
-    """The plan for one model.
+    """Return the memory plan of one model.
 
-    `resident` and `budget_bytes` both bound the slots, the smaller wins; `fixed_bytes` is what lies on the
-    compute device besides slots (only needed with a budget), `draft_bytes` the draft's part of it; experts_mapped says
-    that resident experts are mapped file pages, which no budget counts; shared_memory that nothing but the machine's
-    own memory bounds the slots, since the device has none; hybrid that missing experts need no slots. `draft_tokens`
-    None lets the planner choose the most draft tokens that the slots allow, and drop a draft that leaves too few slots
-    for one drafted token a step. Raises EdgeError, naming the nearest possible request, when the slots would fall under
-    the floor of one verify step.
+    - `resident` and `budget_bytes` bound the slots; the smaller bound applies.
+    - `fixed_bytes`: bytes on the compute device besides slots, only needed with a budget; `draft_bytes`: its part for
+      the draft.
+    - `draft_tokens`: K_DEFAULT at most if None. The draft is then dropped if the slots do not allow one draft token.
+    - `experts_mapped`: resident experts are mapped file pages, which the budget does not count.
+    - `shared_memory`: the device has no memory of its own, so slots would only copy what is in RAM.
+    - `hybrid`: the CPU can compute missing experts, so they need no slots.
+
+    Raises EdgeError if the budget is too small, or if the slots would not hold the experts of one verify step. The
+    hint names the nearest possible request.
     """
     k_wanted = 0 if not has_draft else K_DEFAULT if draft_tokens is None else draft_tokens
     overhead = _overhead(experts, k_wanted) if budget_bytes is not None else 0
@@ -98,11 +101,14 @@ def other_slots(
     k_loaded: int,
     hybrid: bool = False,
 ) -> Plan:
-    """The plan for a model that is loaded with slots, under other bounds: at most `k_loaded` draft tokens, since its
-    routing has room for no more; `fixed_bytes` is what it holds besides slots. Raises EdgeError as plan does."""
+    """Return a plan with other bounds for a model that is already loaded with slots.
+
+    `k_loaded`: most draft tokens, since the routing buffers were allocated for them. `fixed_bytes`: bytes that the
+    model holds besides slots. Raises EdgeError as `plan` does.
+    """
     made = plan(
         experts,
-        policy="lru",  # slots, whatever fits
+        policy="lru",  # always slots, even if all experts would fit
         resident=resident,
         budget_bytes=budget_bytes,
         fixed_bytes=fixed_bytes,
@@ -114,34 +120,40 @@ def other_slots(
 
 
 def _without_slots(experts: Experts, policy: str, share: float | None, shared_memory: bool) -> tuple[str, str] | None:
-    """Where the experts go when not into slots, and why; None for slots. share: what bounds allow, None without any."""
+    """Return the placement without slots and the reason for it, or None for slots.
+
+    `share`: share of the expert bytes that the bounds allow; None without bounds.
+    """
     if not experts.n_blocks:
         if experts.n_expert and policy != "all":
-            return "cpu-moe", "the hook does not know this model's experts: they stay on the CPU"
-        return "all", "a dense model: nothing to keep in slots"
+            return "cpu-moe", "the experts of this architecture cannot be moved to slots: they stay on the CPU"
+        return "all", "a dense model: it has no experts to keep in slots"
     reasons = {
         "cpu-moe": "every expert is computed on the CPU",
-        "all": "every expert stays resident: asked for",
+        "all": "every expert stays resident, as policy all requires",
     }
     if policy != "auto":
         return (policy, reasons[policy]) if policy in reasons else None
     if share is None or share >= 1.0:
         return "all", "every expert fits" if share else "every expert stays resident: no budget was given"
     if shared_memory:
-        return "cpu-moe", "the device has no memory of its own: slots would only hold copies, so the CPU computes"
+        return "cpu-moe", "the device shares the host's memory: slots would only hold copies, so the CPU computes"
     return None
 
 
 def budget(vram_budget: int | str | None, device: _native.Device) -> int | None:
-    """Bytes of a vram_budget argument, None for no bound. Raises EdgeError for what is not a size."""
+    """Return the bytes of a vram_budget argument, None for no bound. Raises EdgeError if it is not a size."""
     if vram_budget == "auto":
         return max(0, device.free_bytes - AUTO_MARGIN)
     return None if vram_budget is None else parse_bytes(vram_budget)
 
 
 def _overhead(experts: Experts, k: int) -> int:
-    """Bytes of the routing leaves of target and draft, [n_blocks, k + 2, n_expert_used] int32, of a prompt's, of what
-    graphs need that look up slots themselves, another such leaf and two of [n_blocks, n_expert], and of padding."""
+    """Return the bytes of routing buffers and padding on the compute device.
+
+    All are int32. Target, draft and graphs that look up slots have one buffer each, [n_blocks, k + 2, n_expert_used].
+    A prompt has [n_blocks, PREFILL_TOKENS, n_expert_used]. The slot lookup has two of [n_blocks, n_expert].
+    """
     row = 4 * experts.n_blocks * experts.n_expert_used
     return row * (3 * (k + 2) + _native.PREFILL_TOKENS) + 2 * 4 * experts.n_blocks * experts.n_expert + PADDING
 
@@ -149,8 +161,8 @@ def _overhead(experts: Experts, k: int) -> int:
 def _require_budget(what: str, needed: int, budget_bytes: int | None, less: str) -> None:
     if budget_bytes is not None and needed > budget_bytes:
         raise EdgeError(
-            f"{what} needs {needed / 2**20:.1f} MiB on the compute device, over the budget of "
-            f"{budget_bytes / 2**20:.1f} MiB",
+            f"{what} needs {format_bytes(needed)} on the compute device, over the budget of "
+            f"{format_bytes(budget_bytes)}",
             f"the smallest possible budget here is {math.ceil(needed / 2**20)}MiB{less}",
         )
 
@@ -172,8 +184,10 @@ def _floor_bytes(experts: Experts, k: int, hybrid: bool = False) -> int:
 
 
 def _most_that_fit(experts: Experts, share: float, k: int, hybrid: bool) -> int:
-    """Draft tokens, k at most and at least one, whose floors hardly exceed a group's even share: room for more would be
-    taken from the other groups in every step, whether it drafts or not."""
+    """Return the most draft tokens, 1 to k, whose floors take little from the groups with more slots than their floor.
+
+    A floor above a group's even share takes slots from the other groups in every step, even in steps without drafting.
+    """
 
     def taken(k: int) -> float:
         floors = zip(_floors(experts, 0 if hybrid else k), experts.groups, strict=True)
@@ -184,8 +198,10 @@ def _most_that_fit(experts: Experts, share: float, k: int, hybrid: bool) -> int:
 
 
 def share_out(experts: Experts, slot_budget: int, floors: list[int]) -> tuple[int, ...]:
-    """Slots of each group: the same fraction of every group's experts, or its floor where that is more. What makes
-    groups differ is the type of their weights, not how often their experts are wanted."""
+    """Return the slots of each group: the same fraction of its experts in every group, but at least its floor.
+
+    Groups differ by the type of their weights, not by how often their experts are used; so all get the same fraction.
+    """
     bounds = [(floor, group.n_experts, group.expert_bytes) for floor, group in zip(floors, experts.groups, strict=True)]
 
     def at(fraction: float) -> tuple[int, ...]:
@@ -209,7 +225,7 @@ def _under_floor(experts: Experts, k: int, slot_budget: int, budget_bytes: int |
     if budget_bytes is not None:
         hint = f"the smallest possible budget here is {math.ceil((fixed_bytes + floor_bytes) / 2**20)}MiB"
     return EdgeError(
-        f"{slot_budget / 2**20:.2f} MiB for slots are too few: a step with {k} draft tokens needs "
-        f"{sum(_floors(experts, k))} slots of {floor_bytes / 2**20:.2f} MiB",
+        f"{format_bytes(slot_budget)} for slots are too few: a step with {k} draft tokens needs "
+        f"{sum(_floors(experts, k))} slots of {format_bytes(floor_bytes)}",
         hint + (", or fewer draft tokens (--draft-tokens)" if k else ""),
     )

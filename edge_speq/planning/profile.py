@@ -1,7 +1,7 @@
-"""What `edge-speq tune` found for a model, its draft and a device: a JSON file in the user's configuration folder.
+"""Results of `edge-speq tune` for a model, its draft and a device: a JSON file in the user's configuration folder.
 
-A profile fills in arguments that were left at their defaults. One that cannot be read, or that was made by another
-build or on a machine with other processors, is ignored with a warning that names its file.
+A profile fills in arguments that were left at their defaults. A profile that is corrupt, from another build, or from
+a machine with another number of processors is ignored; a warning names its file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_speq import __version__, _native
-from edge_speq import system as machine
+from edge_speq import __version__, _native, system
 from edge_speq.core import ON_MISS
 from edge_speq.drafting.spec import is_file
 from edge_speq.errors import EdgeError
@@ -34,15 +33,15 @@ log = logging.getLogger("edge_speq")
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a profile is for. Hashes are those of bench.rows.header_hash: headers and sizes, not weights."""
+    """Model, draft and device of a profile. Hashes are those of gguf.fingerprint: headers and sizes, not weights."""
 
     model: str
-    draft: str | None  # of a file its hash, else what was named
-    device: str  # as ggml and its driver name it
+    draft: str | None  # hash of a draft file, otherwise the name: self or ngram
+    device: str  # name and description from ggml and its driver
 
     @property
     def file_name(self) -> str:
-        """Short, and safe on every file system."""
+        """Return a short file name that is valid on every file system."""
         device = re.sub(r"[^A-Za-z0-9]+", "-", self.device).strip("-")[:40]
         tail = hashlib.sha256(self.device.encode()).hexdigest()[:8]
         return f"{self.model[:16]}-{(self.draft or 'alone')[:16]}-{device}-{tail}.json"
@@ -50,15 +49,18 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class TuneProfile:
-    """`bounds` are the arguments resident and vram_budget that were tuned for, `chosen` what was found best under
-    them: draft_tokens, on_miss, n_threads, and draft where tune chose one of several: an absolute path, "self" or
-    "ngram". `found` says how, for people: costs, candidates, predicted and measured."""
+    """Arguments that `edge-speq tune` found fastest, and the bounds that it tuned for.
+
+    - `bounds`: arguments resident and vram_budget.
+    - `chosen`: draft_tokens, on_miss, n_threads, and draft if tune compared several (an absolute path, self or ngram).
+    - `found`: report for people: costs, candidates, predicted and measured speeds.
+    """
 
     key: Key
     bounds: dict[str, Any]
     chosen: dict[str, Any]
     found: dict[str, Any]
-    draft_hash: str | None = None  # of the chosen draft, as in Key
+    draft_hash: str | None = None  # hash of the chosen draft, as in Key
 
 
 def folder() -> Path:
@@ -71,7 +73,10 @@ def folder() -> Path:
 
 
 def key(model: str | Path, draft: str | Path | None) -> Key:
-    """Reads headers and loads the backends. Raises EdgeError for files that are none."""
+    """Return the key of a model and draft on this machine: read their headers, and load the backends.
+
+    Raises EdgeError if a file is missing or is not a GGUF model.
+    """
     from edge_speq.gguf import model as gguf_model
     from edge_speq.gguf.fingerprint import header_hash
 
@@ -81,18 +86,24 @@ def key(model: str | Path, draft: str | Path | None) -> Key:
 
 
 def draft_hash(draft: str | Path) -> str:
-    """What tells drafts apart. Raises EdgeError for a file that is none."""
-    from edge_speq.gguf import container as gguf_file
+    """Return the header hash of a draft file, or the name of a draft without a file (self, ngram).
+
+    Raises EdgeError if the file is not a GGUF file.
+    """
+    from edge_speq.gguf import container
     from edge_speq.gguf.fingerprint import header_hash
 
-    return header_hash(gguf_file.read(draft, "draft")) if is_file(draft) else str(draft)
+    return header_hash(container.read(draft, "draft")) if is_file(draft) else str(draft)
 
 
 # --- storing and reading -----------------------------------------------------------------------------------
 
 
 def store(profile: TuneProfile) -> Path:
-    """Writes it where "auto" looks for it, in place of an earlier one: whole or not at all. Raises EdgeError."""
+    """Write the profile to the path that profile="auto" reads, replacing an earlier one atomically. Return the path.
+
+    Raises EdgeError if the folder or the file cannot be written.
+    """
     from edge_speq.gguf import atomic
 
     path = folder() / profile.key.file_name
@@ -106,17 +117,17 @@ def store(profile: TuneProfile) -> Path:
 
 
 def _stamp() -> dict[str, Any]:
-    """What makes a profile stale when it changes."""
+    """Return the versions and the processor count; a profile with other values is stale."""
     return {
         "version": VERSION,
         "edge_speq": __version__,
         "llama_cpp": _native.llama_cpp_commit(),
-        "processors": machine.usable_cpus(),
+        "processors": system.usable_cpus(),
     }
 
 
-def read(path: Path, wanted: Key) -> TuneProfile:
-    """Raises EdgeError for a file that is corrupt, stale or for something else."""
+def read(path: Path, expected: Key) -> TuneProfile:
+    """Return the profile in a file. Raises EdgeError if it is corrupt, stale or made for another model or device."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         made_for, of_draft = Key(**data["key"]), data.get("draft_hash")
@@ -130,14 +141,14 @@ def read(path: Path, wanted: Key) -> TuneProfile:
         if data.get(name) != now:
             raise EdgeError(f"the profile {path} is stale: {name} was {data.get(name)!r} and is {now!r}", AGAIN)
     for field in dataclasses.fields(Key):
-        if getattr(profile.key, field.name) != getattr(wanted, field.name):
+        if getattr(profile.key, field.name) != getattr(expected, field.name):
             raise EdgeError(f"the profile {path} was made for another {field.name}", AGAIN)
     _require_draft(profile, path)
     return profile
 
 
 def _require_draft(profile: TuneProfile, path: Path) -> None:
-    """The chosen draft is still what was chosen."""
+    """Raise EdgeError if the chosen draft file has changed or is missing."""
     draft = profile.chosen.get("draft")
     if draft is None:
         return
@@ -150,7 +161,7 @@ def _require_draft(profile: TuneProfile, path: Path) -> None:
 
 
 def _require_sound(profile: TuneProfile) -> None:
-    """Values that EdgeLlama would refuse are no profile."""
+    """Raise ValueError, KeyError or EdgeError for values that EdgeLlama would refuse."""
     chosen, bounds = profile.chosen, profile.bounds
     if not set(chosen) <= {"draft_tokens", "on_miss", "n_threads", "draft"} or not set(bounds) <= set(BOUNDS):
         raise ValueError("unknown arguments")
@@ -167,17 +178,17 @@ def _require_sound(profile: TuneProfile) -> None:
 
 
 def apply(request: LoadRequest, stock: dict[str, Any]) -> tuple[LoadRequest, dict[str, Any] | None]:
-    """Fill in a request, and stock (options of llama_cpp.Llama), from the profile that request.profile names or finds.
+    """Fill in a request, and `stock` (options of llama_cpp.Llama, changed in place), from the profile.
 
-    Return the request, and the profile's path with what it filled in; None where no profile was used. Raises EdgeError
-    for a path that is no file.
+    Return the request and a dict of the profile's path and the values filled in, or None if no profile was used.
+    Raises EdgeError if request.profile is a path without a file.
     """
     path = None if request.profile == "auto" else Path(str(request.profile))
     if path is not None and not path.is_file():
         raise EdgeError(f"there is no profile {path}", "edge-speq tune writes one", usage=True)
     if request.policy != "auto" or request.draft_model is not None:
         return request, None
-    if path is None and not any(folder().glob("*.json")):  # hashing files is worth saving
+    if path is None and not any(folder().glob("*.json")):  # avoids hashing the files
         return request, None
     try:
         made_for = key(request.model, request.draft)
@@ -209,18 +220,18 @@ def _usable(path: Path, made_for: Key, request: LoadRequest) -> TuneProfile | No
 
 
 def _alike(bounds: dict[str, Any], request: LoadRequest) -> bool:
-    """Whether the caller asked for no bound, or for the very bounds of the profile."""
+    """Return true if the caller gave no bounds, or exactly the bounds of the profile."""
     given = {name: getattr(request, name) for name in BOUNDS}
     return all(value is None for value in given.values()) or given == _parsed(bounds)
 
 
 def _parsed(bounds: dict[str, Any]) -> dict[str, Any]:
-    """Return the bounds of a profile as LoadRequest holds them. Raises EdgeError for what is not one."""
+    """Return the bounds of a profile, parsed as in LoadRequest. Raises EdgeError for a value that cannot be parsed."""
     return {name: OPTIONS[name].parse(bounds.get(name)) for name in BOUNDS}
 
 
 def _fill_in(profile: TuneProfile, request: LoadRequest) -> dict[str, Any]:
-    """Return the options that are left at their defaults and that the profile knows better."""
+    """Return the profile's values for options that the caller left at their defaults."""
     applied = {
         name: value for name, value in profile.bounds.items() if value is not None and getattr(request, name) is None
     }

@@ -1,5 +1,5 @@
-"""One VRAM budget for several models of a process: whoever joins makes the others' slots smaller, and leaving returns
-them."""
+"""One VRAM budget for several models of a process. Loading a model shrinks the slots of the others; closing it grows
+them again."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from edge_speq.units import format_bytes
 
 
 class Member(Protocol):
-    """A loaded model whose slots can change. Its figures are asked for from other threads."""
+    """Interface of a loaded model in a Budget. Its methods are called from other threads."""
 
     def experts_in_slots(self) -> Experts | None:
-        """None for a model that holds all of its bytes for good."""
+        """Return the experts that slots serve; None if the model's memory cannot change after loading."""
 
     def fixed_bytes(self) -> int:
-        """What it holds on the compute device besides slots."""
+        """Return the bytes that the model holds on the compute device besides slots."""
 
     def inside(self) -> bool:
-        """Whether this thread is in a callback of one of its steps."""
+        """Return true if this thread is inside a callback of one of the model's steps."""
 
     def plan_for(self, budget_bytes: int) -> Plan:
-        """The plan under this many bytes. Raises EdgeError, and changes nothing, where there is none."""
+        """Return the plan for a budget in bytes. Raises EdgeError, and changes nothing, if no plan is possible."""
 
     def apply(self, made: Plan) -> None: ...
 
 
 @dataclass(slots=True)
 class _Seat:
-    """What a model takes: as planned while it loads, as measured once it is there."""
+    """Memory of one model: planned bytes while it loads, measured bytes afterwards."""
 
     experts_bytes: int
     fixed_bytes: int
@@ -43,10 +43,10 @@ class _Seat:
 
 
 class Budget:
-    """A ceiling in bytes for everything that its models hold on the compute device. Pass one object as vram_budget to
-    several EdgeLlama. What the fixed parts leave is shared out in proportion to the bytes of the models' experts.
+    """A limit in bytes for everything that several models hold on the compute device.
 
-    size: bytes, "6GiB", or "auto", what is free now less a margin.
+    Pass one object as vram_budget to several EdgeLlama. Each model's share of the slots is proportional to the bytes
+    of its experts. `size`: bytes, a text such as "6GiB", or "auto" (free memory now less 512 MiB).
     """
 
     def __init__(self, size: int | str) -> None:
@@ -56,13 +56,15 @@ class Budget:
         if budget is None:
             raise EdgeError("a Budget needs a size", "write it like 6GiB, or auto", usage=True)
         self.bytes = budget
-        self._lock = threading.RLock()  # a model may be collected, and leave, while one is admitted
+        self._lock = threading.RLock()  # reentrant: garbage collection may drop a model while another is admitted
         self._busy = False
-        self._seats: dict[int, _Seat] = {}  # by the request that asked for the model
+        self._seats: dict[int, _Seat] = {}  # by id of the request that loads the model
 
     def admit(self, request: object, experts_bytes: int, fixed_bytes: int) -> int:
-        """Makes room for a model, reserves it, and returns the bytes that the model may hold. Raises EdgeError, and
-        changes nothing, when the others cannot do with what would be left to them."""
+        """Shrink the other models, reserve the space for a new one, and return the bytes that it may hold.
+
+        Raises EdgeError, and changes nothing, if the other models cannot run with the rest.
+        """
         if any(member.inside() for member, _ in self._members()):
             raise EdgeError("a callback of a model cannot load another one into its Budget", "load it before")
         with self._lock:
@@ -75,7 +77,7 @@ class Budget:
                 raise
 
     def join(self, request: object, member: Member) -> None:
-        """The model that was admitted is loaded: what it really takes counts from now on."""
+        """Replace the planned bytes of an admitted model by its measured bytes, after it was loaded."""
         with self._lock:
             seat = self._seats[id(request)]
             experts = member.experts_in_slots()
@@ -84,11 +86,11 @@ class Budget:
             self.rebalance()
 
     def drop(self, request: object) -> None:
-        """The model is about to go, or was not loaded after all."""
+        """Remove a model that is about to close or that failed to load."""
         self._seats.pop(id(request), None)
 
     def rebalance(self) -> None:
-        """Gives the bytes of who left to the others. Left for the next occasion in the middle of one of their steps."""
+        """Share the bytes of closed models among the others. Does nothing inside a callback of one of their steps."""
         if self._busy or any(member.inside() for member, _ in self._members()):
             return
         with self._lock:
@@ -109,12 +111,14 @@ class Budget:
         return seat.fixed_bytes + spare * seat.experts_bytes // max(1, sum(other.experts_bytes for other in seats))
 
     def _apply(self) -> None:
-        """All of the plans, and only then the changes."""
+        """Compute all plans before changing anything, so that an error leaves every model as it was."""
         self._busy = True
         try:
             with_slots = [(m, seat) for m, seat in self._members() if m.experts_in_slots() is not None]
             made = [(member, member.plan_for(self._share(seat))) for member, seat in with_slots]
-            for member, new in sorted(made, key=lambda pair: pair[1].slot_bytes):  # who shrinks makes room first
+            for member, new in sorted(
+                made, key=lambda pair: pair[1].slot_bytes
+            ):  # models that shrink free the memory first
                 member.apply(new)
         finally:
             self._busy = False

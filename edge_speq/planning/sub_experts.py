@@ -1,7 +1,7 @@
-"""Experts that `edge-speq convert split` cut in parts, and how many of them a token runs under policy moe-prism.
+"""Number of sub-experts that a token runs under policy moe-prism. `edge-speq convert split` writes such models.
 
-llama.cpp takes the number from the file's `expert_used_count`, or from an override of it; slots and routing are laid
-out for the number that the loaded model runs.
+llama.cpp reads the number from the file's `expert_used_count` or from an override of that key. Slots and routing
+buffers are allocated for the number that the loaded model runs.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from edge_speq.gguf.container import GGUFFile
 from edge_speq.gguf.model import architecture, hyperparameter
 from edge_speq.policies.published.systems import MoePrism
 
-SUB_EXPERTS = "edge_speq.sub_experts"  # for whoever reads the file: parts that an expert was cut into
-ALL_USED = "edge_speq.expert_used_all"  # parts of all of a token's experts: with these it is what the source is
+SUB_EXPERTS = "edge_speq.sub_experts"  # number of parts that each expert was cut into
+ALL_USED = "edge_speq.expert_used_all"  # number of parts that make the model equal to its source
 
 Override = llama_cpp.llama_model_kv_override
 
 
 @dataclass(frozen=True, slots=True)
 class SubExperts:
-    """Counts are for one token and block."""
+    """Numbers of sub-experts (parts of experts) per token and block."""
 
-    key: str  # of the number that llama.cpp reads
-    used: int  # that number, in the file
-    all_used: int
+    key: str  # metadata key that llama.cpp reads
+    used: int  # its value in the file
+    all_used: int  # value that makes the model equal to its source
 
     def use(self, params: Any) -> None:
-        """Sets model parameters to run MoE-Prism's share of the parts, or as many as the file was made for where these
-        are fewer than all. What the caller has overridden stays. Raises EdgeError where that is no number of parts."""
+        """Set model parameters to run MoE-Prism's share of the parts, or the file's number if it is reduced already.
+
+        An override by the caller is kept. Raises EdgeError if that override is not 1 to all_used.
+        """
         given = _overrides(params)
         found = self._find(given)
         if found is None:
@@ -47,13 +49,13 @@ class SubExperts:
 
 
 def read(file: GGUFFile) -> SubExperts:
-    """Raises EdgeError for a model whose experts are whole."""
+    """Return the sub-experts of a model file. Raises EdgeError if its experts are not split."""
     path = file.paths[0]
     used = hyperparameter(file, "expert_used_count")
     if SUB_EXPERTS not in file.fields:
         how = f"edge-speq convert split {path.name} -o OUT.gguf --sub-experts {MoePrism.split}"
         raise EdgeError(
-            f"policy moe-prism runs some parts of an expert, and {path.name} has no experts in parts",
+            f"policy moe-prism needs a model with split experts, and {path.name} has no experts in parts",
             f"cut them: {how} --k {_kept(MoePrism.split * used)}" if used else "it is a dense model",
             usage=True,
         )
@@ -70,7 +72,7 @@ def _kept(all_used: int) -> int:
 
 
 def _overrides(params: Any) -> list[Any]:
-    """Those of model parameters, up to the empty key that ends them."""
+    """Return the overrides of model parameters, without the empty key that ends the array."""
     found: list[Any] = []
     while params.kv_overrides and params.kv_overrides[len(found)].key:
         found.append(params.kv_overrides[len(found)])
@@ -78,7 +80,7 @@ def _overrides(params: Any) -> list[Any]:
 
 
 def _with(given: list[Any], key: str, number: int) -> Any:
-    made = (Override * (len(given) + 2))(*given)  # the last one is empty
+    made = (Override * (len(given) + 2))(*given)  # the last entry stays empty: it ends the array
     made[len(given)].key = key.encode()
     made[len(given)].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
     made[len(given)].value.val_i64 = number

@@ -1,6 +1,6 @@
-"""What a model would hold on the compute device, found without reading its weights, and the plan that follows.
+"""Bytes that a model will hold on the compute device, found without reading its weights, and the resulting plan.
 
-EdgeLlama and `edge-speq plan` decide alike because both come through here.
+EdgeLlama and `edge-speq plan` both call these functions, so that their plans agree.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ log = logging.getLogger("edge_speq")
 
 @dataclass(frozen=True, slots=True)
 class ResolvedRequest:
-    """A LoadRequest for this machine: its files were checked, its device and its bytes are known."""
+    """A LoadRequest resolved for this machine: files checked, compute device and budget known."""
 
     model: Path
-    draft: Path | None  # None also where no draft token is wanted
+    draft: Path | None  # None without a draft file, and with draft_tokens 0
     device: _native.Device
     policy: str
     resident: float | None
     budget_bytes: int | None
     draft_tokens: int | None  # None: as many as the slots allow
     draft_model: object | None = None  # a LlamaDraftModel in place of a draft file
-    is_bounded: bool = True  # by the caller: not only by what the device has free
-    shared: Budget | None = None  # whose bytes budget_bytes is
+    is_bounded: bool = True  # true if the caller gave a bound or a policy; false if only free memory bounds the model
+    shared: Budget | None = None  # source of budget_bytes
     on_miss: str = "auto"
     next_layer_prefetch: bool = False
-    sub_experts: SubExperts | None = None  # of the model's experts, where the policy runs some of them
+    sub_experts: SubExperts | None = None  # policy moe-prism only
     draft_spec: DraftSpec = spec.NONE
 
     @property
     def hybrid(self) -> bool:
-        """Whether missing experts need no slot, since the CPU can always compute them."""
+        """Return true if the CPU can always compute missing experts, which then need no slots."""
         return self.on_miss == "hybrid"
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The experts of a model, and what everything but slots takes on the compute device."""
+    """The experts of a model, and the memory of everything except slots on the compute device."""
 
     experts: Experts
     target: MemoryUse
@@ -64,7 +64,7 @@ class Survey:
 
 
 def resolve(request: LoadRequest) -> ResolvedRequest:
-    """Return the request for this machine. Raises EdgeError for files that are missing or not sound."""
+    """Return the request resolved for this machine. Raises EdgeError for files that are missing or invalid."""
     draft_tokens = None if request.draft_tokens == "auto" else int(request.draft_tokens)
     file = gguf_model.check_model(request.model)
     found = spec.read(request.draft if draft_tokens != 0 else None, file)
@@ -97,80 +97,84 @@ def resolve(request: LoadRequest) -> ResolvedRequest:
 
 
 def _next_layer_prefetch(request: LoadRequest, on_miss: str, device: _native.Device) -> bool:
-    """By default on a GPU, where the link would idle while the CPU computes misses; never for published systems."""
+    """Return the choice of the caller. Default: on a GPU, whose link idles in CPU work; off for published systems."""
     if request.next_layer_prefetch is not None:
         return request.next_layer_prefetch
     return device.is_gpu and on_miss != "fetch" and request.policy not in PUBLISHED_POLICIES
 
 
-def prepare(wanted: ResolvedRequest, model_params: Any, context_params: Any) -> tuple[Any, Any]:
-    """Sets the native parameters so that experts can be served from slots, and as the policy wants. Returns the draft's
-    model parameters, and what must outlive the load."""
+def prepare(request: ResolvedRequest, model_params: Any, context_params: Any) -> tuple[Any, Any]:
+    """Set the native parameters (in place) that slots and the policy need.
+
+    Return the draft's model parameters, and an object that must stay alive until the model is loaded.
+    """
     context_params.swa_full = True  # rolling back drafted tokens needs the whole window
-    if wanted.policy == "specmoeoff":  # the KV cache in host memory, and attention where it lies
+    if request.policy == "specmoeoff":  # KV cache and attention on the host, as in SpecMoEOff
         context_params.offload_kqv = False
     draft_params = loading.copy_params(model_params)
     # repacked weights are copies in RAM, which a budget would have to count
-    draft_params.use_extra_bufts = wanted.budget_bytes is None
-    if wanted.sub_experts is not None:
-        wanted.sub_experts.use(model_params)
+    draft_params.use_extra_bufts = request.budget_bytes is None
+    if request.sub_experts is not None:
+        request.sub_experts.use(model_params)
     return draft_params, loading.experts_on_host(model_params)
 
 
-def draft_contexts(wanted: ResolvedRequest, context_params: Any) -> Any:
-    """A copy for the draft, which keeps its attention on the device where the policy moves the target's."""
+def draft_contexts(request: ResolvedRequest, context_params: Any) -> Any:
+    """Return the draft's context parameters: a copy, with attention on the device even under policy specmoeoff."""
     made = loading.copy_params(context_params)
-    made.offload_kqv = made.offload_kqv or wanted.policy == "specmoeoff"
+    made.offload_kqv = made.offload_kqv or request.policy == "specmoeoff"
     return made
 
 
-def survey(wanted: ResolvedRequest, model_params: Any, draft_params: Any, context_params: Any | None) -> Survey:
-    """Dry loads of model and draft with prepared parameters; without context_params only the experts are found."""
+def survey(request: ResolvedRequest, model_params: Any, draft_params: Any, context_params: Any | None) -> Survey:
+    """Dry-load model and draft with prepared parameters. Without context_params find the experts only."""
     contexts = None if context_params is None else loading.copy_params(context_params)
     if contexts is not None and contexts.n_ctx == 0:
         contexts.n_batch = contexts.n_ubatch = 512  # llama_cpp.Llama fills these in after loading
-    experts, target = loading.dry_load(wanted.model, model_params, contexts, "model")
-    draft = wanted.draft_spec.memory
-    if wanted.draft is not None and contexts is not None:
-        _, draft = loading.dry_load(wanted.draft, draft_params, draft_contexts(wanted, contexts), "draft")
+    experts, target = loading.dry_load(request.model, model_params, contexts, "model")
+    draft = request.draft_spec.memory
+    if request.draft is not None and contexts is not None:
+        _, draft = loading.dry_load(request.draft, draft_params, draft_contexts(request, contexts), "draft")
     return Survey(experts, target, draft)
 
 
-def losses(wanted: ResolvedRequest, experts: Experts, k_max: int) -> str:
-    """In which way a token runs less of its experts than the model's router chose; "" where it does not."""
-    if wanted.sub_experts is not None and experts.n_expert_used < wanted.sub_experts.all_used:
-        return f"lossy: a token runs {experts.n_expert_used} of its experts' {wanted.sub_experts.all_used} parts"
-    if wanted.policy == "moe-spec" and k_max:
+def losses(request: ResolvedRequest, experts: Experts, k_max: int) -> str:
+    """Return how a token runs fewer experts than the model's router chose, as a text; "" if it runs all of them."""
+    if request.sub_experts is not None and experts.n_expert_used < request.sub_experts.all_used:
+        return f"lossy: a token runs {experts.n_expert_used} of its experts' {request.sub_experts.all_used} parts"
+    if request.policy == "moe-spec" and k_max:
         return "lossy: a verify step runs a budget of experts, not all that its tokens' routers choose"
     return ""
 
 
-def decide(wanted: ResolvedRequest, found: Survey) -> Plan:
-    """The plan; under a shared budget the other models have made room when this returns. Raises EdgeError, with the
-    nearest possible request, where there is none."""
-    budget_bytes, policy = wanted.budget_bytes, wanted.policy
-    if wanted.shared is not None:
+def decide(request: ResolvedRequest, found: Survey) -> Plan:
+    """Return the plan. With a shared budget, other models have already made room when this returns.
+
+    Raises EdgeError if no plan is possible; the hint names the nearest possible request.
+    """
+    budget_bytes, policy = request.budget_bytes, request.policy
+    if request.shared is not None:
         experts = found.experts.total_bytes if policy in SLOT_POLICIES else 0
-        whole = found.experts.total_bytes if policy == "all" and wanted.device.is_gpu else 0
-        budget_bytes = wanted.shared.admit(wanted, experts, found.fixed_bytes + whole)
+        whole = found.experts.total_bytes if policy == "all" and request.device.is_gpu else 0
+        budget_bytes = request.shared.admit(request, experts, found.fixed_bytes + whole)
         if policy == "auto" and found.experts.n_blocks:
-            policy = "lfru"  # what takes slots can give them back
+            policy = "lfru"  # slots can be given back later, resident experts cannot
     made = planner.plan(
         found.experts,
         policy=policy,
-        resident=wanted.resident,
+        resident=request.resident,
         budget_bytes=budget_bytes,
-        fixed_bytes=found.fixed_bytes if wanted.budget_bytes is not None else 0,
-        draft_tokens=wanted.draft_tokens,
-        has_draft=wanted.draft is not None or wanted.draft_model is not None or wanted.draft_spec.itself,
-        experts_mapped=not wanted.device.is_gpu,
-        draft_bytes=found.draft.total if wanted.budget_bytes is not None else 0,
-        shared_memory=not wanted.is_bounded and wanted.device.is_integrated,
-        hybrid=wanted.hybrid,
+        fixed_bytes=found.fixed_bytes if request.budget_bytes is not None else 0,
+        draft_tokens=request.draft_tokens,
+        has_draft=request.draft is not None or request.draft_model is not None or request.draft_spec.itself,
+        experts_mapped=not request.device.is_gpu,
+        draft_bytes=found.draft.total if request.budget_bytes is not None else 0,
+        shared_memory=not request.is_bounded and request.device.is_integrated,
+        hybrid=request.hybrid,
     )
-    if wanted.draft_spec.itself and made.placement != "slots":
-        made = dataclasses.replace(made, max_draft_tokens=0, reason=spec.require_slots(made, wanted.policy))
-    lossy = losses(wanted, found.experts, made.max_draft_tokens)
+    if request.draft_spec.itself and made.placement != "slots":
+        made = dataclasses.replace(made, max_draft_tokens=0, reason=spec.require_slots(made, request.policy))
+    lossy = losses(request, found.experts, made.max_draft_tokens)
     if not lossy:
         return made
     log.warning("policy %s is %s", policy, lossy)

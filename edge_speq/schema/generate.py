@@ -104,7 +104,7 @@ def _union(members: list[Any], has_null: bool) -> dict[str, Any]:
 
 
 def descriptions(cls: type) -> dict[str, str]:
-    """Return the comment of each field: behind it or, if there is none, in the lines above it."""
+    """Return the comment of each field: behind the field, otherwise in the lines above it."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         above: list[str] = []

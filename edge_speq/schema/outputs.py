@@ -1,6 +1,6 @@
-"""What the commands print with --json, as dataclasses: the schemas and docs/reference/json.md are generated from them.
+"""JSON outputs of the commands, as dataclasses. The schemas and docs/reference/json.md are generated from them.
 
-A field's comment is its description. Numbers are not negative unless their type says so. Every key is always there,
+A field's comment is its description. Numbers are at least 0 unless their type is Signed. Every key is always present,
 except in classes with OPTIONAL.
 """
 
@@ -66,7 +66,7 @@ class MemoryReport:
 
 @dataclass
 class Backend:
-    """What ran the model."""
+    """Device and builds that ran the model."""
 
     device: str  # the compute device
     llama_cpp_commit: str  # commit of the llama.cpp that was built
@@ -96,7 +96,7 @@ class Profile:
 
 @dataclass
 class Run:
-    """What edge-speq run generated, and what happened to the experts meanwhile."""
+    """Generated text, speed, and expert events of one edge-speq run."""
 
     TITLE: ClassVar[str] = "edge-speq run --json"
     text: str  # the generated text, without the prompt
@@ -180,7 +180,7 @@ class PerToken:
     method: Literal["even routing, no draft", "replayed trace"]  # what the estimate assumes
     bytes_demanded: int  # experts that a token computes with
     bytes_fetched: int  # the part of these that crosses the link, prefetches included
-    # computation and drafting; a block is assumed to compute half as long as one of its experts travels
+    # computation and drafting; a block is assumed to compute for half of the transfer time of one of its experts
     computing_ms: float
     waiting_ms: float  # waiting for experts
     total_ms: float  # the sum of both
@@ -192,7 +192,7 @@ class PerToken:
 
 @dataclass
 class Estimate:
-    """What another machine would make of it; null for this machine and for dense models."""
+    """Estimated speed on the machine that the options describe; null for this machine and for dense models."""
 
     laptop: OtherMachine
     ram_needed_bytes: int  # the experts, and 2 GiB for everything else
@@ -203,7 +203,7 @@ class Estimate:
 
 @dataclass
 class PlanReport:
-    """What a model would hold on the compute device, found without loading its weights.
+    """Memory that a model would hold on the compute device, found without loading its weights.
 
     On a machine without a GPU the compute device is the CPU; weights are then mapped file pages, which are not counted.
     """
@@ -216,7 +216,7 @@ class PlanReport:
     memory: PlannedMemory
     groups: list[PlannedGroup]  # blocks whose experts agree in type and shape
     plan: Plan
-    advice: str | None  # what else would make it faster; null if nothing is known
+    advice: str | None  # a change that would make it faster; null if none is known
     estimate: Estimate | None
 
 
@@ -256,7 +256,7 @@ class BenchRow:
     flash_attn: bool  # whether flash attention is on
     n_prompt: int  # prompt tokens that the test counts
     n_gen: int  # generated tokens that the test counts
-    n_depth: int  # tokens in the context beforehand; 0 for a generation test means its text as it is
+    n_depth: int  # tokens in the context before the test; with 0 a generation test starts from its text alone
     test: Annotated[str, ("pattern", "^(pp[0-9]+)?[+]?(tg[0-9]+)?( @ d[0-9]+)?$")]  # llama-bench's name
     test_time: str  # start of the first counted repetition, RFC 3339
     avg_ns: int  # mean time of a repetition, all texts
@@ -266,7 +266,7 @@ class BenchRow:
     samples_ns: Annotated[list[int], ("minItems", 1)]  # time of each repetition
     samples_ts: Annotated[list[float], ("minItems", 1)]  # tokens per second of each repetition
     policy: BenchPolicy  # as asked for
-    placement: Placement  # what the policy came to
+    placement: Placement  # placement of the experts that the policy led to
     # a token runs fewer experts than the model's router chose; speedup is then null unless the texts are equal
     lossy: bool
     draft: str | None  # file name of the draft; null without one
@@ -276,7 +276,7 @@ class BenchRow:
     resident: str | None
     resident_fraction: Share | None  # share of the routed-expert bytes on the compute device; null for a dense model
     used_bytes: int  # dense weights, KV, draft, compute buffers and slots on the compute device; mapped pages excluded
-    budget_bytes: int  # what the first policy with slots uses: the bound of the others
+    budget_bytes: int  # bytes that the first policy with slots uses: the limit for the other policies
     # more than the budget; without a GPU also cpu-moe and all, whose mapped experts used_bytes leaves out
     over_budget: bool
     hits: float | None  # demands served from a slot; null without demands to count
@@ -313,7 +313,7 @@ class BenchRow:
     baseline: str  # the policy that speedup refers to
     speedup: float | None  # avg_ts over the baseline's; null if either text differs by more than near ties
     deterministic: bool  # virtual transfers: stalls are virtual and added to measured times
-    emulation: str | None  # what stands in for another machine; null for this machine as it is
+    emulation: str | None  # how another machine is emulated; null if nothing is emulated
 
 
 # --- step log, inspect, doctor -----------------------------------------------------------------------------
@@ -360,14 +360,14 @@ class InspectedExperts:
 
 @dataclass
 class Inspected:
-    """What a GGUF file holds, from its header."""
+    """Contents of a GGUF file, from its header."""
 
     TITLE: ClassVar[str] = "edge-speq inspect --json"
     files: list[str]  # paths of all parts
     gguf_version: int  # version of the format
     size_bytes: int  # size of all parts
-    architecture: str | None  # llama.cpp's name of the architecture; null if the file has none
-    name: str | None  # name of the model; null if the file has none
+    architecture: str | None  # llama.cpp's name of the architecture; null if the file lacks it
+    name: str | None  # name of the model; null if the file lacks it
     context_length: int | None  # tokens of context that the model was trained for; null if unknown
     n_layer: int | None  # number of blocks; null if unknown
     n_vocab: int | None  # tokens of the vocabulary; null without one
@@ -385,13 +385,13 @@ class FindingOutput:
     # ok; note: an optional part is missing; warn: usable, with a drawback; fail: not usable
     status: Literal["ok", "note", "warn", "fail"]
     text: str  # the result for people
-    remedy: str  # what to do about it; empty for ok
+    remedy: str  # how to fix it; empty for ok
     values: dict[str, Any]  # the numbers of text, by name
 
 
 @dataclass
 class Diagnosis:
-    """Whether this installation and this machine can run models."""
+    """Checks of this installation and this machine."""
 
     TITLE: ClassVar[str] = "edge-speq doctor --json"
     usable: bool  # false if a check failed

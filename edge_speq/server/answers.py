@@ -1,4 +1,4 @@
-"""A request's answer as an HTTP response: whole, or as server-sent events while it is made."""
+"""The answer to a request as an HTTP response: complete, or as server-sent events while it is generated."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ END = "[DONE]"
 
 
 class Answer(Response):  # type: ignore[misc]  # starlette is not seen by mypy
-    """Wait for the model and send its answer. A client that goes away cancels its request.
+    """Waits for the model and sends its answer. A client that disconnects cancels its request.
 
-    The status follows the first part, which comes with the first token, so that a refused request for a stream gets
-    its error's status. EventSourceResponse sends 200 when it begins, so it begins then.
+    The status is sent with the first part, which has the first token, so that a refused streaming request gets the
+    status of its error. EventSourceResponse sends status 200 when it starts, so it is started only then.
     """
 
     def __init__(self, parts: Stream[Part], *, stream: bool, usage: bool) -> None:
@@ -40,7 +40,7 @@ class Answer(Response):  # type: ignore[misc]  # starlette is not seen by mypy
                 await response(scope, receive, send)
 
     async def _unless_gone(self, receive: Any) -> Response | None:
-        """Return the response to send, None when the client has gone."""
+        """Return the response to send, None if the client has disconnected."""
         response = asyncio.ensure_future(self._response())
         client = asyncio.ensure_future(_gone(receive))
         try:
@@ -54,7 +54,9 @@ class Answer(Response):  # type: ignore[misc]  # starlette is not seen by mypy
     async def _response(self) -> Response:
         try:
             if not self._streams:
-                answer, _ = [part async for part in self._parts]  # to the end: the model is free before the client asks
+                answer, _ = [
+                    part async for part in self._parts
+                ]  # read to the end, so that the model is free for the client's next request
                 return JSONResponse(answer)
             first = await anext(self._parts)
         except Exception as error:
@@ -84,7 +86,7 @@ class Answer(Response):  # type: ignore[misc]  # starlette is not seen by mypy
         yield ServerSentEvent(END, sep="\n")
 
     def _problem(self, error: Exception) -> ApiError:
-        """Return the error for the client: the request's fault before the first token, the model's afterwards."""
+        """Return the error for the client: a request error before the first token, a model error afterwards."""
         if isinstance(error, SessionClosed):
             return stopping()
         usage = self._parts.usage
@@ -98,6 +100,6 @@ def _event(value: dict[str, Any]) -> ServerSentEvent:
 
 
 async def _gone(receive: Any) -> None:
-    """Return when the client has closed its connection, or its half of it: TCP does not tell the two apart."""
+    """Return when the client has closed its connection, or its sending half: TCP does not distinguish them."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -32,7 +32,7 @@ PAGE_HEADERS = {
 
 def create(service: ModelService, settings: ServerSettings) -> Any:
     """Return the ASGI application."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts from elsewhere
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # FastAPI's pages load scripts from other sites
     routes = Routes(service, settings)
     for path in ("/v1/chat/completions", "/chat/completions"):
         app.add_api_route(path, routes.chat, methods=["POST"], response_model=None)

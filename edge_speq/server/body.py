@@ -13,13 +13,13 @@ Kind = TypeVar("Kind")
 
 
 async def read(request: Any, kind: type[Kind]) -> Kind:
-    """Return the body as one of the kinds in requests.py. Raises ApiError.
+    """Return the body as a class of requests.py. Raises ApiError for another media type or an invalid body.
 
-    Pydantic parses it, not Python: json.loads recurses into a deep body, and a garbage collection that happens to run
-    there fails to free native memory (RecursionError in __del__).
+    Pydantic parses the body, because json.loads recurses into deep bodies. A garbage collection there would fail to
+    free native memory (RecursionError in __del__).
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":  # other sites' pages may send anything else without asking
+    if media_type != "application/json":  # browsers let other sites' pages send other types without a preflight request
         raise ApiError(415, "the body must be application/json")
     raw = await request.body()
     try:

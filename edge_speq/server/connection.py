@@ -1,4 +1,4 @@
-"""One client's connection: uvicorn's protocol with limits for idle, unread and surplus connections."""
+"""A client's connection: uvicorn's protocol with limits for idle, unread and too many connections."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from edge_speq.server.settings import ServerSettings
 
 
 class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn is not seen by mypy
-    settings: ServerSettings  # of the subclass that `limited` makes
+    settings: ServerSettings  # set by the subclass that `limited` makes
 
-    _deadline: asyncio.TimerHandle | None = None  # for the head of a request
-    _stalled: asyncio.TimerHandle | None = None  # for a full buffer to be read
+    _deadline: asyncio.TimerHandle | None = None  # limit for receiving the head of a request
+    _stalled: asyncio.TimerHandle | None = None  # limit for the client to read a full buffer
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -76,7 +76,7 @@ class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn is not seen by m
             self._stalled = None
 
     def _say(self, error: ApiError) -> None:
-        """Answer with an error before there is a request, and close the connection."""
+        """Send an error before there is a request, and close the connection."""
         body = json.dumps(error.body()).encode()
         headers = error.headers | {"content-type": "application/json", "content-length": str(len(body))}
         try:
@@ -93,5 +93,5 @@ class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn is not seen by m
 
 
 def limited(settings: ServerSettings) -> type[Connection]:
-    """Return a class of connections with these limits: uvicorn makes the instances and passes no arguments on."""
+    """Return a class of connections with these limits; uvicorn creates the instances without further arguments."""
     return type("LimitedConnection", (Connection,), {"settings": settings})

@@ -18,7 +18,7 @@ log = logging.getLogger("edge_speq.server")
 
 
 class ApiError(HTTPException):  # type: ignore[misc]  # starlette is not seen by mypy
-    """An error for the client. FastAPI lets starlette's HTTPException through while it reads a body.
+    """An error for the client. It is an HTTPException, because FastAPI passes these on while it reads a body.
 
     `retry_after` is in seconds. `closes` ends the connection without reading the request's body.
     """
@@ -57,7 +57,7 @@ def of_request(error: BaseException) -> ApiError:
     if match := re.search(r"Requested tokens \((\d+)\) exceed context window of (\d+)", str(error)):
         message = f"the prompt has {match[1]} tokens, the context {match[2]}: shorten it, or start with a larger -c"
         return ApiError(400, message, code="context_length_exceeded")
-    if not isinstance(error, (EdgeError, ValueError, TemplateError)):  # from a template, for one
+    if not isinstance(error, (EdgeError, ValueError, TemplateError)):  # for example from a chat template
         log.warning("a request was refused: %s: %s", type(error).__name__, error)
     return ApiError(400, f"the request cannot be served: {error or type(error).__name__}")
 

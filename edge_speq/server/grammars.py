@@ -14,9 +14,9 @@ from llama_cpp.llama_grammar import json_schema_to_gbnf
 
 from edge_speq.errors import EdgeError
 
-MAX_REPETITIONS = 1000  # that a schema may ask for; llama.cpp refuses more than 2,000 of one kind
+MAX_REPETITIONS = 1000  # repetitions in a schema; llama.cpp refuses more than 2,000 of one kind
 MAX_PATTERN = 1000  # characters of a regular expression
-MAX_CHOICES = 10  # in it: llama.cpp follows every way to read a token, 2^n where they overlap, and cannot be cancelled
+MAX_CHOICES = 10  # choices in a pattern: llama.cpp follows all parses of a token, up to 2^n, and cannot be cancelled
 MAX_REPEATED_GROUPS = 3
 COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
 
@@ -50,7 +50,7 @@ def _require_small(node: Any) -> None:
 
 def _require_small_pattern(pattern: str) -> None:
     counts = [max(1, int(n[:9])) for n in re.findall(r"[{,]\s*(\d+)", pattern)]
-    written_out = math.prod(counts) if "){" in pattern else sum(counts)  # those of a group multiply
+    written_out = math.prod(counts) if "){" in pattern else sum(counts)  # repetitions of a group multiply
     if len(pattern) > MAX_PATTERN or written_out > MAX_REPETITIONS:
         raise EdgeError(
             "a pattern of the JSON schema is too large",

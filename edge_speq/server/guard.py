@@ -1,6 +1,6 @@
-"""The checks before every request: who may ask, and how much may be sent.
+"""Checks before every request: host name, API key and body size.
 
-An ASGI middleware, so that nothing of a body is read for a client without the key.
+It is ASGI middleware, so that no body is read for a client without the key.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOOPBACK = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 
 
 class Guard:
-    """Checks the host, the key and the size of a request, then hands it to the application."""
+    """Checks the host, the key and the size of a request, then passes it to the application."""
 
     def __init__(self, app: Any, settings: ServerSettings) -> None:
         self._app, self._settings = app, settings
@@ -60,7 +60,7 @@ class Guard:
         await self._hosts(scope, None, send)
         if trusted != [True]:
             name = host.decode("latin-1")[:100]
-            raise ApiError(403, f"{name!r} is no name of this machine: other names need an API key", closes=True)
+            raise ApiError(403, f"{name!r} is not a name of this machine: other names need an API key", closes=True)
 
     def _check_key(self, path: str, given: bytes) -> None:
         key = self._settings.api_key
@@ -79,7 +79,7 @@ class Guard:
 
 
 class _Body:
-    """A request's body, which must be small and come soon enough."""
+    """Receiver of a request's body, with limits for size and time."""
 
     def __init__(self, receive: Any, settings: ServerSettings) -> None:
         self._receive, self._settings = receive, settings
@@ -87,7 +87,7 @@ class _Body:
         self._deadline: float | None = asyncio.get_running_loop().time() + settings.body_seconds
 
     async def __call__(self) -> Any:
-        if self._deadline is None:  # only the client's going away is left to come
+        if self._deadline is None:  # after the body only the disconnect can follow
             return await self._receive()
         try:
             left = self._deadline - asyncio.get_running_loop().time()
@@ -98,7 +98,7 @@ class _Body:
         if self._n_bytes > self._settings.max_body:
             raise _too_large(self._settings)
         if message["type"] == "http.disconnect":
-            raise ApiError(400, "the client went away", closes=True)
+            raise ApiError(400, "the client disconnected", closes=True)
         if not message.get("more_body", False):
             self._deadline = None
         return message
@@ -109,7 +109,7 @@ def _too_large(settings: ServerSettings) -> ApiError:
 
 
 async def _trusted(_scope: Any, _receive: Any, send: Any) -> None:
-    """Stand in for the application behind the middleware that checks hosts."""
+    """ASGI application behind the host check, which answers TRUSTED."""
     await send({"type": "http.response.start", "status": TRUSTED})
 
 

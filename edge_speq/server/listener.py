@@ -16,13 +16,13 @@ IDLE, INTERVAL, PROBES = 60, 15, 4  # seconds, seconds, probes of TCP keep-alive
 def listen(settings: ServerSettings) -> socket.socket:
     """Return a listening socket on the settings' host and port.
 
-    Raises EdgeError when the port is taken, when the host is not this machine's, and when others could reach it
+    Raises EdgeError if the port is taken, if the host is not this machine's, and if other machines could connect
     without a key.
     """
     family, address = _resolve(settings.host, settings.port)
     if settings.api_key is None and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
         raise EdgeError(
-            f"{settings.host} can be reached by others, and no API key is set",
+            f"other machines can reach {settings.host}, and no API key is set",
             "give --api-key, --api-key-file or EDGE_SPEQ_API_KEY, or leave --host out",
             usage=True,
         )
@@ -57,13 +57,15 @@ def _resolve(host: str, port: int) -> tuple[int, Any]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise EdgeError(f"{host} is no address: {error.strerror}", "give one of this machine's", usage=True) from error
+        raise EdgeError(
+            f"{host} is not an address: {error.strerror}", "give one of this machine's", usage=True
+        ) from error
     family, *_, address = found[0]
     return family, address
 
 
 def _keep_alive(listener: socket.socket) -> None:
-    """Have accepted sockets notice after two minutes that a client's machine has disappeared."""
+    """Let accepted sockets detect within two minutes that a client's machine has disappeared."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", IDLE), ("TCP_KEEPINTVL", INTERVAL), ("TCP_KEEPCNT", PROBES)):
         if hasattr(socket, name):

@@ -1,4 +1,4 @@
-"""Counters in the format of Prometheus, under the names of llama.cpp's server where it has one."""
+"""Counters in Prometheus format, with the names of llama.cpp's server if it has the counter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edge_speq.session.session import Session
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-Row = tuple[str, str, str, float | None]  # name, counter or gauge, help, value; None: not observed under this policy
+Row = tuple[str, str, str, float | None]  # name, type, help, value; None: not measured with this policy
 
 
 def text(stats: Stats, session: Session) -> str:

@@ -1,7 +1,7 @@
-"""The fields of requests, and the arguments of llama_cpp.Llama's methods that they become.
+"""Fields of requests, and their conversion to arguments of llama_cpp.Llama's methods.
 
-A missing field keeps the library's default, so answers equal those of the same call there. Unknown fields are ignored,
-as OpenAI's clients expect. Known fields that would change the answer and are not supported are refused.
+A missing field keeps llama_cpp's default. Unknown fields are ignored, as OpenAI's clients expect. Known fields that are
+not supported and would change the answer are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_SEED = 2**32 - 1
 UNLIMITED = -1
 NO_PARAMETERS = {"type": "object", "properties": {}}
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]  # it becomes part of prompts and grammars
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]  # becomes part of prompts and grammars
 Text = Annotated[str, Field(max_length=1000)]
 Texts = Annotated[list[str], Field(min_length=1)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -90,7 +90,7 @@ class CompletionRequest(_Request):
     prompt: Annotated[str | Tokens | Texts, AfterValidator(_one_prompt)]
     suffix: str | None = None
     echo: bool = False
-    logprobs: None = None  # needs the logits of every token of the context, which are not kept
+    logprobs: None = None  # not supported: needs the logits of every token of the context
     best_of: int | None = Field(None, ge=1, le=1)
 
     def arguments(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class CompletionRequest(_Request):
 
 
 class ContentPart(_Strict):
-    type: Literal["text"]  # models that read images are not served
+    type: Literal["text"]  # image models are not supported
     text: str
 
 
@@ -124,7 +124,7 @@ class Message(_Strict):
     function_call: CalledFunction | None = None
 
     def plain(self) -> dict[str, Any]:
-        """Return the message as chat templates of text models read it: its content is one text, perhaps empty."""
+        """Return the message for chat templates of text models, with one text as its content, possibly empty."""
         parts = self.content if isinstance(self.content, list) else []
         message: dict[str, Any] = self.model_dump(exclude_none=True)
         message["content"] = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
@@ -159,7 +159,7 @@ class JsonSchema(_Strict):
 
 class ResponseFormat(_Strict):
     type: Literal["text", "json_object", "json_schema"]
-    schema_: dict[str, Any] | None = Field(None, alias="schema")  # llama_cpp's own way
+    schema_: dict[str, Any] | None = Field(None, alias="schema")  # llama_cpp's form
     json_schema: JsonSchema | None = None
 
     def model_post_init(self, _context: Any, /) -> None:

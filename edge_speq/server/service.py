@@ -1,4 +1,4 @@
-"""The session behind the routes. Its states and errors become HTTP statuses."""
+"""The session behind the routes: its states and errors become HTTP statuses."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ STOPPING_RETRY, LOADING_RETRY = 5, 2  # seconds until a client should ask again
 
 
 def open_session(model: str | os.PathLike[str], settings: ServerSettings, **options: Any) -> Session:
-    """Return a session for a server, which begins to load. The options are those of Session and EdgeLlama.
+    """Return a session for a server, which starts to load. The options are those of Session and EdgeLlama.
 
-    Answers wait in memory for a client that reads slowly, so that it delays no other client. The context bounds their
+    Answers for slow clients are kept in memory, so that they do not delay other clients. The context limits their
     length.
     """
     return Session(model, wait=False, capacity=None, max_waiting=settings.n_waiting, **options)
@@ -37,16 +37,16 @@ class ModelService:
     def __init__(self, session: Session) -> None:
         self.session = session
         self._is_loaded = self._is_stopping = False
-        self._aside = ThreadPoolExecutor(1, "edge-speq snapshot")  # an isolated session's answers take a while
+        self._aside = ThreadPoolExecutor(1, "edge-speq snapshot")  # a request to an isolated engine blocks
 
     async def loaded(self) -> None:
-        """Wait until the model is loaded. Raises what loading it raised."""
+        """Wait until the model is loaded. Raises the error of loading."""
         async for _ in self.session.loading:
             pass
         self._is_loaded = True
 
     def require_ready(self) -> None:
-        """Refuse requests while the model is loading and when the server stops. Raises ApiError."""
+        """Raise ApiError if the model is still loading or the server is stopping."""
         if self._is_stopping:
             raise stopping(closes=True)
         if not self._is_loaded:
@@ -54,7 +54,7 @@ class ModelService:
             raise ApiError(503, f"loading the model: {percent:.0f} %", code="loading", retry_after=LOADING_RETRY)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Stream[Any]:
-        """Queue a call of a function in work.py. Raises ApiError when the queue is full or there is no model."""
+        """Queue a call of a function in work.py. Raises ApiError if the queue is full or no model is loaded."""
         self.require_ready()
         try:
             return self.session.iterate(function, *args)
@@ -65,11 +65,11 @@ class ModelService:
             raise stopping() from None
 
     async def stats(self) -> Stats:
-        """Return Session.stats(). Raises ApiError when there is no model now."""
+        """Return Session.stats(). Raises ApiError if no model is loaded."""
         return await self._ask(self.session.stats)
 
     async def residency(self) -> list[str] | None:
-        """Return Session.residency(). Raises ApiError when there is no model now."""
+        """Return Session.residency(). Raises ApiError if no model is loaded."""
         return await self._ask(self.session.residency)
 
     async def _ask(self, question: Callable[[], T]) -> T:
@@ -85,10 +85,10 @@ class ModelService:
         self.session.drain(grace)
 
     def close(self) -> None:
-        """Free the model. This blocks: call it after the event loop has ended."""
+        """Free the model. It blocks, so call it after the event loop has ended."""
         self.session.close()
         self._aside.shutdown()
 
 
 def stopping(*, closes: bool = False) -> ApiError:
-    return ApiError(503, "the server stops", code="stopping", retry_after=STOPPING_RETRY, closes=closes)
+    return ApiError(503, "the server is stopping", code="stopping", retry_after=STOPPING_RETRY, closes=closes)

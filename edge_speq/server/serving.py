@@ -1,4 +1,4 @@
-"""The server from start to end: listen, wait for the model, serve, stop when told to."""
+"""Life cycle of the server: load the model, serve, stop on request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEEP_ALIVE = 15  # seconds that a connection may be idle between two requests
 
 
 class _Server(uvicorn.Server):  # type: ignore[misc]  # uvicorn is not seen by mypy
-    """uvicorn's server, with a coroutine to run meanwhile and a function to call when it begins to stop."""
+    """uvicorn's server, with a coroutine that runs during serving and a function that is called when it stops."""
 
     def __init__(self, config: uvicorn.Config, beside: Callable[[], Coroutine[Any, Any, None]], ends: Any) -> None:
         super().__init__(config)
@@ -27,15 +27,15 @@ class _Server(uvicorn.Server):  # type: ignore[misc]  # uvicorn is not seen by m
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._task = asyncio.create_task(self._beside())  # the loop alone would not keep it alive
+        self._task = asyncio.create_task(self._beside())  # the event loop holds only a weak reference
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._ends()  # waiting requests end now
+        self._ends()  # ends waiting requests
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals to the command: uvicorn would raise them again at the end."""
+        """Leave signals to the caller: uvicorn would raise them again at the end."""
         yield
 
 
@@ -66,7 +66,7 @@ class Server:
         self._server = _Server(config, self._load, lambda: self._service.stop(settings.grace_seconds))
 
     def run(self, listener: socket.socket) -> None:
-        """Serve until `stop` is called. Raises what loading the model raised."""
+        """Serve until `stop` is called. Raises the error of loading the model."""
         try:
             self._server.run(sockets=[listener])
         finally:

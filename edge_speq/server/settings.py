@@ -1,4 +1,4 @@
-"""The settings of a server and its limits."""
+"""Settings and limits of a server."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from edge_speq.errors import EdgeError
 class ServerSettings:
     """Sizes are in bytes, times in seconds. Raises EdgeError for impossible values."""
 
-    name: str  # of the model, as clients see it
+    name: str  # name of the model for clients
     host: str = "127.0.0.1"
     port: int = 8080  # 0: any free one
     api_key: str | None = None
     n_waiting: int = 32  # requests that may wait while one is served
     n_connections: int = 256
     max_body: int = 4 << 20
-    header_seconds: float = 20.0  # that a client may take to send a request's head
-    body_seconds: float = 30.0  # and its body
-    stall_seconds: float = 60.0  # that a client may leave a full buffer unread
-    grace_seconds: float = 10.0  # that the running request has to end when the server stops
+    header_seconds: float = 20.0  # limit for sending the head of a request
+    body_seconds: float = 30.0  # limit for sending its body
+    stall_seconds: float = 60.0  # limit for a client to read a full buffer
+    grace_seconds: float = 10.0  # time for the running request to end when the server stops
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -1,4 +1,4 @@
-"""The tokens of one request, as OpenAI's interface reports them."""
+"""Token counts of one request, as OpenAI's API reports them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class TokenUsage:
-    """Tokens as llama_cpp.Llama counts them: an end-of-text token is none, unlike in Stats.timing."""
+    """Tokens as llama_cpp.Llama counts them: without end-of-text tokens, unlike Stats.timing."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -41,9 +41,9 @@ def counted(llm: EdgeLlama) -> Iterator[TokenUsage]:
                 usage.completion_tokens += not llama_cpp.llama_vocab_is_eog(vocab, token)
                 yield token
 
-    # a stream of llama_cpp has no usage of its own, and a chat handler may call generate several times
+    # llama_cpp's streams do not report usage, and a chat handler may call generate several times
     llm.generate = counting  # type: ignore[method-assign,assignment]
     try:
         yield usage
     finally:
-        del llm.generate  # the class's method shows again
+        del llm.generate  # restores the class's method

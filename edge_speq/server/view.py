@@ -1,4 +1,4 @@
-"""A snapshot for the page: the residency map and the counters behind it."""
+"""Snapshot for the web page: the residency map and the counters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from edge_speq.session.session import Session
 
 
 def snapshot(name: str, session: Session, stats: Stats, rows: list[str] | None) -> dict[str, Any]:
-    """Return the snapshot. Counters run since the model was loaded; the page takes differences over `seconds`, a clock
-    that never jumps."""
+    """Return the snapshot. Counters start when the model is loaded; the page computes rates over `seconds`, a monotonic
+    clock.
+    """
     served, waiting = session.workload()
     return {
         "model": name,

@@ -1,6 +1,6 @@
-"""The calls that requests become: llama_cpp.Llama's own methods, with nothing added but the model's name.
+"""Calls of llama_cpp.Llama's methods for requests. They run where the model is, possibly in a child process.
 
-The functions run where the model is, perhaps in another process: arguments and items are plain data.
+Arguments and items are therefore plain data.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def chat(llm: EdgeLlama, arguments: dict[str, Any], schemas: list[dict[str, Any]
 
 
 def _chat(llm: EdgeLlama, arguments: dict[str, Any]) -> Any:
-    """Answer a chat. The one handler that lets the model choose a tool does so only when asked, and cannot stream."""
+    """Answer a chat. llama_cpp's handler that lets the model choose a tool needs tool_choice auto and cannot stream."""
     if llm.chat_format == CHOOSING and arguments.get("tools"):
         arguments = {"tool_choice": "auto"} | arguments
         if arguments["stream"] and arguments["tool_choice"] == "auto":
@@ -52,7 +52,7 @@ def _chat(llm: EdgeLlama, arguments: dict[str, Any]) -> Any:
 
 
 def _chunks(answer: Any) -> Iterator[dict[str, Any]]:
-    """Yield a whole answer as two chunks of a stream: the message, and the reason why it ended."""
+    """Yield a complete answer as two chunks of a stream: the message, and the finish reason."""
     (choice,) = answer["choices"]
     calls = [{"index": i} | call for i, call in enumerate(choice["message"].get("tool_calls") or [])]
     said = {"role": "assistant", "content": choice["message"]["content"]} | ({"tool_calls": calls} if calls else {})
@@ -62,7 +62,7 @@ def _chunks(answer: Any) -> Iterator[dict[str, Any]]:
 
 
 def _parts(answer: Any) -> Generator[dict[str, Any], None, None]:
-    """Yield a whole answer, or the chunks of a stream."""
+    """Yield a complete answer, or the chunks of a stream."""
     if isinstance(answer, dict):
         yield answer
     else:
@@ -70,8 +70,10 @@ def _parts(answer: Any) -> Generator[dict[str, Any], None, None]:
 
 
 def _require_tokens(llm: EdgeLlama, arguments: dict[str, Any]) -> None:
-    """Refuse tokens outside the vocabulary: in a prompt they end the process, in logit_bias they raise an IndexError
-    inside a callback of the sampler. Raises EdgeError."""
+    """Raise EdgeError for tokens outside the vocabulary.
+
+    In a prompt they would end the process, in logit_bias raise an IndexError inside a callback of the sampler.
+    """
     n_vocab = llm.n_vocab()
     if any(token >= n_vocab for token in arguments.get("logit_bias", ())):
         raise EdgeError(f"logit_bias names a token that is not below {n_vocab}")
@@ -83,8 +85,8 @@ def _require_tokens(llm: EdgeLlama, arguments: dict[str, Any]) -> None:
 def _named_once(chunk: dict[str, Any], seen: set[tuple[int, int]]) -> dict[str, Any]:
     """Keep a tool call's id and name in its first chunk only.
 
-    OpenAI's clients join the texts of a call's chunks. llama_cpp repeats id and name in each, and adds the call in the
-    form of 2023, which would then count twice.
+    OpenAI's clients join the texts of a call's chunks. llama_cpp repeats id and name in each chunk, and adds the call
+    in the old function_call form, which would count twice.
     """
     for choice in chunk["choices"]:
         delta = choice["delta"]

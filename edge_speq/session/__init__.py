@@ -1,1 +1,1 @@
-"""A model for any number of threads: one queue, one model thread."""
+"""Sessions: a model that any number of threads can use, through one queue and one model thread."""

@@ -29,7 +29,7 @@ class _Handle:
     def cancel(self) -> None:
         """Cancel the request, from any thread, before its turn or while the engine works on it.
 
-        Reading it then raises EdgeError("cancelled"). Other requests are untouched. No effect on a finished request.
+        Reading it then raises EdgeError("cancelled"). Other requests are not affected, nor is a finished request.
         """
         self._request.cancel()
 
@@ -39,7 +39,7 @@ class _Handle:
         self.cancel()
 
     def __del__(self) -> None:
-        if "_request" in self.__dict__:  # collected anywhere, perhaps under a lock that the engine waits for
+        if "_request" in self.__dict__:  # garbage collection may run under a lock that the engine waits for
             self._request.cancel(timeout=DROP)
 
 
@@ -71,15 +71,15 @@ class Reply(_Handle, Generic[T]):
 
 
 class Stream(_Handle, Generic[T]):
-    """The items of a request, while they are made: `for item in stream` or `async for item in stream`.
+    """The items of a request while they are generated: `for item in stream` or `async for item in stream`.
 
-    The engine runs ahead of the reader by a bounded number of items, then it pauses. A reader that does not come back
-    in time gets an EdgeError, because other requests wait for their turn. Dropping the stream cancels the request; a
-    `with` or `async with` block cancels it at a known place.
+    The engine runs ahead of the reader by a bounded number of items, then it pauses. If the reader does not continue in
+    time, it gets an EdgeError, because other requests are waiting. Dropping the stream cancels the request; a `with` or
+    `async with` block cancels it at its end.
     """
 
     def _convert(self, item: Any) -> T | None:
-        """Return an item of the request as the reader wants it, None to skip it."""
+        """Return an item of the request in the reader's form, None to skip it."""
         converted: T = item
         return converted
 
@@ -102,7 +102,7 @@ class Stream(_Handle, Generic[T]):
         raise StopAsyncIteration
 
     def result(self) -> None:
-        """Read to the end and drop the items. Raises the error of the request."""
+        """Wait for the end and drop the items. Raises the error of the request."""
         for _ in self:
             pass
 
@@ -120,7 +120,7 @@ class Stream(_Handle, Generic[T]):
 
 
 class LoadStream(Stream[float]):
-    """The fraction of the model that is loaded, at most one item a percent."""
+    """The fraction of the model that is loaded, at most one item per percent."""
 
     @property
     def fraction(self) -> float:

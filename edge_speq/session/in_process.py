@@ -16,7 +16,7 @@ from edge_speq.session.requests import ModelFacts, RequestUsage, Sink
 
 
 class CancellationObserver(StepObserver):
-    """Notices a cancellation that comes before the request is open, when EdgeLlama.cancel() has no effect yet."""
+    """Raises on a cancellation before the request has started, when EdgeLlama.cancel() has no effect yet."""
 
     def __init__(self, is_over: Callable[[], bool]) -> None:
         self._is_over = is_over
@@ -30,7 +30,7 @@ class CancellationObserver(StepObserver):
 
 
 class InProcess:
-    """Loads, runs calls and closes on one thread; cancel, stats, residency and resize may come from any."""
+    """Loads, runs calls and closes on one thread; cancel, stats, residency and resize are safe from any thread."""
 
     def __init__(self, model: str, options: dict[str, Any]) -> None:
         self._model, self._options = model, options
@@ -38,14 +38,14 @@ class InProcess:
         self._sink: Sink | None = None
 
     def load(self, sink: Sink) -> ModelFacts:
-        """Load the model, and put the fraction that is loaded, at most once a percent."""
+        """Load the model, put the loaded fraction at most once per percent, and return the model's facts."""
         percent = -1
 
         def progress(fraction: float) -> bool:
             nonlocal percent
             if int(100 * fraction) > percent:
                 percent = int(100 * fraction)
-                with contextlib.suppress(EdgeError):  # cancelled, or nobody reads
+                with contextlib.suppress(EdgeError):  # cancelled, or the reader is too slow
                     sink.put(fraction)
             return not sink.is_over
 
@@ -57,7 +57,7 @@ class InProcess:
             if sink.is_over:
                 raise EdgeError(CANCELLED) from None
             raise
-        if sink.is_over:  # too late for the callbacks
+        if sink.is_over:  # cancelled after the last callback
             raise EdgeError(CANCELLED)
         return ModelFacts(self._llm.n_ctx(), self._llm.link_bytes_per_s)
 
@@ -65,7 +65,7 @@ class InProcess:
         return self._sink is not None and self._sink.is_over
 
     def run(self, sink: Sink) -> Any:
-        """Run the call of the sink, put its items or return its result, and note what it used."""
+        """Run the call of the sink, put its items or return its result, and set the sink's usage."""
         self._sink = sink
         llm = self._loaded()
         before = llm.stats().timing
@@ -74,7 +74,7 @@ class InProcess:
                 try:
                     return self._attempt(llm, sink)
                 except _Paused:
-                    continue  # somebody resizes: it has waited a second, and nothing was done yet
+                    continue  # a resize is running; the call has waited a second and not started
         finally:
             sink.usage = _usage(before, llm.stats().timing)
 
@@ -117,7 +117,7 @@ class InProcess:
         while True:
             try:
                 return self._loaded().resize(**bounds)
-            except EdgeError as error:  # a long step of a prompt: resize has waited a second
+            except EdgeError as error:  # resize gives up after a second in a long prompt step
                 if error.message != BUSY:
                     raise
 
@@ -130,7 +130,7 @@ class InProcess:
 
 
 def _usage(before: Timing, after: Timing) -> RequestUsage:
-    """Return what happened between two snapshots."""
+    """Return the usage between two snapshots."""
     n_generated = after.n_generated - before.n_generated
     return RequestUsage(after.n_prompt - before.n_prompt, n_generated, after.ttft_seconds if n_generated else 0.0)
 

@@ -1,4 +1,4 @@
-"""The requests of a session and the one thread that has the model."""
+"""Queue of a session's requests, and the one thread that runs the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMOOTHING = 0.1  # weight of a new request's seconds in the running mean
 
 
 class SessionEngine(Protocol):
-    """Loads, runs and closes on the session's thread; the rest may be called from any thread."""
+    """Interface of a session's engine: load, run and close on the session's thread, the others on any thread."""
 
     def load(self, sink: Sink) -> Any: ...
     def run(self, sink: Sink) -> Any: ...
@@ -48,22 +48,22 @@ class RequestQueue:
         self._current: SessionRequest | None = None
         self._refusal: EdgeError | None = None  # set once the session is closed, or failed to load
         self._counts = RequestCounts()
-        self._seconds = FIRST_GUESS  # that a request takes, smoothed
-        self._deadline: threading.Timer | None = None  # of the request that may finish while the session drains
+        self._seconds = FIRST_GUESS  # smoothed time of a request
+        self._deadline: threading.Timer | None = None  # end of the running request while the session drains
         self._thread = threading.Thread(target=self._work, name="edge_speq session", daemon=True)
         self._pid = os.getpid()
         self._append(loading)
 
     def start(self) -> None:
-        atexit.register(self.close)  # a daemon thread in native code would outlive the libraries' own end
+        atexit.register(self.close)  # native code in a daemon thread would run after the libraries are unloaded
         model_thread.start(self._thread)
 
     def add(self, request: SessionRequest) -> None:
-        """Append a request. Raises QueueFull, SessionClosed, or EdgeError when the model failed to load."""
+        """Append a request. Raises QueueFull, SessionClosed, or EdgeError if the model failed to load."""
         if os.getpid() != self._pid:
             raise EdgeError("a session does not survive a fork", "open it in the process that uses it")
         if self._thread is threading.current_thread():
-            raise EdgeError("a callback of this session asks it for something: it would wait for itself")
+            raise EdgeError("a callback of this session cannot send it a request: it would wait for itself")
         with self._changed:
             if self._refusal is not None:
                 raise again(self._refusal)
@@ -92,12 +92,12 @@ class RequestQueue:
             return dataclasses.replace(self._counts)
 
     def is_cancelling(self) -> bool:
-        """Return whether the request that runs has been cancelled."""
+        """Return true if the running request has been cancelled."""
         with self._changed:
             return self._current is not None and self._current.is_over
 
     def _drop_abandoned(self) -> None:
-        """Forget the cancelled requests; a cancellation itself must not change the queue, see _Handle.__del__."""
+        """Remove cancelled requests. Cancelling leaves the queue alone, because it may run in _Handle.__del__."""
         kept = [request for request in tuple(self._waiting) if request.is_load or not request.is_over]
         self._counts.abandoned += len(self._waiting) - len(kept)
         self._waiting = collections.deque(kept)
@@ -105,7 +105,7 @@ class RequestQueue:
     def _interrupt(self, request: SessionRequest, timeout: float) -> None:
         if self._changed.acquire(timeout=timeout):
             try:
-                if self._current is request:  # and stays it meanwhile: the next one is not to be cancelled
+                if self._current is request:  # the lock keeps it current, so that the next request is not cancelled
                     self.engine.cancel()
             finally:
                 self._changed.release()
@@ -116,7 +116,7 @@ class RequestQueue:
         try:
             while (request := self._next()) is not None:
                 self._serve(request)
-                del request  # and with it what it was asked with, while the thread waits for the next one
+                del request  # frees its arguments while the thread waits
         finally:
             self.engine.close()
             atexit.unregister(self.close)
@@ -147,7 +147,7 @@ class RequestQueue:
             request.end(value)
 
     def _leave(self, request: SessionRequest, began: float, *, failed: bool) -> None:
-        """Make room before the reader sees the end, so that its next request finds the queue free."""
+        """Count a finished request before its reader sees the end, so that the reader's next request finds room."""
         with self._changed:
             self._current = None
             if request.is_load:
@@ -162,7 +162,7 @@ class RequestQueue:
     # --- the end ---------------------------------------------------------------------------------------
 
     def _refuse(self, refusal: EdgeError, grace: float = 0.0) -> None:
-        """Refuse new requests, end waiting ones now and the running one after `grace` seconds."""
+        """Refuse new requests, end waiting requests now and the running one after `grace` seconds."""
         with self._changed:
             self._refusal = self._refusal or refusal
             waiting, current = list(self._waiting), self._current
@@ -180,8 +180,8 @@ class RequestQueue:
             request.cancel(again(refusal))
 
     def end(self, grace: float = 0.0) -> None:
-        """Have the thread close the engine, without waiting for it."""
-        if os.getpid() == self._pid:  # else a fork's copy: thread and engine are not in this process
+        """Let the thread close the engine, without waiting for it."""
+        if os.getpid() == self._pid:  # a fork's copy has neither thread nor engine
             self._refuse(SessionClosed("the session is closed", "open another one"), grace)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A request to a session: the state that the engine's thread and the reader share, its counts and its errors."""
+"""A request to a session: the state shared by the engine's thread and the reader, counts and errors."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any, Protocol
 
 from edge_speq.errors import EdgeError
 
-CANCELLED = "cancelled"  # as edge_speq.runtime.cancellation says; that module imports llama_cpp
+CANCELLED = "cancelled"  # equals edge_speq.runtime.cancellation.CANCELLED, whose module imports llama_cpp
 CAPACITY = 256  # items that a reader may be behind
-PATIENCE = 30.0  # seconds that the engine waits for a reader who is that far behind
-WAKE = 0.5  # seconds: on Windows Ctrl-C is seen between two waits, not in one
+PATIENCE = 30.0  # seconds that the engine waits for a reader that is CAPACITY items behind
+WAKE = 0.5  # seconds of one wait: on Windows, Ctrl-C is noticed only between waits
 END = object()
 
 
 class SessionClosed(EdgeError):
-    """The session is closed, or about to close: it takes no request any more."""
+    """The session is closed or closing, and accepts no requests."""
 
 
 class QueueFull(EdgeError):
-    """As many requests wait as the session allows."""
+    """The session's limit of waiting requests is reached."""
 
     def __init__(self, n_waiting: int, seconds: float) -> None:
-        super().__init__(f"{n_waiting} requests wait already", "try again later")
-        self.seconds = seconds  # until there may be room, estimated from the requests before
+        super().__init__(f"{n_waiting} requests are waiting already", "try again later")
+        self.seconds = seconds  # estimated time until there is room
 
 
 class EngineDied(EdgeError):
-    """The process of an isolated session has ended by itself."""
+    """The engine process of an isolated session has crashed or exited."""
 
 
 def again(error: EdgeError) -> EdgeError:
@@ -48,18 +48,18 @@ class RequestUsage:
 
     n_prompt: int
     n_generated: int
-    ttft_seconds: float  # until the first token; 0 when none was generated
+    ttft_seconds: float  # time to the first token; 0 if none was generated
 
 
 @dataclass(slots=True)
 class RequestCounts:
-    """Requests since the session was opened, by how they ended. Loading the model is not among them."""
+    """Requests since the session was opened, by how they ended. Loading the model is not counted."""
 
     finished: int = 0
     abandoned: int = 0  # cancelled by the reader or by closing the session
     refused: int = 0  # by a full queue
     failed: int = 0
-    prompt_seconds: float = 0.0  # until the first token, summed over all requests that had one
+    prompt_seconds: float = 0.0  # sum of the times to the first token
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class ModelFacts:
     """Properties of a loaded model that do not change."""
 
     n_ctx: int  # tokens
-    link_bytes_per_s: float | None  # of a throttled link; None: not throttled
+    link_bytes_per_s: float | None  # rate of a throttled link; None: not throttled
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class ModelCall:
     function: str | Callable[..., Any]
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] | None = None
-    streams: bool = False  # it returns an iterator, whose items are wanted one by one
+    streams: bool = False  # the call returns an iterator whose items are put one by one
 
     def __call__(self, model: Any) -> Any:
         function = partial(self.function, model) if callable(self.function) else getattr(model, self.function)
@@ -95,14 +95,14 @@ class Sink(Protocol):
 
     @property
     def is_over(self) -> bool:
-        """Return whether the reader has given the request up."""
+        """Return true if the reader has cancelled the request."""
 
     def put(self, item: Any) -> None:
-        """Hand an item to the reader; wait for room. Raises EdgeError when the request is over."""
+        """Pass an item to the reader; wait for room. Raises EdgeError if cancelled, or if the reader is too slow."""
 
 
 class SessionRequest:
-    """The state that the engine's thread and the reader's thread share. `call` is None for loading the model.
+    """State shared by the engine's thread and the reader's thread. `call` is None for loading the model.
 
     A capacity of None keeps every item until it is read.
     """
@@ -112,9 +112,11 @@ class SessionRequest:
         self.is_load = call is None
         self.usage: RequestUsage | None = None
         self.latest: Any = None  # the item that was put last
-        self.interrupt: Callable[[SessionRequest, float], None] = lambda *_: None  # ends the engine's work on it
+        self.interrupt: Callable[[SessionRequest, float], None] = lambda *_: (
+            None
+        )  # stops the engine's work on the request
         self._capacity, self._patience = capacity, patience
-        self._changed = threading.Condition()  # reentrant: a handle may be collected, and cancel, anywhere
+        self._changed = threading.Condition()  # reentrant: garbage collection of a handle may cancel anywhere
         self._items: collections.deque[Any] = collections.deque()
         self._wakers: list[Callable[[], object]] = []  # of event loops that wait
         self._is_over = False
@@ -131,7 +133,7 @@ class SessionRequest:
         with self._changed:
             if not self._changed.wait_for(self._has_room, self._patience):
                 raise EdgeError(
-                    f"nobody has read from this stream for {self._patience:g} seconds, and others may be waiting",
+                    f"this stream was not read for {self._patience:g} seconds, and other requests may be waiting",
                     "read it, or close it",
                 )
             if self._is_over:
@@ -147,7 +149,7 @@ class SessionRequest:
         self._finish(value, None)
 
     def fail(self, error: BaseException) -> None:
-        """Raise this error in the reader after the items that it has not read. No effect on a request that is over."""
+        """Raise this error in the reader after its unread items. No effect on a finished request."""
         self._finish(None, error)
 
     def _finish(self, value: Any, error: BaseException | None) -> None:

@@ -1,4 +1,4 @@
-"""Session: a model for any number of threads and tasks, in this process or in one of its own."""
+"""Session: a model for any number of threads and tasks, in this process or in a child process."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ EXPLICIT = ("isolation", "wait", "capacity", "patience", "max_waiting", "on_step
 
 
 class Session:
-    """A loaded model that serves one request after the other, in the order in which they came.
+    """A loaded model that serves one request after the other, in the order of arrival.
 
     Every method may be called from any thread. Some block: create_completion, create_chat_completion, call, resize,
-    stats, residency and close. With asyncio use stream, iterate, submit and `await`, and asyncio.to_thread for these.
+    stats, residency and close. With asyncio use stream, iterate, submit and `await`; use asyncio.to_thread for the
+    blocking methods.
 
     Args:
         model: a GGUF file.
-        isolation: "none", or "process": the engine runs in a child process. If that dies (a native abort, a signal,
-            no memory left), the request that runs gets an EdgeError, and the next one starts another process. Arguments
-            and results are then pickled, and a Budget cannot be shared.
-        wait: return when the model is loaded; otherwise at once, and `loading` tells how far it is.
+        isolation: "none", or "process": the engine runs in a child process. If that dies (native abort, signal, out of
+            memory), the running request gets an EdgeError, and the next one starts another process. Arguments and
+            results are then pickled, and a Budget cannot be shared.
+        wait: return when the model is loaded; otherwise return immediately, and `loading` reports the progress.
         capacity: items that the reader of a stream may be behind before the engine pauses; None: never pause.
         patience: seconds that the engine pauses for a reader, before the stream ends with an EdgeError.
         max_waiting: requests that may wait while one is served; one more raises QueueFull. None: any number.
-        on_step, n_gpu_layers, verbose, options: as those of EdgeLlama. Unknown or impossible ones raise EdgeError here,
-            also with wait=False.
+        on_step, n_gpu_layers, verbose, options: as in EdgeLlama. Unknown or invalid options raise EdgeError here, also
+            with wait=False.
 
-    Raises EdgeError. A session that is dropped, or alive when the interpreter ends, is closed.
+    Raises EdgeError. A session is closed when it is dropped and when the interpreter exits.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Session:
         with self.submit(function, *args, **kwargs) as reply:
             return reply.result()
 
-    # --- for everybody ---------------------------------------------------------------------------------
+    # --- for threads and asyncio ---------------------------------------------------------------------------------
 
     def stream(self, prompt: str | list[Any], **arguments: Any) -> TextStream:
         """Return the pieces of a completion's text, for `for` and `async for`. A list of messages is a chat."""
@@ -128,11 +129,11 @@ class Session:
         self._queue.add(request)
         return request
 
-    # --- how it is ---------------------------------------------------------------------------------------
+    # --- state ---------------------------------------------------------------------------------------
 
     @property
     def n_waiting(self) -> int:
-        """Return the number of requests that have not had their turn."""
+        """Return the number of waiting requests."""
         return self.workload()[1]
 
     def workload(self) -> tuple[int, int]:
@@ -145,7 +146,7 @@ class Session:
 
     @property
     def is_cancelling(self) -> bool:
-        """Return whether the request that runs has been cancelled and its graph is about to end."""
+        """Return true if the running request has been cancelled and its graph is about to end."""
         return self._queue.is_cancelling()
 
     @property
@@ -156,35 +157,35 @@ class Session:
         return facts
 
     def stats(self) -> Stats:
-        """Return what happened since the model was loaded (with isolation, in the process that runs now).
+        """Return the statistics since the model was loaded (with isolation, by the current process).
 
-        Does not wait for its turn. Raises EdgeError while there is no loaded model.
+        Does not wait in the queue. Raises EdgeError if no model is loaded.
         """
         return self._queue.engine.stats()
 
     def residency(self) -> list[str] | None:
-        """Return for each block one digit an expert: 0 absent, 1 loading, 2 resident, 3 in use. None without slots.
+        """Return for each block one digit per expert: 0 absent, 1 loading, 2 resident, 3 in use. None without slots.
 
-        Does not wait for its turn. Raises EdgeError while there is no loaded model.
+        Does not wait in the queue. Raises EdgeError if no model is loaded.
         """
         return self._queue.engine.residency()
 
-    # --- how it changes and ends -------------------------------------------------------------------------
+    # --- resizing and closing -------------------------------------------------------------------------
 
     def resize(self, *, resident: float | str | None = None, vram_budget: int | str | None = None) -> Plan:
         """Do as EdgeLlama.resize, between two steps of the request that runs."""
         return self._queue.engine.resize(resident=resident, vram_budget=vram_budget)
 
     def drain(self, grace: float) -> None:
-        """Begin to close: end waiting requests and a load at once, the running request after `grace` seconds.
+        """Start to close: end waiting requests and a load now, the running request after `grace` seconds.
 
-        Do not wait for that. Requests that are ended or come later get a SessionClosed error. Call `close` to wait for
-        the engine.
+        Does not wait. Requests that are ended or arrive later get a SessionClosed error. Call `close` to wait for the
+        engine.
         """
         self._queue.end(grace)
 
     def close(self) -> None:
-        """Free the model. Requests that run or wait end with an EdgeError; return when the engine has stopped."""
+        """Free the model, and return when the engine has stopped. Unfinished requests end with an EdgeError."""
         self._queue.close()
 
     def __enter__(self) -> Session:

@@ -1,10 +1,13 @@
-"""Replay of recorded routing, with a clock and a link, under the policies of edge_speq.policies. No
-llama.cpp needed.
+"""Replay recorded routing under the policies of edge_speq.policies, with a virtual clock and link, without llama.cpp.
 
-steps    what is replayed: recorded steps, or shorter ones where a governor chose fewer draft tokens
-replay   one policy over all steps             places   slots, streamed layers, or the CPU
-costs    what a step costs: fitted on recorded times   bounds   Belady's rule, and perfect overlap
-windows  how well the draft's routing foresees the next tokens     report   tables, CSV, JSON; plot
+- steps: recorded steps, or shorter ones if a draft-length rule chose fewer draft tokens
+- replay: run one policy over all steps
+- placement, slots: experts in slots, in streamed layers, or on the CPU
+- costs: linear cost model of a step, fitted on recorded times
+- bounds: Belady's rule, and perfect overlap of transfers with computation
+- window_quality: precision and recall of the draft's routing over the next tokens
+- estimate: time per token on another machine
+- report, plot: results as Markdown, CSV, JSON and figures
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What no cache of this size can beat."""
+"""Upper bounds: the fewest misses of any cache of this size, and perfect overlap of transfers with computation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from edge_speq.trace import Step
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    belady: ExpertCounters  # fewest reads without prefetches; nor does any with prefetches read fewer bytes
-    overlap_ms: float  # the larger of those bytes over the link and all computing: perfect overlap
+    belady: ExpertCounters  # no policy fetches fewer bytes, with or without prefetches
+    overlap_ms: float  # the larger of the time of these bytes on the link and the compute time
     tokens: int
 
     @property
@@ -27,7 +27,7 @@ class Bounds:
 
 
 def bounds(steps: Sequence[Step], context: PolicyContext, costs: StepCosts) -> Bounds:
-    """Of the recorded steps. The cache begins empty, as in a replay."""
+    """Return the bounds for recorded steps. The cache starts empty, as in a replay."""
     routing: list[npt.NDArray[np.int32]] = [step.routing for step in steps]
     best = Belady(
         context.experts,

@@ -1,14 +1,13 @@
-"""What a step costs, as a linear model: computing by width, drafting by token, and fetches or CPU experts on top.
+"""Linear cost model of a step: compute time by width, draft time by token, stalls, and experts on the CPU.
 
     step_ms = base_ms[width] + draft_ms * n_drafted + stall_ms + cpu_ms * experts that the CPU computed
 
-n_drafted: tokens that the draft decoded, those included that it ran on for their routing.
+n_drafted counts the tokens that the draft decoded, including tokens decoded only to see their routing.
 
-stall_ms comes from the replay's clock. `fit` takes the rest from the times of a trace that was recorded with slots, by
-medians, since a shared machine has outliers: base_ms is what a step took less what it stalled, and the link moves bytes
-as fast as steps that only fetched on demand stalled for them. Recorded under lru, a trace therefore says what the same
-machine will do under any policy and any number of slots. SpecMoEOff (arXiv 2508.21706) tunes with models of this kind,
-with an error of 9.7 % a step.
+stall_ms comes from the replay's clock. `fit` takes the other costs from the times of a trace recorded with slots. It
+uses medians, because a shared machine has outliers. base_ms is the step time less its stalls; `link_of` divides the
+bytes that steps fetched on demand by their stalls. A trace recorded under lru therefore predicts the same machine with
+any policy and any number of slots. SpecMoEOff (arXiv 2508.21706) tunes with such a model; its error is 9.7 % per step.
 """
 
 from __future__ import annotations
@@ -25,24 +24,26 @@ from edge_speq.trace import Step
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    base_ms: dict[int, float]  # by width
-    draft_ms: float = 0.0
-    cpu_ms: float = 0.0  # an expert that the CPU computes
+    base_ms: dict[int, float]  # by width: tokens of the step
+    draft_ms: float = 0.0  # per token that the draft decodes
+    cpu_ms: float = 0.0  # per expert that the CPU computes
 
     @staticmethod
     def of_setting(context: PolicyContext) -> StepCosts:
-        """A laptop that needs n blocks of block_ms for a narrow step whatever its width. An expert on the CPU takes
-        as long as reading it at 60 GB/s."""
+        """Return the nominal costs of a laptop: n_blocks * block_ms for a step of any width.
+
+        An expert on the CPU takes as long as reading its bytes at 60 GB/s.
+        """
         compute = context.block_ms * context.experts.n_blocks
         largest = max((group.expert_bytes for group in context.experts.groups), default=0)
         return StepCosts(dict.fromkeys((1,), compute), context.draft_ms, largest / 60e9 * 1e3)
 
     @staticmethod
     def fit(steps: Sequence[Step]) -> StepCosts:
-        """From recorded steps; prompts say nothing."""
+        """Return the costs fitted on recorded steps, without prompts. Raises EdgeError if there are only prompts."""
         timed = [step for step in steps if not step.is_prompt]
         if not timed:
-            raise EdgeError("the trace has no step to take times from", "record more than prompts")
+            raise EdgeError("the trace has no step to take times from", "record generated text, not only prompts")
         computed: dict[int, list[float]] = {}
         for step in timed:
             computed.setdefault(step.width, []).append(step.step_ms - step.stall_ms)
@@ -51,7 +52,7 @@ class StepCosts:
         return StepCosts(base, float(np.median(drafted)) if drafted else 0.0)
 
     def base(self, width: int) -> float:
-        """Interpolated between known widths, level beyond them."""
+        """Return the compute time of a width in ms: interpolated between known widths, constant outside of them."""
         known = sorted(self.base_ms)
         return float(np.interp(width, known, [self.base_ms[w] for w in known]))
 
@@ -60,8 +61,10 @@ class StepCosts:
 
 
 def link_of(steps: Sequence[Step], bytes_by_step: Sequence[int]) -> float | None:
-    """Bytes per second that steps stalled for, the median; bytes_by_step: fetched by each, on demand only. None where
-    no step stalled."""
+    """Return the median link rate in bytes per second, from stalls; None if no step stalled.
+
+    `bytes_by_step`: bytes that each step fetched, on demand only.
+    """
     rates = [
         1e3 * n_bytes / step.stall_ms
         for step, n_bytes in zip(steps, bytes_by_step, strict=True)
@@ -71,5 +74,5 @@ def link_of(steps: Sequence[Step], bytes_by_step: Sequence[int]) -> float | None
 
 
 def block_ms(costs: StepCosts, width: int, n_blocks: int) -> float:
-    """That one block of a step computes."""
+    """Return the compute time of one block of a step in ms."""
     return costs.base(width) / max(1, n_blocks)

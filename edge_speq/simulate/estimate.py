@@ -1,14 +1,14 @@
-"""What a model would cost on a machine that is not here: bytes and time per token, by a linear model.
+"""Estimate bytes and time per token of a model on another machine, with a linear model.
 
     ms per token = computing + waiting
-    computing = n_blocks * block_ms         block_ms: half as long as an expert travels, as in edge_speq.simulate and
-                                            the engine's deterministic mode; a GPU's own speed is not known here
-    waiting   = bytes that are missing / link
+    computing = n_blocks * block_ms         block_ms: half of the transfer time of one expert, as in the replay and in
+                                            the engine's deterministic mode; the GPU's real speed is unknown
+    waiting   = missing bytes / link rate
 
-Without a trace routing is taken to be even: a slot then serves its share of the demands. Real routing repeats itself,
-so caches do better. With a trace the engine's own policy is replayed (edge_speq.simulate), drafts included, and the
-clairvoyant bound is known. CPU experts are read at THREAD_RATE a thread, at most CPU_RATE together, the rate that
-edge_speq.simulate takes for a laptop. None of this was measured on the machine that it is about.
+Without a trace, routing is assumed to be even: the hit rate is the share of experts in slots. Real routing repeats
+experts, so that caches do better. With a trace the engine's policy is replayed with the recorded drafts, and the
+clairvoyant bound is computed. The CPU reads experts at THREAD_RATE per thread, at most CPU_RATE in total. Nothing is
+measured on the other machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from edge_speq.trace import Trace
 CPU_RATE = 60e9  # bytes per second: two channels of DDR5, about
 THREAD_RATE = 10e9
 THREADS = 6
-SYSTEM_BYTES = 2 << 30  # of RAM that everything else needs
+SYSTEM_BYTES = 2 << 30  # bytes of RAM for everything except the experts
 EVEN, REPLAYED = "even routing, no draft", "replayed trace"
 
 
@@ -42,19 +42,22 @@ class Laptop:
 
 @dataclass(frozen=True, slots=True)
 class _Cost:
-    """Of a token."""
+    """Bytes and time of one token, on average."""
 
     method: str
-    demanded: float  # bytes of experts that are computed with
-    fetched: float
+    demanded: float  # bytes of the experts that the token uses
+    fetched: float  # bytes that cross the link
     computing_ms: float  # drafting included
     waiting_ms: float
     bound_tok_per_s: float | None = None
 
 
 def estimate(experts: Experts, plan: Plan, laptop: Laptop, trace: Trace | None, draft_share: float) -> dict[str, Any]:
-    """draft_share: what a drafted token reads of what one of the target's does. Raises EdgeError for a trace of
-    another model, or one whose steps are wider than the slots serve."""
+    """Return the estimate as a dict of edge_speq.schema.outputs.Estimate.
+
+    `draft_share`: bytes that the draft reads per token, as a share of the target's. Raises EdgeError if the trace is of
+    another model or drafts more tokens per step than the plan allows.
+    """
     ram = experts.total_bytes + SYSTEM_BYTES if plan.placement != "all" else SYSTEM_BYTES
     fits = None if laptop.ram_bytes is None else ram <= laptop.ram_bytes
     unavailable_reason = _unavailable_reason(plan, fits)
@@ -74,11 +77,11 @@ def estimate(experts: Experts, plan: Plan, laptop: Laptop, trace: Trace | None, 
 
 
 def _unavailable_reason(plan: Plan, fits: bool | None) -> str | None:
-    """The reason for which there are no figures."""
+    """Return why no figures can be given, or None."""
     if plan.placement == "all":
-        return "nothing is fetched: the GPU's own speed decides, which is not known here"
+        return "nothing is fetched: speed depends on the GPU alone, which is not measured here"
     if fits is False:
-        return "the experts do not fit in RAM: the disk decides, which is not known here"
+        return "the experts do not fit in RAM: speed depends on the disk, which is not measured here"
     return None
 
 
@@ -125,7 +128,7 @@ def _replayed(experts: Experts, plan: Plan, laptop: Laptop, trace: Trace, block_
     if trace.k_max > plan.max_draft_tokens:
         raise EdgeError(
             f"{trace.path} drafts {trace.k_max} tokens a step, the plan {plan.max_draft_tokens}",
-            f"record it with --speculation {plan.max_draft_tokens}, or plan with its draft",
+            f"record it with --draft-tokens {plan.max_draft_tokens}, or plan with its draft",
         )
     draft_ms = draft_share * block_ms * experts.n_blocks
     has_twin = bool(trace.meta.get("is_twin"))

@@ -1,4 +1,4 @@
-"""Where experts are while a step is replayed: in slots, streamed layer by layer, or on the CPU for good."""
+"""Placement of experts in a replay: in slots, streamed layer by layer, or always on the CPU."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ class Place(Protocol):
 
 
 def slots_for(experts: Experts, share: float, k: int) -> tuple[int, ...]:
-    """Slots of each group as the planner shares them out, without native code. Raises EdgeError when they are too
-    few for k draft tokens."""
+    """Return the slots of each group as the planner computes them, without native code.
+
+    Raises EdgeError if they are too few for steps of k draft tokens.
+    """
     least = min(experts.n_expert, experts.n_expert_used * (k + 1)) + 1  # edge_slot_floor
     floors = [min(least, group.n_experts) for group in experts.groups]
     needed = sum(n * group.expert_bytes for n, group in zip(floors, experts.groups, strict=True))
     budget = int(share * experts.total_bytes + 1e-6)
     if needed > budget:
         raise EdgeError(
-            f"{share:.3g} of the experts are too few slots for steps of {k + 1} tokens",
-            f"replay at least {needed / experts.total_bytes:.3f}, or a trace with fewer draft tokens",
+            f"a resident share of {share:.3g} gives too few slots for steps of {k + 1} tokens",
+            f"use a share of at least {needed / experts.total_bytes:.3f}, or a trace with fewer draft tokens",
         )
     return share_out(experts, budget, floors)
 
@@ -61,7 +63,7 @@ def place(policy: Policy, context: PolicyContext) -> Place:
 
 
 def split(experts: Experts, n: int) -> Experts:
-    """The same experts in n parts each."""
+    """Return the experts with each one split in n parts."""
     groups = tuple(
         ExpertGroup(group.n_blocks, group.n_experts * n, group.expert_bytes // n, group.blocks)
         for group in experts.groups
@@ -70,7 +72,7 @@ def split(experts: Experts, n: int) -> Experts:
 
 
 class OnCpu:
-    """Nothing is fetched: every demand is computed on the CPU."""
+    """Placement of policy cpu-moe: the CPU computes every expert, and nothing is fetched."""
 
     def __init__(self, context: PolicyContext) -> None:
         experts = context.experts
@@ -98,8 +100,11 @@ class OnCpu:
 
 
 class Streamed(OnCpu):
-    """All experts of a block are sent for every step, those of the next block while one computes; two blocks' worth of
-    slots. What a block waits is a stall, and its demands are misses then: they are fetched for the step."""
+    """Layer streaming: in every step, all experts of the next block are sent while one block computes.
+
+    There are slots for two blocks. The time by which a transfer exceeds a block's computation is a stall. Every demand
+    counts as a miss, because its expert is fetched for the step.
+    """
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
@@ -113,7 +118,9 @@ class Streamed(OnCpu):
 
     def demand(self, block: int, ids: Sequence[int]) -> None:
         self._n += len(set(ids))
-        self.stall_ns += max(0, self._ns[block] - self._block_ns)  # the block before computed meanwhile
+        self.stall_ns += max(
+            0, self._ns[block] - self._block_ns
+        )  # the transfer overlaps the previous block's computation
         self.bytes_fetched += self._bytes[block]
         self._n_sent += self._context.experts.n_expert
 

@@ -1,4 +1,4 @@
-"""A picture of the rows: what each policy closes of the gap to Belady, by resident share."""
+"""Plot of a replay: read gap between LRU and Belady that each policy closes, and speed, by resident share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edge_speq.system import install_hint
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Writes a PNG, PDF or SVG, by the file's ending. Raises EdgeError without matplotlib."""
+    """Write a PNG, PDF or SVG file, by its suffix. Raises EdgeError without matplotlib or if it cannot be written."""
     try:
         import matplotlib  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
@@ -46,5 +46,5 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _number(value: float | None) -> float:
-    """Nothing is drawn where there is no gap."""
+    """Return NaN, which draws no point, if LRU and Belady read the same bytes."""
     return float("nan") if value is None else value

@@ -1,4 +1,4 @@
-"""One policy over recorded steps: a step's experts of a block arrive together, as in the engine."""
+"""Replay of one policy over recorded steps. A block demands all experts of a step together, as in the engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_speq.core import ExpertCounters
-from edge_speq.policies import registry as presets
+from edge_speq.policies import registry
 from edge_speq.policies.base import Policy
 from edge_speq.policies.context import PolicyContext
 from edge_speq.policies.prediction import NO_REQUESTS
@@ -27,22 +27,22 @@ log = logging.getLogger("edge_speq")
 
 @dataclass(slots=True)
 class ReplayOutcome:
-    """What a replay came to. `ms` is predicted: computing, drafting, stalls, and experts that the CPU computed."""
+    """Counters and predicted time of a replay. `ms` sums computation, drafting, stalls, and experts on the CPU."""
 
     policy: str
     lossy: bool
     counters: ExpertCounters
-    steps: int = 0  # a prompt's are not counted, nor timed
+    steps: int = 0  # verify steps; prompts are neither counted nor timed
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
     ms: float = 0.0
-    kept_pairs: float = 1.0  # share of the routed pairs that ran; below one in lossy policies
-    parts: int = 1  # that experts are counted in
-    failed: str | None = None  # why lru took over
-    foreseen: dict[str, float] | None = None  # precision, recall and lead of the policy's foresight
+    kept_pairs: float = 1.0  # share of the routed token-expert pairs that ran; below 1 in lossy policies
+    parts: int = 1  # parts per expert; the counters count parts
+    failed: str | None = None  # error after which lru replaced the policy
+    foreseen: dict[str, float] | None = None  # precision, recall and lead of the policy's predictions
     step_ms: list[float] = field(default_factory=list)
-    step_bytes: list[int] = field(default_factory=list)  # fetched, prompts' steps included
+    step_bytes: list[int] = field(default_factory=list)  # bytes fetched by each step, prompts included
 
     @property
     def tok_per_s(self) -> float:
@@ -54,8 +54,12 @@ class ReplayOutcome:
 
 
 class Replay:
-    """A policy and what it keeps. `governed`: the policy's governor, where it has one, chooses the draft lengths.
-    `drafts`: the draft takes its time, in which transfers go on; the engine's deterministic mode has no such time."""
+    """A policy, its slots and its virtual clock.
+
+    - `governed`: the policy's draft-length rule, if it has one, chooses the draft lengths.
+    - `drafts`: the virtual clock advances while the draft runs, and transfers continue meanwhile. The engine's
+      deterministic mode gives drafting no time.
+    """
 
     def __init__(
         self,
@@ -67,7 +71,7 @@ class Replay:
         drafts: bool = False,
     ) -> None:
         self.context = context
-        self.policy = presets.make(policy, context) if isinstance(policy, str) else policy
+        self.policy = registry.make(policy, context) if isinstance(policy, str) else policy
         self.name, self._lossy = self.policy.name, self.policy.lossy
         self._parts_of_expert = self.policy.split
         self.place = place(self.policy, context)
@@ -122,7 +126,7 @@ class Replay:
             raise ValueError("its scores are not finite")
 
     def _step(self, part: ReplayedStep) -> float:
-        """Runs a step; what it takes in ms, the draft included."""
+        """Run a step and return its predicted time in ms, drafting included."""
         stalled, computed = self.place.stall_ns, self.place.cpu_computed
         routing = self._demanded(part) if self._lossy else part.routing
         for block, ids in enumerate(routing.reshape(len(routing), -1).tolist()):
@@ -139,7 +143,7 @@ class Replay:
 
     def _demanded(self, part: ReplayedStep) -> npt.NDArray[np.int32]:
         asked = self._safely(self.policy.demanded, part.routing, part.gates)
-        if asked is None:  # lru has taken over: all parts of all experts
+        if asked is None:  # lru replaced the policy: run all parts of all experts
             n, (blocks, width, _) = self._parts_of_expert, part.routing.shape
             asked = (part.routing[..., None] * n + np.arange(n)).reshape(blocks, width, -1)
         return np.asarray(asked)
@@ -157,12 +161,12 @@ class Replay:
             self._safely(partial(governor.observe, part.n_accepted, mismatch=mismatch, seconds=ms / 1e3))
 
     def _safely(self, act: Callable[..., Any], *arguments: Any) -> Any:
-        """A policy that raises, or whose scores are no numbers, is reported and LRU takes over."""
+        """Call the policy. If it raises, log the error and replace the policy by lru."""
         if self._failed is not None:
             return None
         try:
             return act(*arguments)
-        except Exception as error:  # a policy may be anybody's
+        except Exception as error:  # user-written policies may raise anything
             self._failed = f"{type(error).__name__}: {error}"
             log.warning("policy %s failed, lru takes over: %s", self.name, self._failed)
             self.policy = Policy(self.context)
@@ -172,7 +176,7 @@ class Replay:
 
 
 def with_tokens(parts: Iterable[ReplayedStep], recorded: Sequence[Step]) -> Iterator[tuple[ReplayedStep, list[int]]]:
-    """Each part with the ids of its tokens; parts cover the text of the recorded steps one after the other."""
+    """Yield each replayed step with its token ids. The steps cover the recorded text in order."""
     rest, step, at = iter(recorded), None, 0
     for part in parts:
         if step is None or at > step.n_accepted:

@@ -1,4 +1,4 @@
-"""Policies side by side: rows, and rows as Markdown, CSV and JSON."""
+"""Comparison of policies: one row per policy, printed as Markdown, CSV or JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edge_speq.simulate.window_quality import window
 from edge_speq.trace import Step, Trace
 
 Row = dict[str, Any]
-WINDOW = 4  # tokens of foresight that quality refers to
+WINDOW = 4  # tokens over which the quality of predictions is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,56 +30,59 @@ class SimulateOptions:
     policies: Sequence[str]
     shares: Sequence[float]
     link_bytes_per_s: int
-    block_ms: float | None = None  # None: half as long as an expert travels, as in the engine's deterministic mode
-    draft_ms: float | None = None  # of a drafted token; None: as long as a step computes, which is a twin's
-    cpu_ms: float | None = None  # of an expert on the CPU
+    block_ms: float | None = None  # None: half of the transfer time of an expert, as in the engine's deterministic mode
+    draft_ms: float | None = None  # per draft token; None: the compute time of a step, as for a draft of equal size
+    cpu_ms: float | None = None  # per expert on the CPU
     governed: bool = False
     by_class: bool = False
-    foresight: Weights | None = None  # learned
+    foresight: Weights | None = None  # trained predictor, for policies auto and learned
 
 
 def simulate(
-    traces: Sequence[Trace], wanted: SimulateOptions, said: Callable[[str], None] = lambda _: None
+    traces: Sequence[Trace], options: SimulateOptions, said: Callable[[str], None] = lambda _: None
 ) -> list[Row]:
-    """A row for each policy, and one for Belady's rule, by trace, share and class. A share that is too small for a
-    trace's draft length is said and left out. Raises EdgeError when nothing is left."""
-    if "learned" in wanted.policies and wanted.foresight is None:
-        raise EdgeError("policy learned needs a file of learned foresight", LEARN, usage=True)
+    """Return a row for each policy and one for Belady's rule, per trace, share and class of texts.
+
+    A share that is too small for a trace's draft length is reported through `said` and skipped. Raises EdgeError if
+    every share was skipped.
+    """
+    if "learned" in options.policies and options.foresight is None:
+        raise EdgeError("policy learned needs a trained predictor", LEARN, usage=True)
     rows: list[Row] = []
     refused = None
     for trace in traces:
-        for share in wanted.shares:
+        for share in options.shares:
             try:
-                context = make_setting(trace, share, wanted)
+                context = make_setting(trace, share, options)
             except EdgeError as error:
                 refused = error
                 said(f"{trace.path.name}: {error.message}")
                 continue
-            for domain, steps in _classes(trace, wanted.by_class):
-                rows += _rows(trace, steps, domain, share, context, wanted)
+            for domain, steps in _classes(trace, options.by_class):
+                rows += _rows(trace, steps, domain, share, context, options)
     if not rows and refused is not None:
         raise refused
     return rows
 
 
-def make_setting(trace: Trace, share: float, wanted: SimulateOptions) -> PolicyContext:
+def make_setting(trace: Trace, share: float, options: SimulateOptions) -> PolicyContext:
     experts = trace.experts
     if not experts.n_blocks:
         raise EdgeError(f"{trace.path} is of a model without routed experts", "record a MoE")
-    learned = wanted.foresight
+    learned = options.foresight
     if learned is not None:
         learned.require(experts, trace.draft_experts)
     slots = slots_for(experts, share, trace.k_max)
-    link = wanted.link_bytes_per_s
+    link = options.link_bytes_per_s
     made = PolicyContext.nominal(experts, slots, trace.k_max, link, learned, has_twin=_has_twin(trace))
-    if wanted.block_ms is not None:
-        draft_ms = wanted.block_ms * experts.n_blocks if trace.k_max else 0.0
-        made = dataclasses.replace(made, block_ms=wanted.block_ms, draft_ms=draft_ms)
-    return made if wanted.draft_ms is None else dataclasses.replace(made, draft_ms=wanted.draft_ms)
+    if options.block_ms is not None:
+        draft_ms = options.block_ms * experts.n_blocks if trace.k_max else 0.0
+        made = dataclasses.replace(made, block_ms=options.block_ms, draft_ms=draft_ms)
+    return made if options.draft_ms is None else dataclasses.replace(made, draft_ms=options.draft_ms)
 
 
 def _has_twin(trace: Trace) -> bool:
-    """Recorded draft routing that fits the target's is taken for a twin's."""
+    """Return true if the draft is a twin: a draft with the target's experts. Old traces only show its routing."""
     return bool(trace.meta.get("is_twin", any(step.foreseen is not None for step in trace.steps)))
 
 
@@ -91,13 +94,13 @@ def _classes(trace: Trace, by_class: bool) -> Iterator[tuple[str, Sequence[Step]
 
 
 def _rows(
-    trace: Trace, steps: Sequence[Step], domain: str, share: float, context: PolicyContext, wanted: SimulateOptions
+    trace: Trace, steps: Sequence[Step], domain: str, share: float, context: PolicyContext, options: SimulateOptions
 ) -> Iterator[Row]:
     costs = StepCosts.of_setting(context)
-    if wanted.cpu_ms is not None:
-        costs = dataclasses.replace(costs, cpu_ms=wanted.cpu_ms)
+    if options.cpu_ms is not None:
+        costs = dataclasses.replace(costs, cpu_ms=options.cpu_ms)
     best = bounds(steps, context, costs)
-    timed = {"governed": wanted.governed, "drafts": wanted.governed}
+    timed = {"governed": options.governed, "drafts": options.governed}
     lru = Replay("lru", context, costs).run(steps)
     quality = window(steps, trace.experts, WINDOW) if context.has_twin else None
     about = {
@@ -109,7 +112,7 @@ def _rows(
         "link_bytes_per_s": context.link_bytes_per_s,
     }
     yield about | _belady_row(best, lru)
-    for name in wanted.policies:
+    for name in options.policies:
         outcome = lru if name == "lru" else Replay(name, context, costs, **timed).run(steps)
         row = about | _row(outcome, lru, best)
         if quality is not None:
@@ -156,7 +159,7 @@ def _belady_row(best: Bounds, lru: ReplayOutcome) -> Row:
 
 
 def _closed(lru: float | None, value: float, best: float | None) -> float | None:
-    """Share of the gap between LRU and Belady; None where there is none."""
+    """Return the share of the gap between LRU and Belady that a policy closes; None without a gap."""
     if lru is None or best is None or lru <= best:
         return None
     return (lru - value) / (lru - best)

@@ -1,11 +1,10 @@
-"""Which experts lie in slots, in Python: the rules of native/src/slots in deterministic mode, without bytes.
+"""Python model of the slot pools: the rules of native/src/slots in deterministic mode, without the weights.
 
-The same routing, scores and requests give the same counters and states as the native hook with virtual time (a stateful
-test holds the two together), so policies can be replayed over recorded routing, and what only exists in replay
-(`Belady`) can be compared with what runs.
+The same routing, scores and requests give the same counters and states as the native code with virtual time; a stateful
+test compares both. Policies can therefore be replayed over recorded routing and compared with `Belady`.
 
-Victims come from a heap for each pool that holds every resident expert that is not pinned, as (worth, last use, key)
-with a key of block * n_expert + expert; entries that a later use or score has overtaken are dropped when they surface.
+Each pool has a heap of its resident, unpinned experts as (score, last use, key), with key = block * n_expert + expert.
+Outdated entries stay in the heap and are dropped when they reach the top.
 """
 
 from __future__ import annotations
@@ -30,7 +29,10 @@ ABSENT, LOADING, RESIDENT, PINNED = range(4)
 
 @dataclass(slots=True)
 class PrefetchRequest:
-    """An expert that the coming step is expected to use `priority` times; not begun once a step reaches `deadline`."""
+    """Prefetch of an expert that the coming step is expected to use `priority` times.
+
+    It is not started once a step has reached block `deadline`.
+    """
 
     block: int
     expert: int
@@ -48,7 +50,7 @@ class _Pool:
     n_slots: int
     expert_bytes: int
     transfer_ns: int
-    keys: npt.NDArray[np.intp]  # of the group's experts
+    keys: npt.NDArray[np.intp]  # [n_experts] keys of the group's experts
     n_held: int = 0
     clock: int = 0  # counts uses
     heap: list[tuple[float, int, Key]] = field(default_factory=list)
@@ -57,8 +59,8 @@ class _Pool:
 class Residency:
     """Slots for each expert group, their counters, and a virtual link.
 
-    `scores`, [n_blocks, n_expert], is what each expert is worth in the long run; prefetch() takes it over. Hybrid:
-    missing experts are computed on the CPU and not fetched.
+    `scores`, [n_blocks, n_expert], is the long-term value of each expert; `prefetch` reads it. With `hybrid`, the CPU
+    computes missing experts and they are not fetched.
     """
 
     def __init__(
@@ -73,12 +75,12 @@ class Residency:
         self._unused = bytearray(experts.total)  # prefetched and not used since
         self._last = [0] * experts.total
         self._pinned: list[Key] = []
-        self._worth: list[float] = [0.0] * experts.total
-        self._expected: dict[Key, float] = {}  # worth of what the coming step is expected to use
-        self._requests: list[tuple[Key, int, float]] = []  # the most urgent last: key, deadline, worth
-        self._requested_at = self._budget = 0
-        self._flight: tuple[Key, int] | None = None  # and when it arrives
-        self._reached = self._last_block = -1  # since the requests came; in this step
+        self._scores: list[float] = [0.0] * experts.total
+        self._expected: dict[Key, float] = {}  # scores of experts that the coming step is expected to use
+        self._orders: list[tuple[Key, int, float]] = []  # key, deadline, score; the most urgent last
+        self._ordered_at = self._budget = 0
+        self._flight: tuple[Key, int] | None = None  # prefetch in transfer: key, arrival time
+        self._reached = self._last_block = -1  # highest block since the last prefetch(); last block of this step
         self.now = self._link_free = 0  # nanoseconds
         self.steps = self.stall_ns = self.prefetched_used = 0
         self.hits = self.misses = self.late = self.fetched = self.cpu_computed = self.prefetched = 0
@@ -90,16 +92,16 @@ class Residency:
         keys = np.array(found.blocks, dtype=np.intp)[:, None] * self._experts.n_expert + each
         return _Pool(n_slots, found.expert_bytes, int(1e9 * found.expert_bytes / self._rate), keys.ravel())
 
-    # --- what a step does ------------------------------------------------------------------------------
+    # --- demands of a step ------------------------------------------------------------------------------
 
     def step(self, routing: Routing) -> None:
-        """One verify step: routing [n_blocks, n_tokens, n_expert_used], block after block."""
+        """Run one verify step, block after block. `routing`: [n_blocks, n_tokens, n_expert_used]."""
         for block, ids in enumerate(routing.reshape(len(routing), -1).tolist()):
             self.demand(block, ids)
         self.end_step()
 
     def demand(self, block: int, ids: Iterable[int]) -> None:
-        """The block's matmuls need these experts now, repeats allowed."""
+        """Serve the experts that a block needs now; ids may repeat."""
         pool, first = self._pool_of[block], block * self._experts.n_expert
         self._begin_block(block)
         started = self.now
@@ -128,20 +130,20 @@ class Residency:
         self._reached = max(self._reached, block)
 
     def _unpin(self) -> None:
-        """The block has run: its slots may be reused."""
+        """Release the slots of a block that has run."""
         if self._pinned:
             pool, pinned, self._pinned = self._pool_of[self._pinned[0] // self._experts.n_expert], self._pinned, []
             for key in pinned:
                 self._offer(pool, key)
 
     def _offer(self, pool: _Pool, key: Key) -> None:
-        worth = self._expected.get(key)
-        heapq.heappush(pool.heap, (self._worth[key] if worth is None else worth, self._last[key], key))
+        score = self._expected.get(key)
+        heapq.heappush(pool.heap, (self._scores[key] if score is None else score, self._last[key], key))
 
-    def _find(self, pool: _Pool, wanted: list[Key]) -> tuple[list[Key], bool]:
-        """Pins those that are there; which ones are not, and whether one of them is under way."""
+    def _find(self, pool: _Pool, keys: list[Key]) -> tuple[list[Key], bool]:
+        """Pin the keys that are in slots. Return the absent keys, and whether a demanded key is still in transfer."""
         state, missing, late, clock = self._state, [], False, pool.clock
-        for key in wanted:
+        for key in keys:
             found = state[key]
             if found == ABSENT:
                 missing.append(key)
@@ -159,7 +161,9 @@ class Residency:
                 self.prefetched_used += 1
                 self._bytes_used += pool.expert_bytes
             clock += 1
-            self._use(key, clock, pins=found != LOADING or not self._hybrid)  # late, it is the CPU's
+            self._use(
+                key, clock, pins=found != LOADING or not self._hybrid
+            )  # hybrid: the CPU computes an expert in transfer
         pool.clock = clock
         return missing, late
 
@@ -170,7 +174,7 @@ class Residency:
             self._pinned.append(key)
 
     def _fetch(self, pool: _Pool, key: Key) -> None:
-        while not self._take(pool, key, math.inf):  # the floor leaves one slot to the prefetch under way
+        while not self._take(pool, key, math.inf):  # waits if the free slot is taken by the prefetch in transfer
             if not self._settle_flight():
                 raise AssertionError("a group has fewer slots than one step needs")
         self.misses += 1
@@ -184,12 +188,14 @@ class Residency:
         self._link_free = max(self._link_free, ordered_at) + pool.transfer_ns
         return self._link_free
 
-    # --- what foresight does ---------------------------------------------------------------------------
+    # --- prefetches ---------------------------------------------------------------------------
 
     def prefetch(self, requests: Requests, byte_budget: int = NO_BUDGET, margin: float = 0.0) -> int:
-        """Takes over the scores and replaces the outstanding requests, given as PrefetchRequest or as an array of
-        _native.PREFETCH_REQUEST, most urgent first; how many were not yet in a slot. margin: what the priorities of
-        these are less by."""
+        """Read the scores, replace the outstanding requests, and return the number of requests not in a slot yet.
+
+        `requests`: PrefetchRequest, or an array of _native.PREFETCH_REQUEST, most urgent first. `margin` is subtracted
+        from the priorities of experts that are not in a slot.
+        """
         scores = self._take_over_scores()
         self._expected = {}
         rows = requests if isinstance(requests, np.ndarray) else _as_array(requests)
@@ -201,7 +207,7 @@ class Residency:
         return len(absent)
 
     def _expect(self, scores: Scores, rows: npt.NDArray[Any], margin: np.float32) -> list[tuple[Key, int, float]]:
-        """Notes what requests expect of experts in slots; the others."""
+        """Store the expected scores of requested experts in slots; return the other requests."""
         if not len(rows):
             return []
         keys = rows["block"].astype(np.intp) * self._experts.n_expert + rows["expert"]
@@ -212,21 +218,21 @@ class Residency:
         return list(zip(*columns, strict=True))
 
     def wait(self, n: int) -> None:
-        """Nanoseconds in which the target does not run, a draft perhaps."""
+        """Advance the clock by n nanoseconds in which the target does not run, for example while the draft runs."""
         self.now += n
         self._run_requests()
 
     def drain(self) -> None:
-        """Lets virtual time pass until no order is outstanding."""
-        while self._flight is not None or self._requests:
+        """Advance the clock until no prefetch is outstanding."""
+        while self._flight is not None or self._orders:
             self._settle_flight()
             self._run_requests()
 
     def resize(self, slots: Sequence[int]) -> None:
-        """Other slot counts, between steps: the experts of most worth that fit are loaded again."""
-        self._requests = []
+        """Change the slot counts between steps, and load the experts with the highest scores that fit."""
+        self._orders = []
         self._settle_flight()
-        kept = [self._most_worth(pool, n) for pool, n in zip(self._pools, slots, strict=True)]
+        kept = [self._highest_scored(pool, n) for pool, n in zip(self._pools, slots, strict=True)]
         self._take_over_scores()
         self._expected = {}
         for pool, n, keys in zip(self._pools, slots, kept, strict=True):
@@ -238,13 +244,13 @@ class Residency:
             self.bytes_fetched += len(keys) * pool.expert_bytes
         self._rebuild()
 
-    def _most_worth(self, pool: _Pool, n: int) -> list[Key]:
+    def _highest_scored(self, pool: _Pool, n: int) -> list[Key]:
         held = [key for key in pool.keys.tolist() if self._state[key]]
-        return sorted(held, key=lambda key: (self.worth(key), self._last[key]), reverse=True)[:n]
+        return sorted(held, key=lambda key: (self.score(key), self._last[key]), reverse=True)[:n]
 
     def _take_over_scores(self) -> Scores:
         scores: Scores = _finite(self.scores).reshape(-1)
-        self._worth = scores.tolist()
+        self._scores = scores.tolist()
         return scores
 
     def _rebuild(self) -> None:
@@ -252,9 +258,9 @@ class Residency:
         pinned = set(self._pinned)
         for pool in self._pools:
             keys = pool.keys[state[pool.keys] == RESIDENT].tolist()
-            pool.heap = [(self._worth[key], self._last[key], key) for key in keys if key not in pinned]
+            pool.heap = [(self._scores[key], self._last[key], key) for key in keys if key not in pinned]
             if self._expected:
-                pool.heap = [(self._expected.get(key, worth), last, key) for worth, last, key in pool.heap]
+                pool.heap = [(self._expected.get(key, score), last, key) for score, last, key in pool.heap]
             heapq.heapify(pool.heap)
 
     def _run_requests(self) -> None:
@@ -263,16 +269,16 @@ class Residency:
                 self._land()
             if self._flight is not None or not self._requests:
                 return
-            key, deadline, worth = self._requests.pop()
+            key, deadline, score = self._orders.pop()
             if deadline > self._reached:
-                self._begin(key, worth)
+                self._begin(key, score)
 
-    def _begin(self, key: Key, worth: float) -> None:
+    def _begin(self, key: Key, score: float) -> None:
         pool = self._pool_of[key // self._experts.n_expert]
-        if self._state[key] or pool.expert_bytes > self._budget or not self._take(pool, key, worth):
+        if self._state[key] or pool.expert_bytes > self._budget or not self._take(pool, key, score):
             return
         self._unused[key] = 1
-        self._expected[key] = worth
+        self._expected[key] = score
         self._budget -= pool.expert_bytes
         self.prefetched += 1
         self.bytes_fetched += pool.expert_bytes
@@ -295,12 +301,12 @@ class Residency:
 
     # --- slots -----------------------------------------------------------------------------------------
 
-    def worth(self, key: Key) -> float:
-        """Score plus what the coming step is expected to use, as the native pool adds them."""
-        return self._expected.get(key, self._worth[key])
+    def score(self, key: Key) -> float:
+        """Return the score of a key plus its expected use in the coming step, as the native pool adds them."""
+        return self._expected.get(key, self._scores[key])
 
     def _take(self, pool: _Pool, key: Key, price: float) -> bool:
-        """A slot for the key, loading: a free one or that of the least worth, which must be under the price."""
+        """Take a slot for the key: a free one, or that of the lowest score if that is below `price`. Return success."""
         if pool.n_held < pool.n_slots:
             pool.n_held += 1
         elif not self._evict(pool, price):
@@ -312,11 +318,11 @@ class Residency:
     def _evict(self, pool: _Pool, price: float) -> bool:
         heap, state, last = pool.heap, self._state, self._last
         while heap:
-            worth, used, key = heap[0]
-            if state[key] != RESIDENT or used != last[key] or worth != self.worth(key):
+            score, used, key = heap[0]
+            if state[key] != RESIDENT or used != last[key] or score != self.score(key):
                 heapq.heappop(heap)
                 continue
-            if worth >= price:
+            if score >= price:
                 return False
             heapq.heappop(heap)
             state[key] = self._unused[key] = ABSENT
@@ -329,7 +335,7 @@ class Residency:
         return sum(pool.n_held for pool in self._pools)
 
     def states(self) -> npt.NDArray[np.uint8]:
-        """[n_blocks, n_expert] of ABSENT, LOADING, RESIDENT, PINNED."""
+        """Return [n_blocks, n_expert] of ABSENT, LOADING, RESIDENT or PINNED."""
         out = np.frombuffer(bytes(self._state), dtype=np.uint8).copy()
         pinned = np.array(self._pinned, dtype=np.intp)
         out[pinned[out[pinned] == RESIDENT]] = PINNED
@@ -363,8 +369,10 @@ def _as_array(requests: Sequence[PrefetchRequest]) -> npt.NDArray[Any]:
 
 
 class Belady(Residency):
-    """Evicts what is needed again last (Belady 1966): no policy without prefetches misses less. It knows the routing of
-    every step beforehand, [n_blocks, n_tokens, n_expert_used] each."""
+    """Slots that evict the expert whose next use is farthest away (Belady 1966): the fewest misses without prefetches.
+
+    `steps`: the routing of every step, known in advance, [n_blocks, n_tokens, n_expert_used] each.
+    """
 
     def __init__(
         self, experts: Experts, slots: Sequence[int], steps: Sequence[Routing], *, link_bytes_per_s: int, block_ns: int
@@ -380,13 +388,13 @@ class Belady(Residency):
 
     def demand(self, block: int, ids: Iterable[int]) -> None:
         for key, later in self._next[self._time].items():
-            self._worth[key] = -later
+            self._scores[key] = -later
         self._time += 1
         super().demand(block, ids)
 
 
 def next_uses(n_expert: int, steps: Sequence[Routing]) -> list[dict[Key, float]]:
-    """For each block of each step, the keys that it demands and when each is demanded again."""
+    """Return, for each block of each step, the keys that it demands with the time of their next demand."""
     found: list[dict[Key, float]] = []
     upcoming: dict[Key, float] = {}
     time = sum(len(step) for step in steps)

@@ -1,8 +1,8 @@
-"""What is replayed: the recorded steps, or the shorter ones that a governor would have made of them.
+"""Steps to replay: the recorded ones, or shorter ones with the draft lengths of a draft-length rule.
 
-A text does not depend on draft lengths (speculation is exact), so a recorded step of K drafted tokens can stand for
-shorter ones: with k < K the step verifies the first k, and where more were right the next step begins inside the
-recorded one, with the drafted tokens that are left of it. A governor can therefore not ask for more than was recorded.
+The text does not depend on draft lengths, because speculation is exact. So a recorded step of K draft tokens can be
+replayed as shorter steps. With k < K the step verifies the first k tokens. If more were accepted, the next step starts
+inside the recorded one with the rest of its draft tokens. A rule cannot ask for more draft tokens than were recorded.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class ReplayedStep:
     """A step to replay."""
 
     routing: Routing
-    foreseen: Routing | None  # may go on beyond the drafted tokens
+    foreseen: Routing | None  # the draft's routing, possibly beyond the draft tokens
     gates: npt.NDArray[np.float16] | None
     n_drafted: int
     n_accepted: int
-    foresees: bool  # not for a prompt
-    learns: bool
+    foresees: bool  # true for verify steps: the policy predicts; false for prompts
+    learns: bool  # true if the policy observes the step
     passage: int
-    read: Routing | None  # of a prompt before the step, or of which the step is the end
+    read: Routing | None  # routing of a prompt before the step, or of the prompt that the step ends
 
 
 def recorded(steps: Sequence[Step]) -> Iterator[ReplayedStep]:
@@ -40,7 +40,7 @@ def recorded(steps: Sequence[Step]) -> Iterator[ReplayedStep]:
 
 
 def governed(steps: Sequence[Step], governor: DraftLengthRule) -> Iterator[ReplayedStep]:
-    """The caller tells the governor how each step went before it takes the next one."""
+    """Yield steps with draft lengths of `governor`, which must observe each step before the next one is taken."""
     for step in steps:
         if step.is_prompt or step.foreseen is None:
             yield _part(step, 0, step.n_drafted, step.n_accepted)
@@ -70,8 +70,11 @@ def _part(step: Step, at: int, n_drafted: int, n_accepted: int) -> ReplayedStep:
 
 
 def _aligned(step: Step) -> Routing:
-    """The draft's routing, its first token that of the step. Where that is missing the second stands in for it, which
-    adds nothing to the set of both; where the engine saw nothing else, it is empty as it was there."""
+    """Return the draft's routing, aligned so that its first token is the step's first token.
+
+    If the first token was not recorded, the second is repeated, which leaves the set of experts unchanged. Without any
+    recorded token the result is empty.
+    """
     assert step.foreseen is not None
     missing = step.n_drafted - step.n_shown
     if missing <= 0 or not step.n_shown:

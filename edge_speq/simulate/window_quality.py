@@ -1,4 +1,4 @@
-"""How well a draft's routing foresees what the target will demand, over a window of tokens."""
+"""Precision and recall of a draft's routing as a prediction of the target's experts, over a window of tokens."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from edge_speq.trace import Step
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """`verified`: against the tokens that were drafted, right or wrong, since a verify step runs them all. `kept`:
-    against the text as it went on."""
+    """Quality over a window of tokens.
+
+    - `verified`: compared with all draft tokens, accepted or not, because a verify step runs them all.
+    - `kept`: compared with the tokens of the final text.
+    """
 
     tokens: int
     verified_precision: float
     verified_recall: float
     kept_precision: float
     kept_recall: float
-    same_set: float  # tokens and blocks at which draft and target chose the same experts
+    same_set: float  # share of (token, block) pairs at which draft and target chose the same experts
 
 
 def window(steps: Sequence[Step], experts: Experts, tokens: int) -> Window | None:
-    """None where the draft showed no routing as far ahead."""
+    """Return the quality over windows of `tokens` tokens; None if no draft routing was recorded."""
     sets = Sets(experts)
     verified, kept, same = np.zeros(3), np.zeros(3), np.zeros(2)
     texts = _texts(steps)
@@ -58,7 +61,7 @@ def _quality(sums: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _texts(steps: Sequence[Step]) -> dict[int, list[npt.NDArray[np.int32]]]:
-    """Of each passage, the routing of every token of text after the prompt, [n_blocks, n_expert_used] each."""
+    """Return, for each passage, the routing of every token after the prompt, [n_blocks, n_expert_used] each."""
     found: dict[int, list[npt.NDArray[np.int32]]] = {}
     for step in steps:
         if not step.is_prompt:
@@ -69,7 +72,7 @@ def _texts(steps: Sequence[Step]) -> dict[int, list[npt.NDArray[np.int32]]]:
 def _places(
     steps: Sequence[Step], texts: dict[int, list[npt.NDArray[np.int32]]]
 ) -> list[tuple[Step, list[npt.NDArray[np.int32]], int]]:
-    """The steps with a draft, with their text and where in it they begin."""
+    """Return the steps with draft routing, each with the routing of its text and its start position there."""
     at = dict.fromkeys(texts, 0)
     found = []
     for step in steps:

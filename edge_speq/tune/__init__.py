@@ -1,10 +1,10 @@
-"""`edge-speq tune`: the offline parameters for a machine and a model.
+"""`edge-speq tune`: find the fastest options of a model on this machine.
 
-SpecMoEOff's optimizer (arXiv 2508.21706) scaled down to one user: linear cost models per operator from short
-measurements (`gauge`), predictions from them for each candidate (`search`), and the best one measured against what
-a run without a profile does (`tuner`). What is stored is what was faster when it ran, not what was predicted.
+The method is SpecMoEOff's optimizer (arXiv 2508.21706) for one user. `measure` times the operators and fits linear
+costs, `predict` ranks the candidates with them, and `tuner` runs the best ones and the defaults. The options that
+measured fastest are stored, not those with the best prediction.
 
-learn      trains foresight on traces, which has nothing to do with the above        samples   what it learns from
+`learned` trains a predictor of experts on traces (`edge-speq tune --learn`), independently of the above.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How fast bytes come from the disk, and go to the compute device: measured, in about a second each."""
+"""Measure the rates of the disk and of the link to the compute device, in about a second each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from edge_speq import _native
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import bundled
 
 SECONDS = 1.0
 MOST = 1 << 30  # bytes to read
@@ -21,12 +21,14 @@ PIECE = 4 << 20
 @dataclass(frozen=True, slots=True)
 class Rate:
     bytes_per_s: float
-    n_bytes: int  # that it was measured with: all, or one expert's
+    n_bytes: int  # bytes of the measurement: all bytes read, or one expert
 
 
 def disk(path: Path) -> Rate | None:
-    """Of reading a file from its beginning, its pages in the cache dropped first; None where the system cannot. The
-    pages of a file that somebody has mapped stay, and are read faster."""
+    """Measure reading a file after dropping its pages from the page cache; None if the system cannot drop them.
+
+    Pages that another process has mapped stay cached, which makes the result too high.
+    """
     with path.open("rb", buffering=0) as file:
         if not _uncache(file.fileno()):
             return None
@@ -58,21 +60,23 @@ def _uncache(descriptor: int) -> bool:
 
 
 def link(model: str | None = None) -> Rate:
-    """Of experts into slots, as the engine orders them: the bundled model's, or another's, which is then loaded.
-    Raises EdgeError for a model without slots."""
+    """Measure transfers of experts into slots, with the engine's transfer code. Load the given or the bundled model.
+
+    Raises EdgeError for a model without routed experts.
+    """
     from edge_speq.bench.clairvoyant_bound import link_rate
     from edge_speq.engine.llama import EdgeLlama
 
     bounds: dict[str, Any] = {"resident": "1/2"} if model is None else {"vram_budget": "auto"}
-    path = str(demo.path(demo.MODEL)) if model is None else model
+    path = str(bundled.path(bundled.MODEL)) if model is None else model
     with contextlib.closing(EdgeLlama(path, policy="lru", n_ctx=256, **bounds)) as llm:
         rate = link_rate(llm)
         if rate is None:
-            raise EdgeError(f"{path} has no experts to send", "name a MoE")
+            raise EdgeError(f"{path} has no experts to transfer", "give a MoE model")
         return Rate(rate, max(group.expert_bytes for group in llm.experts.groups))
 
 
 def has_link() -> bool:
-    """Whether there is a GPU: without one experts only move within RAM."""
+    """Return true if there is a GPU. Without one, experts only move within RAM."""
     _native.load_backends()
     return _native.compute_device().is_gpu

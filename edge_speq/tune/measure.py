@@ -1,4 +1,4 @@
-"""What one loaded model costs: steps by width, drafted tokens, misses, the link, the CPU."""
+"""Measured costs of a loaded model: steps by width, draft tokens, misses, the link, and the CPU."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from edge_speq.errors import EdgeError
 
 SEED = 7
 TEMPERATURE = 0.8
-STEPS = 48  # most of each width
-WARM_UP = 2  # steps that are not counted, since graphs are built
+STEPS = 48  # measured steps of each width, at most
+WARM_UP = 2  # steps not counted: graphs are built in them
 PROMPT_TOKENS = 64
 MOST_TOKENS, FEWEST_TOKENS = 64, 16  # after each prompt
 
@@ -30,10 +30,10 @@ Prompts = Sequence[list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """Text that was generated: counts and times of steps after the prompts."""
+    """Counts and times of the generated text, without its prompts."""
 
     tokens: int
-    seconds: float  # of EdgeLlama, sampling included
+    seconds: float  # decoding time of EdgeLlama, sampling included
     steps: int
     drafted: int
     accepted: int
@@ -59,40 +59,40 @@ class Live:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One way to run the model, loaded as `run` would load it."""
+    """Measured speed of one set of options, with the model loaded as `edge-speq run` loads it."""
 
     tok_per_s: float
-    seconds: float  # that it took, loading included
+    seconds: float  # time of the trial, loading included
     tokens_per_step: float
     hit_rate: float | None  # None without slots
 
 
 @dataclass(frozen=True, slots=True)
-class Worth:
-    """What a draft takes, and what it guesses and foresees where each step drafts k tokens."""
+class DraftValue:
+    """Memory, acceptance and prediction quality of a draft that drafts k tokens in every step."""
 
     draft_bytes: int  # on the compute device
-    resident: float | None  # share of the experts' bytes there, beside it; None: the CPU computes them all
+    resident: float | None  # share of the expert bytes that fits with the draft; None: the CPU computes all experts
     k: int
-    acceptance: float | None  # of drafted tokens; None where none was
+    acceptance: float | None  # accepted / drafted tokens; None without drafted tokens
     tokens_per_step: float
-    precision: float | None  # of foresight, and recall; None where nothing foresees
+    precision: float | None  # of expert predictions; None if nothing predicts
     recall: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """Steps of one width, their text given. base_ms: `typical` of what they took less their stalls."""
+    """Mean costs of steps of one width over a text. `base_ms` is `typical` of the step times less their stalls."""
 
     base_ms: float
-    stall_ms: float  # a step, and so the next two
+    stall_ms: float  # per step, as the following
     cpu_ms: float
     misses: float
     bytes_fetched: float
 
 
 class GaugeWriter(StepWriter):
-    """A recorder's observer under which every step drafts as many tokens as the plan allows."""
+    """A recorder's observer that lets every step draft as many tokens as the plan allows."""
 
     fixes_draft_length = True
 
@@ -107,9 +107,9 @@ class GaugeWriter(StepWriter):
 
 
 class Gauge(Recorder):
-    """A Recorder whose draft lengths are what `limit` says: the plan's most to begin with.
+    """A Recorder with fixed draft lengths: the plan's maximum, or the value given to `limit`.
 
-    must_draft: raise EdgeError, before weights are read, where the bounds leave a draft no token.
+    `must_draft`: raise EdgeError before weights are read if the plan allows no draft tokens.
     """
 
     def __init__(self, model_path: str, *, must_draft: bool = False, **options: Any) -> None:
@@ -120,8 +120,10 @@ class Gauge(Recorder):
         self.llm.limit_draft_tokens(k)
 
     def width(self, text: Sequence[int], n_prompt: int, width: int, n_threads: int, seconds: float) -> Width:
-        """Decodes text after its first n_prompt tokens in steps of `width`, without a draft or prefetches, again and
-        again until there are steps enough or the seconds are over."""
+        """Measure steps of `width` tokens over the text after its first n_prompt tokens, without draft and prefetches.
+
+        Repeats the text until STEPS steps are measured or the time is up. Raises EdgeError if the text is too short.
+        """
         started, done = time.monotonic(), list[tuple[float, float, float, float, float]]()
         starts = range(n_prompt, len(text) - width + 1, width)
         if not starts:
@@ -144,7 +146,7 @@ class Gauge(Recorder):
         return Width(base, *mean)
 
     def _timed(self, chunk: Sequence[int]) -> tuple[float, float, float, float, float]:
-        """Milliseconds, and what they came with: stall, CPU, misses, bytes."""
+        """Decode a chunk. Return its time in ms, stall in ms, CPU time in ms, misses and bytes fetched."""
         before, started = self.llm.stats().experts, time.perf_counter()
         self.llm.eval(chunk)
         ms, now = 1e3 * (time.perf_counter() - started), self.llm.stats().experts
@@ -153,7 +155,7 @@ class Gauge(Recorder):
         return ms, now.stall_ms - before.stall_ms, now.cpu_ms - before.cpu_ms, misses, fetched
 
     def order_rate(self) -> float | None:
-        """Bytes per second of orders over an idle link; None without slots."""
+        """Return the bytes per second of prefetches over an idle link; None without slots."""
         return link_rate(self.llm)
 
     def hybrid_costs(self) -> HybridCosts | None:
@@ -161,7 +163,7 @@ class Gauge(Recorder):
 
 
 def typical(times: Sequence[float]) -> float:
-    """The lower quartile: other work on the machine makes steps longer, nothing makes them shorter."""
+    """Return the lower quartile, since other work on the machine only makes steps longer."""
     return float(np.quantile(times, 0.25))
 
 
@@ -170,21 +172,23 @@ def tokens_of(llm: EdgeLlama | Gauge, texts: Sequence[str], length: int) -> list
 
 
 def trial(model: str, options: dict[str, Any], texts: Sequence[str], n: int, seconds: float) -> Trial:
-    """The model with these options of EdgeLlama writes n tokens after each text, twice, each for at most so many
-    seconds."""
+    """Load the model with options of EdgeLlama, generate n tokens after each text, twice, and keep the faster round.
+
+    `seconds` limits each round.
+    """
     started = time.monotonic()
     with contextlib.closing(EdgeLlama(model, **options)) as llm:
         prompts = tokens_of(llm, texts, PROMPT_TOKENS)
-        live(llm, prompts[:1], FEWEST_TOKENS, seconds)  # graphs, slots, the governor
-        # other work on the machine only slows down: the faster of two rounds
+        live(llm, prompts[:1], FEWEST_TOKENS, seconds)  # warm-up: builds graphs, fills slots
+        # the faster round, because other work on the machine only slows down
         done = max((live(llm, prompts, n, seconds)[0] for _ in range(2)), key=lambda each: each.tok_per_s)
         return Trial(done.tok_per_s, time.monotonic() - started, done.tokens_per_step, done.hit_rate)
 
 
-def worth(llm: EdgeLlama | Gauge, done: Live) -> Worth:
-    """Of a model's draft; done: text in which it drafted all it may."""
+def draft_value(llm: EdgeLlama | Gauge, done: Live) -> DraftValue:
+    """Return the value of a model's draft. `done`: text in which every step drafted as many tokens as allowed."""
     plan, foreseen = llm.stats().plan, llm.stats().foreseen or {}
-    return Worth(
+    return DraftValue(
         draft_bytes=llm.draft_bytes(),
         resident=1.0 if plan.placement == "all" else plan.resident,
         k=plan.max_draft_tokens,
@@ -198,8 +202,10 @@ def worth(llm: EdgeLlama | Gauge, done: Live) -> Worth:
 def live(
     llm: EdgeLlama | Gauge, prompts: Prompts, n: int, seconds: float, begin: Callable[[int], None] = lambda _: None
 ) -> tuple[Live, list[list[int]]]:
-    """Generates n tokens after each prompt, for at most so many seconds; `begin` is told each prompt's number. Returns
-    also the texts, prompts included."""
+    """Generate n tokens after each prompt. Return the counts, and the texts with their prompts.
+
+    No prompt starts after `seconds` seconds. `begin` is called with the index of each prompt.
+    """
     started, first = time.monotonic(), llm.stats()
     timing, counts, experts = first.timing, first.speculation, first.experts
     waits = _Waits()
@@ -228,7 +234,7 @@ def live(
 
 @dataclass(slots=True)
 class _Waits:
-    """Of prompts, whose time is not counted either."""
+    """Expert events of prompts, which are subtracted because the time of prompts is not counted."""
 
     hits: int = 0
     misses: int = 0

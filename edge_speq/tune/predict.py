@@ -1,16 +1,16 @@
-"""Which parameters should be fastest, by a linear model of what was measured.
+"""Rank draft lengths and ways to serve misses by predicted speed, with a linear cost model.
 
     ms per step = base_ms[K + 1] + drafted * draft_ms + waiting_ms + overhead_ms * tokens of the step
 
-drafted is K, and what the draft ran on for its routing where it shows that.
+- drafted: K, plus the tokens that a draft with visible routing decodes ahead to predict experts.
+- base_ms: time of a step of that width without stalls, with the best number of threads.
+- waiting_ms with on_miss fetch: stalls of a replay (edge_speq.simulate) of the recorded routing under the engine's
+  policy, with the measured link rate.
+- waiting_ms with on_miss hybrid: misses of the replay, times the measured ratio of hybrid misses to fetch misses, times
+  the measured time per miss.
+- overhead_ms: sampling and Python, from steps without a draft.
 
-base_ms: a step of that width without its stalls, for the best number of threads.
-waiting_ms, fetching: the stalls of a replay (edge_speq.simulate) of the recorded routing under the engine's own policy,
-    over a link as fast as demands were served. It says what each K makes of misses and prefetches.
-waiting_ms, hybrid: the replay's misses, as many times as hybrid steps had more of them, by what one took there.
-overhead_ms: sampling and Python, from steps without a draft.
-
-Draft lengths are replayed, too: a recorded step of k_max drafted tokens can stand for shorter ones.
+Shorter draft lengths are replayed from recorded steps of k_max draft tokens (edge_speq.simulate.steps).
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from edge_speq.simulate.steps import ReplayedStep
 from edge_speq.simulate.steps import _part as part
 from edge_speq.trace import Step
 
-PREFERENCE = 0.02  # by which something must be better than the default
+PREFERENCE = 0.02  # relative gain that a candidate needs over the default
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The operators' costs."""
+    """Measured costs of the operators."""
 
     base_ms: dict[int, float]  # by width, at n_threads
     threads_ms: dict[int, dict[int, float]]  # by number of threads and width
-    n_threads: int  # that everything else was measured with
-    draft_ms: float  # a token that the draft decodes
-    overhead_ms: float  # a token
-    link_bytes_per_s: float | None  # as demands were served; None where nothing was fetched
-    order_bytes_per_s: float | None  # orders over an idle link
+    n_threads: int  # threads of all other measurements
+    draft_ms: float  # per token that the draft decodes
+    overhead_ms: float  # per generated token
+    link_bytes_per_s: float | None  # rate of fetches on demand; None if nothing was fetched
+    order_bytes_per_s: float | None  # rate of prefetches over an idle link
     k_max: int
-    accepted: tuple[tuple[int, int], ...]  # of each recorded step: drafted, accepted
+    accepted: tuple[tuple[int, int], ...]  # drafted and accepted tokens of each recorded step
     hybrid: Hybrid | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Hybrid:
-    miss_ms: float  # that a miss added to a step
-    miss_ratio: float  # misses for each one of steps that fetch
+    miss_ms: float  # time that a miss adds to a step
+    miss_ratio: float  # misses with hybrid, divided by misses with fetch
     cpu_bytes_per_s: float
     link_bytes_per_s: float
     contention: float
@@ -62,12 +62,15 @@ class Hybrid:
 class Candidate:
     draft_tokens: int
     on_miss: str
-    resident: float | None  # share in slots; without a draft it also has the draft's bytes
+    resident: float | None  # share of the expert bytes in slots, which is larger without a draft
     predicted_tok_per_s: float
 
 
 def best_threads(measured: Measured) -> int:
-    """The number of threads with the least time over the measured widths; the default unless that is clearly worse."""
+    """Return the thread count with the least total time over the measured widths.
+
+    The default is kept unless another count is faster by more than PREFERENCE.
+    """
     default = sum(measured.threads_ms[measured.n_threads].values())
     total = {n: sum(by_width.values()) for n, by_width in measured.threads_ms.items()}
     best = min(total, key=lambda n: total[n])
@@ -75,7 +78,7 @@ def best_threads(measured: Measured) -> int:
 
 
 def scaled(measured: Measured, n_threads: int) -> Measured:
-    """The same costs with another number of threads; drafting is scaled as single tokens are."""
+    """Return the costs for another thread count. Draft time is scaled like a step of one token."""
     ours, theirs = measured.threads_ms[measured.n_threads], measured.threads_ms[n_threads]
     widths = sorted(ours)
     ratios = [theirs[w] / ours[w] if ours[w] else 1.0 for w in widths]
@@ -90,8 +93,11 @@ def candidates(
     resident: float | None,
     resident_alone: float | None,
 ) -> list[Candidate]:
-    """Each draft length with each way to serve misses, the fastest first. setting and steps: of the slots and of the
-    recording, None and none without slots. resident_alone: the share in slots where no draft takes room."""
+    """Return every draft length with every on_miss value, the fastest first.
+
+    `setting` is None and `steps` empty without slots. `resident_alone`: share of the experts in slots if no draft is
+    loaded.
+    """
     found = []
     for k in range(measured.k_max + 1):
         share = resident if k else resident_alone
@@ -130,13 +136,15 @@ def _with_slots(
 
 
 def replayed(setting: PolicyContext, steps: Sequence[Step], k: int, costs: StepCosts | None = None) -> ReplayOutcome:
-    """The engine's own policy over the recorded text in steps of at most k drafted tokens, prompts left out."""
+    """Replay the engine's policy over the recorded text, without prompts, in steps of at most k draft tokens."""
     return _Shortened(setting, k, costs).run([step for step in steps if not step.is_prompt])
 
 
 class _Shortened(Replay):
-    """Also of drafts that show no routing, which a governed replay leaves as they were recorded. The draft runs on
-    beyond its tokens for their routing as far as it did when it proposed more."""
+    """Replay with a fixed draft length. Drafts without visible routing work too, unlike in a governed replay.
+
+    The draft decodes as many tokens ahead for their routing as in the recorded step.
+    """
 
     def __init__(self, setting: PolicyContext, k: int, costs: StepCosts | None) -> None:
         super().__init__("auto", setting, costs, drafts=True)

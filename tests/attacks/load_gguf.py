@@ -22,7 +22,7 @@ from typing import IO
 import llama_cpp  # noqa: F401  # before the fork: children share it
 
 from edge_speq import EdgeError, EdgeLlama, _native
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 from edge_speq.gguf import model as gguf_model
 
 MAX_BYTES = 1 << 30  # of address space beyond what the process has at its start
@@ -61,7 +61,7 @@ def main(paths: list[str]) -> None:
     os.environ["GGML_NO_BACKTRACE"] = "1"
     _native.load_backends()
     if paths[0] == "--unchecked":
-        gguf_model.check_model = gguf_file.read
+        gguf_model.check_model = container.read
         del paths[0]
     statuses = {}
     for path in paths:

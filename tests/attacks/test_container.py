@@ -23,7 +23,7 @@ from support import tiny_models
 
 from edge_speq import EdgeError, EdgeLlama
 from edge_speq.cli.main import main
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 from edge_speq.gguf.container import GGUFError
 from edge_speq.gguf.model import check_model
 
@@ -51,7 +51,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts.set("a.string", STRING, string("text"))
     parts.set("a.numbers", ARRAY, struct.pack("<IQ3i", I32, 3, 1, 2, 3))
     parts.set("a.strings", ARRAY, struct.pack("<IQ", STRING, 2) + string("x") + string("yz"))
-    parts.set(gguf_file.TOKENS, ARRAY, struct.pack("<IQ", STRING, 2) + string("p") + string("q"))
+    parts.set(container.TOKENS, ARRAY, struct.pack("<IQ", STRING, 2) + string("p") + string("q"))
     parts.entries = [Entry("one", [3], F32, 0), Entry("two", [2, 2], F32, 32)]
     parts.data = bytes(48)
     path = tmp_path_factory.mktemp("gguf") / "small.gguf"
@@ -143,7 +143,7 @@ def test_a_file_cut_anywhere_in_its_header_is_refused(small: Path, tmp_path: Pat
 
 @functools.cache
 def raw_and_starts(whole: Path) -> tuple[bytes, list[int]]:
-    file = gguf_file.read(whole)
+    file = container.read(whole)
     return whole.read_bytes(), [item.offset for item in (*file.fields.values(), *file.tensors.values())]
 
 
@@ -273,7 +273,7 @@ def test_a_large_vocabulary_is_checked_quickly(tmp_path: Path) -> None:
     n = 150_000
     parts = Parts()
     words = [string(f"token{i}") for i in range(n)]
-    parts.set(gguf_file.TOKENS, ARRAY, struct.pack("<IQ", STRING, n) + b"".join(words))
+    parts.set(container.TOKENS, ARRAY, struct.pack("<IQ", STRING, n) + b"".join(words))
     parts.set("tokenizer.ggml.merges", ARRAY, struct.pack("<IQ", STRING, n) + b"".join(words))
     parts.set("tokenizer.ggml.token_type", ARRAY, struct.pack("<IQ", I32, n) + bytes(4 * n))
     path = tmp_path / "vocabulary.gguf"

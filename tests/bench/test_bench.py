@@ -180,7 +180,7 @@ def test_the_faster_load_is_kept(bundled: tuple[Path, Path], monkeypatch: pytest
         fleet.open(policies.reference(chosen))
         monkeypatch.setattr(Fleet, "_load_stock", loaded)
         monkeypatch.setattr(Fleet, "_tried", lambda self, model: 1.0 if model.is_mapped else 2.0)
-        monkeypatch.setattr(policies.engine, "fits_in_memory", lambda _: has_room)
+        monkeypatch.setattr(policies.loading, "fits_in_memory", lambda _: has_room)
         kept = fleet.open(arm)
         assert kept.is_mapped and fleet.facts[arm].load_mode == "mmap"
         assert [model.is_mapped for model in made] == ([True, False] if has_room else [True, False, True])
@@ -215,7 +215,7 @@ def test_without_room_for_all_models_there_is_one_at_a_time(
         first = fleet.open(Arm("lru", 0, 1))
         second = fleet.open(Arm("lfru", 0, 1))
         assert fleet.open(Arm("lru", 0, 1)) is first
-        monkeypatch.setattr(policies.engine, "fits_in_memory", lambda _: False)
+        monkeypatch.setattr(policies.loading, "fits_in_memory", lambda _: False)
         third = fleet.open(Arm("lru", 1, 1))
         assert first._ctx.ctx is None and second._ctx.ctx is None and third._ctx.ctx is not None
         assert fleet.open(Arm("lru", 0, 1)) is not first

@@ -118,7 +118,7 @@ def test_nothing_finished_prints_nothing() -> None:
         ("-pg 512", "-pg '512' is not a pair", "512,128"),
         ("-p 0 -n 0", "nothing to measure", "above 0"),
         ("-r 0", "0 is not a count of repetitions", "1 or more"),
-        ("-t 0", "-t 0 is no number of threads", "at least 1"),
+        ("-t 0", "-t 0 is not a number of threads", "at least 1"),
         ("-t 1 --emulate threads=2", "both given", "leave one of them out"),
         ("--emulate link=fast", "not the speed of a link", "write it like"),
         ("--emulate link=0GB/s", "not the speed of a link", "12.5GB/s"),

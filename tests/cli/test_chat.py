@@ -96,7 +96,7 @@ def test_commands() -> None:
     done = chat("/help\nHello\n/stats\n/nonsense\n/usr/bin is a folder\n/exit\nNever said\n", "-n", "6")
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 2  # a path is a message
-    for text in ("/regen", "tok/s", "/nonsense is no command"):
+    for text in ("/regen", "tok/s", "/nonsense is not a command"):
         assert text in done.stderr
 
 

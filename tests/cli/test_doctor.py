@@ -19,10 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
-from edge_speq import EdgeError
-from edge_speq import system as machine
+from edge_speq import EdgeError, system
 from edge_speq.cli import doctor
-from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import bundled
 from edge_speq.tune import link_speed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +81,7 @@ def test_the_numbers_are_the_machine_s() -> None:
     values = {finding["name"]: finding["values"] for finding in report["findings"]}
     assert values["package"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert 0 < values["memory"]["available_bytes"] <= values["memory"]["total_bytes"]
-    assert values["disk"]["total_bytes"] == shutil.disk_usage(demo.path(demo.MODEL)).total
+    assert values["disk"]["total_bytes"] == shutil.disk_usage(bundled.path(bundled.MODEL)).total
     assert 1 <= values["cpu"]["usable"] <= values["cpu"]["processors"] == os.cpu_count()
     assert len(values["llama.cpp"]["commit"]) > 0
     assert all(
@@ -148,7 +147,7 @@ def test_missing_demo_models_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> N
     def missing(name: str) -> Path:
         raise EdgeError(f"the bundled model {name} is missing", "install edge_speq again")
 
-    monkeypatch.setattr(demo, "path", missing)
+    monkeypatch.setattr(bundled, "path", missing)
     findings = list(doctor.bundled_models())
     assert [finding.status for finding in findings] == ["warn", "warn"]
     assert all("missing" in finding.text and finding.remedy for finding in findings)
@@ -157,7 +156,7 @@ def test_missing_demo_models_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_full_disk_and_little_memory_are_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10 << 30, 10 << 30, 1 << 20))
-    monkeypatch.setattr(machine, "memory", lambda: (8 << 30, 100 << 20))
+    monkeypatch.setattr(system, "memory", lambda: (8 << 30, 100 << 20))
     for finding in (doctor.disk(), doctor.memory()):
         assert finding.status == "warn"
         assert finding.remedy
@@ -167,12 +166,12 @@ def test_an_unknown_system_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> Non
     def unknown(*_: object, **__: object) -> None:
         raise NotImplementedError
 
-    monkeypatch.setattr(machine, "_read", lambda _: "")
+    monkeypatch.setattr(system, "_read", lambda _: "")
     monkeypatch.setattr(psutil, "virtual_memory", unknown)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
-    assert machine.memory() is None
-    assert machine.cores() is None
-    assert machine.cpu_model()
+    assert system.memory() is None
+    assert system.cores() is None
+    assert system.cpu_model()
     assert doctor.memory().status == doctor.cpu().status == "ok"
 
 
@@ -180,14 +179,14 @@ def test_a_container_s_limit_bounds_the_memory(monkeypatch: pytest.MonkeyPatch) 
     files = {"/sys/fs/cgroup/memory.max": "1073741824\n", "/sys/fs/cgroup/memory.current": "268435456\n"}
     found = types.SimpleNamespace(total=8 << 30, available=6 << 30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
-    monkeypatch.setattr(machine, "_read", lambda path: files.get(path, ""))
-    assert machine.memory() == (1 << 30, 768 << 20)
+    monkeypatch.setattr(system, "_read", lambda path: files.get(path, ""))
+    assert system.memory() == (1 << 30, 768 << 20)
     files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert machine.memory() == (8 << 30, 6 << 30)
+    assert system.memory() == (8 << 30, 6 << 30)
 
 
 def test_memlock_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "locked_memory_limit", lambda: -1)
+    monkeypatch.setattr(system, "locked_memory_limit", lambda: -1)
     assert doctor.locked_memory().text == "unlimited"
     assert doctor.locked_memory().values == {"limit_bytes": None}
 
@@ -207,7 +206,7 @@ def test_the_disk_is_measured_with_the_named_file(tmp_path: Path) -> None:
     path.write_bytes(bytes(range(256)) * (1 << 15))
     rate = link_speed.disk(path)
     if rate is None:
-        pytest.skip("this system keeps what it has read")
+        pytest.skip("this system cannot drop cached file pages")
     assert rate.n_bytes == 8 << 20
     assert 1e5 < rate.bytes_per_s < 1e12
     finding = doctor.disk_rate(str(path))
@@ -245,17 +244,17 @@ def test_transfers_into_slots_are_timed(tiny: Any) -> None:
     rate = link_speed.link()
     assert 1e7 < rate.bytes_per_s < 1e12
     assert 90 << 10 < rate.n_bytes < 110 << 10  # an expert of the bundled model
-    with pytest.raises(EdgeError, match="no experts to send"):
+    with pytest.raises(EdgeError, match="no experts to transfer"):
         link_speed.link(str(tiny.dense()))
 
 
 def test_page_locking_leaves_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     from edge_speq.runtime import loading
 
-    monkeypatch.setattr(machine, "memory", lambda: (16 << 30, 12 << 30))
+    monkeypatch.setattr(system, "memory", lambda: (16 << 30, 12 << 30))
     most = doctor.page_locked().values["most_bytes"]
     assert loading.fits_in_memory(most) and not loading.fits_in_memory(most + (1 << 20))
-    monkeypatch.setattr(machine, "memory", lambda: None)
+    monkeypatch.setattr(system, "memory", lambda: None)
     assert doctor.page_locked().status == "ok"
 
 
@@ -273,14 +272,14 @@ def test_the_extras_are_those_of_the_package() -> None:
 def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "EXTRAS", {"serve": ("json", "no_such_module"), "plot": ("json",)})
     serve, plot = doctor.extras()
-    assert (serve.status, serve.remedy) == ("note", machine.install_hint("serve"))
+    assert (serve.status, serve.remedy) == ("note", system.install_hint("serve"))
     assert serve.values == {"extra": "serve", "missing": ["no_such_module"]}
     assert (plot.status, plot.remedy) == ("ok", "")
 
 
 def test_install_hints_name_packages() -> None:
     """The package is on no index: `pip install edge-speq[serve]` would fail."""
-    pip, install, *packages = shlex.split(machine.install_hint("serve"))
+    pip, install, *packages = shlex.split(system.install_hint("serve"))
     names = [re.split(r"[<>=!~]", package)[0] for package in packages]
     assert (pip, install) == ("pip", "install") and {"fastapi", "uvicorn"} <= set(names)
     assert all(importlib.metadata.version(name) for name in names)
@@ -291,12 +290,12 @@ def test_a_hint_without_an_installed_package_names_the_checkout(monkeypatch: pyt
         raise importlib.metadata.PackageNotFoundError
 
     monkeypatch.setattr(importlib.metadata, "requires", missing)
-    assert machine.install_hint("serve") == 'pip install ".[serve]"'
+    assert system.install_hint("serve") == 'pip install ".[serve]"'
 
 
 def test_drivers_are_named_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_dir", lambda path: path.name in ("nvidia", "xe"))
-    monkeypatch.setattr(machine, "_read", lambda path: "570.1\n" if "nvidia" in path else "")
+    monkeypatch.setattr(system, "_read", lambda path: "570.1\n" if "nvidia" in path else "")
     assert doctor.driver().text == "nvidia 570.1, xe"
 
 
@@ -316,7 +315,7 @@ def test_the_driver_is_compared_with_what_the_backend_needs(
     module = tmp_path / f"libggml-{'cuda' if 'cu' in needs else 'vulkan'}.so"
     module.write_bytes(b"\x7fELF\0" + needs.encode() + b"\0libc.so.6\0")
     monkeypatch.setattr(doctor, "backend_modules", lambda: [module])
-    monkeypatch.setattr(machine, "_read", lambda path: installed if "nvidia" in path else "")
+    monkeypatch.setattr(system, "_read", lambda path: installed if "nvidia" in path else "")
     finding = doctor.driver()
     assert (finding.status, finding.values["needed_driver"]) == (status, needed)
     assert finding.values["nvidia_driver"] == (installed or None)

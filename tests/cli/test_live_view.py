@@ -59,7 +59,7 @@ def test_the_figures_are_those_of_the_last_steps() -> None:
         "link": "2.00 GB/s (50 % of 4.0), stalled 25 % of the time",
     }
     view.step(record(cpu_computed=3))
-    assert "1.0 a step on the CPU" in dict(view._figures())["experts"]
+    assert "1.0 per step on the CPU" in dict(view._figures())["experts"]
 
 
 def test_without_slots_there_is_no_word_of_them() -> None:

@@ -15,7 +15,7 @@ from edge_speq.cli import arguments
 from edge_speq.cli import plan as cli_plan
 from edge_speq.cli.main import main, parser
 from edge_speq.gguf import bundled
-from edge_speq.runtime import loading as engine
+from edge_speq.runtime import loading
 
 SCHEMA, RUN_SCHEMA = schema("plan"), schema("run")
 
@@ -100,13 +100,13 @@ def test_the_numbers_add_up(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_weights_are_loaded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    loads, load = [], engine.load_model
+    loads, load = [], loading.load_model
 
     def watched(path: Path, params: Any, role: str) -> Any:
         loads.append((role, bool(params.no_alloc)))
         return load(path, params, role)
 
-    monkeypatch.setattr(engine, "load_model", watched)
+    monkeypatch.setattr(loading, "load_model", watched)
     planned(capsys)
     assert loads == [("model", True), ("draft", True)]
 
@@ -120,7 +120,7 @@ def test_the_report_names_every_part(capsys: pytest.CaptureFixture[str]) -> None
     if planned(capsys)["device"]["is_gpu"]:
         assert "mapped" not in said.out
     else:
-        assert "no GPU: the CPU computes, and weights, which are mapped file pages, are not counted" in said.out
+        assert "no GPU: the CPU computes; weights are mapped file pages, which are not counted" in said.out
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_real_routing_repeats_itself(capsys: pytest.CaptureFixture[str], tmp_pat
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ("--vram 8GiB --ram 16GiB", "the GPU's own speed decides"),
+        ("--vram 8GiB --ram 16GiB", "depends on the GPU alone"),
         ("--vram 45MiB --ram 1GiB", "do not fit in RAM"),
     ],
 )

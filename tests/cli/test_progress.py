@@ -13,7 +13,7 @@ from support.screen import Screen, visible
 from edge_speq import EdgeError
 from edge_speq.cli import interrupt, progress
 from edge_speq.gguf import bundled
-from edge_speq.runtime import loading as engine
+from edge_speq.runtime import loading
 
 
 class Clock:
@@ -134,7 +134,7 @@ def load(callback: Any) -> progress.LoadCallback:
 
     params = llama_cpp.llama_model_default_params()
     attached = progress.attach(params, callback)
-    engine.load_model(bundled.path(bundled.DRAFT), params, "draft").close()
+    loading.load_model(bundled.path(bundled.DRAFT), params, "draft").close()
     return attached
 
 
@@ -159,7 +159,7 @@ def test_an_exception_ends_the_load_and_is_kept(capfd: pytest.CaptureFixture[str
     params = llama_cpp.llama_model_default_params()
     attached = progress.attach(params, interrupted)
     with pytest.raises(EdgeError, match="cannot load"):
-        engine.load_model(bundled.path(bundled.DRAFT), params, "draft")
+        loading.load_model(bundled.path(bundled.DRAFT), params, "draft")
     assert isinstance(attached.error, KeyboardInterrupt)
     assert capfd.readouterr().err == ""
 

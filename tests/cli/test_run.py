@@ -86,7 +86,7 @@ def test_the_schema_names_every_expert_counter() -> None:
         (["run", "--vram-budget", "1MiB"], 1, "for slots are too few"),
         (["run", "--vram-budget", "much"], 2, "not a size"),
         (["run", "--policy", "magic"], 2, "is not known"),
-        (["run", "--policy", "moe-prism"], 2, "there to be compared"),
+        (["run", "--policy", "moe-prism"], 2, "only for comparison"),
         (["fly"], 2, "invalid choice"),
     ],
 )

@@ -15,9 +15,9 @@ from support.schemas import schema
 
 from edge_speq.cli import tune as command
 from edge_speq.cli.main import main, parser
-from edge_speq.gguf import bundled as demo
+from edge_speq.gguf import bundled
 
-MODEL = str(demo.path(demo.MODEL))
+MODEL = str(bundled.path(bundled.MODEL))
 CHOSEN = {"draft_tokens": 1, "on_miss": "fetch", "n_threads": 1}
 SCHEMA = schema("run")
 
@@ -96,7 +96,7 @@ def test_a_corrupt_profile_is_one_warning(tuned: tuple[Path, dict[str, Any]]) ->
 
 
 def test_a_dry_run_stores_nothing_and_the_report_is_on_stdout(tmp_path: Path) -> None:
-    done = edge_speq(tmp_path, "tune", str(demo.path(demo.DRAFT)), "--dry-run", "--seconds", "8", "-c", "256")
+    done = edge_speq(tmp_path, "tune", str(bundled.path(bundled.DRAFT)), "--dry-run", "--seconds", "8", "-c", "256")
     assert done.returncode == 0
     for word in ("steps ", "threads ", "predicted ", "measured ", "chosen "):
         assert word in done.stdout
@@ -128,7 +128,7 @@ def test_the_draft_of_a_list_is_that_of_runs_which_name_none(tmp_path: Path) -> 
     ("options", "code", "cause"),
     [
         (["none.gguf"], 2, "model file not found"),
-        (["--seconds", "0"], 2, "is a time"),
+        (["--seconds", "0"], 2, "must be more than 0"),
         (["--draft", "self,,ngram"], 2, "empty name"),
         (["--draft", "self,none.gguf"], 2, "draft file not found"),
         (["--resident", "most"], 2, "not a share"),

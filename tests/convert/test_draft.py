@@ -18,8 +18,7 @@ from edge_speq import EdgeLlama
 from edge_speq.convert.evaluation import agreement, reader, verify
 from edge_speq.convert.quantization import draft, imatrix, quantize
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import container as gguf_file
-from edge_speq.gguf import draft_experts, layout
+from edge_speq.gguf import container, draft_experts, layout
 from edge_speq.gguf import model as gguf_model
 
 TEXT = reader.read_text(None)
@@ -36,7 +35,7 @@ def test_only_experts_change_and_all_else_is_the_same_bytes(bundled: tuple[Path,
     for kind, path in twins.items():
         _, twin = verify.describe(path)
         found = verify.differences(target, twin)
-        experts = draft.expert_names(gguf_file.read(path))
+        experts = draft.expert_names(container.read(path))
         assert sorted(found.pop("other_type")) == sorted(experts) and len(experts) == 18
         assert not any(found.values())
         assert {twin["tensors"][name]["type"] for name in experts} == {kind}
@@ -105,7 +104,7 @@ def test_routing_and_logits_are_what_the_engine_sees(bundled: tuple[Path, Path])
 
 
 def test_models_of_different_vocabularies_are_not_compared(bundled: tuple[Path, Path], tiny) -> None:
-    with pytest.raises(EdgeError, match="make different tokens"):
+    with pytest.raises(EdgeError, match="tokenize the text differently"):
         agreement.measure(bundled[0], tiny.dense(), TEXT, most=100)
 
 
@@ -115,7 +114,7 @@ def test_other_architectures_have_twins(arch: tiny_models.Arch, tiny, tmp_path: 
     _, a = verify.describe(tiny.moe(arch))
     _, b = verify.describe(out)
     found = verify.differences(a, b)
-    names = draft.expert_names(gguf_file.read(out))
+    names = draft.expert_names(container.read(out))
     assert sorted(found["other_type"]) == sorted(names) and names and not found["other_bytes"]
 
 
@@ -129,7 +128,7 @@ def test_experts_alone_are_the_twins_experts_and_name_their_target(
     assert seen and list(tmp_path.iterdir()) == [out]
     _, alone = verify.describe(out)
     _, whole = verify.describe(twins["q3_k"])
-    names = draft.expert_names(gguf_file.read(bundled[0]))
+    names = draft.expert_names(container.read(bundled[0]))
     assert sorted(alone["tensors"]) == sorted(names) and not alone["is_model"]
     assert all(alone["tensors"][name] == whole["tensors"][name] for name in names)
     fields = gguf.GGUFReader(out).fields
@@ -145,7 +144,7 @@ def test_low_bits_take_an_importance_matrix(tiny, tmp_path: Path) -> None:
     importance = draft.importance_for(target, "iq2_xs", TEXT, dataset="prompts", most=256)
     assert importance is not None and draft.importance_for(target, "q2_k", TEXT, dataset="") is None
     draft.make(target, tmp_path / "twin.gguf", draft.recipe(target, "iq2_xs", importance, "prompts"))
-    file = gguf_file.read(tmp_path / "twin.gguf")
+    file = container.read(tmp_path / "twin.gguf")
     assert {file.tensors[name].type for name in draft.expert_names(file)} == {"IQ2_XS"}
     assert file.fields["quantize.imatrix.file"].value == "prompts"
 
@@ -202,7 +201,7 @@ def test_damage_is_found_by_hash_and_by_structure(bundled: tuple[Path, Path], tm
     found = verify.differences(a, b)
     assert len(found.pop("other_bytes")) == 1 and not any(found.values())
     (tmp_path / "short.gguf").write_bytes(data[:-5000])
-    with pytest.raises(gguf_file.GGUFError, match="after the file"):
+    with pytest.raises(container.GGUFError, match="after the file"):
         verify.describe(tmp_path / "short.gguf")
 
 
@@ -244,7 +243,7 @@ def test_quantize_says_what_it_did(bundled: tuple[Path, Path], tmp_path: Path) -
     made = run_json("quantize", *arguments, "--tokens", "64")
     assert made["n_bytes"] == foretold["n_bytes"] == (tmp_path / "out.gguf").stat().st_size
     assert len(made["sensitivity"]) == 6 and len(made["raised"]) == 2
-    types = {name: t.type for name, t in gguf_file.read(tmp_path / "out.gguf").tensors.items() if "up_exps" in name}
+    types = {name: t.type for name, t in container.read(tmp_path / "out.gguf").tensors.items() if "up_exps" in name}
     assert [i for i in range(6) if types[f"blk.{i}.ffn_up_exps.weight"] == "Q4_K"] == made["raised"]
 
 

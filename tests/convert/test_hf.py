@@ -16,7 +16,7 @@ from support.command import edge_speq
 from edge_speq.convert.evaluation import reader
 from edge_speq.convert.huggingface import hf, hf_child
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 
 OWN = """
 import runpy, sys
@@ -97,7 +97,7 @@ def test_tokens_and_logits_are_those_of_transformers(
 
 def test_experts_may_have_fewer_bits_than_the_rest(checkpoint: Path, tmp_path: Path) -> None:
     made = convert(checkpoint, tmp_path / "out.gguf", "--outtype", "q8_0", "--experts", "q4_k", "--name", "Tiny")
-    file = gguf_file.read(tmp_path / "out.gguf")
+    file = container.read(tmp_path / "out.gguf")
     kinds = {("exps" in name): tensor.type for name, tensor in file.tensors.items() if "ffn_up" in name}
     assert kinds == {True: "Q4_K"} and file.tensors["blk.0.attn_q.weight"].type == "Q8_0"
     assert file.fields["general.name"].value == "Tiny"
@@ -110,9 +110,9 @@ def test_an_unknown_rule_must_be_named(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint.write_checkpoint(tmp_path / "model", rule)
     arguments = ("convert", "hf", str(checkpoint), "-o", str(tmp_path / "out.gguf"), "--outtype", "f16")
     done = edge_speq(*arguments)
-    assert done.returncode == 1 and "--pre names one" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "with --pre" in done.stderr and "Traceback" not in done.stderr
     done = edge_speq(*arguments, "--pre", "gpt-2")
-    assert done.returncode == 2 and "makes other tokens of a text" in done.stderr
+    assert done.returncode == 2 and "tokenizes a text differently" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

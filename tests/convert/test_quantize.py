@@ -16,7 +16,7 @@ from support import tiny_models
 from edge_speq.convert.evaluation import reader
 from edge_speq.convert.quantization import imatrix, quantize, sensitivity, types
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 
 
 def sha(path: Path) -> str:
@@ -24,7 +24,7 @@ def sha(path: Path) -> str:
 
 
 def kinds(path: Path) -> dict[str, str]:
-    return {name: tensor.type.lower() for name, tensor in gguf_file.read(path).tensors.items()}
+    return {name: tensor.type.lower() for name, tensor in container.read(path).tensors.items()}
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,14 @@ def test_the_size_is_known_to_the_byte_before(arch: tiny_models.Arch, ftype: str
     assert quantize.quantize(source, out, recipe) == planned
     assert out.stat().st_size == planned.n_bytes
     assert kinds(out) == planned.types
-    assert sum(planned.bytes_by_type.values()) == sum(t.n_bytes for t in gguf_file.read(out).tensors.values())
+    assert sum(planned.bytes_by_type.values()) == sum(t.n_bytes for t in container.read(out).tensors.values())
 
 
 def test_a_dense_model_and_keys_that_are_added_count_too(tiny, tmp_path: Path) -> None:
     recipe = quantize.Recipe(types.ftype("q5_0"), texts={"general.description": "x" * 100})
     planned = quantize.quantize(tiny.dense(), tmp_path / "out.gguf", recipe)
     assert (tmp_path / "out.gguf").stat().st_size == planned.n_bytes
-    assert gguf_file.read(tmp_path / "out.gguf").fields["general.description"].value == "x" * 100
+    assert container.read(tmp_path / "out.gguf").fields["general.description"].value == "x" * 100
 
 
 def test_a_split_model_becomes_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_a_split_model_becomes_one_file(tmp_path: Path, monkeypatch: pytest.Monk
     first = min(tmp_path.glob("moe-00001-of-*.gguf"))
     planned = quantize.quantize(first, tmp_path / "out.gguf", quantize.recipe("q8_0"))
     assert (tmp_path / "out.gguf").stat().st_size == planned.n_bytes
-    assert "split.count" not in gguf_file.read(tmp_path / "out.gguf").fields
+    assert "split.count" not in container.read(tmp_path / "out.gguf").fields
 
 
 def test_another_alignment_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_another_alignment_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(tiny_models, "_begin", aligned)
     source = tiny_models.write_tiny(tmp_path / "aligned.gguf", "qwen3moe", n_layer=2)
-    assert gguf_file.read(source).fields["general.alignment"].value == 4096
+    assert container.read(source).fields["general.alignment"].value == 4096
     planned = quantize.quantize(source, tmp_path / "out.gguf", quantize.recipe("q8_0"))
     assert (tmp_path / "out.gguf").stat().st_size == planned.n_bytes
 
@@ -109,7 +109,7 @@ def test_types_that_do_not_fit_the_rows_are_counted(tiny, tmp_path: Path) -> Non
         (("q4_k_m", ["attn_v=q9"]), "not a tensor type"),
         (("q4_k_m", ["attn_(=q8_0"]), "not a pattern"),
         (("q4_k_m", (), "i32"), "not a tensor type"),
-        (("f16", (), "q4_k"), "heeds tensor types only"),
+        (("f16", (), "q4_k"), "uses tensor types only"),
     ],
 )
 def test_bad_recipes_are_named(arguments: tuple, message: str) -> None:
@@ -132,7 +132,7 @@ def test_low_bits_need_an_importance_matrix(
     options = {"importance": importance, "importance_name": "prompts.gguf"}
     recipe = quantize.recipe("q6_k", ["blk.[0-4].ffn.*_exps=q6_k"], "iq2_xs", **options)
     planned = quantize.quantize(bundled[0], tmp_path / "out.gguf", recipe)
-    fields = gguf_file.read(tmp_path / "out.gguf").fields
+    fields = container.read(tmp_path / "out.gguf").fields
     assert (tmp_path / "out.gguf").stat().st_size == planned.n_bytes
     assert fields["quantize.imatrix.file"].value == "prompts.gguf"
     assert fields["quantize.imatrix.entries_count"].value == len(importance.sums)

@@ -14,7 +14,7 @@ from support import tiny_models
 from support.exactness import MAX_WIDTH, WIDTHS, check_bit_identical, loaded, logits
 
 from edge_speq import EdgeError, _native
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 from edge_speq.gguf import model as gguf_model
 from edge_speq.runtime import loading
 
@@ -78,7 +78,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 def test_matrix(tiny, arch: str, options: dict[str, Any], kind: str, width: int) -> None:
     """Every architecture, type and width of a verify step, with slots for it from the floor to everything."""
     path = tiny.moe(arch, kind, **options)
-    experts = [tensor for name, tensor in gguf_file.read(path).tensors.items() if gguf_model.EXPERTS.fullmatch(name)]
+    experts = [tensor for name, tensor in container.read(path).tensors.items() if gguf_model.EXPERTS.fullmatch(name)]
     assert KINDS[kind] in {tensor.type for tensor in experts}
     assert {tensor.type for tensor in experts if tensor.ne[0] % 256} <= {"F16", "Q8_0", "Q5_0", "Q5_1", "IQ4_NL"}
     n_feasible = check_bit_identical(path, [40, 1, 1, 1, width, width, 1, 1, *[width] * 4])

@@ -12,7 +12,7 @@ import pytest
 from support import speculation
 
 from edge_speq import EdgeError, EdgeLlama, _native
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 
 PROMPT = "Once upon a time"
 
@@ -142,14 +142,14 @@ class Flaky(io.FileIO):
 def test_every_read_of_a_header_may_fail_or_be_short(
     bundled: tuple[Path, Path], short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = gguf_file.read(bundled[0])
-    monkeypatch.setattr(gguf_file, "FIRST_READ", 1000)  # so that there are several
+    expected = container.read(bundled[0])
+    monkeypatch.setattr(container, "FIRST_READ", 1000)  # so that there are several
     monkeypatch.setattr(Path, "open", lambda path, mode: Flaky(path))
     Flaky.short, Flaky.nth, Flaky.reads = short, 0, 0
-    assert gguf_file.read(bundled[0]) == expected
+    assert container.read(bundled[0]) == expected
     n_reads = Flaky.reads
     assert n_reads > 3
     for nth in range(1, n_reads + 1):
         Flaky.nth, Flaky.reads = nth, 0
         with pytest.raises(EdgeError, match="cannot be read"):
-            gguf_file.read(bundled[0])
+            container.read(bundled[0])

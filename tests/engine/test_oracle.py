@@ -19,8 +19,7 @@ from support.traces import EXPERTS, setting, text
 
 from edge_speq import EdgeError, trace
 from edge_speq.cli.main import main
-from edge_speq.policies import oracle
-from edge_speq.policies import registry as policies
+from edge_speq.policies import oracle, registry
 from edge_speq.policies.oracle import Oracle, Recorded
 from edge_speq.policies.published import draft_lengths
 from edge_speq.simulate.bounds import bounds
@@ -28,7 +27,7 @@ from edge_speq.simulate.costs import StepCosts
 from edge_speq.simulate.replay import Replay
 from edge_speq.trace import Step
 
-OTHERS = [name for name in policies.PRESETS if not policies.make(name, setting()).lossy and name != "oracle"]
+OTHERS = [name for name in registry.PRESETS if not registry.make(name, setting()).lossy and name != "oracle"]
 ASKED = 4  # prompts
 
 # --- replayed ------------------------------------------------------------------------------------------------
@@ -174,7 +173,7 @@ def test_live_it_writes_the_same_text_and_hits_most(
 def test_a_replay_gives_the_engines_counters(arms: dict[str, tuple[list[str], Any]], recorded: Path) -> None:
     known, stats = trace.read(recorded), arms["oracle"][1]
     rate = 12_500_000_000
-    made = policies.PolicyContext.nominal(known.experts, stats.plan.slots, 2, rate, has_twin=True)
+    made = registry.PolicyContext.nominal(known.experts, stats.plan.slots, 2, rate, has_twin=True)
     counters = dataclasses.asdict(Replay("oracle", made).run(known.steps).counters)
     assert counters == dataclasses.asdict(stats.experts) | {"cpu_ms": 0.0}
 
@@ -232,7 +231,7 @@ def test_what_it_cannot_know_is_refused(
     assert main(["bench", "--policy", "lru", "--trace", str(recorded)]) == 2
     assert "no policy reads --trace" in capsys.readouterr().err
     assert main(["run", str(bundled[0]), "--policy", "oracle"]) == 2
-    assert "there to be compared" in capsys.readouterr().err
+    assert "only for comparison" in capsys.readouterr().err
 
 
 def test_its_report_is_that_of_any_policy(bundled: tuple[Path, Path], recorded: Path) -> None:

@@ -200,7 +200,7 @@ def test_the_report_says_what_is_lossy(cut: tuple[Path, Path], capfd: pytest.Cap
     assert "lossy: a token runs 6 of its experts' 8 parts" in made["memory"]["plan"]["reason"]
     for command in ("run", "plan", "chat"):
         assert main([command, str(cut[1]), "--policy", "moe-prism"]) == 2
-        assert "there to be compared" in capfd.readouterr().err
+        assert "only for comparison" in capfd.readouterr().err
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ import pytest
 
 from edge_speq._native.policy_kernels import Pool
 from edge_speq.core import ExpertGroup, Experts
-from edge_speq.policies import registry as policies
+from edge_speq.policies import registry
 from edge_speq.policies.context import PolicyContext
 from edge_speq.policies.set_dueling import DECAYS, SetDueling
 from edge_speq.simulate.slots import Residency
@@ -43,7 +43,7 @@ def waves(n_steps: int) -> np.ndarray:
     return steps
 
 
-def misses(policy: policies.Policy, steps: np.ndarray, share: float, *, shows: bool = False) -> int:
+def misses(policy: registry.Policy, steps: np.ndarray, share: float, *, shows: bool = False) -> int:
     """shows: a draft that is always right."""
     slots = Residency(EXPERTS, setting(share).slots, link_bytes_per_s=10**9, block_ns=500)
     for routing in steps:
@@ -61,12 +61,12 @@ def test_a_twin_that_is_not_asked_leaves_the_slots_to_the_rules() -> None:
     """And has them while it is."""
     twin = dataclasses.replace(setting(1 / 4), has_twin=True)
     auto, rules, waits = (
-        policies.make(*given) for given in (("auto", twin), ("auto", setting(1 / 4)), ("waits", twin))
+        registry.make(*given) for given in (("auto", twin), ("auto", setting(1 / 4)), ("waits", twin))
     )
     found = [misses(policy, loops(400), 1 / 4) for policy in (auto, rules, waits)]
     assert found[0] == pytest.approx(found[1], rel=0.02) and found[0] != found[2]
-    shown = [misses(policies.make(name, twin), loops(100), 1 / 4, shows=True) for name in ("auto", "waits")]
-    assert shown[0] == shown[1] < misses(policies.make("auto", twin), loops(100), 1 / 4)
+    shown = [misses(registry.make(name, twin), loops(100), 1 / 4, shows=True) for name in ("auto", "waits")]
+    assert shown[0] == shown[1] < misses(registry.make("auto", twin), loops(100), 1 / 4)
 
 
 def test_a_prompt_says_what_is_wanted_often() -> None:
@@ -87,7 +87,7 @@ def test_slots_follow_the_rule_that_misses_least(text, rule: str) -> None:
     steps = text(400)
     duel = SetDueling(setting(1 / 4))
     seen = misses(duel, steps, 1 / 4)
-    others = {name: misses(policies.make(name, setting(1 / 4)), steps, 1 / 4) for name in ("lru", "lfru")}
+    others = {name: misses(registry.make(name, setting(1 / 4)), steps, 1 / 4) for name in ("lru", "lfru")}
     assert duel.rule.startswith(rule)
     assert seen <= 1.03 * others["lru"]
     if rule == "frequency":
@@ -149,7 +149,7 @@ def test_what_rules_count_is_what_was_demanded() -> None:
 
 
 def test_auto_without_a_twin_is_the_duel() -> None:
-    made = policies.make("auto", setting(1 / 4))
+    made = registry.make("auto", setting(1 / 4))
     assert isinstance(made, SetDueling) and made.name == "auto" and made.sees == "counts"
 
 

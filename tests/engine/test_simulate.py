@@ -24,7 +24,7 @@ from edge_speq.bench.recorder import Recorder
 from edge_speq.cli.main import main
 from edge_speq.core import ExpertCounters, ExpertGroup, Experts
 from edge_speq.errors import EdgeError
-from edge_speq.policies import registry as policies
+from edge_speq.policies import registry
 from edge_speq.policies.base import Policy
 from edge_speq.policies.context import Slots
 from edge_speq.policies.prediction import Routing, make_requests
@@ -36,9 +36,9 @@ from edge_speq.simulate.costs import StepCosts
 from edge_speq.simulate.replay import Replay
 from edge_speq.trace.writer import Writer
 
-LOSSLESS = [name for name in policies.PRESETS if not policies.make(name, setting()).lossy]
+LOSSLESS = [name for name in registry.PRESETS if not registry.make(name, setting()).lossy]
 FETCHING = ("auto", "twin", "waits", "moe-speq", "sp-moe")
-IN_SLOTS = [name for name in policies.PRESETS if policies.make(name, setting()).place == "slots"]
+IN_SLOTS = [name for name in registry.PRESETS if registry.make(name, setting()).place == "slots"]
 
 # --- against the engine --------------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ def test_step_times_are_predicted(bundled: tuple[Path, Path]) -> None:
     link = 100_000_000
     options: dict[str, Any] = {"policy": "lru", "link": link, "n_ctx": 512, "n_threads": 1}
 
-    def run(share: str) -> tuple[list[trace.Step], policies.PolicyContext]:
+    def run(share: str) -> tuple[list[trace.Step], registry.PolicyContext]:
         model = Recorder(str(bundled[0]), resident=share, **options)
         recorded: list[trace.Step] = []
         model.sink = recorded.append
@@ -106,7 +106,7 @@ def test_step_times_are_predicted(bundled: tuple[Path, Path]) -> None:
                 model.begin_passage(index)
                 model.create_completion("The sea", max_tokens=64, temperature=0.8, seed=index)
             model.write()
-            return recorded, policies.PolicyContext(model._experts, model._plan.slots, 0, link, 0.0, 0.0)
+            return recorded, registry.PolicyContext(model._experts, model._plan.slots, 0, link, 0.0, 0.0)
 
     recorded, made = run("1/4")
     fitted = StepCosts.fit(recorded)
@@ -168,7 +168,7 @@ def test_no_lossless_policy_beats_the_bounds(name: str) -> None:
 class Raises(Policy):
     name = "raises"
 
-    def __init__(self, made: policies.PolicyContext, where: str, after: int) -> None:
+    def __init__(self, made: registry.PolicyContext, where: str, after: int) -> None:
         super().__init__(made)
         self._where, self._left = where, after
 
@@ -196,7 +196,7 @@ def test_a_policy_that_raises_is_reported_and_lru_takes_over(where: str, caplog:
 
 def test_a_lossy_policy_that_raises_leaves_whole_experts() -> None:
     made = setting()
-    policy = policies.make("moe-prism", made)
+    policy = registry.make("moe-prism", made)
     policy.demanded = lambda *_: 1 // 0  # type: ignore[method-assign]
     outcome = Replay(policy, made).run(text(3, 20))
     assert outcome.failed and outcome.kept_pairs == 1.0
@@ -274,9 +274,9 @@ def test_a_missing_first_token_is_stood_in_for() -> None:
 
 def test_transfers_go_on_while_the_draft_runs() -> None:
     made = setting()
-    place = placement.place(policies.make("lru", made), made)
-    requests = make_requests(np.array([0, 0]), np.array([3, 5]), priority=1.0)
-    place.prefetch(requests)
+    place = placement.place(registry.make("lru", made), made)
+    orders = make_requests(np.array([0, 0]), np.array([3, 5]), priority=1.0)
+    place.prefetch(orders)
     place.wait(1400)  # ns: one of two experts of 1 us each has come
     place.demand(0, [3, 5])
     c = place.counters()
@@ -342,7 +342,7 @@ def file(tmp_path: Path) -> Path:
 def test_every_preset_is_compared(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", str(file), "--policy", "all", "--resident", "1/2,3/4", "--by-class", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    without_file = [name for name in policies.PRESETS if name != "learned"]
+    without_file = [name for name in registry.PRESETS if name != "learned"]
     assert {row["policy"] for row in rows} == {"belady", *without_file}
     assert {row["domain"] for row in rows} == {"prose", "code", "all"}
     assert len(rows) == 2 * 3 * (1 + len(without_file)) and not any(row["failed"] for row in rows)

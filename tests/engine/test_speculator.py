@@ -15,7 +15,7 @@ from support.speculation import llm, prompts, texts
 from edge_speq import EdgeError, EdgeLlama
 from edge_speq.core import POLICIES, SLOT_POLICIES
 from edge_speq.engine.draft_length.lookahead_depth import PERIOD, TRIAL, LookaheadDepth
-from edge_speq.policies import registry as presets
+from edge_speq.policies import registry
 from edge_speq.policies.base import Policy
 from edge_speq.policies.published.draft_lengths import Cascade, Roofline
 
@@ -68,7 +68,7 @@ def test_a_published_governor_chooses_lengths_that_are_not_fixed(
 
 
 def test_every_preset_can_be_asked_for() -> None:
-    assert set(presets.PRESETS) <= set(POLICIES)
+    assert set(registry.PRESETS) <= set(POLICIES)
 
 
 @pytest.mark.parametrize(("policy", "on_miss"), [("moe-spac", "fetch"), ("moe-speq", "hybrid"), ("lru", "hybrid")])
@@ -94,8 +94,8 @@ class Broken(Policy):
     is_timed = False  # it is its own governor
     where = ""
 
-    def __init__(self, context: presets.PolicyContext) -> None:
-        super().__init__(context)
+    def __init__(self, setting: registry.PolicyContext) -> None:
+        super().__init__(setting)
         self._steps = 0
         if self.where == "governor":
             self.governor = self
@@ -108,10 +108,10 @@ class Broken(Policy):
         self._fail("ahead")
         return 2
 
-    def on_draft_token(self, slots: presets.Slots, draft_routing: Any) -> None:
+    def on_draft_token(self, slots: registry.Slots, draft_routing: Any) -> None:
         self._fail("on_draft_token")
 
-    def plan_prefetch(self, slots: presets.Slots, draft_routing: Any, n_drafted: int) -> None:
+    def plan_prefetch(self, slots: registry.Slots, draft_routing: Any, n_drafted: int) -> None:
         self._steps += 1
         slots.scores[:] = np.nan if self.where == "scores" and self._steps > 2 else self._steps
         self._fail("plan_prefetch")
@@ -134,7 +134,7 @@ def test_a_policy_that_fails_costs_no_request(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(Broken, "where", where)
-    monkeypatch.setitem(presets.PRESETS, "waits", Broken)
+    monkeypatch.setitem(registry.PRESETS, "waits", Broken)
     options = {} if where == "governor" else {"draft_tokens": 2}
     with llm(bundled[0], draft=twin, policy="waits", **options) as model, caplog.at_level(logging.WARNING):
         assert texts(model, prompts()[:3]) == expected

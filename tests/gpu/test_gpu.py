@@ -17,7 +17,7 @@ from llama_cpp import _internals as internals
 from support import exactness, hybrid, speculation
 
 from edge_speq import EdgeLlama, _native
-from edge_speq.runtime import loading as engine
+from edge_speq.runtime import loading
 from edge_speq.trace.gates import GateReader
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +53,7 @@ def check_slot_counts(path: Path, width: int) -> None:
 def all_on_device(path: Path, widths: list[int]) -> np.ndarray:
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 99
-    with contextlib.closing(engine.load_model(path, params, "model")) as model:
+    with contextlib.closing(loading.load_model(path, params, "model")) as model:
         return exactness.logits(model, None, widths)
 
 
@@ -182,7 +182,7 @@ def routers_on_device(path: Path, widths: list[int]) -> tuple[np.ndarray, np.nda
     params.n_gpu_layers = 99
     gates = GateReader()
     weights: list[np.ndarray] = []
-    with contextlib.closing(engine.load_model(path, params, "model")) as model:
+    with contextlib.closing(loading.load_model(path, params, "model")) as model:
         experts = _native.model_experts(model.model)
         hook = _native.Hook(model.model, experts, exactness.MAX_WIDTH)
         watched = Watched(hook)
@@ -224,9 +224,9 @@ def until_another_expert(routed: np.ndarray, other: np.ndarray, probs: np.ndarra
 def page_locked(path: Path) -> Iterator[internals.LlamaModel]:
     params = llama_cpp.llama_model_default_params()
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-    keep_alive = engine.experts_on_host(params)
-    engine.pin_experts(keep_alive)
-    with contextlib.closing(engine.load_model(path, params, "model")) as model:
+    keep_alive = loading.experts_on_host(params)
+    loading.pin_experts(keep_alive)
+    with contextlib.closing(loading.load_model(path, params, "model")) as model:
         yield model
 
 

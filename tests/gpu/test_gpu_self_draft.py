@@ -13,8 +13,7 @@ from support import exactness, speculation
 
 from edge_speq import _native
 from edge_speq.convert.quantization import draft as convert_draft
-from edge_speq.gguf import container as gguf_file
-from edge_speq.gguf import draft_experts
+from edge_speq.gguf import container, draft_experts
 from edge_speq.gguf import model as gguf_model
 from edge_speq.runtime import loading
 
@@ -54,7 +53,7 @@ def logits_between_drafts(model: internals.LlamaModel, hook: _native.Hook, uses:
 
 @pytest.mark.parametrize("uses", ["draft", "resident"])
 def test_drafts_leave_no_trace_in_the_logits(bundled: tuple[Path, Path], experts_only: Path, uses: str) -> None:
-    twin = draft_experts.read(gguf_file.read(experts_only), gguf_model.check_model(bundled[0]))
+    twin = draft_experts.read(container.read(experts_only), gguf_model.check_model(bundled[0]))
     seen = []
     with exactness.loaded(bundled[0]) as model:
         experts = _native.model_experts(model.model)

@@ -21,7 +21,7 @@ import pytest
 from support import deaths
 
 from edge_speq import Budget, EdgeError, Session
-from edge_speq.session.subprocess.process import Process, obituary
+from edge_speq.session.subprocess.process import Process, exit_error
 from edge_speq.session.subprocess.wire import loads, portable
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills with POSIX signals")
@@ -66,7 +66,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 DEATHS = {
     deaths.native_abort: r"SIGABRT.*GGML_ASSERT\(the sky is green\) failed",
     deaths.read_nowhere: "SIGSEGV",
-    deaths.run_out_of_memory: "SIGKILL.*no memory is left",
+    deaths.run_out_of_memory: "SIGKILL.*runs out of memory",
     deaths.leave: "exit code 3",
 }
 
@@ -319,16 +319,16 @@ def test_no_core_file_delays_the_error(session: Session) -> None:
 
 
 def test_obituaries() -> None:
-    assert obituary(-6, ["a", "x.c:7: GGML_ASSERT(b) failed", "c"]).message == (
+    assert exit_error(-6, ["a", "x.c:7: GGML_ASSERT(b) failed", "c"]).message == (
         "the engine's process was ended by SIGABRT: x.c:7: GGML_ASSERT(b) failed"
     )
-    assert "exit code 1: last" in obituary(1, ["first", "last"]).message
-    assert re.search("signal 99$", obituary(-99, []).message)
+    assert "exit code 1: last" in exit_error(1, ["first", "last"]).message
+    assert re.search("signal 99$", exit_error(-99, []).message)
 
 
 def test_errors_that_travel() -> None:
     error = EdgeError("cause", "remedy", usage=True)
     assert portable(error) is error
     assert isinstance(portable(ValueError("x")), ValueError)
-    with pytest.raises(EdgeError, match="cannot be read"):
+    with pytest.raises(EdgeError, match="cannot be unpickled"):
         loads(b"not a pickle")

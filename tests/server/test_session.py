@@ -193,7 +193,7 @@ def test_a_reader_who_does_not_read_holds_nothing_up_for_long(open_session: Call
         assert session.call("token_eos") is not None
         assert 0.3 < time.perf_counter() - started < 5.0
         assert len(forgotten._request._items) == 10
-        with pytest.raises(EdgeError, match="nobody has read"):
+        with pytest.raises(EdgeError, match="was not read for"):
             list(forgotten)
         slow = session.stream(PROMPT, **(ENDLESS | {"max_tokens": 40}))
         for _ in slow:

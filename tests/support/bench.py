@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edge_speq import texts as prompts
+from edge_speq import texts
 from edge_speq.bench.arms import BenchSettings
 from edge_speq.bench.matrix import Case
 
-SHORT = tuple(prompts.Prompt(name, name, f"Once upon a {name} there was") for name in ("time", "hill"))
+SHORT = tuple(texts.Prompt(name, name, f"Once upon a {name} there was") for name in ("time", "hill"))
 
 
 def settings(bundled: tuple[Path, Path], **changes: Any) -> BenchSettings:
@@ -21,7 +21,7 @@ def settings(bundled: tuple[Path, Path], **changes: Any) -> BenchSettings:
         "draft_tokens": (0,),
         "threads": (1,),
         "cases": (Case(0, 8),),
-        "texts": prompts.Texts(SHORT, SHORT),
+        "texts": texts.Texts(SHORT, SHORT),
         "repetitions": 1,
         "resident": "1/4",
         "vram_budget": None,

@@ -17,7 +17,7 @@ from edge_speq.gguf.container import read
 from edge_speq.planning import profile
 from edge_speq.planning.profile import TuneProfile
 from edge_speq.tune import choose_draft, measure
-from edge_speq.tune.measure import Gauge, Trial, Worth
+from edge_speq.tune.measure import DraftValue, Gauge, Trial
 from edge_speq.tune.tuner import TuneOptions
 
 Pair = tuple[Path, Path]
@@ -48,7 +48,7 @@ class Tuned:
     """A Tuner that measured nothing. What it says of each draft: speeds in turn by number of threads."""
 
     n = 16
-    best, worth, trial_seconds = None, None, 0.0
+    best, draft_value, trial_seconds = None, None, 0.0
     speeds: dict[str | None, dict[int, list[float]]]
     tokens_per_step = 1.5
     tried: list[tuple[str | None, int]]
@@ -160,15 +160,15 @@ def test_a_file_that_is_not_there_is_an_error_at_once(bundled: Pair, tmp_path: P
         choose_draft.Choice(TuneOptions(str(bundled[0])), ["self", str(tmp_path / "none.gguf")])
 
 
-def worth(bundled: Pair, **options: Any) -> Worth:
+def draft_value(bundled: Pair, **options: Any) -> DraftValue:
     options = {"vram_budget": "45MiB", "n_threads": 1} | OPTIONS | options
     with contextlib.closing(Gauge(str(bundled[0]), **options)) as llm:
         done, _ = measure.live(llm, measure.tokens_of(llm, ["The old house stood"], 8), 24, 5.0)
-        return measure.worth(llm, done)
+        return measure.draft_value(llm, done)
 
 
 def test_a_drafts_bytes_come_off_the_slots(bundled: Pair) -> None:
-    none, small = worth(bundled, resident="3/4"), worth(bundled, draft=str(bundled[1]))
+    none, small = draft_value(bundled, resident="3/4"), draft_value(bundled, draft=str(bundled[1]))
     assert (none.draft_bytes, none.acceptance) == (0, None) and none.resident == pytest.approx(0.75, abs=0.01)
     assert small.draft_bytes > 2**20 and small.resident is not None and small.resident < 0.6
     assert small.k > 0 and small.acceptance is not None and small.tokens_per_step > 1
@@ -182,7 +182,7 @@ def test_a_gauge_that_must_draft_says_why_it_cannot(bundled: Pair) -> None:
 def test_a_twins_experts_are_counted_once(bundled: Pair, tmp_path: Path) -> None:
     out = tmp_path / "experts.gguf"
     convert_draft.make(bundled[0], out, convert_draft.recipe(bundled[0], "q2_k"), experts_only=True)
-    found = worth(bundled, draft=str(out), resident="1/4")
+    found = draft_value(bundled, draft=str(out), resident="1/4")
     assert found.draft_bytes == sum(tensor.n_bytes for tensor in read(out).tensors.values())
     assert found.precision is not None and found.recall is not None and found.precision > 0.5
 

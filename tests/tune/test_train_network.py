@@ -19,7 +19,7 @@ from edge_speq import EdgeError, trace
 from edge_speq.bench.recorder import Recorder
 from edge_speq.cli.main import main
 from edge_speq.core import Experts
-from edge_speq.policies import registry as policies
+from edge_speq.policies import registry
 from edge_speq.policies.context import PolicyContext
 from edge_speq.policies.learned import network_file
 from edge_speq.policies.learned.network import Learned
@@ -85,7 +85,7 @@ def test_what_tokens_decide_is_learned(trained: dict[str, Weights]) -> None:
     for name, draft in (("tokens", None), ("draft", SMALL)):
         steps, given = text(9, 400, draft), setting(trained[name])
         runs = {
-            policy: Replay(policies.make(policy, given), given).run(steps) for policy in ("lfru", "learned", "auto")
+            policy: Replay(registry.make(policy, given), given).run(steps) for policy in ("lfru", "learned", "auto")
         }
         assert all(run.failed is None for run in runs.values())
         assert (runs["learned"].counters.misses or 0) < 0.8 * (runs["lfru"].counters.misses or 0)
@@ -129,7 +129,7 @@ def test_nothing_is_fetched_while_too_much_of_it_would_be_wasted(trained: dict[s
     if not sure:
         other = np.random.default_rng(99)
         steps = [dataclasses.replace(step, routing=other.permuted(step.routing, axis=0)) for step in steps]
-    policy = policies.make("learned", setting(trained["tokens"]))
+    policy = registry.make("learned", setting(trained["tokens"]))
     assert isinstance(policy, Learning)
     c = Replay(policy, setting(trained["tokens"])).run(steps).counters
     assert (policy.wasted <= MOST_WASTED) == sure
@@ -182,7 +182,7 @@ def test_a_replay_gives_the_engines_counters(
         slots, live = llm_.stats().plan.slots, llm_.stats().experts
     found, learned = trace.read(out), network_file.read(foresight[1])
     given = PolicyContext.nominal(found.experts, slots, 2, 12_500_000_000, learned, has_twin=False)
-    replayed = Replay(policies.make("learned", given), given).run(found.steps).counters
+    replayed = Replay(registry.make("learned", given), given).run(found.steps).counters
     assert (replayed.hits, replayed.misses, replayed.prefetched, replayed.bytes_fetched) == (
         live.hits,
         live.misses,

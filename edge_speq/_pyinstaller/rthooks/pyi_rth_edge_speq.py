@@ -1,4 +1,4 @@
-"""Before the application's own code: a process that was started to be the engine of a session becomes it here."""
+"""Runs before the application: if this process was started as the engine of a session, run the engine instead."""
 
 from edge_speq.session.subprocess.freeze import freeze_support
 

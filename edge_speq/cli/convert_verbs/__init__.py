@@ -1,1 +1,1 @@
-"""The verbs of `edge-speq convert`, one a file: `add_parser(verbs)` registers it and sets `verb` to what runs it."""
+"""Verbs of `edge-speq convert`, one per module: `add_parser(verbs)` registers it and sets `verb` to its function."""

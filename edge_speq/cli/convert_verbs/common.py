@@ -1,4 +1,4 @@
-"""What the verbs of `edge-speq convert` share: their options, the line of progress, lines of their reports."""
+"""Options, progress line and report lines that the verbs of `edge-speq convert` share."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from edge_speq.cli.progress import Line
 from edge_speq.progress import Progress, silent
 from edge_speq.units import format_bytes
 
-TOKENS = 2048  # that models read to be compared
+TOKENS = 2048  # tokens of a comparison of two models
 
 
 def add_writing(p: argparse.ArgumentParser) -> None:
     """Add -o and the options of a verb that writes a file."""
-    p.add_argument("-o", "--out", metavar="FILE", required=True, help="what to write")
+    p.add_argument("-o", "--out", metavar="FILE", required=True, help="file to write")
     add_flags(p)
 
 
 def add_flags(p: argparse.ArgumentParser) -> None:
     """Add --force, --dry-run, --json and --verbose."""
-    p.add_argument("--force", action="store_true", help="replace the output where it exists")
-    p.add_argument("--dry-run", action="store_true", help="check everything and say how large the output will be")
+    p.add_argument("--force", action="store_true", help="replace an existing output")
+    p.add_argument("--dry-run", action="store_true", help="only check, and show the size of the output")
     arguments.add_output(p, json="print one JSON object")
 
 
 def add_text(p: argparse.ArgumentParser) -> None:
-    """Add --text and --tokens of a verb that lets models read."""
-    p.add_argument("--text", metavar="FILE", help="what the models read (the prompts that come with edge_speq)")
+    """Add --text and --tokens of a verb that runs models on a text."""
+    p.add_argument("--text", metavar="FILE", help="text that the models read (the bundled prompts)")
     p.add_argument(
-        "--tokens", metavar="N", type=positive, default=TOKENS, help="most tokens of it to compare (%(default)s)"
+        "--tokens", metavar="N", type=positive, default=TOKENS, help="tokens of it to compare, at most (%(default)s)"
     )
 
 
@@ -48,7 +48,7 @@ def positive(text: str) -> int:
 def progress(options: argparse.Namespace, doing: str, unit: str = "") -> Iterator[Progress]:
     """Yield a Progress that shows percent, rate and time left on a terminal; nothing with --json or without a terminal.
 
-    It counts bytes unless there is a unit.
+    Amounts are in bytes unless there is a unit.
     """
     if options.json or not sys.stderr.isatty():
         yield silent
@@ -58,16 +58,16 @@ def progress(options: argparse.Namespace, doing: str, unit: str = "") -> Iterato
 
 
 def written(summary: dict[str, Any]) -> str:
-    """Return `OUT: 812.5 MiB (851968000 bytes)` of a summary with `out`, `n_bytes` and `dry_run`."""
+    """Return `OUT: 812.5 MiB (851968000 bytes)` for a summary with `out`, `n_bytes` and `dry_run`."""
     would = "would be " if summary["dry_run"] else ""
     return f"{summary['out']}: {would}{format_bytes(summary['n_bytes'])} ({summary['n_bytes']} bytes)"
 
 
 def agreement(found: dict[str, Any]) -> str:
-    """Return the lines of a report on Agreement.to_dict()."""
+    """Return the report lines of Agreement.to_dict()."""
     lines = [
-        f"on {found['n_tokens']} tokens: {found['token_agreement']:.1%} would be the same, logits differ by NMSE "
-        f"{found['nmse']:.2e}, KL {found['kl']:.2e} nats, perplexity {found['perplexity']:.3f} and "
+        f"on {found['n_tokens']} tokens: {found['token_agreement']:.1%} of the next tokens agree, logits differ by "
+        f"NMSE {found['nmse']:.2e}, KL {found['kl']:.2e} nats, perplexity {found['perplexity']:.3f} and "
         f"{found['perplexity_other']:.3f}"
     ]
     if found["expert_agreement"] is not None:

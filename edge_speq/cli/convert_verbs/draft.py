@@ -1,4 +1,4 @@
-"""edge-speq convert draft: the target with its experts at low bits, as a draft that routes as the target does."""
+"""edge-speq convert draft: make a twin, a copy of the target with low-bit experts, as its draft."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from edge_speq.cli.convert_verbs import common
 def add_parser(verbs: Any) -> None:
     p: argparse.ArgumentParser = verbs.add_parser(
         "draft",
-        help="a low-bit twin of a MoE, as its draft",
-        description="Writes a copy of a MoE whose routed experts have few bits and whose other tensors are kept byte "
-        "for byte: as a draft it proposes what the target would say and foresees which experts the target needs.",
+        help="make a low-bit copy of a MoE as its draft",
+        description="Writes a copy of a MoE with low-bit routed experts and unchanged other tensors. As a draft it "
+        "proposes tokens, and its routing predicts the target's experts.",
     )
     p.add_argument("target", metavar="TARGET", help="a GGUF file of a MoE")
-    p.add_argument("--type", metavar="TYPE", required=True, help="of the experts: iq2_xs, q2_k, q3_k, ...")
-    p.add_argument("--experts-only", action="store_true", help="write only the experts, for use with TARGET's own rest")
-    p.add_argument("--imatrix", metavar="FILE", help="an importance matrix; made on the text where the type needs one")
-    p.add_argument("--no-measure", action="store_true", help="do not compare the twin with the target")
+    p.add_argument("--type", metavar="TYPE", required=True, help="type of the experts: iq2_xs, q2_k, q3_k, ...")
+    p.add_argument(
+        "--experts-only", action="store_true", help="write only the experts; the draft shares TARGET's other tensors"
+    )
+    p.add_argument(
+        "--imatrix", metavar="FILE", help="importance matrix (default: made from the text if the type needs one)"
+    )
+    p.add_argument("--no-measure", action="store_true", help="do not compare the copy with the target")
     common.add_text(p)
     common.add_writing(p)
     p.set_defaults(verb=draft)
@@ -34,7 +38,7 @@ def draft(options: argparse.Namespace) -> int:
     from edge_speq.gguf import atomic
 
     atomic.check(options.out, options.force, sources=[options.target])
-    # an importance matrix is made on the second half of the text, so that the first half is new to the twin
+    # the importance matrix uses the second half of the text, so that the comparison on the first half is unbiased
     text = reader.read_text(options.text)
     half = len(text) // 2
     name = Path(options.imatrix or options.text or "edge_speq prompts").name
@@ -88,7 +92,7 @@ def _make(options: argparse.Namespace, recipe: Any, text: str) -> dict[str, Any]
 
 
 def _summary(options: argparse.Namespace, n_bytes: int, agreement: dict[str, Any] | None) -> dict[str, Any]:
-    from edge_speq.gguf import container as gguf_file
+    from edge_speq.gguf import container
 
     return {
         "target": options.target,
@@ -97,7 +101,7 @@ def _summary(options: argparse.Namespace, n_bytes: int, agreement: dict[str, Any
         "type": options.type.lower(),
         "experts_only": options.experts_only,
         "n_bytes": n_bytes,
-        "target_bytes": gguf_file.read(options.target).size,
+        "target_bytes": container.read(options.target).size,
         "agreement": agreement,
     }
 

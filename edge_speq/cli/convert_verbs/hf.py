@@ -1,4 +1,4 @@
-"""edge-speq convert hf: a GGUF file of a Hugging Face checkpoint."""
+"""edge-speq convert hf: make a GGUF file from a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from edge_speq.cli.convert_verbs import common
 def add_parser(verbs: Any) -> None:
     p: argparse.ArgumentParser = verbs.add_parser(
         "hf",
-        help="a GGUF of a Hugging Face checkpoint",
-        description="Converts a checkpoint with llama.cpp's own converter, then quantizes it where the type asks for "
-        "it. Needs the extra edge-speq[convert].",
+        help="make a GGUF file from a Hugging Face checkpoint",
+        description="Converts a checkpoint with llama.cpp's converter, then quantizes it if the type requires it. "
+        "Needs the extra edge-speq[convert].",
     )
-    p.add_argument("folder", metavar="DIR", help="the folder of a Hugging Face checkpoint")
+    p.add_argument("folder", metavar="DIR", help="folder of a Hugging Face checkpoint")
     p.add_argument(
         "--outtype",
         metavar="TYPE",
         default="q8_0",
-        help="f32, f16, bf16, auto (the checkpoint's own), q8_0, or one of convert quantize (%(default)s)",
+        help="f32, f16, bf16, auto (the checkpoint's own), q8_0, or a type of convert quantize (%(default)s)",
     )
-    p.add_argument("--experts", metavar="TYPE", help="the type of all routed experts")
-    p.add_argument("--tensor-type", metavar="PATTERN=TYPE", action="append", default=[], help="as of convert quantize")
-    p.add_argument("--imatrix", metavar="FILE", help="an importance matrix")
-    p.add_argument("--pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it is not recognized")
-    p.add_argument("--name", metavar="NAME", help="the model's name in the file")
+    p.add_argument("--experts", metavar="TYPE", help="type of all routed experts")
+    p.add_argument("--tensor-type", metavar="PATTERN=TYPE", action="append", default=[], help="as in convert quantize")
+    p.add_argument("--imatrix", metavar="FILE", help="importance matrix")
+    p.add_argument("--pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, if it is not recognized")
+    p.add_argument("--name", metavar="NAME", help="name of the model in the file")
     common.add_writing(p)
     p.set_defaults(verb=hf)
 
@@ -80,5 +80,7 @@ def hf(options: argparse.Namespace) -> int:
 def report(summary: dict[str, Any]) -> str:
     lines = [f"{common.written(summary)}, {summary['outtype']}"]
     if summary["pre_by"] == "definition":
-        lines.append(f"the tokenizer is new to llama.cpp's converter; its definition is that of {summary['pre']}")
+        lines.append(
+            f"llama.cpp's converter does not know the tokenizer; its definition equals that of {summary['pre']}"
+        )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""edge-speq convert imatrix: which inputs of each weight matter, from a text that the model reads."""
+"""edge-speq convert imatrix: make an importance matrix from a text that the model reads."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from edge_speq.cli.convert_verbs import common
 def add_parser(verbs: Any) -> None:
     p: argparse.ArgumentParser = verbs.add_parser(
         "imatrix",
-        help="an importance matrix",
-        description="Lets a model read a text on the CPU and writes the mean squared activation of every input of "
+        help="make an importance matrix",
+        description="Runs a model on a text, on the CPU, and writes the mean squared activation of every input of "
         "every weight and expert, in llama.cpp's GGUF format.",
     )
     p.add_argument("model", metavar="MODEL", help="a GGUF file")
-    p.add_argument("text", metavar="TEXT", nargs="?", help="a text file (the prompts that come with edge_speq)")
-    p.add_argument("--tokens", metavar="N", type=common.positive, help="most tokens to read (all)")
+    p.add_argument("text", metavar="TEXT", nargs="?", help="a text file (the bundled prompts)")
+    p.add_argument("--tokens", metavar="N", type=common.positive, help="tokens to read, at most (all)")
     p.add_argument("-t", "--threads", metavar="N", type=common.positive, help="CPU threads")
     common.add_writing(p)
     p.set_defaults(verb=imatrix)
@@ -34,7 +34,7 @@ def imatrix(options: argparse.Namespace) -> int:
     atomic.check(options.out, options.force, sources=sources)
     text = reader.read_text(options.text)
     if options.dry_run:
-        # the shapes of what is observed are known only when a token has been read
+        # shapes are known only after some tokens were read
         found = matrix.collect(options.model, text, dataset=_dataset(options), most=reader.LEAST)
         n_bytes = matrix.size(found)
         atomic.check(options.out, options.force, sources=sources, expected_bytes=n_bytes)

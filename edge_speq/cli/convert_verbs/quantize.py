@@ -1,4 +1,4 @@
-"""edge-speq convert quantize: another GGUF of the same model, with fewer bits."""
+"""edge-speq convert quantize: quantize a GGUF file with llama.cpp."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from edge_speq.units import format_bytes
 def add_parser(verbs: Any) -> None:
     p: argparse.ArgumentParser = verbs.add_parser(
         "quantize",
-        help="a GGUF with fewer bits",
+        help="quantize a GGUF file",
         description="Quantizes a GGUF file with llama.cpp. Types: " + ", ".join(FTYPES) + ".",
     )
-    p.add_argument("source", metavar="IN", help="a GGUF file, F16 or BF16 best")
-    p.add_argument("out", metavar="OUT", help="what to write")
-    p.add_argument("--type", metavar="TYPE", required=True, help="the file's type, such as q4_k_m: a mix of types")
+    p.add_argument("source", metavar="IN", help="a GGUF file, best F16 or BF16")
+    p.add_argument("out", metavar="OUT", help="file to write")
+    p.add_argument("--type", metavar="TYPE", required=True, help="type of the file, such as q4_k_m")
     p.add_argument(
         "--tensor-type",
         metavar="PATTERN=TYPE",
         action="append",
         default=[],
-        help="the type of tensors whose names match the regular expression; the first that matches counts",
+        help="type of tensors whose names match a regular expression; the first match counts",
     )
-    p.add_argument("--experts", metavar="TYPE", help="the type of all routed experts")
+    p.add_argument("--experts", metavar="TYPE", help="type of all routed experts")
     p.add_argument(
         "--raise",
         dest="raised",
         metavar="N=TYPE",
-        help="a better type for the experts of the N blocks that suffer most with --experts, as measured on the text",
+        help="better type for the experts of the N most sensitive blocks, as measured on the text",
     )
-    p.add_argument("--imatrix", metavar="FILE", help="an importance matrix, of convert imatrix or llama-imatrix")
+    p.add_argument("--imatrix", metavar="FILE", help="importance matrix of convert imatrix or llama-imatrix")
     common.add_text(p)
     common.add_flags(p)
     p.set_defaults(verb=quantize)
@@ -82,8 +82,8 @@ def _raised(options: argparse.Namespace, importance: Any) -> tuple[dict[int, flo
     n, kind = sensitivity.parse_raise(options.raised)
     types.tensor_type(kind)
     if options.experts is None:
-        raise EdgeError("--raise is about what --experts lowers", "give --experts TYPE too", usage=True)
-    if options.dry_run:  # which blocks does not matter for the size where all have the same shapes
+        raise EdgeError("--raise needs --experts", "give --experts TYPE too", usage=True)
+    if options.dry_run:  # the size does not depend on the chosen blocks, as all have the same shapes
         return None, dict.fromkeys(sensitivity.expert_blocks(options.source)[:n], kind)
     with common.progress(options, "measuring blocks", unit="blocks") as progress:
         found = sensitivity.measure(
@@ -104,7 +104,7 @@ def report(summary: dict[str, Any]) -> str:
     if summary["fell_back"]:
         lines.append(f"{summary['fell_back']} tensors have rows that do not fit the type and got another one")
     if summary["sensitivity"]:
-        lines.append("block   KL with its experts lowered, nats a token")
+        lines.append("block   KL with its experts lowered, nats per token")
         for block, kl in summary["sensitivity"].items():
             lines.append(f"{block:5}   {kl:.5f}{'  raised' if block in summary['raised'] else ''}")
     return "\n".join(lines)

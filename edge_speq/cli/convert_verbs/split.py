@@ -1,4 +1,4 @@
-"""edge-speq convert split: experts cut into sub-experts, the same function with all of them active."""
+"""edge-speq convert split: split experts into sub-experts; with all of them active the function is the same."""
 
 from __future__ import annotations
 
@@ -18,39 +18,47 @@ REQUANTIZED = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 def add_parser(verbs: Any) -> None:
     p: argparse.ArgumentParser = verbs.add_parser(
         "split",
-        help="sub-experts",
-        description="Cuts every expert into N sub-experts, by what its neurons do with a text, so that some of them "
-        "matter little for any token. With all of a token's sub-experts active the model is what it was.",
+        help="split experts into sub-experts",
+        description="Splits every expert into N sub-experts, by the activations of its neurons on a text, so that each "
+        "token needs few of them. With all sub-experts of a token active the model computes the same function.",
     )
     p.add_argument("source", metavar="IN", help="a GGUF file of a Mixture-of-Experts model")
     common.add_writing(p)
-    p.add_argument("--sub-experts", metavar="N", type=common.positive, required=True, help="parts of an expert")
-    p.add_argument("--profile", metavar="TEXT", help="the text to go by (half of the prompts of edge-speq bench)")
-    p.add_argument("--no-profile", action="store_true", help="keep the neurons' order; needs no text and little time")
+    p.add_argument("--sub-experts", metavar="N", type=common.positive, required=True, help="parts per expert")
+    p.add_argument(
+        "--profile", metavar="TEXT", help="text for the activations (half of the prompts of edge-speq bench)"
+    )
+    p.add_argument("--no-profile", action="store_true", help="keep the order of neurons; fast, needs no text")
     p.add_argument(
         "--requantize",
         metavar="TYPE",
         choices=REQUANTIZED,
-        help="give down this type, so that its neurons can go anywhere, not only in blocks: " + ", ".join(REQUANTIZED),
+        help="requantize down, so that single neurons can move, not only blocks of them: " + ", ".join(REQUANTIZED),
     )
-    p.add_argument("--k", metavar="K", type=common.positive, help="sub-experts a token and block (all: lossless)")
+    p.add_argument(
+        "--k", metavar="K", type=common.positive, help="sub-experts per token and block (default: all, lossless)"
+    )
     p.add_argument(
         "--tilt",
         metavar="S",
         type=float,
         default=0.0,
-        help="lossy, for fewer sub-experts: let the router drop the idlest parts of all parents first; 0.25 is good",
+        help="lossy, for few sub-experts: let the router drop the least active parts first; 0.25 works well",
     )
-    p.add_argument("--spare", metavar="N", type=common.positive, help="parts that shall matter little (half of them)")
-    p.add_argument("--iterations", metavar="N", type=int, default=10_000, help="of the annealing (%(default)s)")
-    p.add_argument("--measure", action="store_true", help="perplexity and bytes a token for several K, on other texts")
+    p.add_argument("--spare", metavar="N", type=common.positive, help="parts that should matter little (half of them)")
+    p.add_argument(
+        "--iterations", metavar="N", type=int, default=10_000, help="iterations of the annealing (%(default)s)"
+    )
+    p.add_argument(
+        "--measure", action="store_true", help="measure perplexity and bytes per token for several K, on other texts"
+    )
     p.set_defaults(verb=split)
 
 
 def split(options: argparse.Namespace) -> int:
     from edge_speq.convert.sub_experts import split as splitting
 
-    wanted = SplitOptions(
+    request = SplitOptions(
         n_sub=options.sub_experts,
         requantize=options.requantize,
         used=options.k,
@@ -64,7 +72,7 @@ def split(options: argparse.Namespace) -> int:
     made = splitting.split(
         options.source,
         options.out,
-        wanted,
+        request,
         force=options.force,
         dry_run=options.dry_run,
         stage=lambda doing, unit: common.progress(options, doing, unit),
@@ -83,22 +91,24 @@ def _spare(options: argparse.Namespace) -> int:
 
 def report(s: dict[str, Any]) -> str:
     lines = [
-        f"{common.written(s)}: {s['n_expert']} experts of {s['n_ff']} neurons, {s['n_expert_used']} a token, "
+        f"{common.written(s)}: {s['n_expert']} experts of {s['n_ff']} neurons, {s['n_expert_used']} per token, "
         f"{format_bytes(s['sub_expert_bytes'])} each; the source has {format_bytes(s['source_bytes'])}"
     ]
     if s["n_expert_used"] < s["n_expert_used_full"]:
-        lines.append(f"lossy: {s['n_expert_used']} of the {s['n_expert_used_full']} with which it is what it was")
+        lines.append(
+            f"lossy: {s['n_expert_used']} of the {s['n_expert_used_full']} sub-experts per token that equal the source"
+        )
     if s["tilt"]:
         lines.append("lossy: the router is tilted towards the busier parts of an expert")
     if s["objective"] is not None:
         share = f"{s['objective_contiguous']:.1%} -> {s['objective']:.1%}"
         lines.append(f"the spare parts' share of the activation, {s['profiled_tokens']} tokens: {share}")
     if s["unseen_experts"]:
-        lines.append(f"{s['unseen_experts']} experts were not chosen on the text: their neurons stay in order")
+        lines.append(f"{s['unseen_experts']} experts were not chosen on the text: their neurons keep their order")
     if not s["exact_scale"]:
-        lines.append("N is no power of two: down's scales are rounded, by 2^-11 of each at most")
+        lines.append("N is not a power of two: the scales of down are rounded, with a relative error up to 2^-11")
     if s["points"]:
-        lines.append("    k   bytes a token   perplexity  " + "".join(f"{c:>10}" for c in s["points"][0]["by_class"]))
+        lines.append("    k   bytes/token     perplexity  " + "".join(f"{c:>10}" for c in s["points"][0]["by_class"]))
         for point in s["points"]:
             classes = "".join(f"{value:10.2f}" for value in point["by_class"].values())
             size = format_bytes(point["bytes_per_token"])

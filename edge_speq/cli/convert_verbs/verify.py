@@ -1,4 +1,4 @@
-"""edge-speq convert verify: whether a GGUF file is sound, and whether two files are or say the same."""
+"""edge-speq convert verify: check a GGUF file, or compare the weights and outputs of two files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def add_parser(verbs: Any) -> None:
     p: argparse.ArgumentParser = verbs.add_parser(
         "verify",
         help="check a file, or compare two",
-        description="Checks a GGUF file's structure and hashes every tensor. With a second file: which tensors differ, "
-        "and how far both models agree on a text. Exit code 1 where --same is asked for and the weights differ.",
+        description="Checks a GGUF file's structure and hashes every tensor. With a second file, shows the tensors "
+        "that differ, and the agreement of both models on a text. Exit code 1 if the weights differ, with --same.",
     )
     p.add_argument("first", metavar="A", help="a GGUF file, the first one of a split model")
-    p.add_argument("second", metavar="B", nargs="?", help="another one")
-    p.add_argument("--same", action="store_true", help="fail unless both hold the same weights")
-    p.add_argument("--no-measure", action="store_true", help="do not let the models read a text")
+    p.add_argument("second", metavar="B", nargs="?", help="another GGUF file")
+    p.add_argument("--same", action="store_true", help="fail unless both files have the same weights")
+    p.add_argument("--no-measure", action="store_true", help="do not run the models on a text")
     common.add_text(p)
     arguments.add_output(p, json="print one JSON object, with the hash of every tensor")
     p.set_defaults(verb=verify)

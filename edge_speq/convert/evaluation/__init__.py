@@ -1,1 +1,1 @@
-"""What a model computes on a text: activations, agreement, perplexity."""
+"""Run a model on a text and measure activations, agreement with another model, and perplexity."""

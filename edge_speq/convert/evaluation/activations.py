@@ -1,4 +1,4 @@
-"""What experts do with a text: which are chosen and what their neurons give, block by block. And perplexity."""
+"""Chosen experts and their activations on a text, block by block, and perplexity."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from edge_speq.convert.evaluation.reader import WINDOW, Reader, Tokens, read_tex
 from edge_speq.errors import EdgeError
 from edge_speq.progress import Progress, silent
 
-MAX_TOKENS = 8192  # of one text
+MAX_TOKENS = 8192  # tokens of one text
 LEAST_TOKENS = 64
-PER_CLASS = 4  # of the bundled texts' eight: the first ones are profiled, the others are held out
+PER_CLASS = 4  # of the eight bundled texts of each class, the first ones are profiled, the others held out
 DOWN = re.compile(r"blk\.(\d+)\.ffn_down_exps\.weight")
 
 ROUTER = re.compile(r"blk\.(\d+)\.ffn_gate_inp\.weight")
 
 Inputs = Callable[[int, graph.Rows], None]
-"""Called with a block and what its router multiplies [n_tokens, n_embd]."""
+"""Called with a block and the inputs of its router, [n_tokens, n_embd]."""
 Watch = Callable[[int, graph.Ids, graph.Rows], None]
-"""Called with a block, the experts chosen [n_tokens, k] and what down multiplies [n_tokens, k, n_ff]."""
+"""Called with a block, the chosen experts, [n_tokens, k], and the inputs of down, [n_tokens, k, n_ff]."""
 
 
 def calibration() -> list[str]:
-    """The texts that are profiled where the user gives none: the first four of each class of edge-speq bench's, the
-    classes in turn, since an expert's first tokens are what is kept."""
+    """Return the default texts for profiling: the first four of each class of edge-speq bench.
+
+    Classes alternate, because only the first tokens of each expert are kept.
+    """
     by_class = _by_class(held_out=False).values()
     return [text for texts in itertools.zip_longest(*by_class) for text in texts if text is not None]
 
 
 def held_out() -> dict[str, list[str]]:
-    """The other four of each class: what perplexities are measured on."""
+    """Return the other four texts of each class, on which perplexity is measured."""
     return _by_class(held_out=True)
 
 
@@ -51,24 +53,26 @@ def _by_class(*, held_out: bool) -> dict[str, list[str]]:
 
 
 def texts(path: Path | None) -> list[str]:
-    """The user's text, or the bundled ones. Raises EdgeError for a file that is none."""
+    """Return the user's text or the bundled ones. Raises EdgeError if the file cannot be read."""
     return calibration() if path is None else [read_text(path)]
 
 
 def chunks(reader: Reader, texts: Sequence[str]) -> list[Tokens]:
-    """The windows of each text. Raises EdgeError where there is too little to go by."""
+    """Return the windows of all texts. Raises EdgeError if they have fewer than LEAST_TOKENS tokens."""
     found = [window for text in texts for window in windows(reader.tokens(text), MAX_TOKENS)]
     n_tokens = sum(map(len, found))
     if n_tokens < LEAST_TOKENS:
-        raise EdgeError(f"a text of {n_tokens} tokens says little", f"give at least {LEAST_TOKENS}", usage=True)
+        raise EdgeError(f"a text of {n_tokens} tokens is too short", f"give at least {LEAST_TOKENS}", usage=True)
     return found
 
 
 def watch(
     path: Path, texts: Sequence[str], watch: Watch, progress: Progress = silent, inputs: Inputs | None = None
 ) -> int:
-    """Reads the texts and calls watch, and inputs, for each block of each piece of a window; with inputs a window is
-    one piece. Returns the number of tokens."""
+    """Read the texts, call `watch` and `inputs` for each block of each piece of a window, and return the token count.
+
+    With `inputs`, a window is read in one piece.
+    """
 
     def observe(name: str, _weight: graph.GraphTensor, rows: graph.Rows, ids: graph.Ids | None) -> None:
         down, router = DOWN.fullmatch(name), ROUTER.fullmatch(name)
@@ -80,7 +84,7 @@ def watch(
     def wanted(name: str) -> bool:
         return DOWN.fullmatch(name) is not None or (inputs is not None and ROUTER.fullmatch(name) is not None)
 
-    # of a router's inputs a sample of each window is kept: they come a window at a time
+    # router inputs are sampled per window, so a window must not be cut in pieces
     reader = Reader(path, wanted=wanted, observe=observe, piece=None if inputs is None else WINDOW)
     with contextlib.closing(reader):
         found = chunks(reader, texts)
@@ -94,7 +98,7 @@ def watch(
 
 
 def losses(path: Path, texts: Mapping[str, Sequence[str]]) -> dict[str, npt.NDArray[np.float64]]:
-    """By class, the negative log-likelihood of each token after the first of a window, in nats."""
+    """Return, by class, the negative log-likelihood in nats of each token after the first of a window."""
     with contextlib.closing(Reader(path, wanted=lambda _: False)) as reader:
         return {
             domain: np.concatenate([_loss(reader, window) for window in chunks(reader, some)])
@@ -117,12 +121,12 @@ def _row_loss(row: npt.NDArray[np.float32], token: int) -> float:
 
 
 def perplexity(path: Path, texts: Sequence[str]) -> float:
-    """exp of the mean loss."""
+    """Return the perplexity: exp of the mean loss."""
     return float(np.exp(losses(path, {"": texts})[""].mean()))
 
 
 def routing(path: Path, texts: Sequence[str]) -> dict[int, graph.Ids]:
-    """The experts chosen by block, [n_tokens, k]."""
+    """Return the chosen experts by block, [n_tokens, k]."""
     found: dict[int, list[graph.Ids]] = {}
 
     def keep(block: int, ids: graph.Ids, _rows: graph.Rows) -> None:

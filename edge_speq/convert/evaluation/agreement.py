@@ -1,7 +1,7 @@
-"""How far two models agree on a text: logits, the tokens they would pick, the experts they route to.
+"""Agreement of two models on a text: logits, greedy tokens and routed experts.
 
-Both read the same tokens of the text, so an early difference does not make all that follows another text. On the CPU,
-from an empty context every reader.WINDOW tokens.
+Both models read the same tokens, so that an early difference does not change the rest of the text. They run on the CPU
+and start with an empty context every reader.WINDOW tokens.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from edge_speq.errors import EdgeError
 from edge_speq.gguf import model as gguf_model
 from edge_speq.progress import Progress, silent
 
-ROWS = 4  # of logits in double precision at a time: 5 MB an array for a vocabulary of 151,936
+ROWS = 4  # rows of logits converted to double precision at a time: 5 MB per array for a vocabulary of 151,936
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Means over tokens. Expert figures are None where the models do not have the same blocks and experts."""
+    """Means over tokens. Expert figures are None if the models do not have the same blocks and experts."""
 
     n_tokens: int
     nmse: float  # sum of squared differences of logits over the sum of squared logits of the first model
-    kl: float  # nats by which the second model's distribution misses the first one's
-    token_agreement: float  # share of positions where both put the same token first
-    expert_agreement: float | None  # share of the first model's experts that the second one chooses too
-    expert_set_agreement: float | None  # share of (token, block) where all are the same
-    perplexity: float  # of the first model on this text
+    kl: float  # KL divergence of the second model's distribution from the first one's, in nats
+    token_agreement: float  # share of positions with the same greedy token
+    expert_agreement: float | None  # share of the first model's experts that the second one also chooses
+    expert_set_agreement: float | None  # share of (token, block) pairs with the same set of experts
+    perplexity: float  # perplexity of the first model on this text
     perplexity_other: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Agreement:
 
 
 class _Sums:
-    """Of logits of a window's tokens, piece by piece."""
+    """Sums over the tokens of all windows, piece by piece."""
 
     def __init__(self) -> None:
         self.n = self.scored = 0
@@ -50,7 +50,7 @@ class _Sums:
         self.shared = self.chosen = self.equal_sets = self.sets = 0
 
     def add_logits(self, following: reader.Tokens, a: reader.Logits, b: reader.Logits) -> None:
-        """`following`: for each row of logits the token that came next; of a window's last row there is none."""
+        """Add rows of logits. `following`: the next token of each row, without one for a window's last row."""
         for start in range(0, len(a), ROWS):
             rows = slice(start, start + ROWS)
             self._add(following[rows], a[rows].astype(np.float64), b[rows].astype(np.float64))
@@ -97,8 +97,10 @@ def measure(
     n_threads: int | None = None,
     progress: Progress = silent,
 ) -> Agreement:
-    """Reads at most `most` tokens of the text with both. Raises EdgeError when they make other tokens of it or have
-    vocabularies of different sizes. progress counts tokens."""
+    """Return the agreement on at most `most` tokens of the text. `progress` counts tokens.
+
+    Raises EdgeError if the models tokenize the text differently or if it is too short.
+    """
     files = gguf_model.check_model(model), gguf_model.check_model(other, "other model")
     options: dict[str, Any] = {"n_threads": n_threads, "piece": reader.piece_of(*files)}
     with (
@@ -107,8 +109,8 @@ def measure(
     ):
         tokens = first.tokens(text)
         if first.n_vocab != second.n_vocab or not np.array_equal(tokens, second.tokens(text)):
-            message = f"{model} and {other} make different tokens of the same text"
-            raise EdgeError(message, "compare models with one vocabulary", usage=True)
+            message = f"{model} and {other} tokenize the text differently"
+            raise EdgeError(message, "compare models with the same vocabulary", usage=True)
         windows = list(reader.windows(tokens, most))
         if not windows:
             raise EdgeError(f"the text has fewer than {reader.LEAST} tokens", "give a longer text", usage=True)

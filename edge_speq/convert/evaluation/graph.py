@@ -1,8 +1,8 @@
-"""What goes through a model's weights: llama.cpp's evaluation callback on the CPU, read through ctypes.
+"""Observe the inputs of a model's weights on the CPU, through llama.cpp's evaluation callback and ctypes.
 
-The callback is asked for every node of a graph and called again when the node has run, as llama.cpp's tools/imatrix
-does. A product of a weight is known by its shapes and by the weight's name, not by the number of its operation, which
-changes between versions.
+llama.cpp calls the callback before every graph node, to ask whether to observe it, and again after the node has run,
+as in tools/imatrix. Matrix products are recognized by their shapes and the weight's name, since operation numbers
+change between versions.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 F32, I32 = 0, 26  # enum ggml_type
 
-Rows = npt.NDArray[np.float32]  # [n_tokens, 1 or n_expert_used, columns]; of a dense weight [.., n_tokens, columns]
+Rows = npt.NDArray[np.float32]  # [n_tokens, 1 or n_expert_used, columns]; for a dense weight [.., n_tokens, columns]
 Ids = npt.NDArray[np.int32]  # [n_tokens, n_expert_used]
 
 
 class GraphTensor(ctypes.Structure):
-    """struct ggml_tensor of the pinned ggml.h, as far as it is read here."""
+    """The first fields of struct ggml_tensor of the pinned ggml.h."""
 
     _fields_ = (
         ("type", ctypes.c_int),
@@ -39,7 +39,7 @@ class GraphTensor(ctypes.Structure):
     )
 
     def array(self, dtype: type[np.float32] | type[np.int32]) -> npt.NDArray[Any]:
-        """A strided view [ne2, ne1, ne0] of CPU data of 4-byte elements; the next node may overwrite it."""
+        """Return a strided view, [ne2, ne1, ne0], of 4-byte elements in CPU memory. The next node may overwrite it."""
         size = sum((self.ne[i] - 1) * self.nb[i] for i in range(3)) + 4
         raw = np.ctypeslib.as_array(ctypes.cast(self.data, ctypes.POINTER(ctypes.c_uint8)), (size,))
         shape, strides = (self.ne[2], self.ne[1], self.ne[0]), (self.nb[2], self.nb[1], self.nb[0])
@@ -51,8 +51,11 @@ Observer = Callable[[str, GraphTensor, Rows, "Ids | None"], None]
 
 
 class GraphCallback:
-    """`observe(name, weight, rows, ids)` for every product of a weight that `wanted(name)`; ids where experts are
-    chosen. An exception ends the graph and is kept in `error`: ctypes would only print it."""
+    """Calls `observe(name, weight, rows, ids)` for every product of a weight with `wanted(name)`.
+
+    `ids` are the chosen experts, None for dense weights. An exception ends the graph and is kept in `error`, because
+    ctypes would only print it.
+    """
 
     def __init__(self, wanted: Callable[[str], bool], observe: Observer) -> None:
         import llama_cpp
@@ -69,7 +72,7 @@ class GraphCallback:
             return False
 
     def _node(self, node: GraphTensor, ask: bool) -> bool:
-        """Asked: whether the node is a product to be seen. Told that it has run: True, go on."""
+        """Before a node runs (`ask`), return true to observe it. Afterwards, observe it and return true to continue."""
         if not node.src[0] or not node.src[1]:
             return not ask
         weight, x = GraphTensor.from_address(node.src[0]), GraphTensor.from_address(node.src[1])

@@ -1,7 +1,7 @@
-"""A model that reads a text on the CPU, window by window, and shows its logits and its routing.
+"""Run a model on a text on the CPU, window by window, and read its logits and routing.
 
-A window is read in pieces of PIECE tokens, each after the other in one context: what is held (logits, activations of
-all experts that the tokens chose) grows with a piece, not with the window.
+A window is decoded in pieces of PIECE tokens in one context, so that the memory for logits and activations depends on
+the piece, not on the window.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_speq import system as machine
+from edge_speq import system
 from edge_speq.convert.evaluation import graph
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 from edge_speq.gguf import model as gguf_model
 
-WINDOW = 512  # tokens that are read from an empty context
-PIECE = 128  # tokens that are decoded together: fewer take longer, and below it attention rounds otherwise (64: 1e-4)
-FITS = 0.8  # of the machine's memory: what models may take; the rest is the program's and the system's
-LEAST = 16  # tokens of a window that is worth reading
+WINDOW = 512  # tokens read from an empty context
+PIECE = 128  # tokens decoded together; with fewer, decoding is slower and attention rounds differently (64: by 1e-4)
+FITS = 0.8  # share of the machine's memory that models may take
+LEAST = 16  # tokens of the shortest window that is read
 
 Tokens = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
@@ -34,7 +34,10 @@ _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(?:up|gate|gate_up)_exps\.weight")
 
 
 class Reader:
-    """Close it. `routing` holds, block by block, the expert ids [n_tokens, n_expert_used] of the last window."""
+    """A model for reading texts; close it after use.
+
+    `routing` has the expert ids of the last window, [n_tokens, n_expert_used], by block.
+    """
 
     def __init__(
         self,
@@ -46,7 +49,7 @@ class Reader:
         observe: graph.Observer | None = None,
         piece: int | None = None,
     ) -> None:
-        """`piece`: tokens decoded together, piece_of(the model) by default."""
+        """Load the model. `piece`: tokens decoded together, by default piece_of(model)."""
         import llama_cpp
         from llama_cpp import _internals as internals
 
@@ -56,17 +59,19 @@ class Reader:
         _native.load_backends()
         checked = gguf_model.check_model(path, role)
         self.routing: dict[int, graph.Ids] = {}
-        self._routed: dict[int, graph.Ids] = {}  # of the last piece: blocks are met twice where gate and up are two
+        self._routed: dict[
+            int, graph.Ids
+        ] = {}  # routing of the last piece; blocks occur twice if gate and up are separate
         self._piece = piece or piece_of(checked)
         self._callback = graph.GraphCallback(wanted or self._is_routed, observe or self._keep_routing)
         model_params = llama_cpp.llama_model_default_params()
-        # no GPU: what is observed must lie in memory; nothing is repacked, which would only take time and space
+        # observed tensors must be in host memory; repacking weights would only take time and memory
         self._no_devices = (ctypes.c_void_p * 1)(None)
         model_params.devices = ctypes.addressof(self._no_devices)
         model_params.n_gpu_layers, model_params.use_extra_bufts = 0, False
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = WINDOW, self._piece, self._piece
-        params.n_threads = params.n_threads_batch = n_threads or machine.usable_cpus()
+        params.n_threads = params.n_threads_batch = n_threads or system.usable_cpus()
         params.op_offload = params.offload_kqv = False
         params.cb_eval = self._callback.function
         with contextlib.ExitStack() as stack:
@@ -81,15 +86,17 @@ class Reader:
         return np.array(self._model.tokenize(text.encode(), self._adds_bos(), True), dtype=np.int32)
 
     def read(self, window: Tokens) -> Iterator[Logits]:
-        """[n, n_vocab] of the pieces of a window of at most WINDOW tokens. Views of native memory: the next piece
-        overwrites it."""
+        """Yield the logits, [n, n_vocab], of each piece of a window of at most WINDOW tokens.
+
+        They are views of native memory that the next piece overwrites.
+        """
         self._context.kv_cache_clear()
         self.routing.clear()
         for start in range(0, len(window), self._piece):
             yield self._decode(window[start : start + self._piece], start)
 
     def logits(self, window: Tokens) -> Logits:
-        """[n, n_vocab] of a whole window, a copy."""
+        """Return a copy of the logits of a whole window, [n, n_vocab]."""
         return np.concatenate([logits.copy() for logits in self.read(window)])
 
     def _decode(self, tokens: Tokens, n_past: int) -> Logits:
@@ -99,7 +106,7 @@ class Reader:
 
         self._routed.clear()
         try:
-            # logits of every token: without them the last block would not see the others
+            # with logits of the last token only, the last block would skip the other tokens
             loading.decode(self._context, self._batch, tokens.tolist(), n_past, len(tokens), logits_all=True)
         except EdgeError:
             if self._callback.error is not None:
@@ -126,15 +133,17 @@ class Reader:
             self._routed[int(match[1])] = ids.copy()
 
 
-def piece_of(*models: gguf_file.GGUFFile) -> int:
-    """Tokens that are decoded together where these models are read side by side: PIECE, but WINDOW where they do not
-    fit in memory, since they are then read from disk again for each piece."""
-    total, memory = sum(path.stat().st_size for model in models for path in model.paths), machine.memory()
+def piece_of(*models: container.GGUFFile) -> int:
+    """Return the tokens to decode together if these models are read alternately.
+
+    PIECE, or WINDOW if the models do not fit in memory, because each piece then reads them from disk again.
+    """
+    total, memory = sum(path.stat().st_size for model in models for path in model.paths), system.memory()
     return WINDOW if memory is not None and total > FITS * memory[0] else PIECE
 
 
 def windows(tokens: Tokens, most: int | None = None) -> Iterator[Tokens]:
-    """At most `most` tokens in windows of WINDOW; what is left in the end counts when it has LEAST tokens."""
+    """Yield at most `most` tokens in windows of WINDOW tokens. The last window is left out if it is below LEAST."""
     for start in range(0, len(tokens) if most is None else min(most, len(tokens)), WINDOW):
         window = tokens[start : start + WINDOW] if most is None else tokens[start : min(start + WINDOW, most)]
         if len(window) >= LEAST:
@@ -142,7 +151,7 @@ def windows(tokens: Tokens, most: int | None = None) -> Iterator[Tokens]:
 
 
 def read_text(path: str | Path | None) -> str:
-    """A text file, or the prompts that come with edge_speq: prose, code, chat and textbook. Raises EdgeError."""
+    """Return a text file, or the bundled prompts (prose, code, chat and textbook). Raises EdgeError."""
     if path is None:
         from edge_speq import texts as prompts
 

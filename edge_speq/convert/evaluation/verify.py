@@ -1,4 +1,4 @@
-"""Whether a GGUF file is sound, what its tensors hash to, and how two files differ, in bytes and in what they say."""
+"""Check a GGUF file, hash its tensors, and compare two files by bytes and by their outputs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from edge_speq.convert.evaluation import agreement, reader
-from edge_speq.gguf import container as gguf_file
-from edge_speq.gguf import layout
+from edge_speq.gguf import container, layout
 from edge_speq.gguf import model as gguf_model
 from edge_speq.gguf.container import GGUFFile
 from edge_speq.progress import Progress, silent
 
 
 def describe(path: str | Path, progress: Progress = silent) -> tuple[GGUFFile, dict[str, Any]]:
-    """Checks the structure, and roles and shapes where the file is a model; reads and hashes every tensor. Raises
-    GGUFError at what is wrong."""
-    file = gguf_file.read(path)
+    """Check the structure, and the tensors if the file is a model; hash every tensor. Return the file and a summary.
+
+    Raises GGUFError for an invalid file.
+    """
+    file = container.read(path)
     is_model = f"{gguf_model.architecture(file)}.block_count" in file.fields
     if is_model:
         gguf_model.check_model(path)
@@ -37,7 +38,7 @@ def describe(path: str | Path, progress: Progress = silent) -> tuple[GGUFFile, d
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[str]]:
-    """Names of tensors of two summaries of `describe`, by how they differ."""
+    """Return the names of tensors that differ between two summaries of `describe`, by kind of difference."""
     first, second = a["tensors"], b["tensors"]
     both = [name for name in first if name in second]
     return {
@@ -56,5 +57,5 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[str]]:
 def compare(
     a: str | Path, b: str | Path, text: str | Path | None = None, *, most: int | None, progress: Progress = silent
 ) -> agreement.Agreement:
-    """What both say to a text, the bundled prompts by default. progress counts tokens."""
+    """Return the agreement of two models on a text, by default the bundled prompts. `progress` counts tokens."""
     return agreement.measure(a, b, reader.read_text(text), most=most, progress=progress)

@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints to GGUF: llama.cpp's own converter in a child process, then llama.cpp's quantization.
+"""Convert Hugging Face checkpoints to GGUF with llama.cpp's converter in a child process, then quantize.
 
-The converter is that of the pinned sdist; the patched llama-cpp-python carries it as data (native/edge_build.py). What
-it needs (torch, transformers, ...) is the `convert` extra, and only the child imports it.
+The patched llama-cpp-python includes the converter of the pinned llama.cpp as data (native/edge_build.py). Its
+requirements (torch, transformers, ...) are the extra `convert`; only the child process imports them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from edge_speq.gguf import model as gguf_model
 from edge_speq.progress import Progress, silent
 from edge_speq.system import install_hint
 
-OWN_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")  # that the converter writes itself
+OWN_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")  # types that the converter writes
 PACKAGES = ("torch", "transformers", "safetensors", "sentencepiece", "yaml", "tqdm", "requests")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -36,15 +36,15 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONDONTWRITEB
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
     n_bytes: int
-    pre: str | None = None  # llama.cpp's name of the pre-tokenizer, where there is one
-    pre_by: str | None = None  # "known", "definition" or "option"
-    probe_agrees: bool | None = None  # llama.cpp makes the tokenizer's own tokens of hf_child.PROBE
+    pre: str | None = None  # llama.cpp's name of the pre-tokenizer, if any
+    pre_by: str | None = None  # source of the name: "known", "definition" or "option"
+    probe_agrees: bool | None = None  # llama.cpp tokenizes hf_child.PROBE as the checkpoint's tokenizer does
     outcome: quantize.QuantizeOutcome | None = None
 
 
 @dataclass(slots=True)
 class _Told:
-    """What the child said."""
+    """Messages of the child process."""
 
     n_bytes: int = 0
     tokenizer: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +63,10 @@ def convert(
     progress: Progress = silent,
     quantizing: Progress = silent,
 ) -> ConvertResult:
-    """`outtype` is one of OWN_TYPES; with a recipe that file is quantized and does not stay. Raises EdgeError."""
+    """Convert a checkpoint to `outtype`, one of OWN_TYPES, and quantize the result if there is a recipe.
+
+    With a recipe, the unquantized file is temporary. Raises EdgeError if the converter or the quantization fails.
+    """
     model, converter = _checked(Path(folder)), converter_folder()
     sources = [path for path in model.iterdir() if path.is_file()]
     target = atomic.check(out, force, sources=sources)
@@ -86,7 +89,7 @@ def convert(
 
 
 def intermediate(folder: str | Path) -> str:
-    """The outtype that keeps every bit of the checkpoint, as far as its config says what they are."""
+    """Return the lossless outtype for the dtype in the checkpoint's config, "auto" if it is unknown."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -133,13 +136,15 @@ def _convert(order: dict[str, Any], temporary: Path, target: Path, progress: Pro
         return ConvertResult(told.n_bytes)
     agrees = tokenize(temporary, hf_child.PROBE) == tokenizer["probe"]
     if not agrees and tokenizer["by"] != "known":
-        message = f"llama.cpp's pre-tokenizer {tokenizer['pre']} makes other tokens of a text than the checkpoint's own"
+        message = (
+            f"llama.cpp's pre-tokenizer {tokenizer['pre']} tokenizes a text differently from the checkpoint's tokenizer"
+        )
         raise EdgeError(message, "name another one with --pre", usage=tokenizer["by"] == "option")
     return ConvertResult(told.n_bytes, tokenizer["pre"], tokenizer["by"], agrees)
 
 
 def tokenize(path: Path, text: str) -> list[int]:
-    """With llama.cpp, from a file's vocabulary alone."""
+    """Return the tokens of a text with llama.cpp, loading only the file's vocabulary."""
     import llama_cpp
 
     from edge_speq import _native
@@ -180,7 +185,7 @@ def _run(order: dict[str, Any], temporary: Path, target: Path, progress: Progres
 
 @contextlib.contextmanager
 def _child(order: dict[str, Any], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """The converter's process, gone when the block ends. Its log goes to stderr where the log is shown."""
+    """Start the converter's process, and kill it after the block. Its log goes to stderr if logging is verbose."""
     shown = logging.getLogger("edge_speq").isEnabledFor(logging.DEBUG)
     package = str(Path(hf_child.__file__).parents[3])
     inherited = os.environ.get("PYTHONPATH")

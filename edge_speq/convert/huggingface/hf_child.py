@@ -1,8 +1,9 @@
-"""The process that runs llama.cpp's converter: `python -m edge_speq.convert.huggingface.hf_child ORDER`.
+"""Child process that runs llama.cpp's converter: `python -m edge_speq.convert.huggingface.hf_child ORDER`.
 
 ORDER is a JSON object: `converter` (its folder), `model`, `out`, `outtype`, `pre` (a name or null), `name` (or null),
-`dry_run`. stdout gets one JSON object a line: {"n_bytes": ..} before the data are written, {"tokenizer": ..}, and in
-the end {"done": true}, {"missing": package} or {"error": message}. It ends when stdin is closed: then its parent died.
+`dry_run`. stdout gets one JSON object per line: {"n_bytes": ..} before the data are written, {"tokenizer": ..}, and at
+the end {"done": true}, {"missing": package} or {"error": message}. The process exits when stdin is closed, which
+happens when its parent dies.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 
 from edge_speq.convert.huggingface.pretokenizer import recognize
 
-# What the tokenizer and llama.cpp must make the same tokens of: words, case, contractions, digits, spaces, line ends,
-# punctuation, accents, scripts without spaces, emoji.
+# Text that the checkpoint's tokenizer and llama.cpp must tokenize alike: words, case, contractions, digits, spaces,
+# line ends, punctuation, accents, scripts without spaces, emoji.
 PROBE = (
     "Hello world, it's  a test; THEY'LL see 1234567 and 3.14!\n\n  Indented\ttabs \r\n x=y+1;//c\n"
     "Ça été naïve — „Größe“ Ёлка привет 你好，世界 こんにちは 한국어 שלום สวัสดี 🙂👍🏽 e\u0301 ...   end "
@@ -31,7 +32,7 @@ PROBE = (
 def main() -> None:
     order = json.loads(sys.argv[1])
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever the converter prints is no result
+    os.dup2(2, 1)  # the converter's prints must not mix with the results
 
     def tell(**result: Any) -> None:
         results.write(json.dumps(result) + "\n")
@@ -72,7 +73,7 @@ def run(order: dict[str, Any], tell: Callable[..., None]) -> None:
 
 
 def _name_pre_tokenizer(model: Any, named: str | None, tell: Callable[..., None]) -> None:
-    """Wraps get_vocab_base_pre: what the user named, else what the converter knows, else what the definition says."""
+    """Wrap get_vocab_base_pre: use the user's name, or the converter's, or the one that the definition implies."""
     known = model.get_vocab_base_pre
 
     def pre(self: Any, tokenizer: Any) -> str:
@@ -85,7 +86,7 @@ def _name_pre_tokenizer(model: Any, named: str | None, tell: Callable[..., None]
                 name = recognize(json.loads(backend.to_str())) if backend is not None else None
                 how = "definition"
         if name is None:
-            raise ValueError("its pre-tokenizer is none that is known; --pre names one")
+            raise ValueError("its pre-tokenizer is not known; name one with --pre")
         tell(tokenizer={"pre": name, "by": how, "probe": tokenizer.encode(PROBE, add_special_tokens=False)})
         return str(name)
 
@@ -93,8 +94,10 @@ def _name_pre_tokenizer(model: Any, named: str | None, tell: Callable[..., None]
 
 
 def _announce_size(model: Any, dry_run: bool, tell: Callable[..., None]) -> None:
-    """Wraps write: the size of the file is known when all its tensors are, before their data are. A dry run leaves a
-    file with the whole header and a hole for the data."""
+    """Wrap write, to report the size of the file before the tensor data are written.
+
+    A dry run writes the header and leaves a hole for the data.
+    """
 
     def write(self: Any) -> None:
         self.prepare_tensors()
@@ -104,7 +107,7 @@ def _announce_size(model: Any, dry_run: bool, tell: Callable[..., None]) -> None
         writer.write_kv_data_to_file()
         (file,) = writer.fout
         tensors = [item for shard in writer.tensors for item in shard.items()]
-        # an entry: name, dimensions, type and offset
+        # header entry: name, dimensions, type and offset
         entries = sum(8 + len(name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8 for name, tensor in tensors)
         n_bytes = writer.ggml_pad(file.tell() + entries, writer.data_alignment)
         n_bytes += sum(writer.ggml_pad(tensor.nbytes, writer.data_alignment) for _, tensor in tensors)

@@ -1,8 +1,8 @@
-"""Names llama.cpp's pre-tokenizers by what a tokenizer's definition says.
+"""Recognize llama.cpp's pre-tokenizer by the definition in a tokenizer.json.
 
-llama.cpp's converter knows them by a hash of what a tokenizer makes of one text, which depends on the vocabulary: a new
-vocabulary with an old rule is unknown to it. The rules themselves are few. Those below are the regular expressions of
-src/llama-vocab.cpp of the pinned llama.cpp in the form that tokenizer.json files give them.
+llama.cpp's converter recognizes pre-tokenizers by a hash of the tokens of one text, which depends on the vocabulary. It
+does not know a new vocabulary with an old rule. The rules below are the regular expressions of src/llama-vocab.cpp of
+the pinned llama.cpp, in the form of tokenizer.json files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QWEN35 = rf"{_CONTRACTIONS}|{_MARKED_WORDS}|\p{{N}}|{_MARKED_REST}"
 TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_CASED_REST}"
 GPT4O = rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_CASED_REST}"
 
-# (rule, whether whole words that are tokens are taken as they are) -> llama.cpp's name
+# (rule, ignore_merges: words that are tokens are not merged) -> llama.cpp's name
 _BY_RULE: dict[tuple[str, bool], str] = {
     (GPT2, False): "gpt-2",
     (LLAMA3, True): "llama-bpe",
@@ -39,8 +39,7 @@ NAMES = tuple(sorted({*_BY_RULE.values(), "smollm"}))
 
 
 def recognize(definition: dict[str, Any]) -> str | None:
-    """llama.cpp's name of the rule of a tokenizer.json's content; None where it is none of those known here, or not
-    byte-level BPE."""
+    """Return llama.cpp's name for the content of a tokenizer.json; None if it is unknown or not byte-level BPE."""
     model = definition.get("model") or {}
     if model.get("type") != "BPE" or not _plain(definition.get("normalizer")):
         return None
@@ -59,7 +58,7 @@ def recognize(definition: dict[str, Any]) -> str | None:
 
 
 def _plain(normalizer: dict[str, Any] | None) -> bool:
-    """llama.cpp does not normalize for BPE; composed text, which NFC makes, is what people write anyway."""
+    """Return true if the normalizer is missing or NFC. llama.cpp does not normalize, but most text is NFC already."""
     if normalizer is None or normalizer.get("type") == "NFC":
         return True
     return normalizer.get("type") == "Sequence" and all(map(_plain, normalizer.get("normalizers", [])))
@@ -74,7 +73,7 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _split_rule(steps: list[dict[str, Any]]) -> str | None:
-    """The regular expression of the one step that splits a text into its matches."""
+    """Return the regular expression if there is one step, which splits a text into its matches."""
     if len(steps) != 1 or steps[0].get("type") != "Split":
         return None
     pattern, behavior = steps[0].get("pattern") or {}, steps[0].get("behavior")

@@ -1,1 +1,1 @@
-"""Fewer bits: quantization, importance matrices, draft twins."""
+"""Quantization, importance matrices and low-bit draft twins."""

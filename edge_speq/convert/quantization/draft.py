@@ -1,7 +1,7 @@
-"""The MoE-SpeQ twin: the target with its routed experts at low bits, everything else byte for byte.
+"""Make the draft of MoE-SpeQ: a twin of the target with low-bit routed experts and unchanged other tensors.
 
-MoE-SpeQ (arXiv 2511.14102, section 4) drafts with such a copy: it proposes tokens, and its routing foresees which
-experts the target needs. Only the experts differ, so a file of them alone is enough where the target lies beside it.
+In MoE-SpeQ (arXiv 2511.14102, section 4) the twin proposes tokens, and its routing predicts the target's experts. Only
+the experts differ, so a file of the experts is enough if the target is loaded too.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 from edge_speq.convert.evaluation import reader
 from edge_speq.convert.quantization import imatrix, quantize, types
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import atomic, draft_experts, layout, writer
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import atomic, container, draft_experts, layout, writer
 from edge_speq.gguf import model as gguf_model
 from edge_speq.gguf.container import GGUFFile
 from edge_speq.progress import Progress, silent
@@ -31,12 +30,14 @@ def recipe(
     importance_name: str = "",
     block: int | None = None,
 ) -> quantize.Recipe:
-    """Experts of type `kind`, of all blocks or of one, and every other tensor of the type that it has. Raises EdgeError
-    for a model without routed experts and for a type that needs an importance matrix when there is none."""
+    """Return a recipe with experts of type `kind`, in all blocks or one, and unchanged types of the other tensors.
+
+    Raises EdgeError for a model without routed experts, and if the type needs an importance matrix and none is given.
+    """
     file = gguf_model.check_model(target)
     types.tensor_type(kind)
     if not expert_names(file):
-        message = f"{target} has no routed experts, so it has no twin"
+        message = f"{target} has no routed experts, so no twin can be made"
         raise EdgeError(message, "quantize a dense model as a whole: edge-speq convert quantize", usage=True)
     if kind.lower() in types.NEEDS_IMPORTANCE and importance is None:
         raise EdgeError(f"{kind} needs an importance matrix", "give --imatrix FILE or --text FILE", usage=True)
@@ -56,7 +57,7 @@ def expert_names(file: GGUFFile) -> list[str]:
 def importance_for(
     target: str | Path, kind: str, text: str, *, dataset: str, most: int = CALIBRATION, progress: Progress = silent
 ) -> imatrix.Importance | None:
-    """One made on the text where the type needs it. progress counts tokens."""
+    """Return an importance matrix of the text if the type needs one, or None. `progress` counts tokens."""
     if kind.lower() not in types.NEEDS_IMPORTANCE:
         return None
     return imatrix.collect(target, text, dataset=dataset, most=most, progress=progress)
@@ -72,8 +73,10 @@ def make(
     progress: Progress = silent,
     examine: Callable[[Path], None] | None = None,
 ) -> int:
-    """Writes the twin, or its experts alone. Returns the bytes of the file. `examine` is given the whole twin,
-    which is not there to stay when only the experts are."""
+    """Write the twin or only its experts, and return the bytes of the file.
+
+    `examine` is called with the complete twin, which is temporary with experts_only. Raises EdgeError.
+    """
     file = gguf_model.check_model(target)
     place = atomic.check(out, force, sources=file.paths)
     expected = quantize.plan(target, recipe)
@@ -91,13 +94,13 @@ def make(
             examine(whole)
         made_for = keys(file, content=layout.content_hash(file, layout.hashes(file)))
         with atomic.output(out, expected_bytes=n_bytes, **options) as temporary:
-            writer.write(temporary, made_for, entries(gguf_file.read(whole)))
-            gguf_file.read(temporary, "twin's experts")
+            writer.write(temporary, made_for, entries(container.read(whole)))
+            container.read(temporary, "twin's experts")
     return n_bytes
 
 
 def experts_size(target: str | Path, recipe: quantize.Recipe) -> int:
-    """Bytes of the file of experts alone."""
+    """Return the bytes of the file with the experts only."""
     file, outcome = gguf_model.check_model(target), quantize.plan(target, recipe)
     planned = []
     for name in expert_names(file):
@@ -109,7 +112,7 @@ def experts_size(target: str | Path, recipe: quantize.Recipe) -> int:
 
 
 def keys(file: GGUFFile, content: str) -> dict[str, writer.Value]:
-    """What a file of a twin's experts says of its target."""
+    """Return the metadata of a file with a twin's experts, which identify its target."""
     return {
         "general.type": "model",
         "general.architecture": gguf_model.architecture(file),
@@ -120,7 +123,7 @@ def keys(file: GGUFFile, content: str) -> dict[str, writer.Value]:
 
 
 def entries(twin: GGUFFile) -> list[writer.Entry]:
-    """The experts of a whole twin."""
+    """Return the experts of a complete twin."""
     spans = layout.spans(twin)
     return [
         writer.Entry(name, span.tensor.ne, types.number(span.tensor.type), span.tensor.n_bytes, span.pieces())
@@ -130,7 +133,7 @@ def entries(twin: GGUFFile) -> list[writer.Entry]:
 
 
 def twin(target: str | Path, out: str | Path, kind: str = "q2_k") -> Path:
-    """A whole twin in one call, on the bundled text where the type needs an importance matrix."""
+    """Write a complete twin, with an importance matrix of the bundled text if the type needs one. Return its path."""
     importance = importance_for(target, kind, reader.read_text(None), dataset="edge_speq prompts")
     make(target, out, recipe(target, kind, importance, "edge_speq prompts"))
     return Path(out)

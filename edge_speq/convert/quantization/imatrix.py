@@ -1,7 +1,7 @@
-"""Importance matrices: the mean squared activation of every input column of every weight and expert.
+"""Importance matrices: mean squared activations of every input column of every weight and expert.
 
-The file is that of llama.cpp's tools/imatrix (its GGUF format): for each weight `NAME.in_sum2` [n_expert or 1,
-columns], sums of squares over tokens, and `NAME.counts` [n_expert or 1, 1], how many.
+The file format is that of llama.cpp's tools/imatrix (GGUF). For each weight, `NAME.in_sum2`, [n_expert or 1, columns],
+has sums of squares over tokens, and `NAME.counts`, [n_expert or 1, 1], the number of tokens.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import numpy.typing as npt
 
 from edge_speq.convert.evaluation import graph, reader
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import atomic, layout, writer
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import atomic, container, layout, writer
 from edge_speq.progress import Progress, silent
 
-PRIOR = 32  # tokens: what `means` lets the other experts' activations weigh
+PRIOR = 32  # tokens: weight of all experts' mean in `means`
 SUMS, COUNTS = ".in_sum2", ".counts"
 F32 = 0
 
@@ -28,7 +27,7 @@ Array = npt.NDArray[np.float64]
 
 
 class Importance:
-    """Sums by weight. `datasets` says on what they were collected, `chunks` on how many windows."""
+    """Sums of squares by weight. `datasets`: names of the texts; `chunks`: number of windows."""
 
     def __init__(self, datasets: list[str] | None = None) -> None:
         self.sums: dict[str, Array] = {}  # [n_expert or 1, columns]
@@ -38,7 +37,7 @@ class Importance:
 
     @staticmethod
     def wanted(name: str) -> bool:
-        return name.startswith("blk.")  # llama.cpp's tool leaves the output layer out too
+        return name.startswith("blk.")  # llama.cpp's tool also leaves out the output layer
 
     def observe(self, name: str, weight: graph.GraphTensor, rows: graph.Rows, ids: graph.Ids | None) -> None:
         n, columns = (weight.ne[2] if ids is not None else 1), weight.ne[0]
@@ -55,8 +54,11 @@ class Importance:
             counts[expert] += len(chosen)
 
     def means(self) -> dict[str, npt.NDArray[np.float32]]:
-        """[n_expert or 1, columns] by weight. An expert's are drawn towards those of all experts by PRIOR tokens: few
-        tokens say little about one that is chosen seldom, and none nothing."""
+        """Return the means by weight, [n_expert or 1, columns].
+
+        The mean over all experts is added to each expert with the weight of PRIOR tokens, because rarely chosen experts
+        have few or no tokens.
+        """
         found = {}
         for name, sums in self.sums.items():
             counts = self.counts[name]
@@ -68,7 +70,7 @@ class Importance:
 
     @property
     def unseen(self) -> int:
-        """Experts that no token chose, over all blocks."""
+        """Return the number of experts that no token chose, over all blocks."""
         return sum(int((n == 0).sum()) for name, n in self.counts.items() if name.endswith("ffn_down_exps.weight"))
 
 
@@ -81,7 +83,10 @@ def collect(
     n_threads: int | None = None,
     progress: Progress = silent,
 ) -> Importance:
-    """Reads at most `most` tokens of the text with the model. progress counts tokens."""
+    """Return the importance matrix of at most `most` tokens of the text. `progress` counts tokens.
+
+    Raises EdgeError if the text is too short.
+    """
     found = Importance([dataset])
     options: dict[str, Any] = {"n_threads": n_threads, "wanted": found.wanted, "observe": found.observe}
     with contextlib.closing(reader.Reader(model, **options)) as opened:
@@ -108,19 +113,19 @@ def entries(importance: Importance) -> list[writer.Entry]:
 
 
 def _data(values: Array) -> Iterator[bytes]:
-    """Converted when it is written: of a model with many experts all sums together are some hundred MB."""
+    """Yield the values as float32. Conversion is delayed, as all sums of a large model take some hundred MB."""
     yield values.astype("<f4").tobytes()
 
 
 def size(importance: Importance) -> int:
-    """Bytes of the file, whatever was read."""
+    """Return the bytes of the file, which do not depend on the text."""
     return writer.size(_keys(importance), entries(importance))
 
 
 def write(
     importance: Importance, path: str | Path, *, force: bool = False, sources: tuple[str | Path, ...] = ()
 ) -> int:
-    """Returns the bytes of the file."""
+    """Write the file and return its bytes. Raises EdgeError."""
     keys, tensors = _keys(importance), entries(importance)
     n_bytes = writer.size(keys, tensors)
     with atomic.output(path, force, sources=sources, expected_bytes=n_bytes) as temporary:
@@ -138,8 +143,8 @@ def _keys(importance: Importance) -> dict[str, writer.Value]:
 
 
 def read(path: str | Path) -> Importance:
-    """Raises EdgeError for what is not an importance matrix in GGUF."""
-    file = gguf_file.read(path, "importance matrix")
+    """Read an importance matrix. Raises EdgeError if the file is not one in GGUF format."""
+    file = container.read(path, "importance matrix")
     found = Importance([Path(path).name])
     arrays = dict(_arrays(file))
     chunks = file.fields.get("imatrix.chunk_count")
@@ -150,14 +155,14 @@ def read(path: str | Path) -> Importance:
             continue
         counts = arrays.get(name + COUNTS)
         if counts is None or counts.size != len(sums) or not np.isfinite(sums).all() or not np.isfinite(counts).all():
-            file.fail(key, "sums without counts that fit, or not finite", file.tensors[key])
+            file.fail(key, "its counts are missing or do not fit, or a value is not finite", file.tensors[key])
         found.sums[name], found.counts[name] = sums, counts.ravel()
     if not found.sums:
         raise EdgeError(f"{path} holds no importance matrix", "make one with edge-speq convert imatrix", usage=True)
     return found
 
 
-def _arrays(file: gguf_file.GGUFFile) -> Iterator[tuple[str, Array]]:
+def _arrays(file: container.GGUFFile) -> Iterator[tuple[str, Array]]:
     for name, span in layout.spans(file).items():
         if name.endswith((SUMS, COUNTS)):
             if span.tensor.type != "F32" or len(span.tensor.ne) > 2:

@@ -1,7 +1,7 @@
-"""Quantizes a GGUF file with llama_model_quantize: which type each tensor gets, how large the file will be, the file.
+"""Quantize a GGUF file with llama_model_quantize, and compute the tensor types and the exact file size in advance.
 
-llama.cpp's own dry run decides the types (it knows the mixes, and falls back where a row does not divide into blocks);
-from them the size of the file follows to the byte.
+llama.cpp's dry run decides the types: it knows the mixes, and its fallbacks for rows that do not divide into blocks.
+The file size follows from the types.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from edge_speq._native.log import captured
 from edge_speq.convert.quantization import types
 from edge_speq.convert.quantization.imatrix import Importance
 from edge_speq.errors import EdgeError
-from edge_speq.gguf import atomic, layout
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import atomic, container, layout
 from edge_speq.gguf import model as gguf_model
 from edge_speq.gguf.container import DEFAULT_ALIGNMENT, GGUFFile
 from edge_speq.progress import Progress, silent
 
-SLAB_BYTES = 128 << 20  # of rows that llama.cpp holds at a time, as they are, in F32 and quantized
+SLAB_BYTES = 128 << 20  # bytes of rows that llama.cpp holds at a time, as source, F32 and quantized
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 NUMBERS = ("general.quantization_version", "general.file_type")  # written into every quantized file
-# one line of the dry run: [ 3/ 91] NAME - [ne...], type = OLD, size = .. MiB -> .. MiB (NEW)
+# line of the dry run: [ 3/ 91] NAME - [ne...], type = OLD, size = .. MiB -> .. MiB (NEW)
 _LINE = re.compile(
     r"\[ *\d+/ *\d+\] (\S+) +- \[[^\]]*\], type = +(\w+), +size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\w+)\))?"
 )
@@ -37,29 +36,31 @@ _LINE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A file type, then types by tensor: (pattern searched in the name, type name), the first that matches counts."""
+    """A file type, and types by tensor: pairs of a pattern to search in the name and a type; the first match counts."""
 
     ftype: int
     overrides: tuple[tuple[str, str], ...] = ()
     importance: Importance | None = None
     importance_name: str = ""  # written into the file
-    pure: bool = False  # no mix: every tensor of the file type's own type
+    pure: bool = False  # no mix: every tensor gets the file type's main type
     texts: dict[str, str] = field(default_factory=dict)  # string keys of the file, 127 bytes at most
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeOutcome:
-    """What a quantization gives, known before it is done."""
+    """Result of a quantization, computed in advance."""
 
     n_bytes: int
-    types: dict[str, str]  # of every tensor
-    fell_back: int  # tensors whose rows do not divide into the blocks of the type wanted
+    types: dict[str, str]  # type of every tensor
+    fell_back: int  # tensors whose rows do not divide into blocks of the requested type
     bytes_by_type: dict[str, int]
 
 
 def plan(source: str | Path, recipe: Recipe) -> QuantizeOutcome:
-    """Reads headers only. Raises EdgeError for a source that cannot be quantized, and when an importance matrix is
-    needed and missing."""
+    """Return the types and size of the output; reads headers only.
+
+    Raises EdgeError if the source cannot be quantized, or if a required importance matrix is missing.
+    """
     file = gguf_model.check_model(source)
     _require_patterns(file, recipe)
     log = _call(Path(source), None, file, recipe)
@@ -87,7 +88,7 @@ def plan(source: str | Path, recipe: Recipe) -> QuantizeOutcome:
 def quantize(
     source: str | Path, out: str | Path, recipe: Recipe, *, force: bool = False, progress: Progress = silent
 ) -> QuantizeOutcome:
-    """Writes the file and checks it. Raises EdgeError."""
+    """Write and check the quantized file. Raises EdgeError if the source cannot be quantized or the disk is full."""
     atomic.check(out, force, sources=gguf_model.check_model(source).paths)
     expected = plan(source, recipe)
     sources = gguf_model.check_model(source).paths
@@ -99,7 +100,7 @@ def quantize(
 def run(
     source: str | Path, temporary: Path, recipe: Recipe, expected: QuantizeOutcome, progress: Progress, out: str | Path
 ) -> None:
-    """Quantizes into a temporary file of the output `out`, which is only named in errors."""
+    """Quantize into a temporary file. `out` is the final output, named in errors only."""
     file = gguf_model.check_model(source)
     with watch.growth(temporary, expected.n_bytes, progress):
         _call(Path(source), temporary, file, recipe, out)
@@ -107,7 +108,7 @@ def run(
     if written != expected.n_bytes:
         atomic.require_space(temporary, out)
         raise EdgeError(f"llama.cpp wrote {written} bytes, not the {expected.n_bytes} that were expected")
-    gguf_file.read(temporary, "quantized model")
+    container.read(temporary, "quantized model")
 
 
 def recipe(
@@ -117,8 +118,10 @@ def recipe(
     layers: dict[int, str] | None = None,
     **options: Any,
 ) -> Recipe:
-    """A Recipe of what a user writes: `PATTERN=TYPE` first, then expert types by layer, then that of all experts.
-    Raises EdgeError."""
+    """Return the Recipe of command-line options: `PATTERN=TYPE` first, then expert types by layer, then of all experts.
+
+    Raises EdgeError for unknown types and invalid patterns.
+    """
     overrides = []
     for text in tensor_types:
         pattern, equals, kind = text.rpartition("=")
@@ -137,13 +140,13 @@ def recipe(
         types.tensor_type(experts)
         overrides.append((experts_of(), experts))
     if ftype.lower() in types.FLOATS and overrides:
-        message = f"llama.cpp heeds tensor types only in quantized files, not in {ftype}"
+        message = f"llama.cpp uses tensor types only in quantized files, not in {ftype}"
         raise EdgeError(message, "give a quantized --type, such as q8_0", usage=True)
     return Recipe(types.ftype(ftype), tuple(overrides), **options)
 
 
 def experts_of(block: int | None = None) -> str:
-    """The pattern of the routed experts of a block, or of all."""
+    """Return the pattern of the routed experts of one block, or of all blocks."""
     number = "[0-9]+" if block is None else str(block)
     return rf"^blk\.{number}\.ffn_(up|gate|down|gate_up)_exps\.weight$"
 
@@ -156,7 +159,7 @@ def _require_patterns(file: GGUFFile, recipe: Recipe) -> None:
 
 
 def _header_bytes(file: GGUFFile, recipe: Recipe) -> int:
-    """Of the file that llama.cpp writes: the source's keys but those of a split, and what `_keys` adds."""
+    """Return the header bytes of llama.cpp's output: the source's keys without split.* keys, and the added keys."""
     first = min(tensor.offset for tensor in file.tensors.values() if tensor.file == file.paths[0])
     n_bytes = first
     starts = sorted((entry.offset - 8 - len(key.encode()), key) for key, entry in file.fields.items())
@@ -183,7 +186,7 @@ def _texts(recipe: Recipe) -> dict[str, bytes]:
 def _numbers(file: GGUFFile, recipe: Recipe) -> dict[str, int]:
     found = {}
     if layout.alignment(file) != DEFAULT_ALIGNMENT:
-        found["general.alignment"] = DEFAULT_ALIGNMENT  # llama.cpp pads to it whatever the key says
+        found["general.alignment"] = DEFAULT_ALIGNMENT  # llama.cpp ignores the key when it pads
     if recipe.importance is not None:
         found["quantize.imatrix.entries_count"] = len(recipe.importance.sums)
         found["quantize.imatrix.chunks_count"] = recipe.importance.chunks
@@ -191,7 +194,7 @@ def _numbers(file: GGUFFile, recipe: Recipe) -> dict[str, int]:
 
 
 def _call(source: Path, out: Path | None, file: GGUFFile, recipe: Recipe, target: str | Path = "") -> str:
-    """llama_model_quantize, a dry run without `out`. Returns its log; raises EdgeError with what it ended on."""
+    """Call llama_model_quantize, as a dry run without `out`. Return its log; raises EdgeError with its reason."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()

@@ -1,6 +1,6 @@
-"""Which blocks' experts suffer most at low bits: each block's are lowered alone and the model reads a text.
+"""Measure how sensitive each block is to low-bit experts: lower one block at a time, and read a text.
 
-It takes one quantized copy of the model and one reading of the text a block, of which there is one file at a time.
+Each block needs one quantized copy of the model, of which one exists at a time, and one reading of the text.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ def measure(
     most: int | None = None,
     progress: Progress = silent,
 ) -> dict[int, float]:
-    """KL divergence in nats a token from the source by block, with that block's experts at `kind`. The copies lie
-    beside `out`. progress counts blocks."""
+    """Return, by block, the KL divergence from the source in nats per token with the block's experts at `kind`.
+
+    The temporary copies are in the folder of `out`. `progress` counts blocks.
+    """
     blocks, found = expert_blocks(source), dict[int, float]()
     for block in blocks:
         recipe = draft.recipe(source, kind, importance, block=block)
@@ -48,7 +50,7 @@ def most_sensitive(found: dict[int, float], n: int) -> list[int]:
 
 
 def parse_raise(text: str) -> tuple[int, str]:
-    """(how many blocks, type) of "4=q4_k". Raises EdgeError."""
+    """Return the number of blocks and the type of "4=q4_k". Raises EdgeError for other texts."""
     number, _, kind = text.partition("=")
     if not number.isdecimal() or int(number) < 1 or not kind:
         raise EdgeError(f"{text!r} is not BLOCKS=TYPE", "write it like 4=q4_k", usage=True)

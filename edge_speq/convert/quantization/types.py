@@ -1,11 +1,11 @@
-"""The names of quantizations: of whole files (llama.cpp's ftypes: mixes of types) and of single tensors."""
+"""Names of quantizations: of whole files (llama.cpp's ftypes, mixes of types) and of single tensors."""
 
 from __future__ import annotations
 
 from edge_speq.errors import EdgeError
 from edge_speq.gguf.container import TYPES
 
-# enum llama_ftype of llama.h, without those whose default type is no type that a tensor is quantized to
+# enum llama_ftype of llama.h, without ftypes whose default type cannot be a quantization target
 # fmt: off
 FTYPES: dict[str, int] = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12,
@@ -17,7 +17,7 @@ FTYPES: dict[str, int] = {
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}  # as llama-quantize has them
 FLOATS = ("f32", "f16", "bf16")
 
-# What a file is called whose experts have one type and whose other tensors have theirs.
+# file type of a file whose experts have this type and whose other tensors are unchanged
 LABELS = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 _IDS = {name.lower(): number for number, (name, _, _) in TYPES.items()}
@@ -27,7 +27,7 @@ NEEDS_IMPORTANCE = ("iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_m", "iq1_s")
 
 
 def ftype(name: str) -> int:
-    """The ftype of a name such as q4_k_m. Raises EdgeError for an unknown one."""
+    """Return the ftype of a name such as q4_k_m. Raises EdgeError for an unknown name."""
     lower = name.lower()
     number = FTYPES.get(ALIASES.get(lower, lower))
     if number is None:
@@ -40,7 +40,7 @@ def tensor_types() -> list[str]:
 
 
 def tensor_type(name: str) -> int:
-    """The ggml type of a name such as q3_k. Raises EdgeError for an unknown one."""
+    """Return the ggml type of a name such as q3_k. Raises EdgeError for an unknown name."""
     lower = name.lower()
     if lower not in _IDS or lower in _INTERNAL:
         raise EdgeError(f"{name!r} is not a tensor type", f"choose one of {', '.join(tensor_types())}", usage=True)
@@ -48,18 +48,17 @@ def tensor_type(name: str) -> int:
 
 
 def number(name: str) -> int:
-    """The ggml type of a name that a file has, whether or not one may ask for it."""
+    """Return the ggml type of a type name in a file, including types that users cannot request."""
     return _IDS[name.lower()]
 
 
 def row_bytes(number: int, columns: int) -> int:
-    """Bytes of a row of that many columns, a multiple of the type's block."""
+    """Return the bytes of a row. `columns` must be a multiple of the type's block."""
     _, block, block_bytes = TYPES[number]
     return columns // block * block_bytes
 
 
 def label(name: str) -> int:
-    """The ftype that says best what a file with experts of this tensor type is: it must be of a quantized type for
-    llama.cpp to heed tensor types at all."""
+    """Return the best ftype for a file with experts of this type. llama.cpp requires a quantized one (see recipe)."""
     lower = LABELS.get(name.lower(), name.lower())
     return FTYPES.get(lower, FTYPES["q8_0"]) if lower not in FLOATS else FTYPES["q8_0"]

@@ -1,1 +1,1 @@
-"""Experts cut into sub-experts (MoE-Prism)."""
+"""Split experts into sub-experts, as in MoE-Prism."""

@@ -1,9 +1,9 @@
-"""Elastic k: what a split model loses, and what it no longer reads, with fewer sub-experts a token.
+"""Elastic k: perplexity and bytes of a split model with fewer sub-experts per token.
 
-Siblings share their parent's router row, so a lower expert_used_count drops whole parents of least weight, and of one
-more parent some parts: which ones is up to the sort that breaks the ties (std::sort on the CPU promises no order).
-MoE-Prism scores parts by the activation of a few gate neurons, which no linear router row can say: rows fitted to it
-lost more than they gained (docs/convert.md has the figures). `convert.tilt` orders parts by their mean activation.
+Siblings share their parent's router row. A lower expert_used_count therefore drops the parents of least weight, and
+some parts of one more parent. Which parts depends on how the sort breaks ties (std::sort guarantees no order).
+MoE-Prism scores parts by the activation of a few gate neurons, which a linear router row cannot express: fitted rows
+lost more than they gained. `router_tilt` orders parts by their mean activation instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_speq.convert.evaluation import activations
-from edge_speq.gguf import container as gguf_file
+from edge_speq.gguf import container
 from edge_speq.gguf.container import U32
 from edge_speq.gguf.model import architecture
 from edge_speq.progress import Progress, silent
@@ -29,19 +29,21 @@ class Point:
     """One operating point on the held-out texts of edge-speq bench."""
 
     n_expert_used: int
-    bytes_per_token: int  # of routed experts, over all blocks, for one token
+    bytes_per_token: int  # bytes of routed experts for one token, over all blocks
     perplexity: float  # over all classes
     by_class: dict[str, float]
 
 
 def choices(used: int, n_sub: int) -> list[int]:
-    """From all parts to half of them, half a parent at a time."""
+    """Return the numbers of parts to measure: from all to half of them, in steps of half a parent."""
     return list(range(used, max(used // 2, 1) - 1, -max(1, n_sub // 2)))
 
 
 def points(path: Path, ks: Sequence[int], token_bytes: int, progress: Progress = silent) -> list[Point]:
-    """Perplexities of a file that nobody else reads yet, with each k; token_bytes are those of one sub-expert of every
-    block. The file is as before when it returns."""
+    """Return the perplexities of a file with each k. `token_bytes`: bytes of one sub-expert in every block.
+
+    The file is changed meanwhile, so nothing else may read it; it is restored at the end.
+    """
     texts, found = activations.held_out(), []
     for done, k in enumerate(ks):
         with _used(path, k):
@@ -55,8 +57,8 @@ def points(path: Path, ks: Sequence[int], token_bytes: int, progress: Progress =
 
 @contextmanager
 def _used(path: Path, k: int) -> Iterator[None]:
-    """Sets a file's expert_used_count, one number of its header, for the length of the block."""
-    file = gguf_file.read(path)
+    """Set expert_used_count in a file's header while the block runs."""
+    file = container.read(path)
     found = file.fields[f"{architecture(file)}.expert_used_count"]
     assert found.kind == U32 and isinstance(found.value, int)
     _write(path, found.offset + 4, k)

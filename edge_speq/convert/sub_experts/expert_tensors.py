@@ -1,4 +1,4 @@
-"""What convert split and pack know about a model's routed experts: blocks, tensors, how they are weighed."""
+"""Routed experts of a model for convert split and pack: blocks, tensors, and gate weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3  # llama_expert_gating_func_type
 PER_EXPERT = re.compile(
     r"blk\.(\d+)\.(ffn_(?:gate|up|down|gate_up)_exps|ffn_gate_inp(?=\.(?:weight|bias)$)|exp_probs_b)\.(\w+)"
 )  # gemma4's ffn_gate_inp.scale has a number for each column instead
-GLM_LITE_VOCABULARY = 154880  # deepseek2.cpp tells GLM-4.7-Lite, which has sigmoid gates, by it
+GLM_LITE_VOCABULARY = 154880  # deepseek2.cpp recognizes GLM-4.7-Lite, which has sigmoid gates, by its vocabulary
 
 
 @dataclass(slots=True)
 class Block:
-    """The tensors of one block that have an expert dimension, by what they are: "down.weight", "router.weight", ..."""
+    """The tensors of one block with an expert dimension, by part: "down.weight", "router.weight", ..."""
 
     index: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Block:
 
 
 def blocks(file: GGUFFile) -> dict[int, Block]:
-    """The blocks with routed experts, in order. Raises EdgeError where there are none."""
+    """Return the blocks with routed experts, in order. Raises EdgeError for a dense model."""
     found: dict[int, Block] = {}
     for tensor in file.tensors.values():
         match = PER_EXPERT.fullmatch(tensor.name)
@@ -46,7 +46,7 @@ def blocks(file: GGUFFile) -> dict[int, Block]:
         raise EdgeError(f"{file.paths[0]} has no routed experts", "give a Mixture-of-Experts model", usage=True)
     for block in found.values():
         if "router.weight" not in block.tensors:
-            refuse(file, f"block {block.index} has experts but no router of its own")
+            refuse(file, f"block {block.index} has experts but no router")
     return found
 
 
@@ -60,7 +60,7 @@ def flag(file: GGUFFile, name: str) -> bool:
 
 
 def gating(file: GGUFFile) -> int:
-    """How an architecture that convert split knows weighs its experts (src/models of the pinned llama.cpp)."""
+    """Return the gating function of an architecture of convert split (src/models of the pinned llama.cpp)."""
     arch = architecture(file)
     if arch == "gpt-oss":
         return SOFTMAX_OF_CHOSEN
@@ -74,6 +74,8 @@ def gating(file: GGUFFile) -> int:
 
 
 def weights_add_up(file: GGUFFile) -> bool:
-    """Whether N siblings with their parent's score weigh as much together as the parent did: softmax scores are shared
-    out among N times as many, and normalised ones too; a sigmoid's alone are not."""
+    """Return true if the weights of N siblings with their parent's score add up to the parent's weight.
+
+    That holds for softmax and for normalised weights, but not for sigmoid alone.
+    """
     return gating(file) in (SOFTMAX, SOFTMAX_OF_CHOSEN) or flag(file, "expert_weights_norm")

@@ -1,12 +1,12 @@
-"""MoE-Prism's sub-experts (arXiv 2510.19366) in a GGUF that stock llama.cpp runs: E experts become N * E.
+"""MoE-Prism's sub-experts (arXiv 2510.19366) in a GGUF file that stock llama.cpp runs: E experts become N * E.
 
-The neurons of an expert (rows of gate and up, columns of down) are dealt to N sub-experts, which get their parent's
-router row. Siblings then tie, so the N * k best are the siblings of the k best parents, and the sum over them is the
-parent's own output: exact up to the order of additions. A sibling's gate weight is 1/N of its parent's (a softmax over
-N times as many, or a normalised weight), so down is multiplied by N: in the scales of its blocks where N is a power of
-two, else by a scale of each expert where the graph has one. With a tilt (convert.tilt) siblings no longer tie.
+The neurons of an expert (rows of gate and up, columns of down) are distributed to N sub-experts with their parent's
+router row. Siblings have equal scores, so the N * k best are the siblings of the k best parents. Their sum is the
+parents' output, exact up to the order of additions. A sibling's gate weight is 1/N of its parent's, so down is
+multiplied by N: in the scales of its blocks if N is a power of two, otherwise by a scale per expert if the graph has
+one. With a tilt (router_tilt) siblings have different scores.
 
-Rows may go anywhere; columns of a quantized down move in whole blocks, whose values share a scale.
+Rows can move one by one. Columns of a quantized down move in whole blocks, whose values share a scale.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from edge_speq.gguf.model import MAX_EXPERTS, architecture, check_model, hyperpa
 from edge_speq.gguf.rewrite import NewTensor, Rewrite, Source, Value, n_bytes
 from edge_speq.planning.sub_experts import ALL_USED, SUB_EXPERTS
 
-# whose graphs were read and whose split files are compared with their sources in tests/convert/test_split.py
+# supported architectures; tests/convert/test_split.py compares their split files with the sources
 ARCHITECTURES = ("qwen3moe", "llama", "olmoe", "qwen2moe", "phimoe", "granitemoe", "gpt-oss", "deepseek2")
 
 
-N_FF_OF_EXPERTS = ("llama", "olmoe", "phimoe", "granitemoe")  # their feed_forward_length is the experts' own
+N_FF_OF_EXPERTS = ("llama", "olmoe", "phimoe", "granitemoe")  # feed_forward_length is the width of an expert
 
 
-SCALED = ("qwen3moe", "llama")  # whose graphs multiply by ffn_down_exps.scale
+SCALED = ("qwen3moe", "llama")  # graphs that multiply by ffn_down_exps.scale
 
 
 Order = npt.NDArray[np.int64]  # [n_expert, n_sub, neurons]: the neurons of each sub-expert
@@ -47,37 +47,37 @@ Order = npt.NDArray[np.int64]  # [n_expert, n_sub, neurons]: the neurons of each
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How the experts of a block are cut."""
+    """Partition and tilt of the experts of a block."""
 
     order: Order
-    tilt: npt.NDArray[np.float64] | None = None  # [n_expert, n_sub], what is added to scores
-    constant: npt.NDArray[np.float32] | None = None  # [n_embd], the router row of 1
+    tilt: npt.NDArray[np.float64] | None = None  # [n_expert, n_sub], added to scores
+    constant: npt.NDArray[np.float32] | None = None  # [n_embd], router row with output 1
 
     def scales(self) -> npt.NDArray[np.float32]:
-        """What takes the tilt out of the weights again, of each sub-expert."""
+        """Return the factor of each sub-expert that cancels the tilt in its weight."""
         n = self.order.shape[0] * self.order.shape[1]
         return np.ones(n, np.float32) if self.tilt is None else np.exp(-self.tilt.ravel()).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class SplitSummary:
-    """What a split made or would make."""
+    """Result of a split, or of its dry run."""
 
     out: str
     n_bytes: int
     source_bytes: int
     n_expert: int
     n_expert_used: int
-    n_expert_used_full: int  # with which it is the source's function, unless tilted
+    n_expert_used_full: int  # value with which the model equals its source, unless tilted
     sub_experts: int
     tilt: float  # more than 0: lossy with any number of parts
-    n_ff: int  # of a sub-expert
+    n_ff: int  # neurons of a sub-expert
     unit: int  # neurons that move together
     sub_expert_bytes: int  # largest over blocks
     router_bytes: int
     exact_scale: bool  # down is multiplied by N without rounding
     profiled_tokens: int | None
-    unseen_experts: int | None  # of which the profile has nothing: their neurons stay in order
+    unseen_experts: int | None  # experts without a profile, whose neurons keep their order
     objective_contiguous: float | None  # spare parts' share of the activation, mean over experts
     objective: float | None
     points: list[elastic_k.Point] | None = None  # with --measure
@@ -89,25 +89,25 @@ class SplitSummary:
 def split(
     model: str | Path,
     out: str | Path,
-    wanted: SplitOptions,
+    options: SplitOptions,
     *,
     force: bool = False,
     dry_run: bool = False,
     stage: Stage = unwatched,
 ) -> SplitSummary:
-    """Raises EdgeError for a model or a number of sub-experts that does not go."""
+    """Write the split model and return a summary. Raises EdgeError if model, N or k is not possible."""
     file = check_model(model)
     blocks = expert_tensors.blocks(file)
     _require_known(file, blocks)
-    n_used = _require_possible(file, blocks, wanted)
-    cuts = {index: Cut(_in_order(block, wanted.n_sub)) for index, block in blocks.items()}
+    n_used = _require_possible(file, blocks, options)
+    cuts = {index: Cut(_in_order(block, options.n_sub)) for index, block in blocks.items()}
     with Source(file) as source:
-        size = _rewrite(source, blocks, cuts, wanted, n_used).size
+        size = _rewrite(source, blocks, cuts, options, n_used).size
         target = atomic.check(out, force, sources=file.paths, expected_bytes=size)
         found, points = None, None
-        if wanted.profiled and not dry_run:
-            units = {index: _unit(block, wanted) for index, block in blocks.items()}
-            found = activation_profile.partitions(file, blocks, units, wanted, target, stage)
+        if options.profiled and not dry_run:
+            units = {index: _unit(block, options) for index, block in blocks.items()}
+            found = activation_profile.partitions(file, blocks, units, options, target, stage)
             cuts = {
                 index: Cut(
                     _neurons(found.orders[index], units[index]), found.tilts.get(index), found.constants.get(index)
@@ -117,23 +117,23 @@ def split(
         if not dry_run:
             with atomic.output(out, force, sources=file.paths, expected_bytes=size) as path:
                 with stage("writing", "") as progress:
-                    _rewrite(source, blocks, cuts, wanted, n_used).write(path, progress)
-                if wanted.measure:
-                    ks = elastic_k.choices(hyperparameter(file, "expert_used_count") * wanted.n_sub, wanted.n_sub)
-                    token_bytes = sum(_part_bytes(block, wanted) for block in blocks.values())
+                    _rewrite(source, blocks, cuts, options, n_used).write(path, progress)
+                if options.measure:
+                    ks = elastic_k.choices(hyperparameter(file, "expert_used_count") * options.n_sub, options.n_sub)
+                    token_bytes = sum(_part_bytes(block, options) for block in blocks.values())
                     with stage("measuring", "points") as progress:
                         points = elastic_k.points(path, ks, token_bytes, progress)
-    return _summary(file, blocks, wanted, n_used, out, size, found, points)
+    return _summary(file, blocks, options, n_used, out, size, found, points)
 
 
 def _require_known(file: GGUFFile, blocks: Mapping[int, Block]) -> None:
     arch = architecture(file)
     if arch not in ARCHITECTURES:
         expert_tensors.refuse(
-            file, f"how {arch} weighs its experts is not known here", f"known are {', '.join(ARCHITECTURES)}"
+            file, f"architecture {arch} is not supported", f"supported are {', '.join(ARCHITECTURES)}"
         )
     if hyperparameter(file, "expert_group_count") > 1:
-        # groups are chosen by the sum of their two best experts, which would be two siblings
+        # groups are chosen by the sum of their two best experts, which would be siblings
         expert_tensors.refuse(file, "it chooses groups of experts by their two best ones, which siblings would change")
     for name in ("expert_feed_forward_length", "expert_used_count", *_n_ff_keys(file)):
         found = file.fields.get(f"{arch}.{name}")
@@ -147,41 +147,43 @@ def _n_ff_keys(file: GGUFFile) -> tuple[str, ...]:
     return ("feed_forward_length",) if architecture(file) in N_FF_OF_EXPERTS else ()
 
 
-def _require_possible(file: GGUFFile, blocks: Mapping[int, Block], wanted: SplitOptions) -> int:
-    """Checks N, k and types. Returns the number of sub-experts used."""
-    n_expert, k, n = hyperparameter(file, "expert_count"), hyperparameter(file, "expert_used_count"), wanted.n_sub
-    units = max(_unit(block, wanted) for block in blocks.values())
+def _require_possible(file: GGUFFile, blocks: Mapping[int, Block], options: SplitOptions) -> int:
+    """Check N, k and types. Return the number of sub-experts used per token and block."""
+    n_expert, k, n = hyperparameter(file, "expert_count"), hyperparameter(file, "expert_used_count"), options.n_sub
+    units = max(_unit(block, options) for block in blocks.values())
     n_ff = next(iter(blocks.values())).n_ff
     allowed = [m for m in range(2, MAX_EXPERTS // n_expert + 1) if n_ff % (m * units) == 0]
     if n not in allowed:
-        kinds = sorted({_down_type(block, wanted) for block in blocks.values()})
-        why = f"{n} sub-experts do not go: an expert's {n_ff} neurons, in blocks of {units} ({', '.join(kinds)}), "
+        kinds = sorted({_down_type(block, options) for block in blocks.values()})
+        why = (
+            f"{n} sub-experts are not possible: an expert's {n_ff} neurons, in blocks of {units} ({', '.join(kinds)}), "
+        )
         why += f"and at most {MAX_EXPERTS} experts allow {', '.join(map(str, allowed)) or 'none'}"
-        free = "" if wanted.requantize else ", or give --requantize q8_0 (blocks of 32) or f16 (no blocks)"
+        free = "" if options.requantize else ", or give --requantize q8_0 (blocks of 32) or f16 (no blocks)"
         raise EdgeError(why, f"choose one of these{free}" if allowed else free.removeprefix(", or "), usage=True)
     for block in blocks.values():
-        if wanted.requantize is None and block.get("down.weight").type not in quant_blocks.SCALABLE:
+        if options.requantize is None and block.get("down.weight").type not in quant_blocks.SCALABLE:
             kind = block.get("down.weight").type
             raise EdgeError(f"the scales of {kind} cannot be multiplied in place", "give --requantize q8_0", usage=True)
-    used = k * n if wanted.used is None else wanted.used
-    if wanted.tilt and architecture(file) not in SCALED:
+    used = k * n if options.used is None else options.used
+    if options.tilt and architecture(file) not in SCALED:
         expert_tensors.refuse(
             file, f"llama.cpp's graph of {architecture(file)} has no scales of experts", "leave --tilt out"
         )
-    if wanted.tilt and not (0 < wanted.tilt <= 1 and wanted.profiled):
-        raise EdgeError(f"a tilt of {wanted.tilt}", "give more than 0 and at most 1, and a profile", usage=True)
+    if options.tilt and not (0 < options.tilt <= 1 and options.profiled):
+        raise EdgeError(f"a tilt of {options.tilt}", "give more than 0 and at most 1, and a profile", usage=True)
     if not 1 <= used <= k * n:
         raise EdgeError(f"k={used} is not a number of sub-experts", f"give 1 to {k * n}", usage=True)
     return used
 
 
-def _down_type(block: Block, wanted: SplitOptions) -> str:
-    return wanted.requantize.upper() if wanted.requantize else block.get("down.weight").type
+def _down_type(block: Block, options: SplitOptions) -> str:
+    return options.requantize.upper() if options.requantize else block.get("down.weight").type
 
 
-def _unit(block: Block, wanted: SplitOptions) -> int:
-    """Neurons that move together: those of a block of down, and one where down gets new blocks after the move."""
-    return 1 if wanted.requantize else quant_blocks.block(block.get("down.weight").type)[0]
+def _unit(block: Block, options: SplitOptions) -> int:
+    """Return how many neurons move together: a block of down, or one if down is requantized."""
+    return 1 if options.requantize else quant_blocks.block(block.get("down.weight").type)[0]
 
 
 def _in_order(block: Block, n_sub: int) -> Order:
@@ -189,15 +191,15 @@ def _in_order(block: Block, n_sub: int) -> Order:
 
 
 def _neurons(units: Order, size: int) -> Order:
-    """Neurons of units of that many."""
+    """Return the neurons of units of `size` neurons."""
     n_expert, n_sub, _ = units.shape
     return (units[..., None] * size + np.arange(size)).reshape(n_expert, n_sub, -1)
 
 
 def _rewrite(
-    source: Source, blocks: Mapping[int, Block], cuts: Mapping[int, Cut], wanted: SplitOptions, n_used: int
+    source: Source, blocks: Mapping[int, Block], cuts: Mapping[int, Cut], options: SplitOptions, n_used: int
 ) -> Rewrite:
-    file, n = source.file, wanted.n_sub
+    file, n = source.file, options.n_sub
     arch, n_ff = architecture(file), next(iter(blocks.values())).n_ff
     changes: dict[str, Value | None] = {
         f"{arch}.expert_count": (U32, hyperparameter(file, "expert_count") * n),
@@ -207,7 +209,7 @@ def _rewrite(
     }
     own = "feed_forward_length" if arch in N_FF_OF_EXPERTS else "expert_feed_forward_length"
     changes[f"{arch}.{own}"] = (U32, n_ff // n)
-    if arch == "deepseek2":  # it gives the width of the shared experts in widths of a routed one
+    if arch == "deepseek2":  # the width of its shared experts is given in widths of a routed one
         changes[f"{arch}.expert_shared_count"] = (U32, hyperparameter(file, "expert_shared_count") * n)
     roles = {t.name: (part, block) for block in blocks.values() for part, t in block.tensors.items()}
     tensors = []
@@ -215,8 +217,8 @@ def _rewrite(
         if tensor.name in roles:
             part, block = roles[tensor.name]
             cut = cuts[block.index]
-            tensors.append(_new(source, tensor, part, cut, wanted))
-            scaled = _factors(file, n)[1] != 1 or wanted.tilt
+            tensors.append(_new(source, tensor, part, cut, options))
+            scaled = _factors(file, n)[1] != 1 or options.tilt
             if part == "down.weight" and "down.scale" not in block.tensors and scaled:
                 tensors.append(_scales(tensor, n, cut.scales() * np.float32(_factors(file, n)[1])))
         else:
@@ -224,22 +226,22 @@ def _rewrite(
     return Rewrite(source, changes, tensors)
 
 
-def _new(source: Source, tensor: Tensor, part: str, cut: Cut, wanted: SplitOptions) -> NewTensor:
-    n, (role, kind), order = wanted.n_sub, part.split("."), cut.order
+def _new(source: Source, tensor: Tensor, part: str, cut: Cut, options: SplitOptions) -> NewTensor:
+    n, (role, kind), order = options.n_sub, part.split("."), cut.order
     if part == "down.weight":
-        return _new_down(source, tensor, order, wanted)
+        return _new_down(source, tensor, order, options)
     if role in ("gate", "up", "gate_up") and kind in ("weight", "bias"):
         *inner, rows, n_expert = tensor.ne
         data = functools.partial(_rows, source, tensor, order, 2 if role == "gate_up" else 1)
         return NewTensor(tensor.name, tensor.type, (*inner, rows // n, n_expert * n), data)
-    # a router's rows, biases of down and per-expert scales are the parent's
+    # router rows, biases of down and per-expert scales are copied from the parent
     factors = np.ones(order.shape[0] * n, np.float32)
     if part == "down.scale":
         factors = cut.scales() * np.float32(_factors(source.file, n)[1])
     if part == "down.bias" and not expert_tensors.weights_add_up(source.file):
         factors /= n  # each sibling would add the whole bias
     if part == "selection.bias" and expert_tensors.gating(source.file) == expert_tensors.SOFTMAX:
-        factors /= n  # as the scores that it is added to
+        factors /= n  # softmax scores become 1/n too
     ne = (*tensor.ne[:-1], tensor.ne[-1] * n)
     if part == "router.weight" and cut.tilt is not None and cut.constant is not None:
         data = functools.partial(_tilted, source, tensor, cut.tilt, cut.constant)
@@ -248,7 +250,7 @@ def _new(source: Source, tensor: Tensor, part: str, cut: Cut, wanted: SplitOptio
 
 
 def _factors(file: GGUFFile, n: int) -> tuple[int, int]:
-    """What down's values are multiplied by, and what each expert's scale."""
+    """Return the factors of down's values and of each expert's scale."""
     if not expert_tensors.weights_add_up(file):
         return 1, 1
     exact = n & (n - 1) == 0
@@ -262,14 +264,14 @@ def _scales(down: Tensor, n: int, scales: npt.NDArray[np.float32]) -> NewTensor:
 def _tilted(
     source: Source, tensor: Tensor, tilt: npt.NDArray[np.float64], constant: npt.NDArray[np.float32]
 ) -> Iterator[bytes]:
-    """Router rows: the parent's, and its siblings' tilts."""
+    """Yield the siblings' router rows: the parent's row plus the tilt."""
     for expert, shifts in enumerate(tilt):
         row = quant_blocks.dequantize(source.expert(tensor, expert), tensor.type, tensor.ne[0])
         yield quant_blocks.quantize(row + shifts[:, None].astype(np.float32) * constant, tensor.type)
 
 
 def _rows(source: Source, tensor: Tensor, order: Order, halves: int) -> Iterator[bytes]:
-    """Rows of gate and up (or entries of their biases); of both where they are fused, gate first."""
+    """Yield the rows of gate or up, or entries of their biases; with fused tensors gate's rows come first."""
     for expert, parts in enumerate(order):
         rows = np.frombuffer(source.expert(tensor, expert), np.uint8).reshape(halves, parts.size, -1)
         for neurons in parts:
@@ -283,13 +285,13 @@ def _repeated(source: Source, tensor: Tensor, n: int, factors: npt.NDArray[np.fl
             yield data if factor == 1 else (np.frombuffer(data, np.float32) * factor).tobytes()
 
 
-def _new_down(source: Source, tensor: Tensor, order: Order, wanted: SplitOptions) -> NewTensor:
-    factor, _ = _factors(source.file, wanted.n_sub)
+def _new_down(source: Source, tensor: Tensor, order: Order, options: SplitOptions) -> NewTensor:
+    factor, _ = _factors(source.file, options.n_sub)
     n_ff, n_embd, n_expert = tensor.ne
-    ne = (n_ff // wanted.n_sub, n_embd, n_expert * wanted.n_sub)
-    if wanted.requantize:
-        data = functools.partial(_requantized, source, tensor, order, factor, wanted.requantize.upper())
-        return NewTensor(tensor.name, wanted.requantize.upper(), ne, data)
+    ne = (n_ff // options.n_sub, n_embd, n_expert * options.n_sub)
+    if options.requantize:
+        data = functools.partial(_requantized, source, tensor, order, factor, options.requantize.upper())
+        return NewTensor(tensor.name, options.requantize.upper(), ne, data)
     return NewTensor(tensor.name, tensor.type, ne, functools.partial(_columns, source, tensor, order, factor))
 
 
@@ -312,14 +314,14 @@ def _requantized(source: Source, tensor: Tensor, order: Order, factor: int, type
 def _summary(
     file: GGUFFile,
     blocks: Mapping[int, Block],
-    wanted: SplitOptions,
+    options: SplitOptions,
     n_used: int,
     out: str | Path,
     size: int,
     found: activation_profile.ActivationProfile | None,
     points: list[elastic_k.Point] | None,
 ) -> SplitSummary:
-    n, first = wanted.n_sub, next(iter(blocks.values()))
+    n, first = options.n_sub, next(iter(blocks.values()))
     return SplitSummary(
         out=str(out),
         n_bytes=size,
@@ -328,10 +330,10 @@ def _summary(
         n_expert_used=n_used,
         n_expert_used_full=hyperparameter(file, "expert_used_count") * n,
         sub_experts=n,
-        tilt=wanted.tilt,
+        tilt=options.tilt,
         n_ff=first.n_ff // n,
-        unit=max(_unit(block, wanted) for block in blocks.values()),
-        sub_expert_bytes=max(_part_bytes(block, wanted) for block in blocks.values()),
+        unit=max(_unit(block, options) for block in blocks.values()),
+        sub_expert_bytes=max(_part_bytes(block, options) for block in blocks.values()),
         router_bytes=sum(block.get("router.weight").n_bytes * n for block in blocks.values()),
         exact_scale=(factor := _factors(file, n)[0]) & (factor - 1) == 0,
         profiled_tokens=found.n_tokens if found else None,
@@ -342,9 +344,9 @@ def _summary(
     )
 
 
-def _part_bytes(block: Block, wanted: SplitOptions) -> int:
-    """Of one sub-expert."""
+def _part_bytes(block: Block, options: SplitOptions) -> int:
+    """Return the bytes of one sub-expert."""
     inputs = [t for part, t in block.tensors.items() if part in ("gate.weight", "up.weight", "gate_up.weight")]
     n_ff, n_embd, _ = block.get("down.weight").ne
-    down = n_bytes(_down_type(block, wanted), (n_ff // wanted.n_sub, n_embd))
-    return down + sum(t.n_bytes // (t.ne[2] * wanted.n_sub) for t in inputs)
+    down = n_bytes(_down_type(block, options), (n_ff // options.n_sub, n_embd))
+    return down + sum(t.n_bytes // (t.ne[2] * options.n_sub) for t in inputs)

@@ -20,12 +20,12 @@ from edge_speq.session import model_thread
 from edge_speq.session.requests import ModelCall, RequestUsage
 from edge_speq.session.subprocess.wire import Channel, loads, portable
 
-WINDOW = 64  # items that the child may be ahead of what the parent has taken
-MORE_LIKELY_KILLED = "500"  # of Linux's out-of-memory killer, where 0 is the parent and 1000 is always
+WINDOW = 64  # items that the child may be ahead of the parent
+MORE_LIKELY_KILLED = "500"  # adjustment of Linux's out-of-memory killer, from 0 (as the parent) to 1000 (always)
 
 
 class Remainder:
-    """The child's side of a request: a requests.Sink whose items go to the parent."""
+    """The child's side of a request: a requests.Sink that sends its items to the parent."""
 
     def __init__(self, number: int, call: ModelCall | None, channel: Channel) -> None:
         self.number, self.call = number, call
@@ -59,14 +59,14 @@ class Remainder:
 
 
 class Child:
-    """One engine. Calls run on the thread of `run`, cancellations on the one that reads, the rest on a third."""
+    """The engine of the child. Calls run on the thread of `run`, cancellations on the reader, the rest on a third."""
 
     def __init__(self, channel: Channel) -> None:
         from edge_speq.session.in_process import InProcess
 
         self._channel = channel
         self._calls: queue.SimpleQueue[Remainder | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards _requests, and that _current stays while it is cancelled
+        self._lock = threading.Lock()  # guards _requests, and keeps _current while it is cancelled
         self._requests: dict[int, Remainder] = {}
         self._current: Remainder | None = None
         self._aside = ThreadPoolExecutor(1, "edge_speq aside")
@@ -123,7 +123,7 @@ class Child:
             while True:
                 self._handle(*self._channel.receive())
         except (EOFError, OSError):
-            os._exit(0)  # the parent has exited or closed the pipe: nothing here is worth a delay
+            os._exit(0)  # the parent has exited or closed the pipe
 
     def _handle(self, kind: str, number: int, content: bytes) -> None:
         try:
@@ -164,7 +164,7 @@ class Child:
 
 def main() -> NoReturn:
     """Run the child. Never returns."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent to decide about
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles a terminal's Ctrl-C
     thread = threading.Thread(target=_live, name="edge_speq engine")
     model_thread.start(thread)
     thread.join()
@@ -179,7 +179,7 @@ def _live() -> NoReturn:
         channel.greet()
         Child(channel).run()
         code = 0
-    except (EOFError, OSError):  # the parent left while the child began
+    except (EOFError, OSError):  # the parent exited while the child started
         code = 0
     except BaseException:
         traceback.print_exc()  # the parent keeps the last line
@@ -201,19 +201,21 @@ def private_channel() -> Channel:
 
 
 def protect_parent() -> None:
-    """Keep failures of this process from disturbing the application."""
+    """Keep failures of this process from affecting the application: no core dumps, killed first if memory is low."""
     if sys.platform != "win32":
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # writing gigabytes would delay the parent's error
+        resource.setrlimit(
+            resource.RLIMIT_CORE, (0, hard)
+        )  # writing a core dump of gigabytes would delay the parent's error
         threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(MORE_LIKELY_KILLED, encoding="ascii")
 
 
 def _watch_parent(parent: int) -> None:
-    """End with the parent: a fork of the parent may keep stdin open."""
+    """Exit when the parent exits; stdin does not show that if a fork of the parent keeps it open."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(0)

@@ -1,7 +1,7 @@
-"""How the child is started, also in a frozen application.
+"""Command that starts the child process, also in a frozen application.
 
-`wire` defines the messages, `process` is the parent's handle of the child, `remote` the session's engine on top of it,
-and `child` the other side.
+Related modules: `wire` defines the messages, `process` is the parent's handle of the child, `remote` the session's
+engine that uses it, and `child` the child's side.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 
-FLAG = "--edge-speq-engine"  # the first argument of a frozen application that is to be the child
+FLAG = "--edge-speq-engine"  # first argument of a frozen application that runs as the child
 
 
 def command() -> list[str]:
@@ -24,10 +24,10 @@ def command() -> list[str]:
 
 
 def freeze_support() -> None:
-    """Become the child if this process was started as one; then it does not return.
+    """Run the child, and do not return, if this process was started as the child of a frozen application.
 
-    Call it first in a frozen application. PyInstaller does so with the hook in edge_speq/_pyinstaller. Without freezing
-    it does nothing.
+    Call it first in a frozen application; with PyInstaller the hook in edge_speq/_pyinstaller does. It does nothing in
+    an application that is not frozen.
     """
     if getattr(sys, "frozen", False) and sys.argv[1:2] == [FLAG]:
         from edge_speq.session.subprocess import child

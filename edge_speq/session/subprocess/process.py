@@ -18,17 +18,17 @@ from edge_speq.session.requests import EngineDied, SessionClosed, again
 from edge_speq.session.subprocess import freeze, wire
 
 AGAIN = "the next request starts it again"
-LAST_WORDS = 20  # lines of stderr that are kept for the obituary
-DYING = 0.5  # seconds between the end of a child's stdout and its own
+LAST_LINES = 20  # lines of stderr that are kept for the error message
+DYING = 0.5  # seconds from the end of the child's stdout to its exit, at most
 
-logging.getLogger("edge_speq").addHandler(logging.NullHandler())  # a library prints nothing unasked
+logging.getLogger("edge_speq").addHandler(logging.NullHandler())  # a library must not print
 log = logging.getLogger("edge_speq.child")
 
 Answer = tuple[str, Any]  # a message's kind and content
 
 
 class Process:
-    """A child and the threads that listen to it. Messages about a request wait in that request's inbox."""
+    """A child process and the threads that read its output. Each request has an inbox for its messages."""
 
     def __init__(self) -> None:
         self._popen = subprocess.Popen(
@@ -37,7 +37,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment(),
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # of Windows
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # Windows only
         )
         assert self._popen.stdin is not None and self._popen.stdout is not None and self._popen.stderr is not None
         self._channel = wire.Channel(cast(BinaryIO, self._popen.stdout), cast(BinaryIO, self._popen.stdin))
@@ -46,13 +46,13 @@ class Process:
         self._inboxes: dict[int, collections.deque[Answer]] = {}
         self._death: EdgeError | None = None
         self._closing = False
-        self._words: collections.deque[str] = collections.deque(maxlen=LAST_WORDS)
-        self._ears = [
+        self._words: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
+        self._readers = [
             threading.Thread(target=self._listen_to_stderr, args=(self._popen.stderr,), daemon=True),
             threading.Thread(target=self._listen, name="edge_speq child", daemon=True),
         ]
-        for ear in self._ears:
-            ear.start()
+        for reader in self._readers:
+            reader.start()
 
     @property
     def pid(self) -> int:
@@ -62,10 +62,10 @@ class Process:
     def is_alive(self) -> bool:
         return self._death is None
 
-    # --- speaking --------------------------------------------------------------------------------------
+    # --- sending --------------------------------------------------------------------------------------
 
     def open(self, kind: str, content: Any) -> int:
-        """Send a message that is answered, and return its number. Raises EdgeError for what cannot be pickled."""
+        """Send a message that is answered, and return its number. Raises EdgeError if it cannot be pickled."""
         number = next(self._numbers)
         with self._changed:
             self._inboxes[number] = collections.deque()
@@ -77,13 +77,12 @@ class Process:
         return number
 
     def send(self, kind: str, number: int, content: Any = None) -> None:
-        """Send a message. Raises EdgeError for what cannot be pickled. A dead child shows when it is listened to."""
+        """Send a message. Raises EdgeError if it cannot be pickled. A dead child is reported by `receive`."""
         with contextlib.suppress(OSError, ValueError):  # ValueError: closed
             self._channel.send(kind, number, content)
 
-    def hear(self, number: int, timeout: float | None = None) -> Answer | None:
-        """Return the next answer, None after `timeout` seconds. Raises EdgeError once the child is dead and the inbox
-        is empty."""
+    def receive(self, number: int, timeout: float | None = None) -> Answer | None:
+        """Return the next answer, None after `timeout` seconds. Raises EdgeError if the child has died."""
         with self._changed:
             inbox = self._inboxes[number]
             self._changed.wait_for(lambda: inbox or self._death, timeout)
@@ -98,13 +97,13 @@ class Process:
             self._inboxes.pop(number, None)
 
     def nudge(self, number: int) -> None:
-        """Wake the thread that listens for this request."""
+        """Wake the thread that waits for this request's answers."""
         with self._changed:
             if number in self._inboxes:
                 self._inboxes[number].append(("nudge", None))
                 self._changed.notify_all()
 
-    # --- listening -------------------------------------------------------------------------------------
+    # --- receiving -------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
         try:
@@ -141,16 +140,18 @@ class Process:
                     log.info("%s", text)
 
     def _reap(self) -> None:
-        """Wait for the process, whose output has ended, and note how it died."""
+        """Wait for the process after its output has ended, and store its exit as an error."""
         try:
             code = self._popen.wait(DYING)
         except subprocess.TimeoutExpired:
             self._popen.kill()
             code = self._popen.wait()
-        self._ears[0].join(0.2)  # a debugger that the child has started may keep stderr open
+        self._readers[0].join(0.2)  # a debugger started by the child may keep stderr open
         self._channel.close()
         with self._changed:
-            self._death = SessionClosed("the session is closed") if self._closing else obituary(code, list(self._words))
+            self._death = (
+                SessionClosed("the session is closed") if self._closing else exit_error(code, list(self._words))
+            )
             self._changed.notify_all()
         if not self._closing:
             log.error("%s", self._death.message)
@@ -158,15 +159,15 @@ class Process:
     # --- ending ----------------------------------------------------------------------------------------
 
     def close(self, timeout: float) -> None:
-        """Ask the child to end, kill it after `timeout` seconds, and return when it has ended."""
+        """Ask the child to exit, kill it after `timeout` seconds, and return when it has exited."""
         self._closing = True
         self.send("close", 0)
-        self._ears[1].join(timeout)
+        self._readers[1].join(timeout)
         self.kill()
-        self._ears[1].join()
+        self._readers[1].join()
 
     def kill(self) -> None:
-        """Kill the child at once, from any thread."""
+        """Kill the child immediately; callable from any thread."""
         self._closing = True
         with self._changed:
             if self._death is None and self._popen.poll() is None:
@@ -174,12 +175,12 @@ class Process:
 
 
 def environment() -> dict[str, str]:
-    """Return the child's environment: an abort in ggml must not wait for a debugger's backtrace (ggml.c)."""
+    """Return the child's environment, in which an abort in ggml does not wait for a debugger's backtrace (ggml.c)."""
     return {"GGML_NO_BACKTRACE": "1"} | dict(os.environ)
 
 
-def obituary(code: int, words: list[str]) -> EngineDied:
-    """Return the error for the application: how the child ended, and what it printed last."""
+def exit_error(code: int, words: list[str]) -> EngineDied:
+    """Return the error for the application, with the exit status and the last output of the child."""
     how = f"ended with exit code {code}"
     if code < 0:
         name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
@@ -187,5 +188,5 @@ def obituary(code: int, words: list[str]) -> EngineDied:
     said = next((line for line in words if "GGML_ASSERT" in line or "ggml_abort" in line), words[-1] if words else "")
     message = f"the engine's process {how}" + (f": {said}" if said else "")
     if sys.platform != "win32" and code == -signal.SIGKILL:
-        return EngineDied(message, f"the system does that when no memory is left; {AGAIN}")
+        return EngineDied(message, f"the system does that if it runs out of memory; {AGAIN}")
     return EngineDied(message, AGAIN)

@@ -1,4 +1,4 @@
-"""A session's engine in a child process, started again after each of its deaths."""
+"""A session's engine in a child process, which is started again if it dies."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from edge_speq.session.subprocess import wire
 from edge_speq.session.subprocess.process import Answer, Process
 
 GRACE = 3.0  # seconds that closing a child may take; a session that closes waits longer
-ANSWER = 30.0  # seconds until a child that does not answer is said to hang
+ANSWER = 30.0  # seconds until a child that does not answer is reported as hanging
 
 log = logging.getLogger("edge_speq")
 
 
 class RemoteEngine:
-    """The counterpart of InProcess whose model is in a child. Every way in which the child can end is an EdgeError."""
+    """An engine like InProcess, with the model in a child process. A crash of the child raises EdgeError."""
 
     def __init__(self, model: Path, options: dict[str, Any]) -> None:
-        wire.dumps(options)  # what cannot be sent is refused at once
+        wire.dumps(options)  # raises early if options cannot be pickled
         self._model, self._options = str(model), options
         self._process: Process | None = None
-        self._number = -1  # of the request that runs
+        self._number = -1  # number of the running request
         self._is_loaded = self._is_killed = False
-        self._lock = threading.Lock()  # guards the two, and what a restart begins with
+        self._lock = threading.Lock()  # guards the flags and the start of a process
 
     # --- the session's thread --------------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ class RemoteEngine:
         try:
             facts: ModelFacts = self._exchange(process, sink, "load", (self._model, self._options, _level()))
         except BaseException:
-            process.kill()  # also the load that was cancelled: nothing there is worth waiting for
+            process.kill()  # a failed or cancelled load has nothing to wait for
             process.close(GRACE)
             raise
         self._is_loaded = True
@@ -60,13 +60,15 @@ class RemoteEngine:
         return self._exchange(self._process, sink, "call", (sink.call, _level()))
 
     def _exchange(self, process: Process, sink: Sink, kind: str, content: Any) -> Any:
-        """Send a request, hand its items to the sink and return its value. Returns and raises only when the child has
-        finished the request or is dead."""
+        """Send a request, pass its items to the sink and return its value.
+
+        Returns or raises only after the child has finished the request or died.
+        """
         number = self._number = process.open(kind, content)
         try:
             outcome, result = self._listen(process, sink, number)
         except BaseException:
-            if kind != "load":  # that child is killed
+            if kind != "load":  # after a failed load the caller kills the child
                 self._stop(process, sink, number)
             raise
         finally:
@@ -76,9 +78,9 @@ class RemoteEngine:
         return result
 
     def _listen(self, process: Process, sink: Sink, number: int) -> Answer:
-        """Return how the child ended the request. Raises EdgeError when the reader gave it up or the child died."""
+        """Return the outcome of the request. Raises EdgeError if the reader cancelled it or the child died."""
         while not sink.is_over:
-            kind, content = process.hear(number) or ("nudge", None)
+            kind, content = process.receive(number) or ("nudge", None)
             if kind in ("end", "error"):
                 return kind, content
             if kind == "item":
@@ -89,12 +91,12 @@ class RemoteEngine:
         raise EdgeError(CANCELLED)
 
     def _stop(self, process: Process, sink: Sink, number: int) -> None:
-        """Cancel a request and wait until the child has finished it or is dead."""
+        """Cancel a request and wait until the child has finished it or died."""
         process.send("cancel", number)
         kind = "nudge"
         with contextlib.suppress(EdgeError):
             while kind not in ("end", "error"):
-                kind, content = process.hear(number) or ("nudge", None)
+                kind, content = process.receive(number) or ("nudge", None)
                 if kind == "usage":
                     sink.usage = content
 
@@ -108,7 +110,7 @@ class RemoteEngine:
     # --- any thread ------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Wake the session's thread, which then finds the request over: nothing here waits."""
+        """Wake the session's thread, which then sees that the request is cancelled. Does not wait."""
         if self._process is not None:
             self._process.nudge(self._number)
 
@@ -128,7 +130,9 @@ class RemoteEngine:
 
     def resize(self, **bounds: Any) -> Plan:
         plan: Plan = self._ask("resize", bounds, None)
-        self._options |= {name: value for name, value in bounds.items() if value is not None}  # for a restart
+        self._options |= {
+            name: value for name, value in bounds.items() if value is not None
+        }  # used when the process is started again
         return plan
 
     def _ask(self, name: str, arguments: dict[str, Any], timeout: float | None) -> Any:
@@ -137,7 +141,7 @@ class RemoteEngine:
             raise EdgeError("the engine's process has no loaded model", "the next request starts it")
         number = process.open("ask", (name, arguments))
         try:
-            answer = process.hear(number, timeout)
+            answer = process.receive(number, timeout)
         finally:
             process.forget(number)
         if answer is None:
@@ -149,7 +153,7 @@ class RemoteEngine:
 
 
 class _Quiet:
-    """A sink for loading again: the request that waits for it does not see the load's items."""
+    """A sink for loading after a restart, which hides the load's items from the waiting request."""
 
     def __init__(self, sink: Sink) -> None:
         self.call = None
@@ -161,7 +165,7 @@ class _Quiet:
         return self._sink.is_over
 
     def put(self, item: Any) -> None:
-        """Drop the fraction that is loaded."""
+        """Ignore the loaded fraction."""
 
 
 def _level() -> int:

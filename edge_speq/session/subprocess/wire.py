@@ -1,7 +1,7 @@
-"""Messages between the two processes: a length, and a pickle of (kind, number, pickled content).
+"""Messages between parent and child: a length, and a pickle of (kind, number, pickled content).
 
-The content is pickled separately, so that unreadable content still names the request it belongs to. Both ends
-are the same installation, and the parent started the child: pickle is safe here.
+The content is pickled separately, so that the request is known even if the content cannot be unpickled. Pickle is safe
+here, because both ends are the same installation and the parent starts the child.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Message = tuple[str, int, bytes]
 
 
 class Channel:
-    """Sends from any thread, receives on one."""
+    """A pair of pipes. `send` is safe from any thread; only one thread may `receive`."""
 
     def __init__(self, reading: BinaryIO, writing: BinaryIO) -> None:
         self._reading, self._writing = reading, writing
@@ -33,7 +33,7 @@ class Channel:
             self._writing.flush()
 
     def await_greeting(self) -> bytes:
-        """Read up to the greeting and return what was printed before it. Raises EOFError."""
+        """Read up to the greeting and return any output before it. Raises EOFError if the child exits first."""
         text = b""
         while not text.endswith(MAGIC):
             line = self._reading.readline()
@@ -50,7 +50,7 @@ class Channel:
             self._writing.flush()
 
     def receive(self) -> Message:
-        """Return the next message. Raises EOFError when the other end has exited."""
+        """Return the next message. Raises EOFError if the other end has exited."""
         (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
         message: Message = pickle.loads(self._exactly(length))
         return message
@@ -63,14 +63,14 @@ class Channel:
 
     def close(self) -> None:
         for end in (self._reading, self._writing):
-            with contextlib.suppress(OSError):  # what was not sent is not wanted
+            with contextlib.suppress(OSError):  # unsent data are dropped
                 end.close()
 
 
 def dumps(content: Any) -> bytes:
     try:
         return pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
-    except Exception as error:  # objects raise whatever they like
+    except Exception as error:  # user objects may raise anything
         raise EdgeError(
             f"this cannot be sent to another process: {error}",
             "with isolation, arguments and results are pickled: give functions of importable modules, and plain data",
@@ -83,7 +83,7 @@ def loads(content: bytes) -> Any:
         return pickle.loads(content)
     except Exception as error:
         raise EdgeError(
-            f"what another process has sent cannot be read: {error}",
+            f"a message of the other process cannot be unpickled: {error}",
             "with isolation, functions and classes must be in modules that the child can import, not in __main__",
         ) from error
 

@@ -1,1 +1,1 @@
-"""Training of learned foresight, with torch."""
+"""Training of the learned predictor of experts, with torch."""

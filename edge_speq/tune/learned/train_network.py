@@ -1,8 +1,8 @@
-"""Trains `learned` foresight on traces, with torch: the network of foresight.learned, a batch of steps at a time.
+"""Train the network of edge_speq.policies.learned on traces, with torch, in batches of steps.
 
-Ids of tokens and the draft's routing are left out at random, so that a token that was never seen, and a drafted one
-whose routing nobody looked at, are dealt with. Some passages are held out: training stops when they no longer gain, and
-the figures that are stored are theirs. One thread and a seed: the same traces give the same file on the same machine.
+Token ids and the draft's routing are dropped at random, so that the network learns to handle unseen tokens and draft
+tokens without routing. Some passages are held out: training stops when their loss no longer falls, and the stored
+quality is measured on them. With one thread and a seed, the same traces give the same file on the same machine.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from edge_speq.tune.learned.training_set import Samples, gather, geometries, spl
 
 HIDDEN = 32
 EPOCHS, PATIENCE = 30, 3
-BATCHES = 64  # in which an epoch goes at least through the steps, if there are enough
+BATCHES = 64  # batches per epoch, at least, if there are enough steps
 LEAST_BATCH, MOST_BATCH, HELD_BATCH = 8, 64, 256  # steps
 RATE, SLOWER, WEIGHT_DECAY = 4e-3, 0.4, 1e-5
-FORGET = 0.15  # share of ids, and of the draft's routings, that are left out
-SHORTER = 0.3  # share of steps of which only the first tokens are asked for
-LEAST_SEEN = 2  # times that a token has to be in the traces for a row of its own
+FORGET = 0.15  # share of token ids, and of draft routings, that are dropped
+SHORTER = 0.3  # share of steps of which only the first tokens are predicted
+LEAST_SEEN = 2  # occurrences that a token needs in the traces to get an embedding row
 FEWEST_STEPS = 64
-GAIN = 1e-4  # of the held-out loss, that counts as one
-THRESHOLD = 0.5  # chance from which on an expert counts as foreseen
+GAIN = 1e-4  # relative decrease of the held-out loss that counts as progress
+THRESHOLD = 0.5  # probability from which an expert counts as predicted
 PLACES = 8
-HIGHEST = 20.0  # exponent, as in foresight.learned
+HIGHEST = 20.0  # largest exponent, as in edge_speq.policies.learned.network
 
 Say = Callable[[str], None]
 
@@ -44,7 +44,7 @@ def learn(
     epochs: int = EPOCHS,
     say: Say = lambda _: None,
 ) -> Weights:
-    """Raises EdgeError without torch, and for traces that do not belong together or are too short."""
+    """Train and return the weights. Raises EdgeError without torch, for traces of several models, or for few steps."""
     target, draft = geometries(traces)
     torch = _torch()
     samples = gather(traces, draft)
@@ -52,7 +52,7 @@ def learn(
     if len(train) < FEWEST_STEPS or not len(held):
         raise EdgeError(f"{len(samples)} recorded steps are too few to learn from", "record more prompts", usage=True)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order
+    torch.set_num_threads(1)  # a fixed order of summation makes training deterministic
     try:
         training = _Training(torch, target, draft, samples, train, seed, hidden)
         loss = training.run(train, held, epochs, say)
@@ -93,7 +93,7 @@ class _Training:
         self._w = self._parameters(hidden)
 
     def run(self, train: npt.NDArray[np.intp], held: npt.NDArray[np.intp], epochs: int, say: Say) -> float:
-        """Returns the least loss on the held-out passages, whose parameters are kept."""
+        """Train, keep the parameters with the lowest held-out loss, and return that loss."""
         optimizer = self._torch.optim.AdamW(self._w.values(), lr=RATE, weight_decay=WEIGHT_DECAY)
         best, kept, worse = float("inf"), self._copied(), 0
         batch = min(MOST_BATCH, max(LEAST_BATCH, len(train) // BATCHES))
@@ -144,12 +144,15 @@ class _Training:
         return loss
 
     def _cross_entropy(self, hazard: Any, wanted: Any) -> Any:
-        """A step's and an expert's, of chances 1 - exp(-hazard)."""
+        """Return the mean binary cross entropy over steps and experts, for probabilities 1 - exp(-hazard)."""
         hazard = hazard.clamp(min=1e-6, max=40.0)
         return (wanted * -self._torch.log(-self._torch.expm1(-hazard)) + (1 - wanted) * hazard).mean()
 
     def _hazards(self, which: npt.NDArray[np.intp], *, learning: bool) -> tuple[Any, Any, Any, npt.NDArray[np.intp]]:
-        """Of the coming step and of the one after, [batch, keys]; what was demanded; tokens of each step asked for."""
+        """Return the hazards of the coming and of the following step, the demanded keys, and the tokens asked per step.
+
+        Shapes: [batch, keys] three times, and [batch].
+        """
         torch, w, random, s = self._torch, self._w, self._random, self._samples.some(which)
         widest = s.chosen.shape[1]
         asked = s.width.astype(np.intp)
@@ -180,7 +183,7 @@ class _Training:
         return self._torch.from_numpy(wanted)
 
     def _inputs(self, s: Samples, rows: npt.NDArray[np.intp]) -> Any:
-        """[batch, tokens, hidden] of what is known without a draft."""
+        """Return the hidden inputs, [batch, tokens, hidden], that do not depend on the draft."""
         w, places = self._w, np.minimum(np.arange(rows.shape[1] - 1), PLACES - 1)
         has_last = s.last[:, :1] >= 0
         last = self._sums("last_in", np.where(has_last, s.last, 0)) * self._torch.from_numpy(has_last)
@@ -191,7 +194,7 @@ class _Training:
         return np.where(np.append(self._tokens, -1)[at] == ids, at + 1, 0) * (ids >= 0)
 
     def _drafted(self, keys: npt.NDArray[np.int32], known: npt.NDArray[np.bool_]) -> Any:
-        """[batch, tokens, hidden] of what the draft chose, or that it is not known; the bias comes with it."""
+        """Return the hidden inputs, [batch, tokens, hidden], of the draft's known or unknown routing, with the bias."""
         unknown = self._w["draft_in"][-1] + self._w["bias"]
         if not known.any():
             return unknown
@@ -213,7 +216,7 @@ class _Training:
         return (torch.exp(z.clamp(max=HIGHEST)) * mask).sum(1)
 
     def _following(self, keys: npt.NDArray[np.int32], known: npt.NDArray[np.bool_], base: Any, guess: Any) -> Any:
-        """The tokens that the draft looked ahead at, and the guess."""
+        """Return the hazards of the following step: from the draft's routing ahead if known, mixed with the guess."""
         torch, w = self._torch, self._w
         mix = torch.nn.functional.softplus(w["later_mix"])
         if not known.any():
@@ -231,7 +234,7 @@ class _Training:
             return sum(float(self._loss(batch, learning=False)) * len(batch) for batch in batches) / len(held)
 
     def quality(self, held: npt.NDArray[np.intp]) -> dict[str, float]:
-        """Precision and recall of the coming step's experts."""
+        """Return precision and recall of the predicted experts of the coming step."""
         counts = np.zeros(3)
         with self._torch.no_grad():
             for at in range(0, len(held), HELD_BATCH):

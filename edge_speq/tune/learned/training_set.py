@@ -1,6 +1,6 @@
-"""What `learned` foresight is trained on: for each recorded step what was known before it, and what came.
+"""Training samples of the learned predictor: for each recorded step, the inputs known before it and its experts.
 
-Steps are walked in order with the very History that the engine keeps, so nothing is learned from that it will not have.
+Steps are processed in order with the engine's History class, so that the inputs equal those at run time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from edge_speq.policies.learned.network_file import Geometry, geometry
 from edge_speq.simulate import steps
 from edge_speq.trace import Trace
 
-HELD_OUT = 7  # every so many-th passage is not learned from
-MOST_NUMBERS = 200_000_000  # of history in memory; of more steps every n-th is taken
+HELD_OUT = 7  # every seventh passage is held out
+MOST_NUMBERS = 200_000_000  # history values in memory; with more, only every n-th step is used
 NONE = -1
 
 Ids = npt.NDArray[np.int32]
@@ -31,23 +31,26 @@ class Samples:
 
     passage: Ids  # [N]
     width: Ids  # [N], tokens of the step
-    tokens: Ids  # [N, 1 + W], the token before first
-    drafted: Ids  # [N, 2 W, n], the draft's keys for the step's tokens; from W on of those after it
-    last: Ids  # [N, m], what the target chose for the last token of text
+    tokens: Ids  # [N, 1 + W]; column 0 is the token before the step
+    drafted: Ids  # [N, 2 W, n], the draft's keys: columns below W for the step's tokens, the others for later tokens
+    last: Ids  # [N, m], the target's keys for the last token of text
     history: npt.NDArray[np.float16]  # [N, N_HISTORY, T]
     chosen: Ids  # [N, W, m], the target's keys
-    after: Ids  # [N], the step that follows in the same passage
+    after: Ids  # [N], index of the next step in the same passage, or NONE
 
     def __len__(self) -> int:
         return len(self.width)
 
     def some(self, which: npt.NDArray[Any]) -> Samples:
-        """Those steps; `after` still counts all."""
+        """Return the steps at these indices. `after` still refers to the complete set."""
         return Samples(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
 def geometries(traces: Sequence[Trace]) -> tuple[Geometry, Geometry | None]:
-    """Of the target and of a draft that shows its routing. Raises EdgeError where traces do not belong together."""
+    """Return the geometry of the target, and of the draft if its routing was recorded.
+
+    Raises EdgeError if the traces are of different models or drafts, or of a dense model.
+    """
     targets = {geometry(trace.experts) for trace in traces}
     drafts = {geometry(trace.draft_experts) for trace in traces if trace.draft_experts is not None}
     if len(targets) != 1 or len(drafts) > 1:
@@ -62,7 +65,10 @@ def geometries(traces: Sequence[Trace]) -> tuple[Geometry, Geometry | None]:
 
 
 def gather(traces: Sequence[Trace], draft: Geometry | None) -> Samples:
-    """All steps but prompts'. The memory that they take is bounded: of very many only some are taken."""
+    """Return the samples of all steps except prompts. Of very many steps only some are used, to bound memory.
+
+    Raises EdgeError if there are no steps.
+    """
     found: list[dict[str, Any]] = []
     n_steps = sum(len(trace.steps) for trace in traces)
     target = traces[0].experts
@@ -96,7 +102,7 @@ def _column(found: list[dict[str, Any]], name: str) -> Ids:
 
 
 def _walk(trace: Trace, draft: Geometry | None, passage: int, index: int, every: int) -> list[dict[str, Any]]:
-    """passage, index: what the first ones count from."""
+    """Return the samples of one trace. `passage` and `index` are added to its passage numbers and sample indices."""
     history = History(*geometry(trace.experts))
     made: list[dict[str, Any]] = []
     n = 0
@@ -106,7 +112,7 @@ def _walk(trace: Trace, draft: Geometry | None, passage: int, index: int, every:
         if not step.is_prompt and len(tokens) == len(keys):
             if made and n % every in (0, 1) and made[-1]["passage"] == passage + step.passage:
                 made[-1]["after"] = index + len(made)
-            if n % every in (0, 1):  # pairs, for the step after
+            if n % every in (0, 1):  # pairs of steps, because `after` needs the next one
                 made.append(_known(history, tokens, _drafted(part.foreseen, draft)))
                 made[-1] |= {"passage": passage + step.passage, "chosen": keys, "after": NONE}
             n += 1
@@ -125,7 +131,7 @@ def _known(history: History, tokens: list[int], drafted: npt.NDArray[np.intp]) -
 
 
 def _drafted(routing: Routing | None, draft: Geometry | None) -> npt.NDArray[np.intp]:
-    """The draft's keys, token by token."""
+    """Return the draft's keys, [tokens, n]."""
     if routing is None or draft is None:
         return np.zeros((0, 0), dtype=np.intp)
     keys = routing.transpose(1, 0, 2) + np.arange(draft[0])[:, None] * draft[1]
@@ -133,7 +139,7 @@ def _drafted(routing: Routing | None, draft: Geometry | None) -> npt.NDArray[np.
 
 
 def split(samples: Samples) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Steps to learn from, and those of passages that are held out."""
+    """Return the indices of the training steps and of the held-out steps."""
     passages = np.unique(samples.passage)
     held = np.isin(samples.passage, passages[HELD_OUT - 1 :: HELD_OUT])
     return np.flatnonzero(~held), np.flatnonzero(held)

@@ -12,7 +12,7 @@ from support.learning import SMALL, made, setting, text
 from support.traces import EXPERTS, LINK, routing
 
 from edge_speq.core import ExpertGroup, Experts
-from edge_speq.policies import registry as presets
+from edge_speq.policies import registry
 from edge_speq.policies.learned.network import History, Learned
 from edge_speq.policies.learned.network_file import geometry
 from edge_speq.policies.learned.policy import Reliability, Useful
@@ -120,7 +120,9 @@ def test_without_anything_better_auto_keeps_slots_as_lfru_does() -> None:
     """A file that is wrong about everything costs a few steps and no fetches."""
     wrong = dataclasses.replace(made(), out_bias=np.full(64, 9.0, dtype=np.float32))
     steps = text(2, 400)
-    outcome, lfru = (Replay(presets.make(name, setting(wrong)), setting(wrong)).run(steps) for name in ("auto", "lfru"))
+    outcome, lfru = (
+        Replay(registry.make(name, setting(wrong)), setting(wrong)).run(steps) for name in ("auto", "lfru")
+    )
     assert outcome.failed is None
     assert abs((outcome.counters.misses or 0) - (lfru.counters.misses or 0)) < 0.02 * (lfru.counters.misses or 0)
     assert outcome.counters.prefetched < 0.02 * (outcome.counters.misses or 0)
@@ -157,7 +159,7 @@ def test_tokens_go_with_the_parts_of_recorded_steps() -> None:
 def test_a_policy_whose_figures_overflow_is_replaced_by_lru() -> None:
     broken = dataclasses.replace(made(), history=np.full((3, 4), -3e38, dtype=np.float32))
     with np.errstate(all="ignore"):
-        outcome = Replay(presets.make("learned", setting(broken)), setting(broken)).run(text(1, 40))
+        outcome = Replay(registry.make("learned", setting(broken)), setting(broken)).run(text(1, 40))
     assert outcome.tokens and (outcome.failed is None or "finite" in outcome.failed)
 
 
@@ -165,7 +167,7 @@ def test_slots_and_orders_stay_sound() -> None:
     """Over random texts: finite scores, never more than the slots hold."""
     for seed in range(3):
         given = setting(made(draft=SMALL))
-        policy = presets.make("auto", given)
+        policy = registry.make("auto", given)
         slots = Residency(EXPERTS, given.slots, link_bytes_per_s=LINK, block_ns=500)
         random = np.random.default_rng(seed)
         for _ in range(60):

@@ -1,4 +1,4 @@
-"""Each preset does what its paper says, on routing small enough to follow."""
+"""Each published policy does what its paper says, on small routings (docs/reference/policies.md lists them all)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.slots import Seen, ids
 from support.traces import EXPERTS, routing, setting, text
 
 from edge_speq.errors import EdgeError
-from edge_speq.policies import registry as policies
+from edge_speq.policies import registry
 from edge_speq.policies.next_use import NextUse
 from edge_speq.policies.published import draft_lengths
 from edge_speq.policies.published.systems import MoePrism, MoeSpac, MoeSpec, MoeSpeq, SpecMoeOff, SpMoe
@@ -229,10 +229,10 @@ def test_the_roofline_weighs_acceptance_against_experts() -> None:
 
 
 def test_names() -> None:
-    assert policies.names("lru, waits,lru") == ["lru", "waits"]
-    assert policies.names("all") == list(policies.PRESETS)
+    assert registry.names("lru, waits,lru") == ["lru", "waits"]
+    assert registry.names("all") == list(registry.PRESETS)
     with pytest.raises(EdgeError) as caught:
-        policies.names("best")
+        registry.names("best")
     assert caught.value.usage
 
 
@@ -241,7 +241,7 @@ def test_every_preset_has_a_row_in_the_docs() -> None:
     if not page.exists():
         pytest.skip("the documentation is not part of this copy")
     rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
-    assert {row.split("`")[1] for row in rows} >= set(policies.PRESETS)
+    assert {row.split("`")[1] for row in rows} >= set(registry.PRESETS)
 
 
 def test_keeping_alone_fetches_nothing_ahead() -> None:
@@ -253,8 +253,8 @@ def test_keeping_alone_fetches_nothing_ahead() -> None:
 
 def test_presets_do_nothing_strange_without_a_draft() -> None:
     random = np.random.default_rng(1)
-    for name in policies.PRESETS:
-        policy, slots = policies.make(name, setting()), Seen()
+    for name in registry.PRESETS:
+        policy, slots = registry.make(name, setting()), Seen()
         for _ in range(20):
             policy.plan_prefetch(slots, None, 0)
             policy.observe(routing(random, 1), 0)
