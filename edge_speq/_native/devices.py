@@ -19,7 +19,7 @@ log = logging.getLogger("edge_speq")
 @functools.cache
 def load_backends() -> None:
     """Initialise llama.cpp, once: route its log to logging and load the ggml backend modules that EDGE_SPEQ_BACKENDS
-    names or that lie beside the libraries. Raises EdgeError if a named module does not load."""
+    names or that are beside the libraries. Raises EdgeError if a named module does not load."""
     _, lib = load()
     import llama_cpp
 

@@ -13,7 +13,7 @@ NAMES = ("libggml-base.so", "libggml-base.so.*", "libggml-base.dylib", "libggml-
 
 
 def base() -> ctypes.CDLL:
-    """Open the installed libggml-base, with or without a version in its name. Raises EdgeError if there is none."""
+    """Open the installed libggml-base, with or without a version in its name. Raises EdgeError if it is missing."""
     folder = Path(llama_cpp.__file__).parent / "lib"
     for name in NAMES:
         for path in sorted(folder.glob(name)):

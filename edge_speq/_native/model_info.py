@@ -1,4 +1,4 @@
-"""What a loaded model and its context hold."""
+"""Experts and memory of a loaded model and its context."""
 
 from __future__ import annotations
 

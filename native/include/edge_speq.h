@@ -180,7 +180,7 @@ typedef struct edge_prefetch_request {
 // Write the fewest slots that a group needs for graphs of max_width tokens: all their experts, and one to load into.
 EDGE_API int edge_slot_floor(int32_t n_expert, int32_t n_expert_used, int32_t max_width, int32_t * out);
 
-// Attach a hook to a model. Call before its context is created. With slots, the expert weights must lie in plain host
+// Attach a hook to a model. Call before its context is created. With slots, the expert weights must be in plain host
 // memory: load the model with its expert tensors overridden to one of the buffer types above and with
 // use_extra_bufts = false. EDGE_ERR_UNSUPPORTED for a dense model or weights elsewhere, EDGE_ERR_BUDGET for slots under
 // the floor, EDGE_ERR_MEMORY if the slots cannot be allocated.
@@ -260,7 +260,7 @@ EDGE_API int edge_hook_scores(edge_hook * hook, float ** out);
 // them. A requested expert that is resident has its priority added to its score until its block has run. A worker
 // thread loads the others, up to byte_budget bytes, and evicts only experts that score more than `margin` below them.
 // With next_layer_prefetch, the decoding thread itself sends the requests whose deadline is their own block, when that
-// block is next and as far as the link would be idle, in place of what the block's input predicts; these may evict any
+// block is next and the link would be idle, in place of what the block's input predicts; these may evict any
 // unpinned expert. *n_absent is the number of requested experts in no slot. *finite, unless null, says whether all
 // scores were finite; others count as 0.
 EDGE_API int edge_hook_prefetch(edge_hook * hook, const edge_prefetch_request * requests, int32_t n_requests,
@@ -290,7 +290,7 @@ EDGE_API int edge_hook_costs(edge_hook * hook, edge_costs * out);
 // Write the state of each expert, EDGE_ABSENT to EDGE_PINNED, to out, [n_blocks, n_expert].
 EDGE_API int edge_hook_states(edge_hook * hook, uint8_t * out);
 
-// What the decoding thread did during a span.
+// Activity of the decoding thread during a span.
 // Waited for the device, which computed up to this block's routing.
 #define EDGE_SPAN_DEVICE 0
 // Assigned slots and queued copies.
