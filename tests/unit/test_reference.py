@@ -21,7 +21,7 @@ TOP = {"run", "chat", "serve", "plan", "bench", "convert", "inspect", "doctor", 
 
 @pytest.fixture(scope="module")
 def pages() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "tools" / "reference_pages.py"))
+    return runpy.run_path(str(ROOT / "docs" / "reference" / "pages.py"))
 
 
 def section(page: str, heading: str) -> str:
