@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import deaths
 import pytest
+from support import deaths
 from support.served import OPTIONS, Running, opened, running
 
 from edge_speq import EdgeError, EdgeLlama

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import deaths
 import pytest
+from support import deaths
 
 from edge_speq import EdgeError, EdgeLlama, Session
 from edge_speq.session import model_thread
