@@ -48,7 +48,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         ("params", lambda r: _count(r["model_n_params"]), False),
         ("backend", lambda r: str(r["backends"]), True),
         ("threads", lambda r: str(r["n_threads"]), False),
-        ("policy", lambda r: f"{r['policy']}{' (lossy)' if r['lossy'] else ''}", True),
+        ("policy", _policy, True),
         ("K", lambda r: str(r["draft_tokens"]), False),
         ("resident", lambda r: _number(r["resident_fraction"], ".2f"), False),
         ("device MiB", lambda r: f"{r['used_bytes'] / 2**20:.1f}{' over' if r['over_budget'] else ''}", False),
@@ -62,6 +62,12 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         ("text", lambda r: {True: "equal", False: "DIFFERS"}.get(r["outputs_match"], str(r["outputs_match"])), True),
     ]
     return columns
+
+
+def _policy(row: Row) -> str:
+    """Return the policy, with the way to serve misses where it is not the default."""
+    on_miss = "" if row["on_miss"] == "auto" else f", {row['on_miss']}"
+    return f"{row['policy']}{on_miss}{' (lossy)' if row['lossy'] else ''}"
 
 
 def _footer(rows: Sequence[Row]) -> list[str]:

@@ -110,8 +110,8 @@ def _after_value(message: str, text: str) -> str:
     return rest if found else f": {message}"
 
 
-def at_least(least: int, what: str) -> Callable[[str], int]:
-    """Return a parser of whole numbers. It raises EdgeError (usage) below `least`."""
+def at_least(least: int, what: str, zero: str = "") -> Callable[[str], int]:
+    """Return a parser of whole numbers. It raises EdgeError (usage) below `least`. `zero` says what 0 means."""
 
     def parse(text: str) -> int:
         try:
@@ -119,7 +119,9 @@ def at_least(least: int, what: str) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if value < least:
-            raise EdgeError(f"{text} is not a count of {what}", f"give {least} or more", usage=True)
+            raise EdgeError(
+                f"{text} is not a count of {what}", f"give {max(1, least) if zero else least} or more{zero}", usage=True
+            )
         return value
 
     return parse
@@ -141,7 +143,7 @@ def add_sampling(p: argparse.ArgumentParser, n_predict: int) -> None:
         "-n",
         "--n-predict",
         metavar="N",
-        type=at_least(0, "tokens"),
+        type=at_least(0, "tokens", ", or 0 for as many as fit"),
         default=n_predict,
         help="tokens to generate at most, 0: until the context is full (%(default)s)",
     )

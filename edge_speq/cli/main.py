@@ -78,8 +78,20 @@ class Parser(argparse.ArgumentParser):
         hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists them"
         return EdgeError(f"{name} is not an option of {self.prog}", hint, usage=True)
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Name the option in the error of a value that it does not take."""
+        try:
+            return super()._get_value(action, arg_string)
+        except EdgeError as error:
+            if not action.option_strings or error.message.startswith(tuple(action.option_strings)):
+                raise
+            raise EdgeError(f"{action.option_strings[0]} {error.message}", error.hint, usage=True) from None
+
     def error(self, message: str) -> NoReturn:
-        raise EdgeError(message, f"{self.prog} --help shows how to call it", usage=True)
+        unknown = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        near = difflib.get_close_matches(unknown[1], re.findall(r"[\w-]+", unknown[2]), 1) if unknown else []
+        hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help shows how to call it"
+        raise EdgeError(message, hint, usage=True)
 
 
 # options of llama.cpp's tools, with the equivalent here
@@ -96,6 +108,10 @@ FROM_LLAMA_CPP = {
     "--draft-max": "--draft-tokens",
     "--draft-n": "--draft-tokens",
     "--no-mmap": "run, chat, serve, plan, tune and trace have --no-mmap",
+    "-fa": "flash attention is an argument of EdgeLlama (flash_attn=True), not of the command",
+    "--flash-attn": "flash attention is an argument of EdgeLlama (flash_attn=True), not of the command",
+    "-ctk": "the types of the KV cache are arguments of EdgeLlama (type_k, type_v), not of the command",
+    "-ctv": "the types of the KV cache are arguments of EdgeLlama (type_k, type_v), not of the command",
     "-np": "the server runs one sequence at a time: requests wait in a queue",
 }
 

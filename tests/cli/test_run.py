@@ -13,6 +13,7 @@ import pytest
 from support.command import edge_speq
 from support.schemas import schema
 
+from edge_speq.cli.main import main
 from edge_speq.core import ExpertCounters
 from edge_speq.gguf import bundled
 
@@ -148,3 +149,33 @@ def test_importing_the_model_class_loads_no_backend() -> None:
     runs = [python(code).split() for _ in range(5)]
     assert {count for _, count in runs} == {"0"}
     assert min(float(seconds) for seconds, _ in runs) < 0.45  # 0.2 of it is llama_cpp's own, and numpy's
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["run", "-ngl", "99"], "-ngl is not an option of edge-speq run", "all layers go to the GPU"),
+        (["run", "--n-cpu-moe", "3"], "--n-cpu-moe is not an option", "--policy cpu-moe"),
+        (["run", "--vram-buget", "8GiB"], "--vram-buget is not an option", "did you mean --vram-budget?"),
+        (["run", "--res", "1/4"], "--res is not an option", "did you mean"),  # no prefix matching
+        (["run", "--vram-budget", "8192"], "--vram-budget 8192: give a unit, 8192MiB or 8GiB", ""),
+        (["run", "--throttle-link", "12.5"], "--throttle-link 12.5: give a unit, 12.5GB/s or 12.5MB/s", ""),
+        (["run", "-n", "-5"], "-n -5 is not a count of tokens", "0 for as many as fit"),
+        (["run", "-c", "-1"], "-c -1 is not a count of tokens of context", "1 or more"),
+        (["run", "-t", "0"], "-t 0 is not a count of threads", "1 or more"),
+        (["run", "--policy", "sp-moe"], "only for comparison", "bench"),
+        (["run", "a.gguf", "-m", "b.gguf"], "MODEL and -m are both given", "leave one of them out"),
+        (["rnu"], "invalid choice: 'rnu'", "did you mean run?"),
+    ],
+)
+def test_an_option_that_is_not_understood_is_refused(
+    words: list[str], message: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and message in said.err and hint in said.err
+
+
+def test_a_context_beyond_the_trained_one_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "-c", "2048", "-n", "2", "--json"]) == 0
+    assert "-c 2048 is beyond the 1024 tokens that the model was trained for" in capsys.readouterr().err
