@@ -85,7 +85,8 @@ def plan(
         raise _under_floor(experts, 0 if hybrid else least, slot_budget, bound, fixed_bytes + overhead)
     slots = share_out(experts, slot_budget, _floors(experts, 0 if hybrid else k))
     slot_bytes = sum(n * group.expert_bytes for n, group in zip(slots, experts.groups, strict=True))
-    reason = f"{sum(slots)} of {experts.total} experts in slots, up to {k} draft tokens a step"
+    drafts = f"up to {k} draft tokens a step" if k else "no draft"
+    reason = f"{sum(slots)} of {experts.total} experts in slots, {drafts}"
     reason += ", the CPU computes what is missing" if hybrid else ""
     resident = slot_bytes / experts.total_bytes
     return Plan("slots", slots, k, slot_bytes, fixed_bytes + overhead, budget_bytes, resident, reason)
