@@ -77,7 +77,7 @@ class Residency:
         self._pinned: list[Key] = []
         self._scores: list[float] = [0.0] * experts.total
         self._expected: dict[Key, float] = {}  # scores of experts that the coming step is expected to use
-        self._orders: list[tuple[Key, int, float]] = []  # key, deadline, score; the most urgent last
+        self._requests: list[tuple[Key, int, float]] = []  # key, deadline, score; the most urgent last
         self._ordered_at = self._budget = 0
         self._flight: tuple[Key, int] | None = None  # prefetch in transfer: key, arrival time
         self._reached = self._last_block = -1  # highest block since the last prefetch(); last block of this step
@@ -224,13 +224,13 @@ class Residency:
 
     def drain(self) -> None:
         """Advance the clock until no prefetch is outstanding."""
-        while self._flight is not None or self._orders:
+        while self._flight is not None or self._requests:
             self._settle_flight()
             self._run_requests()
 
     def resize(self, slots: Sequence[int]) -> None:
         """Change the slot counts between steps, and load the experts with the highest scores that fit."""
-        self._orders = []
+        self._requests = []
         self._settle_flight()
         kept = [self._highest_scored(pool, n) for pool, n in zip(self._pools, slots, strict=True)]
         self._take_over_scores()
@@ -269,7 +269,7 @@ class Residency:
                 self._land()
             if self._flight is not None or not self._requests:
                 return
-            key, deadline, score = self._orders.pop()
+            key, deadline, score = self._requests.pop()
             if deadline > self._reached:
                 self._begin(key, score)
 
