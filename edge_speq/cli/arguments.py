@@ -164,6 +164,7 @@ def settle_model(arguments: argparse.Namespace) -> None:
     if named is not None and arguments.model is not None:
         raise EdgeError("MODEL and -m are both given", "leave one of them out", usage=True)
     arguments.model = arguments.model or named
+    arguments.model_option = None
 
 
 def run_policy(policy: str) -> str:

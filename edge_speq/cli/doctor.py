@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_speq import __version__, system
+from edge_speq.cli import arguments
 from edge_speq.errors import EdgeError
 from edge_speq.gguf import bundled
 from edge_speq.gguf import model as gguf_model
@@ -66,12 +67,14 @@ def add_parser(commands: Any) -> None:
         description="Checks the installation and the machine. Exit code 0 if models can be run, otherwise 1.",
     )
     p.add_argument("model", nargs="?", metavar="MODEL", help="model for measuring disk and link (the bundled one)")
+    p.add_argument("-m", "--model", metavar="MODEL", dest="model_option", help=argparse.SUPPRESS)
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("-v", "--verbose", action="store_true", help="show the log")
     p.set_defaults(command=doctor)
 
 
 def doctor(options: argparse.Namespace) -> int:
+    arguments.settle_model(options)
     findings = list(examine(options.model))
     usable = all(finding.status != "fail" for finding in findings)
     if options.json:

@@ -35,9 +35,9 @@ def add_parser(commands: Any) -> None:
         "--govern", action="store_true", help="let policies choose draft lengths, and let drafting take time"
     )
     p.add_argument("--by-class", action="store_true", help="also print rows for each class of prompts")
-    p.add_argument("-o", "--output", choices=FORMATS, default="md", help="format on stdout (%(default)s)")
-    p.add_argument("--json", action="store_const", const="json", dest="output", help="the same as -o json")
-    p.add_argument("--csv", action="store_const", const="csv", dest="output", help="the same as -o csv")
+    p.add_argument("--format", choices=FORMATS, default="md", help="format on stdout (%(default)s)")
+    p.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
+    p.add_argument("--csv", action="store_const", const="csv", dest="format", help="the same as --format csv")
     p.add_argument("--predictor", metavar="FILE", help="file of tune --learn, for policies auto and learned")
     p.add_argument("--plot", metavar="FILE", type=Path, help="also plot to a .png, .pdf or .svg file")
     p.add_argument("-v", "--verbose", action="store_true", help="show the log")
@@ -75,5 +75,5 @@ def simulate(options: argparse.Namespace) -> int:
         from edge_speq.simulate import plot
 
         plot.plot(rows, options.plot)
-    print(report.FORMATS[options.output](rows))
+    print(report.FORMATS[options.format](rows))
     return 0

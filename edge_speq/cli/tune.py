@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
         "chat and serve use. With --learn it instead trains a predictor of experts on traces (needs torch), for "
         "--predictor of run, chat, serve, bench and simulate.",
     )
-    p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file (default: the bundled MoE)")
+    arguments.add_model_file(p)
     p.add_argument(
         "--draft",
         metavar="D[,D...]",
@@ -47,7 +47,13 @@ def add_parser(commands: Any) -> None:
     p.add_argument(
         "--vram-budget", "--vram", metavar="SIZE", help="limit for everything on the compute device: 6GiB, auto"
     )
-    p.add_argument("-c", "--ctx-size", metavar="N", type=int, help="context (the model's, at most 4096)")
+    p.add_argument(
+        "-c",
+        "--ctx-size",
+        metavar="N",
+        type=arguments.at_least(1, "tokens"),
+        help="context (the model's, at most 4096)",
+    )
     p.add_argument("--mmap", action=argparse.BooleanOptionalAction, help="map the file, or read it into memory")
     p.add_argument("--seconds", metavar="S", type=float, default=SECONDS, help="time limit (%(default)g)")
     p.add_argument("--dry-run", action="store_true", help="do not store the profile")
@@ -59,6 +65,7 @@ def add_parser(commands: Any) -> None:
 
 
 def tune(options: argparse.Namespace) -> int:
+    arguments.settle_model(options)
     if options.learn is not None or options.out is not None:
         return learn(options)
     from edge_speq.planning import profile as profiles
