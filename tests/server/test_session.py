@@ -258,7 +258,7 @@ def test_the_queue_is_bounded(open_session: Callable[..., Session]) -> None:
         next(running)
         waiting = [session.submit("token_eos") for _ in range(2)]
         assert session.workload() == (1, 2)
-        with pytest.raises(QueueFull, match="2 requests wait already") as full:
+        with pytest.raises(QueueFull, match="2 requests are waiting already") as full:
             session.submit("token_eos")
         assert full.value.seconds > 0
         waiting[0].cancel()  # makes room
