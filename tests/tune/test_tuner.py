@@ -126,7 +126,7 @@ def test_a_real_model_is_tuned_within_its_time(bundled: tuple[Path, Path]) -> No
     )
     found = Tuner(wanted, said.append).run()
     assert found.bounds == {"resident": "1/2", "vram_budget": None}
-    assert set(found.chosen) == {"speculation", "compute", "n_threads"}
+    assert set(found.chosen) == {"draft_tokens", "on_miss", "n_threads"}
     costs, results = found.found["costs"], found.found
     assert sorted(costs["base_ms"]) == [1, 2, 3, 4, 5]
     assert all(ms > 0 for ms in costs["base_ms"].values())
