@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         name = word.split("=", maxsplit=1)[0]
         if name in FROM_LLAMA_CPP:
             return EdgeError(f"{name} is not an option of {self.prog}", FROM_LLAMA_CPP[name], usage=True)
-        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.7)
         hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists them"
         return EdgeError(f"{name} is not an option of {self.prog}", hint, usage=True)
 
@@ -112,6 +112,15 @@ FROM_LLAMA_CPP = {
     "--flash-attn": "flash attention is an argument of EdgeLlama (flash_attn=True), not of the command",
     "-ctk": "the types of the KV cache are arguments of EdgeLlama (type_k, type_v), not of the command",
     "-ctv": "the types of the KV cache are arguments of EdgeLlama (type_k, type_v), not of the command",
+    **dict.fromkeys(
+        ("--top-k", "--top-p", "--min-p", "--repeat-penalty"),
+        "EdgeLlama and requests to the server take it; the command has --temp and --seed",
+    ),
+    "-hf": "download the GGUF file, then name it: hf download REPOSITORY FILE",
+    "-b": "n_batch is an argument of EdgeLlama, not of the command",
+    "--batch-size": "n_batch is an argument of EdgeLlama, not of the command",
+    "-i": "edge-speq chat MODEL",
+    "-cnv": "edge-speq chat MODEL",
     "-np": "the server runs one sequence at a time: requests wait in a queue",
 }
 

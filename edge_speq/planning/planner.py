@@ -227,6 +227,6 @@ def _under_floor(experts: Experts, k: int, slot_budget: int, budget_bytes: int |
         hint = f"the smallest possible budget here is {math.ceil((fixed_bytes + floor_bytes) / 2**20)}MiB"
     return EdgeError(
         f"{format_bytes(slot_budget)} for slots are too few: a step with {k} draft tokens needs "
-        f"{sum(_floors(experts, k))} slots of {format_bytes(floor_bytes)}",
+        f"{sum(_floors(experts, k))} slots, {format_bytes(floor_bytes)} together",
         hint + (", or fewer draft tokens (--draft-tokens)" if k else ""),
     )
