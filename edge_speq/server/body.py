@@ -20,7 +20,7 @@ async def read(request: Any, kind: type[Kind]) -> Kind:
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":  # browsers let other sites' pages send other types without a preflight request
-        raise ApiError(415, "the body must be application/json")
+        raise ApiError(415, "the body must be JSON, with the header Content-Type: application/json")
     raw = await request.body()
     try:
         parsed: Kind = kind.model_validate_json(raw)  # type: ignore[attr-defined]  # pydantic is not seen by mypy
