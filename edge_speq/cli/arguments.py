@@ -53,9 +53,9 @@ def add_model(p: argparse.ArgumentParser, *, compares: bool = False) -> None:
     p.add_argument("-t", "--threads", metavar="N", type=at_least(1, "threads"), help="CPU threads")
 
 
-def add_model_file(p: argparse.ArgumentParser) -> None:
+def add_model_file(p: argparse.ArgumentParser, help: str = "a GGUF file (default: the bundled MoE)") -> None:
     """Add MODEL, and -m as another spelling."""
-    p.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file (default: the bundled MoE)")
+    p.add_argument("model", nargs="?", metavar="MODEL", help=help)
     p.add_argument("-m", "--model", metavar="MODEL", dest="model_option", help=argparse.SUPPRESS)
 
 

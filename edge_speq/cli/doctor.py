@@ -66,8 +66,7 @@ def add_parser(commands: Any) -> None:
         help="check the installation and the machine",
         description="Checks the installation and the machine. Exit code 0 if models can be run, otherwise 1.",
     )
-    p.add_argument("model", nargs="?", metavar="MODEL", help="model for measuring disk and link (the bundled one)")
-    p.add_argument("-m", "--model", metavar="MODEL", dest="model_option", help=argparse.SUPPRESS)
+    arguments.add_model_file(p, "model for measuring disk and link (the bundled one)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("-v", "--verbose", action="store_true", help="show the log")
     p.set_defaults(command=doctor)

@@ -40,7 +40,7 @@ class View:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.llm: EdgeLlama | None = None
-        self.on_terminal = stream.isatty() and is_terminal(stream)
+        self.on_terminal = is_terminal(stream)
         self._stream, self._name, self._clock = stream, name, clock
         self._link = link_bytes_per_s
         self._plain = not _can_write(stream, heatmap.FILLED + heatmap.LOADING)

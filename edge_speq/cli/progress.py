@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from edge_speq.cli import interrupt
 from edge_speq.cli.console import console, is_terminal
@@ -39,7 +39,7 @@ class Line:
         self._stream, self._clock = stream, clock
         self._doing, self._unit, self._name = doing, unit, name
         self._quiet = quiet
-        self._on_terminal = not quiet and (sys.stderr if stream is None else stream).isatty() and is_terminal(stream)
+        self._on_terminal = not quiet and is_terminal(stream)
         self._started = self._shown_at = clock()
         self._progress: Progress | None = None
 
@@ -121,32 +121,3 @@ def clock(seconds: float) -> str:
     """Return "0:05" or "1:02:05"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-class LoadCallback:
-    """llama.cpp's progress callback for a Python callable.
-
-    The load ends if the callable returns False or raises; the exception is kept in `error`, as ctypes would only print
-    it.
-    """
-
-    def __init__(self, progress: Callable[[float], bool | None]) -> None:
-        import llama_cpp
-
-        self._progress = progress
-        self.error: BaseException | None = None
-        self.function: Any = llama_cpp.llama_progress_callback(self._call)
-
-    def _call(self, fraction: float, _user: object) -> bool:
-        try:
-            return self._progress(fraction) is not False
-        except BaseException as error:  # also KeyboardInterrupt
-            self.error = error
-            return False
-
-
-def attach(model_params: Any, progress: Callable[[float], bool | None]) -> LoadCallback:
-    """Let llama.cpp call `progress` with fractions from 0 to 1 while it loads. Keep the result until the load ends."""
-    callback = LoadCallback(progress)
-    model_params.progress_callback = callback.function
-    return callback

@@ -5,15 +5,12 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 from support.screen import Screen, visible
 
 from edge_speq import EdgeError
 from edge_speq.cli import interrupt, progress
-from edge_speq.gguf import bundled
-from edge_speq.runtime import loading
 
 
 class Clock:
@@ -127,41 +124,6 @@ def test_heavy_packages_are_loaded_only_where_they_are_used(arguments: list[str]
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "edge_speq" in loaded
     assert not loaded & {"rich", "numpy", "psutil", "platformdirs", "llama_cpp", "fastapi"}
-
-
-def load(callback: Any) -> progress.LoadCallback:
-    import llama_cpp
-
-    params = llama_cpp.llama_model_default_params()
-    attached = progress.attach(params, callback)
-    loading.load_model(bundled.path(bundled.DRAFT), params, "draft").close()
-    return attached
-
-
-def test_llama_cpp_reports_fractions() -> None:
-    fractions: list[float] = []
-    load(fractions.append)
-    assert fractions == sorted(fractions)
-    assert fractions[-1] == pytest.approx(1.0)
-
-
-def test_false_ends_the_load() -> None:
-    with pytest.raises(EdgeError, match="cannot load"):
-        load(lambda _: False)
-
-
-def test_an_exception_ends_the_load_and_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
-    import llama_cpp
-
-    def interrupted(_: float) -> bool:
-        raise KeyboardInterrupt
-
-    params = llama_cpp.llama_model_default_params()
-    attached = progress.attach(params, interrupted)
-    with pytest.raises(EdgeError, match="cannot load"):
-        loading.load_model(bundled.path(bundled.DRAFT), params, "draft")
-    assert isinstance(attached.error, KeyboardInterrupt)
-    assert capfd.readouterr().err == ""
 
 
 IMPATIENT = (
