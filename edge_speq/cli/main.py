@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import logging
 import re
@@ -27,7 +26,7 @@ from edge_speq.cli import (
     trace,
     tune,
 )
-from edge_speq.errors import EdgeError
+from edge_speq.errors import EdgeError, did_you_mean
 
 
 class _Version(argparse.Action):
@@ -74,8 +73,7 @@ class Parser(argparse.ArgumentParser):
         name = word.split("=", maxsplit=1)[0]
         if name in FROM_LLAMA_CPP:
             return EdgeError(f"{name} is not an option of {self.prog}", FROM_LLAMA_CPP[name], usage=True)
-        near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.7)
-        hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists them"
+        hint = did_you_mean(name, self._option_string_actions, f"{self.prog} --help lists them", 0.7)
         return EdgeError(f"{name} is not an option of {self.prog}", hint, usage=True)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
@@ -89,8 +87,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
-        near = difflib.get_close_matches(unknown[1], re.findall(r"[\w-]+", unknown[2]), 1) if unknown else []
-        hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help shows how to call it"
+        hint = f"{self.prog} --help shows how to call it"
+        if unknown:
+            hint = did_you_mean(unknown[1], re.findall(r"[\w-]+", unknown[2]), hint)
         raise EdgeError(message, hint, usage=True)
 
 

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_speq.core import ON_MISS, OWN_POLICIES, POLICIES, PUBLISHED_POLICIES
-from edge_speq.errors import EdgeError
+from edge_speq.errors import EdgeError, did_you_mean
 from edge_speq.units import parse_bytes, parse_draft_tokens, parse_rate, parse_share, require_choice
 
 if TYPE_CHECKING:
@@ -274,6 +273,5 @@ def split_options(options: Mapping[str, Any], also: tuple[str, ...] = ()) -> tup
 
 def unknown_option(name: str, known: tuple[str, ...]) -> EdgeError:
     """Return the error for an unknown option, with the nearest known one as its hint."""
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]}?" if near else "docs/reference/options.md lists them"
+    hint = did_you_mean(name, known, "docs/reference/options.md lists them")
     return EdgeError(f"{name} is not an option", hint, usage=True)
